@@ -1,0 +1,111 @@
+# train_moe: `make train_moe` needs a C compiler and make; `make help` lists the rest.
+
+ifeq ($(origin CC),default)
+CC := $(shell command -v gcc || command -v clang || echo cc)
+endif
+# $(call accepts,FLAGS,PROGRAM): FLAGS, if the compiler builds PROGRAM with them
+accepts = $(shell printf '$(2)\nint main(void) { return 0; }\n' | $(CC) $(1) -x c - -o /dev/null >/dev/null 2>&1 && echo "$(1)")
+
+ARCH   := $(or $(call accepts,-march=native -mprefer-vector-width=512),$(call accepts,-march=native),$(call accepts,-mcpu=native))
+OPENMP := $(or $(call accepts,-fopenmp,\043include <omp.h>),-Wno-unknown-pragmas)
+CFLAGS ?= -O3
+# CI sets WERROR=-Werror
+WARN    = -Wall -Wextra $(WERROR)
+# One rounding for a multiply-add; never -ffast-math, which would break the checks for NaN and the same bits every time.
+BUILD   = $(CC) -std=gnu11 $(CFLAGS) $(WARN) $(ARCH) -ffp-contract=fast
+LIBS   := -lm
+
+.PHONY: help test test_all sanitize tsan valgrind check_tokenizer check_hf bench format clean
+
+##train_moe: the trainer, the data tools and the built-in stories
+train_moe: train_moe.c data/unicode.h | data/stories/tokenizer.json
+	$(BUILD) $(OPENMP) train_moe.c -o $@ $(LIBS)
+
+##train_moe_double: the same in double precision
+train_moe_double: train_moe.c data/unicode.h
+	$(BUILD) $(OPENMP) -DREAL=double train_moe.c -o $@ $(LIBS)
+
+##data/tokenize: trains tokenizers and turns texts into token files
+data/tokenize: data/tokenize.c train_moe.c data/unicode.h
+	$(BUILD) $(OPENMP) data/tokenize.c -o $@ $(LIBS)
+
+data/make_stories: data/stories.c
+	$(BUILD) data/stories.c -o $@
+
+##data/stories/tokenizer.json: the built-in stories as tokens
+data/stories/tokenizer.json: data/make_stories data/tokenize
+	rm -rf data/stories data/stories.new && mkdir data/stories.new
+	data/make_stories --count 24000 > data/stories.new/train.txt
+	data/make_stories --first 24000 --count 500 > data/stories.new/valid.txt
+	data/tokenize --vocab 2048 data/stories.new/train.txt data/stories.new/valid.txt --out data/stories.new
+	rm data/stories.new/train.txt data/stories.new/valid.txt
+	mv data/stories.new data/stories
+
+# What Debian, Fedora, Arch and Homebrew call cmocka.
+define GET_CMOCKA
+	@printf '\043include <stdarg.h>\n\043include <stddef.h>\n\043include <stdint.h>\n\043include <setjmp.h>\n\043include <cmocka.h>\nint main(void) { return 0; }\n' \
+	| $(CC) -x c - -o /dev/null >/dev/null 2>&1 || { echo "cmocka is missing; installing it with the system's package manager"; \
+	s=; [ "$$(id -u)" = 0 ] || s=sudo; \
+	if command -v apt-get >/dev/null; then $$s apt-get update -qq && $$s apt-get install -y -qq libcmocka-dev; \
+	elif command -v dnf >/dev/null; then $$s dnf install -y libcmocka-devel; \
+	elif command -v pacman >/dev/null; then $$s pacman -S --noconfirm cmocka; \
+	elif command -v brew >/dev/null; then brew install cmocka; \
+	else echo "no known package manager: install cmocka by hand"; exit 1; fi; }
+endef
+
+TEST_BUILD = $(CC) -std=gnu11 -O2 -g $(WARN) $(ARCH) -ffp-contract=fast
+
+dev/test_moe: test_moe.c train_moe.c dev/golden.h data/unicode.h
+	$(GET_CMOCKA)
+	$(TEST_BUILD) $(OPENMP) test_moe.c -o $@ -lcmocka $(LIBS)
+
+dev/test_moe_double: test_moe.c train_moe.c dev/golden.h data/unicode.h
+	$(GET_CMOCKA)
+	$(TEST_BUILD) $(OPENMP) -DREAL=double test_moe.c -o $@ -lcmocka $(LIBS)
+
+##test: the tests, in float and in double; installs cmocka if it is missing
+test: dev/test_moe dev/test_moe_double train_moe train_moe_double
+	dev/test_moe
+	dev/test_moe_double
+
+##sanitize: the tests and a short training under AddressSanitizer and UBSan
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+sanitize: data/stories/tokenizer.json
+	$(GET_CMOCKA)
+	$(TEST_BUILD) $(OPENMP) $(SANITIZE) data/tokenize.c -o dev/tokenize_asan $(LIBS)
+	$(TEST_BUILD) $(OPENMP) $(SANITIZE) train_moe.c -o dev/train_moe_asan $(LIBS)
+	$(TEST_BUILD) $(OPENMP) $(SANITIZE) test_moe.c -o dev/test_moe_asan -lcmocka $(LIBS)
+	$(TEST_BUILD) $(OPENMP) $(SANITIZE) -DREAL=double test_moe.c -o dev/test_moe_asan_double -lcmocka $(LIBS)
+	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan
+	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan_double
+
+# valgrind 3.19 does not know AVX-512, hence another ARCH; one thread, since libgomp is not made for it.
+##valgrind: a short training and the tests under valgrind
+VALGRIND := valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
+valgrind: data/stories/tokenizer.json
+	$(GET_CMOCKA)
+	$(CC) -std=gnu11 -O2 -g $(WARN) -Wno-unknown-pragmas train_moe.c -o dev/train_moe_valgrind $(LIBS)
+	$(CC) -std=gnu11 -O2 -g $(WARN) -Wno-unknown-pragmas test_moe.c -o dev/test_moe_valgrind -lcmocka $(LIBS)
+	rm -rf dev/valgrind_run
+	$(VALGRIND) dev/train_moe_valgrind --out dev/valgrind_run --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 \
+	    --eval-batches 2 --tokens 20 --save-every 2
+	$(VALGRIND) dev/train_moe_valgrind --out dev/valgrind_run --resume --steps 4
+	$(VALGRIND) dev/train_moe_valgrind --out dev/valgrind_run --prompt "Once upon" --tokens 20
+	rm -rf dev/valgrind_run
+	VALGRIND=1 $(VALGRIND) --child-silent-after-fork=yes dev/test_moe_valgrind
+
+dev/logits: dev/logits.c train_moe.c data/unicode.h
+	$(BUILD) $(OPENMP) dev/logits.c -o $@ $(LIBS)
+
+##format: lays the code out as .clang-format says
+format:
+	clang-format -i train_moe.c test_moe.c data/*.c
+
+##clean: removes what was built, but not the data and the runs
+clean:
+	rm -f train_moe train_moe_double data/tokenize data/make_stories dev/logits dev/bench dev/test_moe dev/test_moe_double
+	rm -f dev/*_asan dev/*_asan_double dev/*_valgrind dev/*_tsan
+	rm -rf data/stories data/stories.new
+
+help:
+	@sed -n 's/^##//p' Makefile

@@ -1,0 +1,4042 @@
+// train_moe.c: trains a Mixture-of-Experts language model from scratch, on the CPU, in one file.
+//
+// It is the whole trainer: configuration, matrix product, attention, router, experts, every backward pass, AdamW,
+// tokenizer, data, checkpoints and generation. It is not a framework: there is no autograd, each gradient is written
+// out by hand and checked against finite differences in test_moe.c. Read it from top to bottom.
+//
+//   make train_moe        a C compiler and make are all it takes; OpenMP is used where the compiler has it
+//   ./train_moe           trains on the built-in stories and tells one
+//   ./train_moe -h        every option
+//
+// The model, with the shape of what flows (B sequences of T tokens, N = B*T; C = --dim):
+//
+//     tokens (B,T)
+//        |  embedding (V,C)
+//        v
+//     x (N,C) ----------------------------------------------------------------------------+
+//        |                                                                    L layers    |
+//        |-- rmsnorm --> qkv (N,(H+2KV)*D) --> rope --> attention (N,H*D) --> proj --(+)  |
+//        |                                                                                |
+//        |-- rmsnorm --> h (N,C) --+--> router (N,E): which K of the E experts? ---+      |
+//        |                         |                                               v      |
+//        |                         |   plan: tokens sorted by expert      gate weight     |
+//        |                         |        |                                      |      |
+//        |                         +--> expert 0:  rows off[0]..off[1] --+         v      |
+//        |                         +--> expert 1:  rows off[1]..off[2] --+-->  weighted --(+)
+//        |                         +--> ...                              |        sum     |
+//        |                         +--> expert E-1                     --+                |
+//        |  <-----------------------------------------------------------------------------+
+//        v
+//     rmsnorm --> logits (N,V) = x . embedding^T --> cross-entropy
+//
+// A feed-forward layer in a dense GPT is one pair of matrices that every token passes. Here there are E such pairs,
+// the experts, and a small linear map, the router, sends each token to K of them: E/K times the weights for the same
+// work per token. All the rest of this file that a dense trainer would not have is in section 6.
+//
+// Letters, everywhere: B batch, T sequence length, N tokens = B*T, C model width, V vocabulary, L layers, H query heads,
+// KV key/value heads, D = C/H head width, E experts, K experts per token, F expert hidden width, S shared experts.
+// A comment such as "x (N,C)" gives an array's shape, row-major. Gradients are named like their value with a d before.
+// The file is C11 and C++17 at once, since train_moe.cu includes it.
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include "data/unicode.h"
+
+// `real` is the type of every weight and activation: float, or double to check gradients (make train_moe_double).
+#ifndef REAL
+#define REAL float
+#endif
+typedef REAL real;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. Configuration and recipes
+//
+// Every choice is one number or word in Config, and every field one row in `options`: the row is the command line
+// option, its help, its check, and its entry in the log and the checkpoints. A recipe is a router of the literature,
+// written as a row of such options; what the command line says comes after it and so overrides it.
+
+enum { SWIGLU, GEGLU, RELU, GELU };
+enum { PROBABILITY, RENORMALIZED };
+enum { SEQUENCE, BATCH };
+enum { NORMAL, TRUNCATED };
+enum { COSINE, WSD, CONSTANT };
+const char *const activation_names[] = {"swiglu", "geglu", "relu", "gelu", NULL};
+const char *const gate_names[] = {"probability", "renormalized", NULL};
+const char *const group_names[] = {"sequence", "batch", NULL};
+const char *const init_names[] = {"normal", "truncated", NULL};
+const char *const schedule_names[] = {"cosine", "wsd", "constant", NULL};
+
+#define MAX_OPTIONS 80
+
+typedef struct Config {
+    const char *recipe, *data, *out, *init, *tokenizer;
+    int layers, dim, heads, kv_heads, seq, untied;
+    double norm_eps, rope_theta;
+    int experts, topk, shared, ffn, moe_every, dense_first;
+    int activation, gate, group, init_scheme;
+    double capacity_factor, jitter, aux_weight, z_weight;
+    int batch, accum, steps, warmup, schedule;
+    double lr, min_lr, weight_decay, beta1, beta2, clip;
+    int eval_every, eval_batches, save_every, sample_every, log_every, keep;
+    const char *prompt;
+    int tokens, top_k;
+    double temperature, top_p;
+    int resume, seed, threads;
+    int vocab;                         // V, from the tokenizer
+    int list_recipes, help;
+    unsigned char given[MAX_OPTIONS];  // 1 where the command line set options[i]
+} Config;
+
+// MODEL says what the model computes, ORDER which data it sees when; a resumed run may change neither. TRAIN options are
+// taken from the checkpoint where the command line does not give them, RUN options belong to this call alone.
+enum { MODEL, ORDER, TRAIN, RUN };
+
+typedef struct Option {
+    const char *name;
+    char kind; // i integer, d number, s text, e one of `words`, f flag (takes no value), - heading of a group
+    size_t offset;
+    const char *standard; // default, as one would type it
+    double low, high;     // i, d: what is allowed
+    const char *const *words;
+    int when;
+    const char *help;
+} Option;
+
+#define HEADING(text) {text, '-', 0, NULL, 0, 0, NULL, RUN, NULL}
+#define INTEGER(name, field, standard, low, high, when, help)                                                          \
+    {name, 'i', offsetof(Config, field), standard, low, high, NULL, when, help}
+#define NUMBER(name, field, standard, low, high, when, help)                                                           \
+    {name, 'd', offsetof(Config, field), standard, low, high, NULL, when, help}
+#define WORD(name, field, standard, words, when, help)                                                                 \
+    {name, 'e', offsetof(Config, field), standard, 0, 0, words, when, help}
+#define TEXT(name, field, standard, when, help) {name, 's', offsetof(Config, field), standard, 0, 0, NULL, when, help}
+#define FLAG(name, field, when, help) {name, 'f', offsetof(Config, field), "0", 0, 1, NULL, when, help}
+
+const Option options[] = {
+    HEADING("Files"),
+    TEXT("data", data, "", TRAIN, "folder with *train*.bin, *val*.bin, tokenizer.json [data/tinystories, else data/stories]"),
+    TEXT("out", out, "", RUN, "run directory: log.jsonl and checkpoints [runs/RECIPE, a fresh one for each new run]"),
+    TEXT("init", init, "", RUN, "start from the weights in this checkpoint or Hugging Face directory"),
+    TEXT("tokenizer", tokenizer, "", RUN, "tokenizer.json to use where the data folder has none"),
+    FLAG("resume", resume, RUN, "go on from the last checkpoint in --out; start where there is none"),
+    HEADING("Model"),
+    TEXT("recipe", recipe, "mixtral", MODEL, "which router: a row of the options below; see --list-recipes"),
+    FLAG("list-recipes", list_recipes, RUN, "show the recipes and what each one chooses"),
+    INTEGER("layers", layers, "4", 1, 1000, MODEL, "layers (L)"),
+    INTEGER("dim", dim, "128", 2, 65536, MODEL, "width of the model (C)"),
+    INTEGER("heads", heads, "4", 1, 1024, MODEL, "query heads (H)"),
+    INTEGER("kv-heads", kv_heads, "0", 0, 1024, MODEL, "key and value heads (KV) [as many as --heads]"),
+    INTEGER("seq", seq, "256", 1, 1 << 20, ORDER, "tokens in a sequence (T)"),
+    FLAG("untied", untied, MODEL, "give the output its own matrix instead of the embedding's"),
+    NUMBER("norm-eps", norm_eps, "1e-5", 0, 1, MODEL, "epsilon inside RMSNorm's root"),
+    NUMBER("rope-theta", rope_theta, "10000", 1, 1e12, MODEL, "base of the rotary position frequencies"),
+    HEADING("Mixture of experts"),
+    INTEGER("experts", experts, "8", 1, 4096, MODEL, "routed experts (E)"),
+    INTEGER("topk", topk, "2", 1, 256, MODEL, "routed experts chosen for each token (K)"),
+    INTEGER("shared", shared, "0", 0, 256, MODEL, "shared experts, which see every token (S)"),
+    INTEGER("ffn", ffn, "256", 1, 1 << 20, MODEL, "hidden width of one expert (F); a dense layer has (K+S)*F"),
+    INTEGER("moe-every", moe_every, "1", 0, 1000, MODEL, "every n-th layer has experts, the others are dense; 0: none has"),
+    INTEGER("dense-first", dense_first, "0", 0, 1000, MODEL, "this many first layers are dense"),
+    WORD("activation", activation, "swiglu", activation_names, MODEL, "of the experts"),
+    WORD("gate", gate, "renormalized", gate_names, MODEL, "weight of a chosen expert: its probability, or that over the chosen ones' sum"),
+    WORD("group", group, "batch", group_names, TRAIN, "the tokens over which loads, capacities and losses are taken"),
+    NUMBER("capacity-factor", capacity_factor, "0", 0, 1e6, TRAIN, "an expert takes at most this times its fair share; 0: all that comes"),
+    NUMBER("jitter", jitter, "0", 0, 0.999, TRAIN, "the router's input is multiplied by 1 +- this in training"),
+    NUMBER("aux-weight", aux_weight, "0.01", 0, 1e6, TRAIN, "weight of the balance loss, which is 1 at balance"),
+    NUMBER("z-weight", z_weight, "0", 0, 1e6, TRAIN, "weight of the router's z-loss"),
+    WORD("init-scheme", init_scheme, "normal", init_names, TRAIN, "first weights: N(0,0.02), or truncated N(0,0.1/fan-in)"),
+    HEADING("Training"),
+    INTEGER("batch", batch, "8", 1, 1 << 20, ORDER, "sequences in a micro-step (B)"),
+    INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "micro-steps in a step"),
+    INTEGER("steps", steps, "1000", 1, 2000000000, TRAIN, "optimizer steps"),
+    NUMBER("lr", lr, "3e-3", 0, 100, TRAIN, "learning rate at its highest"),
+    NUMBER("min-lr", min_lr, "-1", -1, 100, TRAIN, "learning rate at the end [a tenth of --lr]"),
+    INTEGER("warmup", warmup, "100", 0, 2000000000, TRAIN, "steps over which the learning rate rises"),
+    WORD("schedule", schedule, "cosine", schedule_names, TRAIN, "then: cosine; wsd: constant, last fifth linear; constant"),
+    NUMBER("weight-decay", weight_decay, "0.1", 0, 100, TRAIN, "AdamW's decay of the matrices"),
+    NUMBER("beta1", beta1, "0.9", 0, 0.999999, TRAIN, "AdamW: memory of the mean gradient"),
+    NUMBER("beta2", beta2, "0.95", 0, 0.999999, TRAIN, "AdamW: memory of the mean squared gradient"),
+    NUMBER("clip", clip, "1", 0, 1e30, TRAIN, "largest gradient norm; 0: no clipping"),
+    INTEGER("seed", seed, "1", 0, 2147483647, ORDER, "of weights, data order and sampling"),
+    INTEGER("threads", threads, "0", 0, 4096, RUN, "threads [all cores]"),
+    HEADING("Paces, in steps; 0 turns off"),
+    INTEGER("log-every", log_every, "10", 0, 2000000000, TRAIN, "a line in the log"),
+    INTEGER("eval-every", eval_every, "250", 0, 2000000000, TRAIN, "validation"),
+    INTEGER("eval-batches", eval_batches, "32", 0, 2000000000, TRAIN, "batches in a validation, evenly spread; 0: all there are"),
+    INTEGER("sample-every", sample_every, "500", 0, 2000000000, TRAIN, "a story"),
+    INTEGER("save-every", save_every, "500", 0, 2000000000, TRAIN, "a checkpoint; the last step always saves one"),
+    INTEGER("keep", keep, "2", 1, 1000000, TRAIN, "checkpoints kept"),
+    HEADING("Generation"),
+    TEXT("prompt", prompt, NULL, RUN, "go on from this text with the model in --out, and exit; - reads standard input"),
+    INTEGER("tokens", tokens, "300", 1, 2000000000, RUN, "at most this many"),
+    NUMBER("temperature", temperature, "0.7", 0, 1000, RUN, "0: always the likeliest token"),
+    INTEGER("top-k", top_k, "0", 0, 2000000000, RUN, "choose among this many likeliest tokens; 0: all"),
+    NUMBER("top-p", top_p, "0.95", 0, 1, RUN, "choose among the likeliest tokens that hold this much probability"),
+    FLAG("help", help, RUN, "this list (also -h)"),
+};
+#undef HEADING
+#undef INTEGER
+#undef NUMBER
+#undef WORD
+#undef TEXT
+#undef FLAG
+const int option_count = (int)(sizeof(options) / sizeof(options[0]));
+
+typedef struct Recipe {
+    const char *name;
+    int year;
+    const char *summary, *choices, *paper;
+} Recipe;
+
+const Recipe recipes[] = {
+    {"mixtral", 2024, "top-2 of 8 SwiGLU experts, weights renormalised over the two, no token dropped",
+     "--activation swiglu --gate renormalized --group batch --aux-weight 0.01", "Jiang et al., Mixtral of Experts"},
+    {"switch", 2021, "top-1, weight is the probability, full experts pass tokens by; every other layer",
+     "--topk 1 --activation relu --gate probability --group sequence --capacity-factor 1.25 --jitter 0.01 --aux-weight 0.01 "
+     "--moe-every 2 --init-scheme truncated",
+     "Fedus, Zoph, Shazeer, Switch Transformers"},
+    {"dense", 2017, "no router: one feed-forward of width K*F, the same work per token as K experts",
+     "--moe-every 0", "Vaswani et al., Attention Is All You Need"},
+};
+const int recipe_count = (int)(sizeof(recipes) / sizeof(recipes[0]));
+
+int is_moe(const Config *c, int layer) {
+    return c->moe_every > 0 && layer >= c->dense_first && (layer - c->dense_first + 1) % c->moe_every == 0;
+}
+
+int is_gated(const Config *c) {
+    return c->activation == SWIGLU || c->activation == GEGLU;
+}
+
+// Width of the feed-forward that every token of this layer passes: the shared experts' together, or a dense layer's.
+int dense_width(const Config *c, int layer) {
+    return (is_moe(c, layer) ? c->shared : c->topk + c->shared) * c->ffn;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. Errors, memory, random numbers, JSON, options
+//
+// A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and machines,
+// exit 2 for the command line. Random numbers are a pure function of what they are for, so that any thread,
+// process or device draws the same ones in any order.
+
+const char *program_name = "train_moe";
+char unfinished_path[4096]; // a folder being written; fail() removes it, so that nothing half-written stays
+
+void remove_tree(const char *path) {
+    DIR *dir = opendir(path);
+    if (dir) {
+        char inner[4200];
+        for (struct dirent *entry; (entry = readdir(dir));) {
+            if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") &&
+                snprintf(inner, sizeof(inner), "%s/%s", path, entry->d_name) < (int)sizeof(inner) && unlink(inner) != 0)
+                remove_tree(inner);
+        }
+        closedir(dir);
+    }
+    rmdir(path);
+}
+
+__attribute__((noreturn)) void fail_with(int status, const char *hint, const char *format, va_list args) {
+    fflush(stdout);
+    fprintf(stderr, "%s: ", program_name);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "%s\n", hint);
+    if (unfinished_path[0])
+        remove_tree(unfinished_path);
+    exit(status);
+}
+
+__attribute__((noreturn, format(printf, 1, 2))) void fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fail_with(1, "", format, args);
+}
+
+__attribute__((noreturn, format(printf, 1, 2))) void usage_fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fail_with(2, " (-h lists the options)", format, args);
+}
+
+// Zeroed memory for count elements of size bytes; also for count 0.
+void *allocate(size_t count, size_t size) {
+    void *p = calloc(count ? count : 1, size);
+    if (!p)
+        fail("out of memory: could not allocate %.1f MiB", (double)count * (double)size / 1048576.0);
+    return p;
+}
+
+void *reallocate(void *p, size_t count, size_t size) {
+    if (size && count > SIZE_MAX / size)
+        fail("out of memory: %zu elements of %zu bytes", count, size);
+    p = realloc(p, count && size ? count * size : 1);
+    if (!p)
+        fail("out of memory: could not allocate %.1f MiB", (double)count * (double)size / 1048576.0);
+    return p;
+}
+
+real *allocate_reals(size_t count) {
+    return (real *)allocate(count, sizeof(real));
+}
+
+// The whole file, with a NUL behind its last byte.
+char *read_file(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        fail("%s: cannot open: %s", path, strerror(errno));
+    size_t room = 1 << 16, used = 0, got;
+    char *text = (char *)allocate(room, 1);
+    while ((got = fread(text + used, 1, room - used - 1, file)) > 0) {
+        used += got;
+        if (room - used < 2)
+            text = (char *)reallocate(text, room *= 2, 1);
+    }
+    if (ferror(file))
+        fail("%s: cannot read: %s", path, strerror(errno));
+    fclose(file);
+    text[used] = 0;
+    *size = used;
+    return text;
+}
+
+double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+int thread_count(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+int thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+int min_int(int a, int b) {
+    return a < b ? a : b;
+}
+
+int max_int(int a, int b) {
+    return a > b ? a : b;
+}
+
+// A bijection of 64-bit numbers in which every input bit moves every output bit (SplitMix64's finaliser, Steele 2014).
+uint64_t hash64(uint64_t x) {
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+
+enum { RANDOM_INIT, RANDOM_ORDER, RANDOM_JITTER, RANDOM_SAMPLE }; // what a random number is for
+
+// A stream of random numbers: one for each (seed, purpose, a, b), a and b being a step and a layer, say.
+uint64_t random_stream(uint64_t seed, int purpose, uint64_t a, uint64_t b) {
+    return hash64(hash64(hash64(hash64(seed) ^ (uint64_t)purpose) ^ a) ^ b);
+}
+
+// The i-th number of a stream, uniform in [0,1).
+double random_uniform(uint64_t stream, uint64_t i) {
+    return (double)(hash64(stream ^ hash64(i)) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+// The i-th number of a stream, standard normal (Box and Muller 1958).
+double random_normal(uint64_t stream, uint64_t i) {
+    double u = 1.0 - random_uniform(stream, 2 * i), v = random_uniform(stream, 2 * i + 1);
+    return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
+}
+
+// One small JSON reader, for the tokenizer, configurations, checkpoints and the log. A file becomes a tree: objects and
+// arrays hold a list of children. All nodes and strings live in one allocation, so that a tree is freed by one call.
+// It takes exactly what RFC 8259 allows and stops with a message at anything else.
+
+typedef struct Json {
+    char type;                  // 'o' object, 'a' array, 's' string, 'n' number, 't' true, 'f' false, '0' null
+    char *key;                  // member name inside an object, else NULL
+    char *text;                 // string: its bytes unescaped to UTF-8, NUL-terminated
+    size_t length;              // string: number of bytes (may contain NUL)
+    double number;
+    struct Json *child, *next;  // first element or member; next sibling
+} Json;
+
+// The length of the UTF-8 character at s (n bytes are left, at least one), and its code point. A byte that begins no
+// valid character (overlong forms, surrogates and cut-off ones included) is a character of its own: length 1, code -1.
+int utf8_decode(const char *s, size_t n, int32_t *code) {
+    const unsigned char *u = (const unsigned char *)s;
+    int length = u[0] < 0x80 ? 1 : u[0] < 0xc2 ? 0 : u[0] < 0xe0 ? 2 : u[0] < 0xf0 ? 3 : u[0] < 0xf5 ? 4 : 0;
+    int32_t c = length <= 1 ? u[0] : u[0] & (0x7f >> length);
+    int valid = length > 0 && (size_t)length <= n;
+    for (int i = 1; valid && i < length; i++) {
+        valid = (u[i] & 0xc0) == 0x80;
+        c = c << 6 | (u[i] & 0x3f);
+    }
+    if ((length == 3 && (c < 0x800 || (c >= 0xd800 && c < 0xe000))) || (length == 4 && (c < 0x10000 || c > 0x10ffff)))
+        valid = 0;
+    *code = valid ? c : -1;
+    return valid ? length : 1;
+}
+
+char *utf8_encode(char *out, int32_t c) { // returns the end of what it wrote, one to four bytes
+    if (c < 0x80) {
+        *out++ = (char)c;
+        return out;
+    }
+    int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+    *out++ = (char)((0xff00 >> (more + 1) & 0xff) | c >> 6 * more);
+    while (more--) *out++ = (char)(0x80 | (c >> 6 * more & 0x3f));
+    return out;
+}
+
+typedef struct JsonReader {
+    const char *name, *text, *at, *end;
+    Json *node;                 // the next free node
+    char *bytes;                // the next free byte for strings
+} JsonReader;
+
+void json_fail(const JsonReader *r, const char *expected) {
+    size_t line = 1;
+    for (const char *p = r->text; p < r->at; p++) line += *p == '\n';
+    char found[32] = "the end of the text";
+    if (r->at < r->end) {
+        unsigned char c = (unsigned char)*r->at;
+        snprintf(found, sizeof found, c > ' ' && c < 0x7f ? "'%c'" : "byte 0x%02x", c);
+    }
+    fail("%s: bad JSON at byte %zu (line %zu): expected %s, found %s", r->name, (size_t)(r->at - r->text), line,
+         expected, found);
+}
+
+int json_peek(JsonReader *r) { // the next byte after white space, -1 at the end
+    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' || *r->at == '\r' || *r->at == '\t')) r->at++;
+    return r->at < r->end ? (unsigned char)*r->at : -1;
+}
+
+int32_t json_hex4(JsonReader *r) {
+    int32_t value = 0;
+    for (int i = 0; i < 4; i++, r->at++) {
+        int c = r->at < r->end ? *r->at : -1;
+        int digit = c >= '0' && c <= '9' ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
+        if (digit < 0) json_fail(r, "four hexadecimal digits after \\u");
+        value = value * 16 + digit;
+    }
+    return value;
+}
+
+char *json_read_string(JsonReader *r, size_t *length) {
+    char *start = r->bytes, *out = start;
+    if (json_peek(r) != '"') json_fail(r, "a string");
+    r->at++;
+    while (r->at < r->end && *r->at != '"') {
+        if (*r->at != '\\') {
+            int32_t code;
+            int n = utf8_decode(r->at, (size_t)(r->end - r->at), &code);
+            if (code < 0x20) json_fail(r, code < 0 ? "UTF-8" : "an escape for a control character in a string");
+            while (n--) *out++ = *r->at++;
+            continue;
+        }
+        static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
+        const char *name;
+        if (++r->at < r->end && *r->at == 'u') {
+            r->at++;
+            int32_t code = json_hex4(r);
+            if (code >= 0xd800 && code < 0xdc00 && r->end - r->at >= 6 && r->at[0] == '\\' && r->at[1] == 'u') {
+                const char *second = r->at;
+                r->at += 2;
+                int32_t low = json_hex4(r);
+                if (low >= 0xdc00 && low < 0xe000) code = 0x10000 + (code - 0xd800) * 0x400 + (low - 0xdc00);
+                else r->at = second;
+            }
+            out = utf8_encode(out, code >= 0xd800 && code < 0xe000 ? 0xfffd : code); // half a pair: U+FFFD
+        } else if (r->at < r->end && *r->at && (name = strchr(names, *r->at)) != NULL) {
+            *out++ = values[name - names];
+            r->at++;
+        } else {
+            json_fail(r, "one of \"\\/bfnrtu after a backslash");
+        }
+    }
+    if (r->at == r->end) json_fail(r, "'\"'");
+    r->at++;
+    *length = (size_t)(out - start);
+    *out++ = 0;
+    r->bytes = out;
+    return start;
+}
+
+void json_digits(JsonReader *r) {
+    if (r->at == r->end || *r->at < '0' || *r->at > '9') json_fail(r, "a digit");
+    while (r->at < r->end && *r->at >= '0' && *r->at <= '9') r->at++;
+}
+
+double json_read_number(JsonReader *r) {
+    const char *start = r->at;
+    if (*r->at == '-') r->at++;
+    if (r->at < r->end && *r->at == '0') r->at++; // no digit may follow a leading zero
+    else json_digits(r);
+    if (r->at < r->end && *r->at == '.') {
+        r->at++;
+        json_digits(r);
+    }
+    if (r->at < r->end && (*r->at == 'e' || *r->at == 'E')) {
+        r->at++;
+        if (r->at < r->end && (*r->at == '+' || *r->at == '-')) r->at++;
+        json_digits(r);
+    }
+    size_t length = (size_t)(r->at - start);
+    memcpy(r->bytes, start, length); // strtod wants a NUL behind it; the next string overwrites this
+    r->bytes[length] = 0;
+    double number = strtod(r->bytes, NULL);
+    if (number - number != 0) { // infinite
+        r->at = start;
+        json_fail(r, "a number that a double can hold");
+    }
+    return number;
+}
+
+Json *json_read_value(JsonReader *r, int depth) {
+    Json *json = r->node++;
+    int c = json_peek(r);
+    if (c == '{' || c == '[') {
+        char close = c == '{' ? '}' : ']';
+        if (depth == 100) json_fail(r, "at most 100 levels of nesting");
+        json->type = c == '{' ? 'o' : 'a';
+        r->at++;
+        Json **link = &json->child;
+        if (json_peek(r) == close) c = close;
+        while (c != close) {
+            char *key = NULL;
+            size_t length;
+            if (close == '}') {
+                key = json_read_string(r, &length);
+                if (strlen(key) != length) json_fail(r, "a member name without \\u0000 before this");
+                if (json_peek(r) != ':') json_fail(r, "':'");
+                r->at++;
+            }
+            *link = json_read_value(r, depth + 1);
+            (*link)->key = key;
+            link = &(*link)->next;
+            c = json_peek(r);
+            if (c != close && c != ',') json_fail(r, close == '}' ? "',' or '}'" : "',' or ']'");
+            if (c == ',') r->at++;
+        }
+        r->at++;
+    } else if (c == '"') {
+        json->type = 's';
+        json->text = json_read_string(r, &json->length);
+    } else if (c == '-' || (c >= '0' && c <= '9')) {
+        json->type = 'n';
+        json->number = json_read_number(r);
+    } else {
+        const char *word = c == 't' ? "true" : c == 'f' ? "false" : "null";
+        size_t length = strlen(word);
+        if ((size_t)(r->end - r->at) < length || memcmp(r->at, word, length) != 0) json_fail(r, "a value");
+        json->type = c == 'n' ? '0' : (char)c;
+        r->at += length;
+    }
+    return json;
+}
+
+// The tree of a text of `size` bytes; `name` is the file that messages blame.
+Json *json_parse(const char *text, size_t size, const char *name) {
+    size_t nodes = 1; // every value but the first stands behind one of these
+    for (size_t i = 0; i < size; i++) nodes += text[i] == ',' || text[i] == '[' || text[i] == '{';
+    Json *root = (Json *)allocate(1, nodes * sizeof(Json) + size + 1); // no string is longer than its source
+    JsonReader r = {name, text, text, text + size, root, (char *)(root + nodes)};
+    json_read_value(&r, 0);
+    if (json_peek(&r) >= 0) json_fail(&r, "the end of the text");
+    return root;
+}
+
+// The member of an object, the last where several have this name; NULL where there is none, or no object.
+Json *json_get(const Json *object, const char *key) {
+    Json *found = NULL;
+    for (Json *m = object && object->type == 'o' ? object->child : NULL; m; m = m->next)
+        if (strcmp(m->key, key) == 0) found = m;
+    return found;
+}
+
+void json_free(Json *json) { free(json); }
+
+// Quoted and escaped. Bytes that are no UTF-8 become U+FFFD, so that the output is always valid.
+void json_write_string(FILE *file, const char *text, size_t length) {
+    fputc('"', file);
+    for (size_t i = 0; i < length;) {
+        int32_t code;
+        int n = utf8_decode(text + i, length - i, &code);
+        if (code < 0) fputs("\xef\xbf\xbd", file);
+        else if (code == '"' || code == '\\') fprintf(file, "\\%c", code);
+        else if (code == '\n') fputs("\\n", file);
+        else if (code < 0x20 || code == 0x7f) fprintf(file, "\\u%04x", code);
+        else fwrite(text + i, 1, (size_t)n, file);
+        i += (size_t)n;
+    }
+    fputc('"', file);
+}
+
+int find_word(const char *const *words, const char *text) {
+    for (int i = 0; words[i]; i++) {
+        if (!strcmp(words[i], text))
+            return i;
+    }
+    return -1;
+}
+
+int find_option(const char *name) {
+    for (int i = 0; i < option_count; i++) {
+        if (options[i].kind != '-' && !strcmp(options[i].name, name))
+            return i;
+    }
+    return -1;
+}
+
+const Recipe *find_recipe(const char *name) {
+    for (int i = 0; i < recipe_count; i++) {
+        if (!strcmp(recipes[i].name, name))
+            return &recipes[i];
+    }
+    usage_fail("there is no recipe '%s'; --list-recipes shows those there are", name);
+}
+
+// Sets one field from text, which is kept by reference. path: the file that says so, or NULL for the command line.
+void set_option(Config *config, const Option *option, const char *value, const char *path) {
+    char *field = (char *)config + option->offset, *end, expected[256] = "";
+    int whole = 0;
+    double number = 0;
+    errno = 0;
+    if (option->kind == 's') {
+        memcpy(field, &value, sizeof(value));
+    } else if (option->kind == 'e') {
+        whole = find_word(option->words, value);
+        for (int i = 0; whole < 0 && option->words[i]; i++)
+            snprintf(expected + strlen(expected), sizeof(expected) - strlen(expected), "%s%s", i ? ", " : "one of: ",
+                     option->words[i]);
+        memcpy(field, &whole, sizeof(whole));
+    } else {
+        number = strtod(value, &end);
+        int is_whole = option->kind == 'd' || (number == floor(number) && !strpbrk(value, ".eExX"));
+        if (end == value || *end || errno || !(number >= option->low && number <= option->high) || !is_whole)
+            snprintf(expected, sizeof(expected), "%s from %.15g to %.15g", option->kind == 'd' ? "a number" : "a whole number",
+                     option->low, option->high);
+        else if (option->kind == 'd')
+            memcpy(field, &number, sizeof(number));
+        else
+            memcpy(field, (whole = (int)number, &whole), sizeof(whole));
+    }
+    if (*expected && path)
+        fail("%s: %s is '%s'; expected %s", path, option->name, value, expected);
+    if (*expected)
+        usage_fail("--%s: '%s' is not %s", option->name, value, expected);
+}
+
+// One field as text, into buffer where it is not text already.
+const char *option_text(const Config *config, const Option *option, char buffer[64]) {
+    const char *field = (const char *)config + option->offset;
+    int whole;
+    double number;
+    if (option->kind == 's') {
+        const char *text;
+        memcpy(&text, field, sizeof(text));
+        return text ? text : "";
+    }
+    if (option->kind == 'd') {
+        memcpy(&number, field, sizeof(number));
+        snprintf(buffer, 64, "%.15g", number);
+        if (strtod(buffer, NULL) != number)
+            snprintf(buffer, 64, "%.17g", number);
+        return buffer;
+    }
+    memcpy(&whole, field, sizeof(whole));
+    if (option->kind == 'e')
+        return option->words[whole];
+    snprintf(buffer, 64, "%d", whole);
+    return buffer;
+}
+
+// A copy of text that lives as long as the program.
+const char *keep_text(const char *text) {
+    static char **kept = NULL;
+    static size_t count = 0;
+    kept = (char **)reallocate(kept, count + 1, sizeof(char *));
+    kept[count] = strdup(text);
+    return kept[count++];
+}
+
+void config_defaults(Config *config) {
+    memset(config, 0, sizeof(*config));
+    for (int i = 0; i < option_count; i++) {
+        if (options[i].standard)
+            set_option(config, &options[i], options[i].standard, NULL);
+    }
+}
+
+// Sets the recipe's choices, but for what the command line gave.
+void config_recipe(Config *config, const char *name) {
+    const Recipe *recipe = find_recipe(name);
+    config->recipe = recipe->name;
+    char *text = strdup(recipe->choices), *rest = NULL;
+    for (char *word = strtok_r(text, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
+        int o = find_option(word + 2);
+        const char *value = strtok_r(NULL, " ", &rest);
+        if (!config->given[o])
+            set_option(config, &options[o], value, NULL);
+    }
+    free(text);
+}
+
+// Fills in what follows from other fields and refuses what does not go together.
+void config_check(Config *c) {
+    if (!c->kv_heads)
+        c->kv_heads = c->heads;
+    if (c->dim % c->heads)
+        usage_fail("--dim %d is not divisible by --heads %d", c->dim, c->heads);
+    if (c->dim / c->heads % 2)
+        usage_fail("--dim %d / --heads %d: heads must have an even width for rotary positions", c->dim, c->heads);
+    if (c->heads % c->kv_heads)
+        usage_fail("--heads %d is not divisible by --kv-heads %d", c->heads, c->kv_heads);
+    if (c->moe_every && c->topk > c->experts)
+        usage_fail("--topk %d is more than --experts %d", c->topk, c->experts);
+    if (c->moe_every && c->gate == RENORMALIZED && c->topk == 1 && c->experts > 1)
+        usage_fail("--topk 1 with --gate renormalized: the weight is always 1, so the router would never learn; use --gate "
+                   "probability");
+    if (c->min_lr > c->lr)
+        usage_fail("--min-lr %g is more than --lr %g", c->min_lr, c->lr);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. The matrix product
+//
+// Nine tenths of the time goes here, so this is the one routine written for speed; everything else calls it. The idea
+// (Goto and van de Geijn 2008): a core can do dozens of multiply-adds in the time of one load from far memory, so both
+// operands are copied ("packed") into the order in which they will be read, and a kernel keeps a tile of MR x NR
+// results in registers while it runs along the summed dimension k.
+//
+// Packing is also where transposition and gathering happen, hence one routine serves the forward pass (x W^T), both
+// backward passes (dout W and dout^T x), and the experts, whose rows are picked out of the batch by index.
+// Each result is summed by one thread in one order, so the bits do not depend on the number of threads.
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define MR           12
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#define MR           6
+#else
+#define VECTOR_BYTES 16
+#define MR           6
+#endif
+typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef real vec_in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+#define LANES  ((int)(VECTOR_BYTES / sizeof(real)))
+#define NR     (2 * LANES)
+#define TILE_M (4 * MR) // rows of a task
+#define TILE_K 256      // so that a panel of b, TILE_K x NR, stays in the first-level cache
+
+// A matrix in memory: row r starts at p + index[r]*ld, or at p + r*ld where index is NULL. A product sums over k; either
+// k runs along a row, or each row belongs to one k.
+typedef struct Operand {
+    const real *p;
+    size_t ld;
+    const int *index;
+    int row_is_k;
+} Operand;
+
+// out (m,n), its rows ld apart = a (m,k) times b (k,n)
+typedef struct Product {
+    real *out;
+    size_t ld;
+    Operand a, b;
+    int m, n, k;
+} Product;
+
+Operand along_rows(const real *p, size_t ld, const int *index) {
+    Operand o = {p, ld, index, 0};
+    return o;
+}
+
+Operand along_columns(const real *p, size_t ld, const int *index) {
+    Operand o = {p, ld, index, 1};
+    return o;
+}
+
+// Copies a panel: `width` outer rows (or columns) from `first` on, `used` of which exist, and k from k0 to k0+nk.
+// packed (nk,width), zero where there is nothing.
+void pack(real *packed, int width, const Operand *o, int first, int used, int k0, int nk) {
+    if (used < width)
+        memset(packed, 0, (size_t)nk * (size_t)width * sizeof(real));
+    for (int r = 0; r < (o->row_is_k ? nk : used); r++) {
+        int row = (o->row_is_k ? k0 : first) + r;
+        const real *from = o->p + (size_t)(o->index ? o->index[row] : row) * o->ld + (o->row_is_k ? first : k0);
+        if (o->row_is_k) {
+            memcpy(packed + (size_t)r * (size_t)width, from, (size_t)used * sizeof(real));
+        } else {
+            for (int k = 0; k < nk; k++)
+                packed[(size_t)k * (size_t)width + (size_t)r] = from[k];
+        }
+    }
+}
+
+// out (rows,cols) of at most MR x NR = or += a (nk,MR) transposed, times b (nk,NR), both packed.
+void product_kernel(real *out, size_t ld, const real *a, const real *b, int nk, int rows, int cols, int accumulate) {
+    vec sum[MR][2], zero = {0};
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+        sum[i][0] = sum[i][1] = zero;
+    for (int k = 0; k < nk; k++, a += MR, b += NR) {
+        vec b0 = *(const vec_in_memory *)b, b1 = *(const vec_in_memory *)(b + LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) {
+            sum[i][0] += a[i] * b0;
+            sum[i][1] += a[i] * b1;
+        }
+    }
+    real edge[MR * NR]; // where the tile sticks out of the result, it is written here first
+    int whole = rows == MR && cols == NR;
+    real *to = whole ? out : edge;
+    size_t step = whole ? ld : NR;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++) {
+        vec_in_memory *left = (vec_in_memory *)(to + (size_t)i * step);
+        vec_in_memory *right = (vec_in_memory *)(to + (size_t)i * step + LANES);
+        if (whole && accumulate) {
+            *left += sum[i][0];
+            *right += sum[i][1];
+        } else {
+            *left = sum[i][0];
+            *right = sum[i][1];
+        }
+    }
+    for (int i = 0; !whole && i < rows; i++) {
+        real *row = out + (size_t)i * ld;
+        for (int j = 0; j < cols; j++)
+            row[j] = accumulate ? row[j] + edge[i * NR + j] : edge[i * NR + j];
+    }
+}
+
+// One or two rows (generation, mostly) are not worth packing W for: their results are plain dot products.
+int few_rows(const Product *p) {
+    return p->m <= 2 && !p->a.row_is_k && !p->b.row_is_k;
+}
+
+void product_of_few_rows(const Product *p, int first, int cols, int accumulate) {
+    for (int i = 0; i < p->m; i++) {
+        const real *a = p->a.p + (size_t)(p->a.index ? p->a.index[i] : i) * p->a.ld;
+        for (int j = first; j < first + cols; j++) {
+            const real *b = p->b.p + (size_t)(p->b.index ? p->b.index[j] : j) * p->b.ld;
+            vec sum = {0};
+            int k = 0;
+            for (; k + LANES <= p->k; k += LANES)
+                sum += *(const vec_in_memory *)(a + k) * *(const vec_in_memory *)(b + k);
+            real total = 0;
+            for (int lane = 0; lane < LANES; lane++)
+                total += sum[lane];
+            for (; k < p->k; k++)
+                total += a[k] * b[k];
+            real *out = p->out + (size_t)i * p->ld + (size_t)j;
+            *out = accumulate ? *out + total : total;
+        }
+    }
+}
+
+int div_up(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+// A product falls into panels of b, packed first, and then into tasks of TILE_M rows that read all panels.
+int product_panels(const Product *p) {
+    return few_rows(p) || p->m == 0 ? 0 : div_up(p->n, NR);
+}
+
+int product_tasks(const Product *p) {
+    return few_rows(p) ? div_up(p->n, 4 * NR) : div_up(p->m, TILE_M);
+}
+
+size_t product_room(const Product *p) { // numbers of packed b
+    return (size_t)product_panels(p) * NR * (size_t)p->k;
+}
+
+// Panel j holds columns j*NR... of b, all k.
+void product_pack_panel(const Product *p, int j, real *packed) {
+    pack(packed + (size_t)j * NR * (size_t)p->k, NR, &p->b, j * NR, min_int(NR, p->n - j * NR), 0, p->k);
+}
+
+void product_task(const Product *p, int task, const real *packed, int accumulate) {
+    if (few_rows(p)) {
+        product_of_few_rows(p, task * 4 * NR, min_int(4 * NR, p->n - task * 4 * NR), accumulate);
+        return;
+    }
+    real a[TILE_M * TILE_K] __attribute__((aligned(64)));
+    int first = task * TILE_M, rows = min_int(TILE_M, p->m - first);
+    for (int k0 = 0; k0 < max_int(p->k, 1); k0 += TILE_K) {
+        int nk = min_int(TILE_K, p->k - k0);
+        for (int i = 0; i < rows; i += MR)
+            pack(a + i * nk, MR, &p->a, first + i, min_int(MR, rows - i), k0, nk);
+        for (int j = 0; j < p->n; j += NR) {
+            const real *b = packed + (size_t)j * (size_t)p->k + (size_t)k0 * NR;
+            for (int i = 0; i < rows; i += MR)
+                product_kernel(p->out + (size_t)(first + i) * p->ld + (size_t)j, p->ld, a + i * nk, b, nk,
+                               min_int(MR, rows - i), min_int(NR, p->n - j), accumulate || k0 > 0);
+        }
+    }
+}
+
+// One small product by the calling thread alone; room for product_room() numbers is the caller's.
+void product_serial(Product p, int accumulate, real *room) {
+    for (int j = 0; j < product_panels(&p); j++)
+        product_pack_panel(&p, j, room);
+    for (int task = 0; task < product_tasks(&p); task++)
+        product_task(&p, task, room, accumulate);
+}
+
+// All products of the list, by all threads. Not to be called by two threads at once.
+void products(const Product *list, int count, int accumulate) {
+    static real *packed = NULL;
+    static size_t room = 0;
+    int panels = 0, tasks = 0;
+    size_t need = 0;
+    double work = 0;
+    for (int i = 0; i < count; i++) {
+        panels += product_panels(&list[i]);
+        tasks += product_tasks(&list[i]);
+        need += product_room(&list[i]);
+        work += (double)list[i].m * list[i].n * list[i].k;
+    }
+    if (need > room) {
+        free(packed);
+        packed = (real *)aligned_alloc(64, (need * sizeof(real) + 63) / 64 * 64);
+        if (!packed)
+            fail("out of memory: could not allocate %.1f MiB", (double)need * sizeof(real) / 1048576.0);
+        room = need;
+    }
+#pragma omp parallel if (work > 20000)
+    {
+#pragma omp for schedule(static)
+        for (int panel = 0; panel < panels; panel++) {
+            const Product *p = list;
+            real *to = packed;
+            int j = panel;
+            for (; j >= product_panels(p); to += product_room(p), p++)
+                j -= product_panels(p);
+            product_pack_panel(p, j, to);
+        }
+#pragma omp for schedule(dynamic)
+        for (int t = 0; t < tasks; t++) {
+            const Product *p = list;
+            real *from = packed;
+            int task = t;
+            for (; task >= product_tasks(p); from += product_room(p), p++)
+                task -= product_tasks(p);
+            product_task(p, task, from, accumulate);
+        }
+    }
+}
+
+// out (m,n) = or += a times b
+void product(real *out, Operand a, Operand b, int m, int n, int k, int accumulate) {
+    Product p = {out, (size_t)n, a, b, m, n, k};
+    products(&p, 1, accumulate);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5. Norm, softmax, rotary positions, attention, embedding
+//
+// The layers that every transformer has: a forward and a backward function each, over plain arrays. A backward function
+// adds to its gradients (dx, dw) unless its comment says that it writes them. Sums over tokens are taken in chunks of a
+// fixed size and the chunks added in order, so that any number of threads gives the same bits.
+
+#define CHUNK 128 // tokens
+
+vec vec_load(const real *p, int n) { // the first n of LANES numbers, then zeros
+    vec v = {0};
+    if (n >= LANES)
+        return *(const vec_in_memory *)p;
+    memcpy(&v, p, (size_t)n * sizeof(real));
+    return v;
+}
+
+void vec_store(real *p, vec v, int n) {
+    if (n >= LANES)
+        *(vec_in_memory *)p = v;
+    else
+        memcpy(p, &v, (size_t)n * sizeof(real));
+}
+
+// e^x in every lane. x = n ln 2 + r with |r| <= ln 2 / 2; e^r is a polynomial (Taylor, to 1 ulp in float) and 2^n goes
+// straight into the exponent bits. Below -87 the result is about 1e-38 instead of less; in double, libm does it.
+vec vec_exp(vec x) {
+#define EXP_LANES (VECTOR_BYTES / 4)
+    if (sizeof(real) == 8) {
+        for (int i = 0; i < LANES; i++)
+            x[i] = exp(x[i]);
+        return x;
+    }
+    typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+    typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
+    floats v;
+    memcpy(&v, &x, sizeof(v));
+    ints low = v < -87.0f, high = v > 88.0f;
+    floats lowest = {0}, highest = {0};
+    lowest -= 87.0f;
+    highest += 88.0f;
+    v = (floats)(((ints)v & ~(low | high)) | ((ints)lowest & low) | ((ints)highest & high));
+    floats shifted = v * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the sum's low bits are n, rounded
+    floats n = shifted - 12582912.0f;
+    floats r = v - n * 0.693359375f + n * 2.12194440e-4f;
+    floats e = r * (1.0f / 720) + (1.0f / 120);
+    e = e * r + (1.0f / 24);
+    e = e * r + (1.0f / 6);
+    e = e * r + 0.5f;
+    e = e * r + 1.0f;
+    e = e * r + 1.0f;
+    e = (floats)((ints)e + ((ints)shifted << 23));
+    memcpy(&x, &e, sizeof(x));
+    return x;
+}
+
+// row (n) becomes softmax(row); returns log(sum(exp(row)))
+real softmax(real *row, int n) {
+    real top = row[0], total = 0;
+    for (int j = 1; j < n; j++)
+        top = row[j] > top ? row[j] : top;
+    vec sum = {0};
+    for (int j = 0; j < n; j += LANES) {
+        vec e = vec_exp(vec_load(row + j, n - j) - top);
+        vec_store(row + j, e, n - j);
+        sum += vec_load(row + j, n - j); // not e: lanes beyond n hold no term
+    }
+    for (int lane = 0; lane < LANES; lane++)
+        total += sum[lane];
+    for (int j = 0; j < n; j++)
+        row[j] /= total;
+    return top + (real)log((double)total);
+}
+
+// out (N,C) = x / rms(x) * w, w (C); rms(x) = sqrt(mean(x^2) + eps), its inverse kept in rstd (N).
+// Zhang and Sennrich 2019, Root Mean Square Layer Normalization.
+void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N, int C, double eps) {
+#pragma omp parallel for if (N > 16)
+    for (int n = 0; n < N; n++) {
+        const real *row = x + (size_t)n * C;
+        real sum = 0;
+        for (int c = 0; c < C; c++)
+            sum += row[c] * row[c];
+        rstd[n] = (real)(1.0 / sqrt((double)sum / C + eps));
+        for (int c = 0; c < C; c++)
+            out[(size_t)n * C + c] = row[c] * rstd[n] * w[c];
+    }
+}
+
+// dx (N,C) += , dw (C) += . With y = x*rstd: dx = rstd * (g - y * mean(g*y)), g = dout*w. partial (chunks of N, C).
+void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *rstd, const real *w, int N, int C,
+                      real *partial) {
+    int chunks = div_up(N, CHUNK);
+#pragma omp parallel for
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        real *part = partial + (size_t)chunk * C;
+        memset(part, 0, (size_t)C * sizeof(real));
+        for (int n = chunk * CHUNK; n < min_int(N, (chunk + 1) * CHUNK); n++) {
+            const real *row = x + (size_t)n * C, *g = dout + (size_t)n * C;
+            real mean = 0;
+            for (int c = 0; c < C; c++) {
+                part[c] += g[c] * row[c] * rstd[n];
+                mean += g[c] * w[c] * row[c];
+            }
+            mean *= rstd[n] * rstd[n] * rstd[n] / (real)C;
+            for (int c = 0; c < C; c++)
+                dx[(size_t)n * C + c] += g[c] * w[c] * rstd[n] - row[c] * mean;
+        }
+    }
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        for (int c = 0; c < C; c++)
+            dw[c] += partial[(size_t)chunk * C + c];
+    }
+}
+
+// Turns the first `heads` heads of each row of qkv (N rows, ld apart) by its token's position: pair (i, i + D/2) of a
+// head by the angle position * theta^(-2i/D). direction -1 turns back, which is also the backward pass. Su et al. 2021,
+// RoFormer, in the half-split order of Hugging Face. angles (positions, D/2, 2) holds cosines and sines.
+void rope(real *qkv, size_t ld, int N, int T, int heads, int D, const real *angles, real direction) {
+#pragma omp parallel for if (N > 16)
+    for (int n = 0; n < N; n++) {
+        const real *angle = angles + (size_t)(n % T) * D;
+        for (int h = 0; h < heads; h++) {
+            real *head = qkv + (size_t)n * ld + (size_t)h * D;
+            for (int i = 0; i < D / 2; i++) {
+                real c = angle[2 * i], s = angle[2 * i + 1] * direction, a = head[i], b = head[i + D / 2];
+                head[i] = a * c - b * s;
+                head[i + D / 2] = b * c + a * s;
+            }
+        }
+    }
+}
+
+// Causal grouped-query attention. qkv (B,T,(H+2KV)*D): H query heads, then KV keys, then KV values; query head h uses
+// key and value head h/(H/KV). out (B,T,H*D); lse (B,H,T): log of the sum of exp of each query's scores, with which
+// backward gets the probabilities again. No (T,T) array: a task looks at ATTENTION_ROWS queries of one head and keeps
+// their scores only. Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Dao et al. 2022 (recomputing).
+#define ATTENTION_ROWS 64
+
+size_t attention_room(int T, int D) { // scratch for one thread: two blocks of scores, and a packed operand
+    return (size_t)ATTENTION_ROWS * (size_t)T * 2 + (size_t)(T + NR) * (size_t)(max_int(D, ATTENTION_ROWS) + NR);
+}
+
+// scores (rows, keys) of queries first... of one head; scaled.
+void attention_scores(real *scores, const real *q, const real *k, size_t ld, int rows, int keys, int D, real *room) {
+    Product p = {scores, (size_t)keys, along_rows(q, ld, NULL), along_rows(k, ld, NULL), rows, keys, D};
+    product_serial(p, 0, room);
+    real scale = (real)(1.0 / sqrt((double)D));
+    for (size_t i = 0; i < (size_t)rows * (size_t)keys; i++)
+        scores[i] *= scale;
+}
+
+void attention_forward(real *out, real *lse, const real *qkv, int B, int T, int H, int KV, int D, real *scratch) {
+    size_t ld = (size_t)(H + 2 * KV) * (size_t)D;
+    int blocks = div_up(T, ATTENTION_ROWS);
+#pragma omp parallel for schedule(dynamic)
+    for (int task = B * H * blocks - 1; task >= 0; task--) { // the longest first
+        int b = task % (B * H) / H, h = task % H, first = task / (B * H) * ATTENTION_ROWS;
+        int rows = min_int(ATTENTION_ROWS, T - first), keys = first + rows;
+        const real *q = qkv + ((size_t)b * T + first) * ld + (size_t)h * D;
+        const real *k = qkv + (size_t)b * T * ld + (size_t)(H + h / (H / KV)) * D, *v = k + (size_t)KV * D;
+        real *scores = scratch + (size_t)thread_number() * attention_room(T, D);
+        real *room = scores + (size_t)ATTENTION_ROWS * T * 2;
+        attention_scores(scores, q, k, ld, rows, keys, D, room);
+        for (int i = 0; i < rows; i++) {
+            real *row = scores + (size_t)i * keys;
+            lse[((size_t)b * H + h) * T + first + i] = softmax(row, first + i + 1);
+            memset(row + first + i + 1, 0, (size_t)(rows - i - 1) * sizeof(real)); // the future
+        }
+        Product p = {out + ((size_t)b * T + first) * H * D + (size_t)h * D, (size_t)H * D,
+                     along_rows(scores, (size_t)keys, NULL), along_columns(v, ld, NULL), rows, D, keys};
+        product_serial(p, 0, room);
+    }
+}
+
+// Writes dqkv (B,T,(H+2KV)*D). With P the probabilities: dV = P^T dout, dP = dout V^T, dS = P * (dP - rowsum(P * dP)),
+// where rowsum(P * dP) = dout . out; dQ = dS K, dK = dS^T Q. One task owns one key/value head, so it alone adds to it.
+void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv, int B, int T, int H,
+                        int KV, int D, real *scratch) {
+    size_t ld = (size_t)(H + 2 * KV) * (size_t)D, width = (size_t)H * D;
+#pragma omp parallel for schedule(dynamic)
+    for (int task = 0; task < B * KV; task++) {
+        int b = task / KV, kv = task % KV;
+        size_t base = (size_t)b * T * ld;
+        const real *k = qkv + base + (size_t)(H + kv) * D, *v = k + (size_t)KV * D;
+        real *dk = dqkv + base + (size_t)(H + kv) * D, *dv = dk + (size_t)KV * D;
+        real *P = scratch + (size_t)thread_number() * attention_room(T, D), *dS = P + (size_t)ATTENTION_ROWS * T;
+        real *room = dS + (size_t)ATTENTION_ROWS * T, scale = (real)(1.0 / sqrt((double)D));
+        for (int t = 0; t < T; t++) {
+            memset(dk + (size_t)t * ld, 0, (size_t)D * sizeof(real));
+            memset(dv + (size_t)t * ld, 0, (size_t)D * sizeof(real));
+        }
+        for (int h = kv * (H / KV); h < (kv + 1) * (H / KV); h++) {
+            for (int first = 0; first < T; first += ATTENTION_ROWS) {
+                int rows = min_int(ATTENTION_ROWS, T - first), keys = first + rows;
+                const real *q = qkv + base + (size_t)first * ld + (size_t)h * D;
+                const real *o = out + ((size_t)b * T + first) * width + (size_t)h * D;
+                const real *g = dout + ((size_t)b * T + first) * width + (size_t)h * D;
+                attention_scores(P, q, k, ld, rows, keys, D, room);
+                Product dp = {dS, (size_t)keys, along_rows(g, width, NULL), along_rows(v, ld, NULL), rows, keys, D};
+                product_serial(dp, 0, room);
+                for (int i = 0; i < rows; i++) {
+                    real *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, sum = 0;
+                    real norm = lse[((size_t)b * H + h) * T + first + i];
+                    for (int c = 0; c < D; c++)
+                        sum += g[(size_t)i * width + c] * o[(size_t)i * width + c];
+                    int seen = first + i + 1;
+                    for (int j = 0; j < seen; j += LANES)
+                        vec_store(p + j, vec_exp(vec_load(p + j, seen - j) - norm), seen - j);
+                    for (int j = 0; j < seen; j++)
+                        ds[j] = p[j] * (ds[j] - sum) * scale;
+                    memset(p + seen, 0, (size_t)(keys - seen) * sizeof(real));
+                    memset(ds + seen, 0, (size_t)(keys - seen) * sizeof(real));
+                }
+                Operand P_t = along_columns(P, (size_t)keys, NULL), dS_t = along_columns(dS, (size_t)keys, NULL);
+                Product to_v = {dv, ld, P_t, along_columns(g, width, NULL), keys, D, rows};
+                Product to_k = {dk, ld, dS_t, along_columns(q, ld, NULL), keys, D, rows};
+                Product to_q = {dqkv + base + (size_t)first * ld + (size_t)h * D, ld, along_rows(dS, (size_t)keys, NULL),
+                                along_columns(k, ld, NULL), rows, D, keys};
+                product_serial(to_v, 1, room);
+                product_serial(to_k, 1, room);
+                product_serial(to_q, 0, room);
+            }
+        }
+    }
+}
+
+// Counting sort: order (n) lists 0..n-1 by key, stable; offset (keys+1) says where each key begins. Negative keys are
+// left out. It sorts tokens by expert and, for the embedding's gradient, by vocabulary entry.
+void counting_sort(int *order, int *offset, const int *key, int n, int keys) {
+    memset(offset, 0, ((size_t)keys + 1) * sizeof(int));
+    for (int i = 0; i < n; i++) {
+        if (key[i] >= 0)
+            offset[key[i] + 1]++;
+    }
+    for (int k = 0; k < keys; k++)
+        offset[k + 1] += offset[k];
+    for (int i = 0; i < n; i++) {
+        if (key[i] >= 0)
+            order[offset[key[i]]++] = i;
+    }
+    for (int k = keys; k > 0; k--) // each offset has moved to its successor's place
+        offset[k] = offset[k - 1];
+    offset[0] = 0;
+}
+
+// x (N,C) = embedding (V,C)[token]
+void embedding_forward(real *x, const real *embedding, const int *tokens, int N, int C) {
+    for (int n = 0; n < N; n++)
+        memcpy(x + (size_t)n * C, embedding + (size_t)tokens[n] * C, (size_t)C * sizeof(real));
+}
+
+// dembedding (V,C) += ; each row is summed over its tokens in their order. order (N), offset (V+1) are scratch.
+void embedding_backward(real *dembedding, const real *dx, const int *tokens, int N, int C, int V, int *order, int *offset) {
+    counting_sort(order, offset, tokens, N, V);
+#pragma omp parallel for
+    for (int v = 0; v < V; v++) {
+        for (int i = offset[v]; i < offset[v + 1]; i++) {
+            for (int c = 0; c < C; c++)
+                dembedding[(size_t)v * C + c] += dx[(size_t)order[i] * C + c];
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. The router and the experts
+//
+// The mixture of experts (Shazeer et al. 2017), in the order in which it happens:
+//
+//   scores   p (N,E) = softmax(h W_g^T): how much each token wants each expert
+//   select   the K experts with the highest p, for each token
+//   gate     the weight with which each chosen expert's answer will count
+//   capacity in training, an expert may refuse tokens beyond its share (only if the recipe says so)
+//   plan     choices sorted by expert, so that an expert's tokens are rows offset[e]..offset[e+1] of one array
+//   experts  each a small feed-forward over its own rows
+//   combine  each token adds up its experts' answers, weighted
+//
+// Choosing is not differentiable, so the router learns in two ways only: through the weights of the experts it did
+// choose, and through the balance losses, without which it soon sends everything to a few favourites.
+
+// The integers of one layer's routing. A "choice" is n*K + k: token n's k-th expert. A "slot" is a row of the sorted order.
+typedef struct Plan {
+    int N, E, K;
+    int *expert;  // (N*K) expert of each choice, best first; -1: no choice
+    int *key;     // (N*K) the same, or -1 where the expert was full
+    int *slot;    // (N*K) slot of each choice, -1 where it has none
+    int *choice;  // (N*K) choice of each slot, sorted by expert and then by token
+    int *token;   // (N*K) token of each slot
+    int *offset;  // (E+1) first slot of each expert; offset[E] slots in all
+    int *count;   // (groups*E) choices of each expert in each group, before capacity
+    int dropped;  // choices without a slot
+} Plan;
+
+// expert (N,K): the K largest of each row of p (N,E), largest first; of equals the lower index.
+void select_topk(int *expert, const real *p, int N, int E, int K) {
+#pragma omp parallel for if (N > 64)
+    for (int n = 0; n < N; n++) {
+        const real *row = p + (size_t)n * E;
+        int *chosen = expert + (size_t)n * K;
+        for (int k = 0; k < K; k++) {
+            int best = -1;
+            for (int e = 0; e < E; e++) {
+                int taken = 0;
+                for (int i = 0; i < k; i++)
+                    taken |= chosen[i] == e;
+                if (!taken && (best < 0 || row[e] > row[best]))
+                    best = e;
+            }
+            chosen[k] = best;
+        }
+    }
+}
+
+// An expert takes at most capacity = ceil(factor * K * n / E) of a group's n tokens: first choices before second ones,
+// earlier tokens before later ones; the rest are dropped (Fedus et al. 2021, section 2.2). factor 0: no limit.
+void plan_capacity(Plan *plan, int group_tokens, double factor) {
+    int N = plan->N, E = plan->E, K = plan->K, capacity = N * K;
+    if (factor > 0)
+        capacity = (int)fmin(ceil(factor * K * group_tokens / E - 1e-9), (double)N * K);
+    memset(plan->count, 0, (size_t)(N / group_tokens) * E * sizeof(int));
+    plan->dropped = 0;
+    for (int group = 0; group < N / group_tokens; group++) {
+        int *count = plan->count + (size_t)group * E;
+        for (int k = 0; k < K; k++) {
+            for (int n = group * group_tokens; n < (group + 1) * group_tokens; n++) {
+                int e = plan->expert[n * K + k];
+                plan->key[n * K + k] = e >= 0 && count[e]++ < capacity ? e : -1;
+                plan->dropped += e >= 0 && count[e] > capacity;
+            }
+        }
+    }
+}
+
+// Sorts what has a place by expert.
+void plan_sort(Plan *plan) {
+    int choices = plan->N * plan->K;
+    counting_sort(plan->choice, plan->offset, plan->key, choices, plan->E);
+    memset(plan->slot, -1, (size_t)choices * sizeof(int));
+    for (int s = 0; s < plan->offset[plan->E]; s++) {
+        plan->slot[plan->choice[s]] = s;
+        plan->token[s] = plan->choice[s] / plan->K;
+    }
+}
+
+// weight (N,K) of the chosen experts: p as it is, or divided by the sum of the chosen ones' p.
+void gate_forward(real *weight, const real *p, const int *expert, int N, int E, int K, int gate) {
+    for (int n = 0; n < N; n++) {
+        real sum = 0;
+        for (int k = 0; k < K; k++) {
+            int e = expert[n * K + k];
+            weight[n * K + k] = e < 0 ? 0 : p[(size_t)n * E + e];
+            sum += weight[n * K + k];
+        }
+        for (int k = 0; gate == RENORMALIZED && k < K; k++)
+            weight[n * K + k] /= sum;
+    }
+}
+
+// dp (N,E) += . With w_k = p_k / s, s the sum over the chosen: dp_k = (dw_k - sum_j dw_j w_j) / s.
+void gate_backward(real *dp, const real *dweight, const real *weight, const real *p, const int *expert, int N, int E, int K,
+                   int gate) {
+    for (int n = 0; n < N; n++) {
+        real sum = 0, mean = 0;
+        for (int k = 0; k < K; k++) {
+            int e = expert[n * K + k];
+            sum += e < 0 ? 0 : p[(size_t)n * E + e];
+            mean += dweight[n * K + k] * weight[n * K + k];
+        }
+        for (int k = 0; k < K; k++) {
+            int e = expert[n * K + k];
+            if (e >= 0)
+                dp[(size_t)n * E + e] += gate == RENORMALIZED ? (dweight[n * K + k] - mean) / sum : dweight[n * K + k];
+        }
+    }
+}
+
+// The balance loss of Switch Transformers: E * sum_e f_e P_e, averaged over groups of tokens; f_e is the share of the
+// group's choices that went to e (before capacity, no gradient), P_e the mean of p_e. It is 1 when both are even.
+double balance_forward(const real *p, const int *count, int N, int E, int K, int group_tokens) {
+    double loss = 0;
+    for (int n = 0; n < N; n++) {
+        const int *c = count + (size_t)(n / group_tokens) * E;
+        double dot = 0;
+        for (int e = 0; e < E; e++)
+            dot += (double)c[e] * (double)p[(size_t)n * E + e];
+        loss += dot;
+    }
+    return loss * E / ((double)group_tokens * K * N);
+}
+
+// dp (N,E) += scale * d(balance loss)/dp
+void balance_backward(real *dp, const int *count, int N, int E, int K, int group_tokens, double scale) {
+    double factor = scale * E / ((double)group_tokens * K * N);
+    for (int n = 0; n < N; n++) {
+        const int *c = count + (size_t)(n / group_tokens) * E;
+        for (int e = 0; e < E; e++)
+            dp[(size_t)n * E + e] += (real)(factor * c[e]);
+    }
+}
+
+// The activation function f of one vector, and its slope f'.
+void activate(int activation, vec x, vec *value, vec *slope) {
+    vec zero = {0};
+    if (activation == SWIGLU) { // SiLU: x * sigmoid(x)
+        vec sigmoid = (real)1 / ((real)1 + vec_exp(-x));
+        *value = x * sigmoid;
+        *slope = sigmoid * ((real)1 + x * ((real)1 - sigmoid));
+    } else if (activation == RELU) {
+        *value = *slope = zero;
+        for (int i = 0; i < LANES; i++) {
+            (*value)[i] = x[i] > 0 ? x[i] : 0;
+            (*slope)[i] = x[i] > 0 ? 1 : 0;
+        }
+    } else { // GELU: x * Phi(x), Phi the normal distribution function
+        *value = *slope = zero;
+        for (int i = 0; i < LANES; i++) {
+            double v = (double)x[i], phi = 0.5 * (1 + erf(v * 0.7071067811865476));
+            (*value)[i] = (real)(v * phi);
+            (*slope)[i] = (real)(phi + v * exp(-0.5 * v * v) * 0.3989422804014327);
+        }
+    }
+}
+
+// act (rows,F) = f(gate) * up with hidden (rows,2F): F of gate, then F of up; ungated f(hidden) with hidden (rows,F).
+void activation_forward(real *act, const real *hidden, int rows, int F, int activation, int gated) {
+#pragma omp parallel for if (rows > 16)
+    for (int r = 0; r < rows; r++) {
+        const real *h = hidden + (size_t)r * F * (1 + gated), *up = h + F;
+        for (int j = 0; j < F; j += LANES) {
+            vec value, slope;
+            activate(activation, vec_load(h + j, F - j), &value, &slope);
+            if (gated)
+                value *= vec_load(up + j, F - j);
+            vec_store(act + (size_t)r * F + j, value, F - j);
+        }
+    }
+}
+
+// Given dact (rows,F), the gradient by act if each row's weight were 1, and weight (rows; NULL: all 1), writes
+//   dweight (rows; may be NULL) = dact . act: an answer is weight * (act W_out^T), so its slope by the weight needs no
+//                                 copy of the answer;
+//   dhidden (rows,2F or F), in which the weight is counted;
+//   dact    = weight * act, computed anew, which is what W_out's gradient wants.
+void activation_backward(real *dhidden, real *dweight, real *dact, const real *hidden, const real *weight, const int *choice,
+                         int rows, int F, int activation, int gated) {
+#pragma omp parallel for
+    for (int r = 0; r < rows; r++) {
+        const real *h = hidden + (size_t)r * F * (1 + gated), *up = h + F;
+        real *dh = dhidden + (size_t)r * F * (1 + gated), *d = dact + (size_t)r * F;
+        real w = weight ? weight[choice[r]] : 1;
+        vec sum = {0};
+        for (int j = 0; j < F; j += LANES) {
+            vec value, slope, g = vec_load(d + j, F - j), zero = {0}, u = zero + (real)1;
+            activate(activation, vec_load(h + j, F - j), &value, &slope);
+            if (gated) {
+                u = vec_load(up + j, F - j);
+                vec_store(dh + F + j, w * g * value, F - j);
+            }
+            vec_store(dh + j, w * g * u * slope, F - j);
+            sum += g * u * value;
+            vec_store(d + j, w * u * value, F - j);
+        }
+        if (dweight) {
+            real total = 0;
+            for (int lane = 0; lane < LANES; lane++)
+                total += sum[lane];
+            dweight[choice[r]] = total;
+        }
+    }
+}
+
+// The feed-forwards of E experts, each over its own rows. x (N,C); row r, one of offset[e]..offset[e+1], is of token[r]
+// (or token r where token is NULL). w_in (E,2F,C) or (E,F,C), w_out (E,C,F); hidden (rows,2F or F), act (rows,F);
+// out (rows,C) = or += act w_out^T. A dense layer is one expert with all tokens.
+void experts_forward(real *out, real *hidden, real *act, const real *x, const real *w_in, const real *w_out, const int *token,
+                     const int *offset, int E, int C, int F, int activation, int gated, int accumulate) {
+    size_t H = (size_t)F * (1 + gated);
+    Product *list = (Product *)allocate(E, sizeof(Product));
+    for (int e = 0; e < E; e++) {
+        size_t first = (size_t)offset[e];
+        int rows = offset[e + 1] - offset[e];
+        Operand from = token ? along_rows(x, C, token + first) : along_rows(x + first * C, C, NULL);
+        Product p = {hidden + first * H, H, from, along_rows(w_in + e * H * C, C, NULL), rows, (int)H, C};
+        list[e] = p;
+    }
+    products(list, E, 0);
+    activation_forward(act, hidden, offset[E], F, activation, gated);
+    for (int e = 0; e < E; e++) {
+        size_t first = (size_t)offset[e];
+        int rows = offset[e + 1] - offset[e];
+        Product p = {out + first * C, (size_t)C, along_rows(act + first * F, F, NULL),
+                     along_rows(w_out + (size_t)e * C * F, F, NULL), rows, C, F};
+        list[e] = p;
+    }
+    products(list, E, accumulate);
+    free(list);
+}
+
+// dx (rows,C) = or +=, dw_in += , dw_out += , dweight (choices) =; dout (N,C) is by token, unweighted. dact (rows,F) and
+// dhidden (rows,2F or F) are scratch. With weight NULL rows count as they are.
+void experts_backward(real *dx, real *dw_in, real *dw_out, real *dweight, const real *dout, const real *x, const real *hidden,
+                      const real *w_in, const real *w_out, const real *weight, const int *choice, const int *token,
+                      const int *offset, real *dact, real *dhidden, int E, int C, int F, int activation, int gated,
+                      int accumulate) {
+    size_t H = (size_t)F * (1 + gated);
+    Product *list = (Product *)allocate(2 * E, sizeof(Product));
+    for (int e = 0; e < E; e++) { // dact = dout W_out
+        size_t first = (size_t)offset[e];
+        int rows = offset[e + 1] - offset[e];
+        Operand from = token ? along_rows(dout, C, token + first) : along_rows(dout + first * C, C, NULL);
+        Product p = {dact + first * F, (size_t)F, from, along_columns(w_out + (size_t)e * C * F, F, NULL), rows, F, C};
+        list[e] = p;
+    }
+    products(list, E, 0);
+    activation_backward(dhidden, dweight, dact, hidden, weight, choice, offset[E], F, activation, gated);
+    for (int e = 0; e < E; e++) { // dW_out += dout^T act, dW_in += dhidden^T x
+        size_t first = (size_t)offset[e];
+        int rows = offset[e + 1] - offset[e];
+        Operand g = token ? along_columns(dout, C, token + first) : along_columns(dout + first * C, C, NULL);
+        Operand from = token ? along_columns(x, C, token + first) : along_columns(x + first * C, C, NULL);
+        Product to_out = {dw_out + (size_t)e * C * F, (size_t)F, g, along_columns(dact + first * F, F, NULL), C, F, rows};
+        Product to_in = {dw_in + e * H * C, (size_t)C, along_columns(dhidden + first * H, H, NULL), from, (int)H, C, rows};
+        list[2 * e] = to_out;
+        list[2 * e + 1] = to_in;
+    }
+    products(list, 2 * E, 1);
+    for (int e = 0; e < E; e++) { // dx = dhidden W_in
+        size_t first = (size_t)offset[e];
+        int rows = offset[e + 1] - offset[e];
+        Product p = {dx + first * C, (size_t)C, along_rows(dhidden + first * H, H, NULL),
+                     along_columns(w_in + e * H * C, C, NULL), rows, C, (int)H};
+        list[e] = p;
+    }
+    products(list, E, accumulate);
+    free(list);
+}
+
+// out (N,C) += sum over k of weight[n,k] * rows[slot[n,k]], in the order of k; weight NULL: all 1. rows (slots,C)
+void combine(real *out, const real *rows, const real *weight, const int *slot, int N, int K, int C) {
+#pragma omp parallel for if (N > 16)
+    for (int n = 0; n < N; n++) {
+        for (int k = 0; k < K; k++) {
+            if (slot[n * K + k] < 0)
+                continue;
+            const real *row = rows + (size_t)slot[n * K + k] * C;
+            real w = weight ? weight[n * K + k] : 1;
+            for (int c = 0; c < C; c++)
+                out[(size_t)n * C + c] += w * row[c];
+        }
+    }
+}
+
+// to (N,C) = from times random numbers from 1-jitter to 1+jitter (Fedus et al. 2021, appendix C). first is the place of
+// the first token in the whole batch of the step.
+void apply_jitter(real *to, const real *from, int N, int C, double jitter, uint64_t stream, uint64_t first) {
+#pragma omp parallel for if (N > 16)
+    for (int n = 0; n < N; n++) {
+        for (int c = 0; c < C; c++) {
+            size_t i = (size_t)n * C + c;
+            to[i] = from[i] * (real)(1 + jitter * (2 * random_uniform(stream, first * C + i) - 1));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7. The whole model: weights, activations, forward and backward
+
+typedef struct LayerWeights { // all real *, in this order: tensor_names names them
+    real *norm1;              // (C)
+    real *qkv;                // ((H+2KV)*D, C): rows of all query heads, then keys, then values
+    real *proj;               // (C, H*D)
+    real *norm2;              // (C)
+    real *router;             // (E, C)       only in layers with experts
+    real *w_in;               // (E, 2F, C)   each expert: F rows of gate, then F of up; (E, F, C) where not gated
+    real *w_out;              // (E, C, F)
+    real *dense_in;           // (2W, C)      the dense layer's, or the shared experts', together W wide
+    real *dense_out;          // (C, W)
+} LayerWeights;
+enum { NORM1, QKV, PROJ, NORM2, ROUTER, W_IN, W_OUT, DENSE_IN, DENSE_OUT, LAYER_TENSORS, EMBED = LAYER_TENSORS, NORM, HEAD };
+const char *const tensor_names[] = {"norm1", "qkv", "proj", "norm2", "router", "w_in", "w_out", "dense_in", "dense_out"};
+
+typedef struct Weights {
+    real *embed, *norm, *head; // (V,C), (C), (V,C); head is embed where tied
+    LayerWeights *layer;       // (L)
+} Weights;
+
+typedef struct Tensor { // one row of the model's table of weights
+    char name[40];
+    int layer, kind;   // layer -1: EMBED, NORM, HEAD
+    int shape[3];      // padded with 1 in front
+    size_t offset, size;
+} Tensor;
+
+int tensor_is_norm(const Tensor *t) {
+    return t->shape[0] == 1 && t->shape[1] == 1;
+}
+
+// Appends a tensor of a x b x c numbers, if it has any.
+void add_tensor(Tensor *list, int *count, size_t *offset, int layer, int kind, int a, int b, int c) {
+    size_t size = (size_t)a * (size_t)b * (size_t)c;
+    if (!size)
+        return;
+    Tensor *t = &list[(*count)++];
+    t->layer = layer;
+    t->kind = kind;
+    t->shape[0] = a;
+    t->shape[1] = b;
+    t->shape[2] = c;
+    t->offset = *offset;
+    t->size = size;
+    if (layer < 0)
+        snprintf(t->name, sizeof(t->name), "%s", kind == EMBED ? "embed" : kind == NORM ? "norm" : "head");
+    else
+        snprintf(t->name, sizeof(t->name), "layer%d.%s", layer, tensor_names[kind]);
+    *offset += size;
+}
+
+// The table of all weights, in the order in which they lie in memory. list has room for LAYER_TENSORS*L + 3.
+int model_tensors(const Config *c, Tensor *list) {
+    int count = 0, C = c->dim, D = C / c->heads, F = c->ffn, in = 1 + is_gated(c);
+    size_t offset = 0;
+    add_tensor(list, &count, &offset, -1, EMBED, 1, c->vocab, C);
+    for (int l = 0; l < c->layers; l++) {
+        int E = is_moe(c, l) ? c->experts : 0, W = dense_width(c, l);
+        int shapes[][3] = {{1, 1, C}, {1, (c->heads + 2 * c->kv_heads) * D, C}, {1, C, C}, {1, 1, C}, {1, E, C},
+                           {E, in * F, C}, {E, C, F}, {1, in * W, C}, {1, C, W}};
+        for (int kind = 0; kind < LAYER_TENSORS; kind++)
+            add_tensor(list, &count, &offset, l, kind, shapes[kind][0], shapes[kind][1], shapes[kind][2]);
+    }
+    add_tensor(list, &count, &offset, -1, NORM, 1, 1, C);
+    add_tensor(list, &count, &offset, -1, HEAD, 1, c->untied ? c->vocab : 0, C);
+    return count;
+}
+
+// Weights that one token uses, all of them counted where not MoE; the embedding once, as the output matrix.
+void count_parameters(const Config *c, double *total, double *active) {
+    Tensor *list = (Tensor *)allocate((size_t)c->layers * LAYER_TENSORS + 3, sizeof(Tensor));
+    int count = model_tensors(c, list);
+    *total = *active = 0;
+    for (int i = 0; i < count; i++) {
+        int expert = list[i].kind == W_IN || list[i].kind == W_OUT;
+        *total += (double)list[i].size;
+        *active += (double)list[i].size * (expert ? (double)c->topk / c->experts : 1);
+        if (list[i].kind == HEAD)
+            *active -= (double)list[i].size;
+    }
+    free(list);
+}
+
+// Multiply-adds of a training step, counted as two operations each, per token: forward, and twice that backward.
+double flops_per_token(const Config *c) {
+    double total, active;
+    count_parameters(c, &total, &active);
+    return 6 * active + 6.0 * c->layers * c->seq * c->dim;
+}
+
+// What one layer keeps of its forward pass for its backward pass.
+typedef struct LayerState {
+    real *x, *h1, *rstd1;     // (N,C), (N,C), (N): input, its norm
+    real *qkv, *att, *lse;    // (N,(H+2KV)*D), (N,H*D), (B,H,T)
+    real *mid, *h2, *rstd2;   // (N,C), (N,C), (N): after attention, its norm
+    real *p, *p_lse, *weight; // (N,E), (N), (N,K): router
+    Plan plan;
+    real *hidden;             // (N*K, 2F) or (N*K, F): the experts' first products
+    real *dense_hidden;       // (N, 2W) or (N, W)
+    double balance, z;        // losses, unweighted
+} LayerState;
+
+typedef struct RouterStats { // sums since model_clear_stats(), of training
+    double *count;           // (E) choices
+    double entropy, dropped, tokens; // entropy of p in nats, summed over tokens
+} RouterStats;
+
+typedef struct Model {
+    Config config;
+    int max_tokens; // N that the buffers hold
+    Tensor *tensors;
+    int tensor_count;
+    size_t size;     // numbers of all weights
+    real *memory[4]; // weights, gradients, AdamW's two moments: (size) each
+    Weights weights, grads;
+    LayerState *layers;            // (L)
+    real *x, *h, *rstd;            // (N,C), (N,C), (N): last layer's output, its norm
+    real *dx, *dh, *dmid;          // (N,C): gradients flowing back; dh also by the head, in forward
+    real *dqkv, *datt;             // (N,(H+2KV)*D), (N,H*D)
+    real *rows, *act, *dhidden;    // (N*K or N, C), (.., F or W), (.., 2F or 2W): the experts' scratch
+    real *router_in, *dp, *dweight; // (N,C), (N,E), (N,K)
+    real *logits, *nll;            // (head_rows,V), (N)
+    real *partial, *attention, *angles; // norms' partial sums; attention's scratch; (seq, D/2, 2)
+    int head_rows;
+    int *order, *offset; // (N), (V+1): embedding's sort; offset also serves as {0, N} of a dense layer
+    const int *tokens;   // of the last forward
+    int B, T;
+    double grad_scale;
+    uint64_t jitter_step, jitter_token;
+    RouterStats *stats; // (L)
+    void **owned;       // every allocation above, for model_free
+    int owned_count;
+    struct Model *one;  // a model of one token that shares the weights: generation
+    real *cache;        // (L, seq, 2*KV*D): keys and values, position p at row p % seq
+} Model;
+
+enum { WEIGHTS, GRADS, MOMENT1, MOMENT2 };
+enum { TRAIN_MODE, EVAL_MODE };
+
+// Zeroed memory that lives as long as the model.
+void *own(Model *m, size_t count, size_t size) {
+    if (m->owned_count % 64 == 0)
+        m->owned = (void **)reallocate(m->owned, (size_t)m->owned_count + 64, sizeof(void *));
+    return m->owned[m->owned_count++] = allocate(count, size);
+}
+
+real *own_reals(Model *m, size_t count) {
+    return (real *)own(m, count, sizeof(real));
+}
+
+// Lays the struct of pointers over one allocation.
+void point_weights(Model *m, Weights *w, real *memory) {
+    w->layer = (LayerWeights *)own(m, m->config.layers, sizeof(LayerWeights));
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        real *p = memory + t->offset;
+        if (t->layer >= 0)
+            ((real **)&w->layer[t->layer])[t->kind] = p;
+        else
+            *(t->kind == EMBED ? &w->embed : t->kind == NORM ? &w->norm : &w->head) = p;
+    }
+    if (!w->head)
+        w->head = w->embed;
+}
+
+// The standard deviation of a weight's first value. normal: 0.02, and 1/sqrt(2L) of it for what is added to the residual
+// stream (Radford et al. 2019). truncated: sqrt(0.1/fan-in), nothing beyond two of them (Fedus et al. 2021).
+void model_init(Model *m) {
+    const Config *c = &m->config;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_INIT, (uint64_t)i, 0);
+        real *w = m->memory[WEIGHTS] + t->offset;
+        int residual = t->kind == PROJ || t->kind == W_OUT || t->kind == DENSE_OUT;
+        int truncated = c->init_scheme == TRUNCATED && t->kind != EMBED;
+        double std = truncated ? sqrt(0.1 / t->shape[2]) : residual ? 0.02 / sqrt(2.0 * c->layers) : 0.02;
+#pragma omp parallel for
+        for (size_t j = 0; j < t->size; j++) {
+            double z = random_normal(stream, j);
+            for (uint64_t again = 1; truncated && fabs(z) > 2; again++)
+                z = random_normal(stream, j + again * t->size);
+            w[j] = tensor_is_norm(t) ? 1 : (real)(std * z);
+        }
+    }
+}
+
+void rope_angles(real *angles, int first, int count, int D, double theta) {
+    for (int t = 0; t < count; t++) {
+        for (int i = 0; i < D / 2; i++) {
+            double angle = (first + t) * pow(theta, -2.0 * i / D);
+            angles[(size_t)t * D + 2 * i] = (real)cos(angle);
+            angles[(size_t)t * D + 2 * i + 1] = (real)sin(angle);
+        }
+    }
+}
+
+// Buffers for N tokens. train 0: no gradients, no moments. weights: those of another model, or NULL for its own.
+Model *model_allocate(const Config *config, int N, int train, real *weights) {
+    Model *m = (Model *)allocate(1, sizeof(Model));
+    const Config *c = &m->config;
+    m->config = *config;
+    m->max_tokens = N;
+    int L = c->layers, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, E = c->experts, K = c->topk, F = c->ffn;
+    int in = 1 + is_gated(c), Q = (H + 2 * KV) * D, rows = N, width = 0, hidden = 0;
+    m->tensors = (Tensor *)own(m, (size_t)L * LAYER_TENSORS + 3, sizeof(Tensor));
+    m->tensor_count = model_tensors(c, m->tensors);
+    m->size = m->tensors[m->tensor_count - 1].offset + m->tensors[m->tensor_count - 1].size;
+    m->memory[WEIGHTS] = weights ? weights : own_reals(m, m->size);
+    point_weights(m, &m->weights, m->memory[WEIGHTS]);
+    m->layers = (LayerState *)own(m, L, sizeof(LayerState));
+    m->stats = (RouterStats *)own(m, L, sizeof(RouterStats));
+    for (int l = 0; l < L; l++) {
+        LayerState *s = &m->layers[l];
+        int W = dense_width(c, l);
+        s->x = own_reals(m, (size_t)N * C);
+        s->h1 = own_reals(m, (size_t)N * C);
+        s->rstd1 = own_reals(m, N);
+        s->qkv = own_reals(m, (size_t)N * Q);
+        s->att = own_reals(m, (size_t)N * C);
+        s->lse = own_reals(m, (size_t)N * H);
+        s->mid = own_reals(m, (size_t)N * C);
+        s->h2 = own_reals(m, (size_t)N * C);
+        s->rstd2 = own_reals(m, N);
+        s->dense_hidden = own_reals(m, (size_t)N * W * in);
+        width = max_int(width, N * W);
+        if (is_moe(c, l)) {
+            s->p = own_reals(m, (size_t)N * E);
+            s->p_lse = own_reals(m, N);
+            s->weight = own_reals(m, (size_t)N * K);
+            s->hidden = own_reals(m, (size_t)N * K * F * in);
+            int *ints = (int *)own(m, (size_t)N * K * 5 + E + 1 + (size_t)N * E, sizeof(int));
+            Plan plan = {N, E, K, ints, ints + N * K, ints + N * K * 2, ints + N * K * 3, ints + N * K * 4, ints + N * K * 5,
+                         ints + N * K * 5 + E + 1, 0};
+            s->plan = plan;
+            rows = N * K;
+            width = max_int(width, N * K * F);
+            m->stats[l].count = (double *)own(m, E, sizeof(double));
+        }
+    }
+    hidden = width * in;
+    m->x = own_reals(m, (size_t)N * C);
+    m->h = own_reals(m, (size_t)N * C);
+    m->rstd = own_reals(m, N);
+    m->rows = own_reals(m, (size_t)rows * C);
+    m->act = own_reals(m, width);
+    m->router_in = own_reals(m, (size_t)N * C);
+    m->head_rows = max_int(1, min_int(N, (1 << 24) / c->vocab)); // 64 MiB of float logits at most
+    m->logits = own_reals(m, (size_t)m->head_rows * c->vocab);
+    m->nll = own_reals(m, N);
+    m->attention = own_reals(m, attention_room(c->seq, D) * (size_t)thread_count());
+    m->angles = own_reals(m, (size_t)c->seq * D);
+    rope_angles(m->angles, 0, c->seq, D, c->rope_theta);
+    m->order = (int *)own(m, N, sizeof(int));
+    m->offset = (int *)own(m, (size_t)c->vocab + 2, sizeof(int));
+    if (train) {
+        for (int i = GRADS; i <= MOMENT2; i++)
+            m->memory[i] = own_reals(m, m->size);
+        point_weights(m, &m->grads, m->memory[GRADS]);
+        m->dx = own_reals(m, (size_t)N * C);
+        m->dh = own_reals(m, (size_t)N * C);
+        m->datt = own_reals(m, (size_t)N * C);
+        m->dqkv = own_reals(m, (size_t)N * Q);
+        m->dhidden = own_reals(m, hidden);
+        m->dp = own_reals(m, (size_t)N * E);
+        m->dweight = own_reals(m, (size_t)N * K);
+        m->partial = own_reals(m, (size_t)div_up(N, CHUNK) * C);
+    }
+    return m;
+}
+
+void model_free(Model *m) {
+    if (m->one)
+        model_free(m->one);
+    for (int i = 0; i < m->owned_count; i++)
+        free(m->owned[i]);
+    free(m->owned);
+    free(m);
+}
+
+// One layer's feed-forward: out (N,C) += dense part + mixture of experts, of s->h2 (N,C).
+void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T, int mode) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l];
+    int C = c->dim, F = c->ffn, E = c->experts, K = c->topk, gated = is_gated(c);
+    if (w->dense_in) {
+        int everyone[2] = {0, N};
+        experts_forward(out, s->dense_hidden, m->act, s->h2, w->dense_in, w->dense_out, NULL, everyone, 1, C,
+                        dense_width(c, l), c->activation, gated, 1);
+    }
+    if (!is_moe(c, l))
+        return;
+    Plan *plan = &s->plan;
+    plan->N = N;
+    int group_tokens = c->group == SEQUENCE ? T : N;
+    const real *router_in = s->h2;
+    if (mode == TRAIN_MODE && c->jitter > 0) {
+        apply_jitter(m->router_in, s->h2, N, C, c->jitter,
+                     random_stream((uint64_t)c->seed, RANDOM_JITTER, m->jitter_step, (uint64_t)l), m->jitter_token);
+        router_in = m->router_in;
+    }
+    product(s->p, along_rows(router_in, C, NULL), along_rows(w->router, C, NULL), N, E, C, 0);
+    s->z = 0;
+    for (int n = 0; n < N; n++) {
+        s->p_lse[n] = softmax(s->p + (size_t)n * E, E);
+        s->z += (double)s->p_lse[n] * (double)s->p_lse[n] / N;
+    }
+    select_topk(plan->expert, s->p, N, E, K);
+    gate_forward(s->weight, s->p, plan->expert, N, E, K, c->gate);
+    plan_capacity(plan, group_tokens, mode == TRAIN_MODE ? c->capacity_factor : 0);
+    plan_sort(plan);
+    experts_forward(m->rows, s->hidden, m->act, s->h2, w->w_in, w->w_out, plan->token, plan->offset, E, C, F, c->activation,
+                    gated, 0);
+    combine(out, m->rows, s->weight, plan->slot, N, K, C);
+    s->balance = balance_forward(s->p, plan->count, N, E, K, group_tokens);
+}
+
+// Given dout (N,C), writes dh (N,C), the gradient by s->h2, and adds to the weights' gradients.
+void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, int N, int T) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
+    int C = c->dim, F = c->ffn, E = c->experts, K = c->topk, gated = is_gated(c);
+    memset(dh, 0, (size_t)N * C * sizeof(real));
+    if (w->dense_in) {
+        int everyone[2] = {0, N};
+        experts_backward(dh, dw->dense_in, dw->dense_out, NULL, dout, s->h2, s->dense_hidden, w->dense_in, w->dense_out, NULL,
+                         NULL, NULL, everyone, m->act, m->dhidden, 1, C, dense_width(c, l), c->activation, gated, 1);
+    }
+    if (!is_moe(c, l))
+        return;
+    Plan *plan = &s->plan;
+    int group_tokens = c->group == SEQUENCE ? T : N;
+    memset(m->dweight, 0, (size_t)N * K * sizeof(real)); // dropped choices get none
+    experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, s->h2, s->hidden, w->w_in, w->w_out, s->weight,
+                     plan->choice, plan->token, plan->offset, m->act, m->dhidden, E, C, F, c->activation, gated, 0);
+    combine(dh, m->rows, NULL, plan->slot, N, K, C);
+
+    // the router: from the weights and the balance loss to p, through the softmax to its logits
+    real *dp = m->dp;
+    memset(dp, 0, (size_t)N * E * sizeof(real));
+    gate_backward(dp, m->dweight, s->weight, s->p, plan->expert, N, E, K, c->gate);
+    balance_backward(dp, plan->count, N, E, K, group_tokens, c->aux_weight * m->grad_scale);
+    for (int n = 0; n < N; n++) {
+        real *d = dp + (size_t)n * E, *p = s->p + (size_t)n * E, dot = 0;
+        real z = (real)(2 * c->z_weight * m->grad_scale / N) * s->p_lse[n]; // of the z-loss, mean(lse^2)
+        for (int e = 0; e < E; e++)
+            dot += d[e] * p[e];
+        for (int e = 0; e < E; e++)
+            d[e] = p[e] * (d[e] - dot + z);
+    }
+    Operand dlogits = along_rows(dp, E, NULL), by_token = along_columns(dp, E, NULL);
+    if (c->jitter > 0) {
+        uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_JITTER, m->jitter_step, (uint64_t)l);
+        apply_jitter(m->router_in, s->h2, N, C, c->jitter, stream, m->jitter_token);
+        product(dw->router, by_token, along_columns(m->router_in, C, NULL), E, C, N, 1);
+        product(m->router_in, dlogits, along_columns(w->router, C, NULL), N, C, E, 0);
+        apply_jitter(m->router_in, m->router_in, N, C, c->jitter, stream, m->jitter_token);
+        for (size_t i = 0; i < (size_t)N * C; i++)
+            dh[i] += m->router_in[i];
+    } else {
+        product(dw->router, by_token, along_columns(s->h2, C, NULL), E, C, N, 1);
+        product(dh, dlogits, along_columns(w->router, C, NULL), N, C, E, 1);
+    }
+}
+
+// Adds what the last forward pass routed to the sums that the log shows.
+void add_router_stats(Model *m) {
+    for (int l = 0; l < m->config.layers; l++) {
+        LayerState *s = &m->layers[l];
+        RouterStats *stats = &m->stats[l];
+        if (!is_moe(&m->config, l))
+            continue;
+        for (int i = 0; i < s->plan.N * s->plan.K; i++)
+            stats->count[s->plan.expert[i]] += 1;
+        for (int i = 0; i < s->plan.N * s->plan.E; i++)
+            stats->entropy -= s->p[i] > 0 ? (double)s->p[i] * log((double)s->p[i]) : 0;
+        stats->dropped += s->plan.dropped;
+        stats->tokens += s->plan.N;
+    }
+}
+
+void model_clear_stats(Model *m) {
+    for (int l = 0; l < m->config.layers; l++) {
+        RouterStats *s = &m->stats[l];
+        if (s->count)
+            memset(s->count, 0, (size_t)m->config.experts * sizeof(double));
+        s->entropy = s->dropped = s->tokens = 0;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8. Loss, AdamW, schedule
+
+// The cross-entropy of N rows of hidden states h (N,C) against targets: nll (N), in nats. The logits of a few rows at a
+// time are all that is ever in memory; so, with dh (N,C) and dhead (V,C) not NULL, their gradients are taken here and
+// now, while the logits are there: dh =, dhead +=, both of scale * sum(nll). logits (head_rows,V) is scratch.
+void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head, const int *targets, int N, int C, int V,
+               double scale, real *logits, int head_rows) {
+    for (int first = 0; first < N; first += head_rows) {
+        int rows = min_int(head_rows, N - first);
+        product(logits, along_rows(h + (size_t)first * C, C, NULL), along_rows(head, C, NULL), rows, V, C, 0);
+#pragma omp parallel for
+        for (int i = 0; i < rows; i++) {
+            real *row = logits + (size_t)i * V, right = row[targets[first + i]];
+            nll[first + i] = softmax(row, V) - right;
+            row[targets[first + i]] -= 1; // d nll / d logits = p - onehot
+            for (int v = 0; dh && v < V; v++)
+                row[v] *= (real)scale;
+        }
+        if (dh) {
+            product(dh + (size_t)first * C, along_rows(logits, V, NULL), along_columns(head, C, NULL), rows, C, V, 0);
+            product(dhead, along_columns(logits, V, NULL), along_columns(h + (size_t)first * C, C, NULL), V, C, rows, 1);
+        }
+    }
+}
+
+// Runs B sequences of T tokens. Returns the mean cross-entropy per token; m->nll (N) holds each token's. In TRAIN_MODE
+// capacity and jitter are on and the head's gradients are taken, scaled by grad_scale (1 / micro-steps); step, and the
+// place of the first token in the step's whole batch, choose the random numbers.
+double model_forward(Model *m, const int *tokens, const int *targets, int B, int T, int mode, double grad_scale, long step,
+                     long first_token) {
+    const Config *c = &m->config;
+    int N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, L = c->layers;
+    m->tokens = tokens;
+    m->B = B;
+    m->T = T;
+    m->grad_scale = grad_scale;
+    m->jitter_step = (uint64_t)step;
+    m->jitter_token = (uint64_t)first_token;
+    embedding_forward(m->layers[0].x, m->weights.embed, tokens, N, C);
+    for (int l = 0; l < L; l++) {
+        LayerState *s = &m->layers[l];
+        const LayerWeights *w = &m->weights.layer[l];
+        real *out = l + 1 < L ? m->layers[l + 1].x : m->x;
+        rmsnorm_forward(s->h1, s->rstd1, s->x, w->norm1, N, C, c->norm_eps);
+        product(s->qkv, along_rows(s->h1, C, NULL), along_rows(w->qkv, C, NULL), N, Q, C, 0);
+        rope(s->qkv, Q, N, T, H + KV, D, m->angles, 1);
+        attention_forward(s->att, s->lse, s->qkv, B, T, H, KV, D, m->attention);
+        memcpy(s->mid, s->x, (size_t)N * C * sizeof(real));
+        product(s->mid, along_rows(s->att, C, NULL), along_rows(w->proj, C, NULL), N, C, C, 1);
+        rmsnorm_forward(s->h2, s->rstd2, s->mid, w->norm2, N, C, c->norm_eps);
+        memcpy(out, s->mid, (size_t)N * C * sizeof(real));
+        ffn_forward(m, l, s, out, N, T, mode);
+    }
+    rmsnorm_forward(m->h, m->rstd, m->x, m->weights.norm, N, C, c->norm_eps);
+    int train = mode == TRAIN_MODE;
+    head_loss(m->nll, train ? m->dh : NULL, train ? m->grads.head : NULL, m->h, m->weights.head, targets, N, C, c->vocab,
+              grad_scale / N, m->logits, m->head_rows);
+    double loss = 0;
+    for (int n = 0; n < N; n++)
+        loss += (double)m->nll[n];
+    if (train)
+        add_router_stats(m);
+    return loss / N;
+}
+
+// The balance losses of the last forward pass, weighted: what is added to the loss for the gradient.
+double model_aux(const Model *m) {
+    double aux = 0;
+    for (int l = 0; l < m->config.layers; l++)
+        aux += m->config.aux_weight * m->layers[l].balance + m->config.z_weight * m->layers[l].z;
+    return aux;
+}
+
+// Adds the gradients of grad_scale * (loss + aux) of the last forward pass, which was in TRAIN_MODE.
+void model_backward(Model *m) {
+    const Config *c = &m->config;
+    int B = m->B, T = m->T, N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    memset(m->dx, 0, (size_t)N * C * sizeof(real));
+    rmsnorm_backward(m->dx, m->grads.norm, m->dh, m->x, m->rstd, m->weights.norm, N, C, m->partial);
+    for (int l = c->layers - 1; l >= 0; l--) {
+        LayerState *s = &m->layers[l];
+        const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
+        ffn_backward(m, l, s, m->dh, m->dx, N, T);
+        rmsnorm_backward(m->dx, dw->norm2, m->dh, s->mid, s->rstd2, w->norm2, N, C, m->partial);
+        product(m->datt, along_rows(m->dx, C, NULL), along_columns(w->proj, C, NULL), N, C, C, 0);
+        product(dw->proj, along_columns(m->dx, C, NULL), along_columns(s->att, C, NULL), C, C, N, 1);
+        attention_backward(m->dqkv, m->datt, s->att, s->lse, s->qkv, B, T, H, KV, D, m->attention);
+        rope(m->dqkv, Q, N, T, H + KV, D, m->angles, -1);
+        product(m->dh, along_rows(m->dqkv, Q, NULL), along_columns(w->qkv, C, NULL), N, C, Q, 0);
+        product(dw->qkv, along_columns(m->dqkv, Q, NULL), along_columns(s->h1, C, NULL), Q, C, N, 1);
+        rmsnorm_backward(m->dx, dw->norm1, m->dh, s->x, s->rstd1, w->norm1, N, C, m->partial);
+    }
+    embedding_backward(m->grads.embed, m->dx, m->tokens, N, C, c->vocab, m->order, m->offset);
+}
+
+// The learning rate of step 1, 2, ..., steps.
+double learning_rate(const Config *c, int step) {
+    double low = c->min_lr < 0 ? c->lr / 10 : c->min_lr;
+    if (step <= c->warmup)
+        return c->lr * step / c->warmup;
+    if (c->schedule == CONSTANT || step >= c->steps)
+        return c->schedule == CONSTANT ? c->lr : low;
+    if (c->schedule == WSD) { // warm-up, stable, decay: a straight line over the last fifth (Hu et al. 2024, MiniCPM)
+        double start = fmax(c->warmup, 0.8 * c->steps);
+        return step <= start ? c->lr : c->lr + (low - c->lr) * (step - start) / (c->steps - start);
+    }
+    double done = (double)(step - c->warmup) / (c->steps - c->warmup);
+    return low + (c->lr - low) * 0.5 * (1 + cos(3.141592653589793 * done));
+}
+
+#define UPDATE_CHUNK 16384
+
+// The norm of all gradients together.
+double gradient_norm(const Model *m) {
+    int chunks = (int)((m->size + UPDATE_CHUNK - 1) / UPDATE_CHUNK);
+    double *part = (double *)allocate(chunks, sizeof(double)), total = 0;
+#pragma omp parallel for
+    for (int i = 0; i < chunks; i++) {
+        size_t end = (size_t)(i + 1) * UPDATE_CHUNK;
+        for (size_t j = (size_t)i * UPDATE_CHUNK; j < (end < m->size ? end : m->size); j++)
+            part[i] += (double)m->memory[GRADS][j] * (double)m->memory[GRADS][j];
+    }
+    for (int i = 0; i < chunks; i++)
+        total += part[i];
+    free(part);
+    return sqrt(total);
+}
+
+// AdamW with decoupled decay of the matrices (Loshchilov and Hutter 2019), on gradients scaled down to norm clip; then
+// clears the gradients. step counts from 1. norm is gradient_norm(m).
+void model_update(Model *m, int step, double lr, double norm) {
+    const Config *c = &m->config;
+    real scale = (real)(c->clip > 0 && norm > c->clip ? c->clip / norm : 1), b1 = (real)c->beta1, b2 = (real)c->beta2;
+    real fix1 = (real)(1 / (1 - pow(c->beta1, step))), fix2 = (real)(1 / (1 - pow(c->beta2, step)));
+    real rate = (real)lr, eps = (real)1e-8;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        real *w = m->memory[WEIGHTS] + t->offset, *g = m->memory[GRADS] + t->offset;
+        real *m1 = m->memory[MOMENT1] + t->offset, *m2 = m->memory[MOMENT2] + t->offset;
+        real keep = (real)(tensor_is_norm(t) ? 1 : 1 - lr * c->weight_decay);
+#pragma omp parallel for if (t->size > UPDATE_CHUNK)
+        for (size_t j = 0; j < t->size; j++) {
+            real grad = g[j] * scale;
+            m1[j] = b1 * m1[j] + (1 - b1) * grad;
+            m2[j] = b2 * m2[j] + (1 - b2) * grad * grad;
+            w[j] = keep * w[j] - rate * (m1[j] * fix1) / ((real)sqrt(m2[j] * fix2) + eps);
+            g[j] = 0;
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 9. The tokenizer
+//
+// Byte-level byte-pair encoding, as GPT-2 introduced it (Radford et al. 2019; BPE for text: Sennrich et
+// al. 2016, arXiv:1508.07909). Three steps from text to ids:
+//
+//   1. <|endoftext|> and other added tokens are cut out: "A.<|endoftext|>It's" -> "A."  <|endoftext|>  "It's"
+//   2. What lies between is cut into words, so that no token spans two words:      "A" "."  ...  "It" "'s"
+//   3. Each word starts as its bytes. A list of merges, best first, says which neighbours become one token. Again and
+//      again the pair of the lowest rank is merged, the leftmost of equals, until no neighbours are in the list.
+//
+// All 256 bytes are tokens, so there is no text that cannot be written, and what is not UTF-8 comes back as it was.
+// The vocabulary is a Hugging Face tokenizer.json. Of what such a file can ask for we follow the GPT-2 way only, and
+// refuse the rest rather than give other ids. data/tokenize.c trains such a vocabulary and turns text into token files.
+
+
+enum { OTHER, LETTER, NUMBER, SPACE };              // classes of characters
+
+// A merge in a hash table: tokens left and right become id. The lowest rank goes first; from 1, as 0 is an empty slot.
+typedef struct Merge { int left, right, rank, id; } Merge;
+
+// A word that was met before, with its ids. A word's hash decides its place; a new word drives out the old one.
+typedef struct CachedWord { unsigned char length, count; char text[30]; int ids[8]; } CachedWord;
+enum { CACHED_WORDS = 1 << 15 };
+
+// A token of a word that is being merged, in a doubly linked list; its merge with the right neighbour (rank 0: none).
+typedef struct Symbol { int id, previous, next, rank, merged; } Symbol;
+
+typedef struct Tokenizer {
+    int vocab;                  // ids are 0 .. vocab - 1
+    int eot;                    // id of <|endoftext|>
+    char **text;                // vocab: the bytes of each token
+    int *length;                // vocab: their number
+    char *json;                 // the file as it was read
+    size_t json_size;
+    int byte_id[256];
+    int add_prefix_space;       // put a space before text that does not begin with one
+    Merge *merges;              // merge_slots, a power of two
+    size_t merge_slots;
+    int *added, added_count;    // ids that are found as a whole in the text, <|endoftext|> among them
+    unsigned char added_first[256];                 // 1 where one of them begins with this byte
+    unsigned char *class_of;    // of every code point
+    char *pool;                 // where text[] points to
+    // What one thread changes while it encodes; see tokenizer_share.
+    int shared;                 // everything above belongs to another Tokenizer
+    CachedWord *cache;
+    Symbol *symbols;
+    uint64_t *heap;
+    size_t room, heap_size;
+} Tokenizer;
+
+// GPT-2 writes tokens in JSON with one visible character for each byte: itself where it is visible in Latin-1, else the
+// next of U+0100, U+0101, ... Hence "Ġ" (U+0120) for a space and "Ċ" (U+010A) for a newline.
+void byte_alphabet(int32_t character[256]) {
+    int32_t next = 256;
+    for (int b = 0; b < 256; b++)
+        character[b] = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || b >= 0xae ? b : next++;
+}
+
+// From that alphabet to bytes. Returns how many, or -1 where a character is not of the alphabet.
+int alphabet_to_bytes(const char *s, size_t n, char *out) {
+    int32_t character[256], byte_of[0x144];
+    byte_alphabet(character);
+    memset(byte_of, -1, sizeof byte_of);
+    for (int b = 0; b < 256; b++) byte_of[character[b]] = b;
+    int count = 0;
+    for (size_t i = 0; i < n;) {
+        int32_t code;
+        i += (size_t)utf8_decode(s + i, n - i, &code);
+        if (code < 0 || code >= 0x144 || byte_of[code] < 0) return -1;
+        out[count++] = (char)byte_of[code];
+    }
+    return count;
+}
+
+uint64_t hash_bytes(const char *s, size_t n) {
+    uint64_t h = n;
+    for (; n; s += n < 8 ? n : 8, n -= n < 8 ? n : 8) {
+        uint64_t chunk = 0;
+        memcpy(&chunk, s, n < 8 ? n : 8);
+        h = hash64(h ^ chunk);
+    }
+    return h;
+}
+
+// ---- cutting text into words
+
+void mark_characters(unsigned char *class_of, const int32_t *ranges, size_t count, int kind) {
+    for (size_t i = 0; i < count; i += 2) memset(class_of + ranges[i], kind, (size_t)(ranges[i + 1] - ranges[i] + 1));
+}
+
+unsigned char *character_classes(void) { // the class of every code point, to be freed
+    unsigned char *class_of = (unsigned char *)allocate(0x110000, 1);
+    mark_characters(class_of, unicode_letters, sizeof unicode_letters / sizeof unicode_letters[0], LETTER);
+    mark_characters(class_of, unicode_numbers, sizeof unicode_numbers / sizeof unicode_numbers[0], NUMBER);
+    mark_characters(class_of, unicode_spaces, sizeof unicode_spaces / sizeof unicode_spaces[0], SPACE);
+    return class_of;
+}
+
+// The class of the character at s and its number of bytes. A byte that is no UTF-8 is a character of class OTHER.
+int character_class(const unsigned char *class_of, const char *s, size_t n, size_t *bytes) {
+    unsigned char first = (unsigned char)*s;
+    *bytes = 1;
+    if (first < 0x80) return class_of[first];
+    int32_t code;
+    *bytes = (size_t)utf8_decode(s, n, &code);
+    return code < 0 ? (int)OTHER : class_of[code];
+}
+
+// The length of the first word of s (n bytes, at least one), by GPT-2's rule, which reads as a regular expression
+//   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+// In words: the English contractions; letters, or numbers, or other signs, each with the one space before them; and
+// white space, of which the last character is left to what follows.
+size_t first_word(const unsigned char *class_of, const char *s, size_t n) {
+    if (s[0] == '\'' && n > 1) {
+        char a = s[1], b = n > 2 ? s[2] : ' ';
+        if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+        if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return 3;
+    }
+    size_t i = s[0] == ' ' && n > 1, bytes;
+    int kind = character_class(class_of, s + i, n - i, &bytes);
+    if (kind != SPACE) {
+        do i += bytes;
+        while (i < n && character_class(class_of, s + i, n - i, &bytes) == kind);
+        return i;
+    }
+    size_t last = 0;            // where the last character of the white space begins
+    for (i = 0; i < n && character_class(class_of, s + i, n - i, &bytes) == SPACE; i += bytes) last = i;
+    return i < n && last > 0 ? last : i;
+}
+
+// ---- merging the bytes of a word
+
+const Merge *find_merge(const Tokenizer *t, int left, int right) { // or the empty slot where it would stand
+    size_t slot = (size_t)hash64((uint64_t)left << 32 | (uint64_t)right);
+    for (;; slot++) {
+        const Merge *m = &t->merges[slot & (t->merge_slots - 1)];
+        if (m->rank == 0 || (m->left == left && m->right == right)) return m;
+    }
+}
+
+// Looks up the merge of symbol i with its right neighbour, and puts it into the heap: rank above, place below, so that
+// the smallest number is the lowest rank and, of equals, the leftmost.
+void push_merge(Tokenizer *t, int i) {
+    Symbol *s = &t->symbols[i];
+    s->rank = 0;
+    if (s->next < 0) return;
+    const Merge *m = find_merge(t, s->id, t->symbols[s->next].id);
+    if (m->rank == 0) return;
+    s->rank = m->rank;
+    s->merged = m->id;
+    uint64_t entry = (uint64_t)m->rank << 32 | (uint64_t)i;
+    size_t k = t->heap_size++;
+    for (; k > 0 && t->heap[(k - 1) / 2] > entry; k = (k - 1) / 2) t->heap[k] = t->heap[(k - 1) / 2];
+    t->heap[k] = entry;
+}
+
+uint64_t pop_merge(Tokenizer *t) {
+    uint64_t top = t->heap[0], last = t->heap[--t->heap_size];
+    size_t k = 0;
+    for (size_t child; (child = 2 * k + 1) < t->heap_size; k = child) {
+        if (child + 1 < t->heap_size && t->heap[child + 1] < t->heap[child]) child++;
+        if (t->heap[child] >= last) break;
+        t->heap[k] = t->heap[child];
+    }
+    t->heap[k] = last;
+    return top;
+}
+
+// The ids of one word of n bytes, in n log n time. ids has room for n.
+size_t merge_word(Tokenizer *t, const char *word, size_t n, int *ids) {
+    if (n > INT32_MAX) fail("a word of %zu bytes is too long to encode", n);
+    if (n > t->room) {
+        t->room = n < 64 ? 64 : n + n / 2;
+        t->symbols = (Symbol *)reallocate(t->symbols, t->room, sizeof(Symbol));
+        t->heap = (uint64_t *)reallocate(t->heap, t->room, 2 * sizeof(uint64_t)); // n at first, one more each merge
+    }
+    Symbol *s = t->symbols;
+    for (int i = 0; i < (int)n; i++) {
+        s[i].id = t->byte_id[(unsigned char)word[i]];
+        s[i].previous = i - 1;
+        s[i].next = i + 1 < (int)n ? i + 1 : -1;
+    }
+    t->heap_size = 0;
+    for (int i = 0; i < (int)n; i++) push_merge(t, i);
+    while (t->heap_size > 0) {
+        uint64_t entry = pop_merge(t);
+        int i = (int)(entry & 0xffffffff), next = s[i].next;
+        if ((uint64_t)s[i].rank != entry >> 32) continue; // this pair is gone: one of the two has merged elsewhere
+        s[i].id = s[i].merged;
+        s[i].next = s[next].next;
+        s[next].rank = 0;
+        if (s[i].next >= 0) s[s[i].next].previous = i;
+        push_merge(t, i);
+        if (s[i].previous >= 0) push_merge(t, s[i].previous);
+    }
+    size_t count = 0;
+    for (int i = 0; i >= 0; i = s[i].next) ids[count++] = s[i].id;
+    return count;
+}
+
+// ---- encoding
+
+size_t encode_words(Tokenizer *t, const char *s, size_t n, int *ids) {
+    size_t count = 0;
+    for (size_t length; n > 0; s += length, n -= length) {
+        length = first_word(t->class_of, s, n);
+        CachedWord *c = &t->cache[length <= sizeof c->text ? hash_bytes(s, length) % CACHED_WORDS : 0];
+        if (c->length == length && memcmp(c->text, s, length) == 0) {
+            for (int i = 0; i < c->count; i++) ids[count++] = c->ids[i];
+            continue;
+        }
+        size_t added = merge_word(t, s, length, ids + count);
+        if (length <= sizeof c->text && added <= sizeof c->ids / sizeof c->ids[0]) {
+            c->length = (unsigned char)length;
+            c->count = (unsigned char)added;
+            memcpy(c->text, s, length);
+            memcpy(c->ids, ids + count, added * sizeof(int));
+        }
+        count += added;
+    }
+    return count;
+}
+
+// The longest added token that s begins with, -1 where there is none.
+int added_token(const Tokenizer *t, const char *s, size_t n) {
+    int best = -1;
+    for (int i = 0; t->added_first[(unsigned char)*s] && i < t->added_count; i++) {
+        int id = t->added[i];
+        if ((size_t)t->length[id] <= n && memcmp(t->text[id], s, (size_t)t->length[id]) == 0 &&
+            (best < 0 || t->length[id] > t->length[best]))
+            best = id;
+    }
+    return best;
+}
+
+// Text of `size` bytes to ids, for which there is room for size + 1 numbers. Returns how many there are.
+size_t tokenizer_encode(Tokenizer *t, const char *text, size_t size, int *ids) {
+    size_t count = 0;
+    for (size_t start = 0, end = 0; start < size; start = end) {
+        int id = -1;
+        while (end < size && (id = added_token(t, text + end, size - end)) < 0) end++;
+        if (end > start && t->add_prefix_space && text[start] != ' ') {
+            char *spaced = (char *)allocate(end - start + 1, 1);
+            spaced[0] = ' ';
+            memcpy(spaced + 1, text + start, end - start);
+            count += encode_words(t, spaced, end - start + 1, ids + count);
+            free(spaced);
+        } else {
+            count += encode_words(t, text + start, end - start, ids + count);
+        }
+        if (id >= 0) {
+            ids[count++] = id;
+            end += (size_t)t->length[id];
+        }
+    }
+    return count;
+}
+
+// The bytes of a token; those of several, one after the other, are the text again.
+const char *tokenizer_text(const Tokenizer *t, int id, int *length) {
+    *length = t->length[id];
+    return t->text[id];
+}
+
+// ---- reading tokenizer.json
+
+int json_is(const Json *json, const char *text) { return json && json->type == 's' && strcmp(json->text, text) == 0; }
+
+const char *json_type(const Json *json) { // the member "type", for messages
+    const Json *type = json_get(json, "type");
+    return type && type->type == 's' ? type->text : "none";
+}
+
+// Stops at everything in the file that asks for other ids than ours. What wraps or cuts the finished ids
+// (post-processor, truncation, padding) and the decoder do not matter here. Returns add_prefix_space.
+int check_tokenizer_json(const char *path, const Json *root) {
+    const Json *model = json_get(root, "model"), *normalizer = json_get(root, "normalizer");
+    const Json *words = json_get(root, "pre_tokenizer"), *list = json_get(words, "pretokenizers");
+    if (!model || model->type != 'o') fail("%s: not a tokenizer.json: it has no \"model\"", path);
+    if (json_get(model, "type") && !json_is(json_get(model, "type"), "BPE"))
+        fail("%s: the model is %s; expected BPE", path, json_type(model));
+    static const char *const unknown[] = {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                                          "ignore_merges"};
+    for (size_t i = 0; i < sizeof unknown / sizeof unknown[0]; i++) {
+        const Json *m = json_get(model, unknown[i]);
+        if (m && (m->type == 't' || (m->type == 's' && m->length > 0) || (m->type == 'n' && m->number != 0)))
+            fail("%s: the model sets \"%s\", which this program cannot follow", path, unknown[i]);
+    }
+    if (normalizer && normalizer->type != '0')
+        fail("%s: the normalizer is %s; expected none (null)", path, json_type(normalizer));
+    if (json_is(json_get(words, "type"), "Sequence") && list && list->child && !list->child->next) words = list->child;
+    if (!json_is(json_get(words, "type"), "ByteLevel"))
+        fail("%s: the pre_tokenizer is %s; expected ByteLevel alone, GPT-2's rule", path, json_type(words));
+    const Json *use_regex = json_get(words, "use_regex"), *prefix = json_get(words, "add_prefix_space");
+    if (use_regex && use_regex->type != 't') fail("%s: the pre_tokenizer sets use_regex to false; expected true", path);
+    return prefix && prefix->type == 't';
+}
+
+// A hash table from the bytes of a token to its id, only while reading.
+typedef struct TokenIndex { int *slots; size_t count; } TokenIndex;
+
+int *find_token(const Tokenizer *t, const TokenIndex *index, const char *s, int n) { // its slot; -1 in an empty one
+    for (size_t i = (size_t)hash_bytes(s, (size_t)n);; i++) {
+        int *id = &index->slots[i & (index->count - 1)];
+        if (*id < 0 || (t->length[*id] == n && memcmp(t->text[*id], s, (size_t)n) == 0)) return id;
+    }
+}
+
+// Puts a token of n bytes s, which stay in the pool, in its place; `raw` is how the file writes it.
+void add_token(Tokenizer *t, TokenIndex *index, const char *path, const char *raw, const Json *id, int room, char *s,
+               int n) {
+    if (!id || id->type != 'n' || id->number != floor(id->number))
+        fail("%s: the id of token \"%s\" is no whole number", path, raw);
+    if (id->number < 0 || id->number >= room)
+        fail("%s: token \"%s\" has id %.0f, but there are at most %d tokens", path, raw, id->number, room);
+    int i = (int)id->number, *slot = find_token(t, index, s, n);
+    if (t->text[i]) fail("%s: id %d is given twice, the second time to \"%s\"", path, i, raw);
+    if (*slot >= 0) fail("%s: token \"%s\" is given twice, as %d and %d", path, raw, *slot, i);
+    if (n == 0) fail("%s: token %d is empty", path, i);
+    t->text[i] = s;
+    t->length[i] = n;
+    t->vocab++;
+    *slot = i;
+}
+
+// The vocabulary, from the model's "vocab" and from "added_tokens", which often are in both.
+void read_vocabulary(Tokenizer *t, TokenIndex *index, const char *path, const Json *vocab, const Json *added) {
+    size_t room = 0;
+    for (const Json *v = vocab->child; v; v = v->next) room++;
+    for (const Json *a = added ? added->child : NULL; a; a = a->next) room++;
+    if (room > 1 << 24) fail("%s: %zu tokens are more than this program can hold", path, room);
+    t->text = (char **)allocate(room + 1, sizeof(char *));
+    t->length = (int *)allocate(room + 1, sizeof(int));
+    t->added = (int *)allocate(room + 1, sizeof(int));
+    for (index->count = 4; index->count < 2 * room;) index->count *= 2;
+    index->slots = (int *)allocate(index->count, sizeof(int));
+    for (size_t i = 0; i < index->count; i++) index->slots[i] = -1;
+    char *end = t->pool = (char *)allocate(t->json_size + 1, 1);
+    for (const Json *a = added ? added->child : NULL; a; a = a->next) {
+        const Json *content = json_get(a, "content");
+        if (!content || content->type != 's') fail("%s: an added token has no \"content\"", path);
+        static const char *const unknown[] = {"single_word", "lstrip", "rstrip"};
+        for (int i = 0; i < 3; i++)
+            if (json_get(a, unknown[i]) && json_get(a, unknown[i])->type == 't')
+                fail("%s: added token \"%s\" sets %s, which this program cannot follow", path, content->text,
+                     unknown[i]);
+        memcpy(end, content->text, content->length);
+        add_token(t, index, path, content->text, json_get(a, "id"), (int)room, end, (int)content->length);
+        t->added[t->added_count++] = (int)json_get(a, "id")->number;
+        end += content->length;
+    }
+    const char *words = end;    // added tokens stand before this
+    for (const Json *v = vocab->child; v; v = v->next) {
+        int id = *find_token(t, index, v->key, (int)strlen(v->key));
+        if (id >= 0 && t->text[id] < words && v->type == 'n' && v->number == id) continue; // an added token once more
+        int n = alphabet_to_bytes(v->key, strlen(v->key), end);
+        if (n < 0) fail("%s: token \"%s\" is not in GPT-2's byte alphabet", path, v->key);
+        add_token(t, index, path, v->key, v, (int)room, end, n);
+        end += n;
+    }
+    for (int i = 0; i < t->vocab; i++)
+        if (!t->text[i]) fail("%s: no token has id %d, though there are %d tokens", path, i, t->vocab);
+}
+
+// "merges": the rank is the place in the list; each is a string "left right" or a pair of strings.
+void read_merges(Tokenizer *t, const TokenIndex *index, const char *path, const Json *merges) {
+    size_t count = 0;
+    for (const Json *m = merges->child; m; m = m->next) count++;
+    for (t->merge_slots = 4; t->merge_slots < 2 * count;) t->merge_slots *= 2;
+    t->merges = (Merge *)allocate(t->merge_slots, sizeof(Merge));
+    char *bytes = (char *)allocate(t->json_size + 1, 1);
+    int rank = 1;
+    for (const Json *m = merges->child; m; m = m->next, rank++) {
+        const Json *a = m->type == 'a' ? m->child : NULL, *b = a ? a->next : NULL;
+        const char *left = m->text, *right = left ? strchr(left, ' ') : NULL, *end = left ? left + m->length : NULL;
+        size_t left_length = right ? (size_t)(right++ - left) : 0;
+        if (b && !b->next && a->type == 's' && b->type == 's') {
+            left = a->text, left_length = a->length;
+            right = b->text, end = right + b->length;
+        }
+        if (!right) fail("%s: merge %d is neither \"left right\" nor [\"left\", \"right\"]", path, rank);
+        int n = alphabet_to_bytes(left, left_length, bytes);
+        int k = n < 0 ? -1 : alphabet_to_bytes(right, (size_t)(end - right), bytes + n);
+        int x = k < 0 ? -1 : *find_token(t, index, bytes, n), y = k < 0 ? -1 : *find_token(t, index, bytes + n, k);
+        int id = k < 0 ? -1 : *find_token(t, index, bytes, n + k);
+        if (x < 0 || y < 0 || id < 0)
+            fail("%s: merge %d (\"%.*s\" and \"%s\"): %s is not in the vocabulary", path, rank, (int)left_length, left,
+                 right, x < 0 ? "the left token" : y < 0 ? "the right token" : "what they make");
+        Merge *slot = (Merge *)find_merge(t, x, y);
+        slot->left = x, slot->right = y, slot->id = id, slot->rank = rank;
+    }
+    free(bytes);
+}
+
+Tokenizer *tokenizer_load(const char *path) {
+    Tokenizer *t = (Tokenizer *)allocate(1, sizeof(Tokenizer));
+    t->json = read_file(path, &t->json_size);
+    Json *root = json_parse(t->json, t->json_size, path);
+    t->add_prefix_space = check_tokenizer_json(path, root);
+    const Json *model = json_get(root, "model"), *vocab = json_get(model, "vocab"), *merges = json_get(model, "merges");
+    if (!vocab || vocab->type != 'o') fail("%s: the model has no object \"vocab\"", path);
+    if (!merges || merges->type != 'a') fail("%s: the model has no list \"merges\"", path);
+
+    TokenIndex index;
+    read_vocabulary(t, &index, path, vocab, json_get(root, "added_tokens"));
+    read_merges(t, &index, path, merges);
+    for (int b = 0; b < 256; b++) {
+        char byte = (char)b;
+        t->byte_id[b] = *find_token(t, &index, &byte, 1);
+        if (t->byte_id[b] < 0) fail("%s: byte 0x%02x has no token; a byte-level vocabulary has all 256", path, b);
+    }
+    t->eot = *find_token(t, &index, "<|endoftext|>", 13);
+    if (t->eot < 0) fail("%s: the vocabulary has no <|endoftext|>", path);
+    free(index.slots);
+    json_free(root);
+
+    int listed = 0;
+    for (int i = 0; i < t->added_count; i++) listed |= t->added[i] == t->eot;
+    if (!listed) t->added[t->added_count++] = t->eot;
+    for (int i = 0; i < t->added_count; i++) {
+        t->added_first[(unsigned char)t->text[t->added[i]][0]] = 1;
+        if (t->add_prefix_space && t->length[t->added[i]] == 1) // a space before every other byte: more ids than bytes
+            fail("%s: an added token of one byte together with add_prefix_space cannot be followed", path);
+    }
+    t->class_of = character_classes();
+    t->cache = (CachedWord *)allocate(CACHED_WORDS, sizeof(CachedWord));
+    return t;
+}
+
+// The same tokenizer for another thread: the tables are t's, which must outlive it; what encoding changes is its own.
+Tokenizer *tokenizer_share(const Tokenizer *t) {
+    Tokenizer *mine = (Tokenizer *)allocate(1, sizeof(Tokenizer));
+    *mine = *t;
+    mine->shared = 1;
+    mine->cache = (CachedWord *)allocate(CACHED_WORDS, sizeof(CachedWord));
+    mine->symbols = NULL;
+    mine->heap = NULL;
+    mine->room = 0;
+    return mine;
+}
+
+void tokenizer_free(Tokenizer *t) {
+    if (!t) return;
+    free(t->cache);
+    free(t->symbols);
+    free(t->heap);
+    if (!t->shared) {
+        free(t->json);
+        free(t->pool);
+        free(t->text);
+        free(t->length);
+        free(t->added);
+        free(t->merges);
+        free(t->class_of);
+    }
+    free(t);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10. The data loader
+//
+// Token files are llm.c's: a header of 256 int32 (magic, version, number of tokens), then the tokens as uint16. They are
+// mapped, not read, so they may be larger than memory. A file is cut into windows of T tokens (and the next token, the
+// last target); an epoch visits every window of every file once, in an order that the seed and the epoch fix, and each
+// epoch shifts the cuts within what a file has left over.
+
+#define TOKENS_MAGIC 20240520
+
+typedef struct Shard {
+    char *path;
+    void *map;
+    size_t map_size;
+    const uint16_t *tokens;
+    int count;       // tokens
+    long first, end; // its windows are first..end of all
+} Shard;
+
+typedef struct Data {
+    Shard *shards;
+    int shard_count, T, vocab;
+    long windows;
+    double tokens;
+    uint64_t seed;
+    long epoch;      // which order[] is made for
+    uint32_t *order; // (windows)
+} Data;
+
+int compare_text(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+// Maps dir/name and checks all that its header promises.
+void shard_open(Shard *s, const char *path, int T) {
+    s->path = strdup(path);
+    int file = open(path, O_RDONLY);
+    struct stat info;
+    if (file < 0 || fstat(file, &info) != 0)
+        fail("%s: cannot open: %s", path, strerror(errno));
+    s->map_size = (size_t)info.st_size;
+    if (!S_ISREG(info.st_mode) || s->map_size < 1024)
+        fail("%s: not a token file: expected a header of 1024 bytes, found %zu bytes", path, s->map_size);
+    s->map = mmap(NULL, s->map_size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (s->map == MAP_FAILED)
+        fail("%s: cannot map: %s", path, strerror(errno));
+    close(file);
+    int32_t header[3];
+    memcpy(header, s->map, sizeof(header));
+    if (header[0] != TOKENS_MAGIC || header[1] != 1)
+        fail("%s: not a token file: expected magic %d and version 1, found %d and %d", path, TOKENS_MAGIC, header[0],
+             header[1]);
+    if (header[2] < 0 || 1024 + 2 * (size_t)header[2] != s->map_size)
+        fail("%s: damaged: the header says %d tokens, which is %zu bytes; the file has %zu", path, header[2],
+             1024 + 2 * (size_t)(header[2] < 0 ? 0 : header[2]), s->map_size);
+    s->tokens = (const uint16_t *)((const char *)s->map + 1024);
+    s->count = header[2];
+    s->end = s->count > T ? (s->count - 1) / T : 0;
+}
+
+// All files of dir whose name holds `kind` ("train" or "val") and ends in .bin, in order of name.
+Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t seed) {
+    Data *d = (Data *)allocate(1, sizeof(Data));
+    DIR *list = opendir(dir);
+    if (!list)
+        fail("%s: cannot open the data folder: %s", dir, strerror(errno));
+    char **names = NULL;
+    for (struct dirent *entry; (entry = readdir(list));) {
+        size_t n = strlen(entry->d_name);
+        if (n < 4 || strcmp(entry->d_name + n - 4, ".bin") || !strstr(entry->d_name, kind))
+            continue;
+        names = (char **)reallocate(names, (size_t)d->shard_count + 1, sizeof(char *));
+        names[d->shard_count++] = strdup(entry->d_name);
+    }
+    closedir(list);
+    if (!d->shard_count)
+        fail("%s: no *%s*.bin there; data/tinystories.sh and data/tokenize make such folders", dir, kind);
+    qsort(names, (size_t)d->shard_count, sizeof(char *), compare_text);
+    d->shards = (Shard *)allocate((size_t)d->shard_count, sizeof(Shard));
+    for (int i = 0; i < d->shard_count; i++) {
+        char path[4096];
+        snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
+        shard_open(&d->shards[i], path, T);
+        d->shards[i].first = d->windows;
+        d->windows = d->shards[i].end += d->windows;
+        d->tokens += d->shards[i].count;
+        free(names[i]);
+    }
+    free(names);
+    if (!d->windows)
+        fail("%s: the *%s*.bin files are too short: a window takes --seq %d tokens and one more", dir, kind, T);
+    if (d->windows > UINT32_MAX)
+        fail("%s: more than %u windows; a larger --seq makes fewer", dir, UINT32_MAX);
+    d->T = T;
+    d->vocab = vocab;
+    d->seed = seed;
+    d->epoch = -1;
+    return d;
+}
+
+void data_close(Data *d) {
+    for (int i = 0; i < d->shard_count; i++) {
+        munmap(d->shards[i].map, d->shards[i].map_size);
+        free(d->shards[i].path);
+    }
+    free(d->shards);
+    free(d->order);
+    free(d);
+}
+
+// inputs (T), targets (T): window w, its cuts shifted as in this epoch; epoch -1: not shifted.
+void data_window(const Data *d, long w, long epoch, int *inputs, int *targets) {
+    const Shard *s = d->shards;
+    while (w >= s->end)
+        s++;
+    int T = d->T, left = (s->count - 1) % T;
+    size_t at = (size_t)(w - s->first) * (size_t)T;
+    if (epoch >= 0)
+        at += random_stream(d->seed, RANDOM_ORDER, (uint64_t)epoch, (uint64_t)(s - d->shards) + 1) % (uint64_t)(left + 1);
+    for (int t = 0; t <= T; t++) {
+        int token = s->tokens[at + (size_t)t];
+        if (token >= d->vocab)
+            fail("%s: token %zu is %d, but the tokenizer has %d; was the file made with another one?", s->path, at + t, token,
+                 d->vocab);
+        if (t < T)
+            inputs[t] = token;
+        if (t > 0)
+            targets[t - 1] = token;
+    }
+}
+
+// The sequences number first.. first+B-1 of training, counted from the start of the run. inputs, targets (B,T)
+void data_batch(Data *d, long first, int B, int *inputs, int *targets) {
+    for (int b = 0; b < B; b++) {
+        long epoch = (first + b) / d->windows;
+        if (epoch != d->epoch) { // Fisher and Yates's shuffle
+            d->order = (uint32_t *)reallocate(d->order, (size_t)d->windows, sizeof(uint32_t));
+            uint64_t stream = random_stream(d->seed, RANDOM_ORDER, (uint64_t)epoch, 0);
+            for (long i = 0; i < d->windows; i++) {
+                long j = (long)(random_uniform(stream, (uint64_t)i) * (double)(i + 1));
+                d->order[i] = d->order[j];
+                d->order[j] = (uint32_t)i;
+            }
+            d->epoch = epoch;
+        }
+        size_t at = (size_t)b * (size_t)d->T;
+        data_window(d, d->order[(first + b) % d->windows], epoch, inputs + at, targets + at);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 11. Checkpoints
+//
+// A checkpoint is a Hugging Face model directory: config.json, model.safetensors, tokenizer.json and two small files
+// about the tokenizer and generation, which transformers opens as they are; beside them optimizer.safetensors and
+// trainer_state.json, to go on. A new one is written under another name, flushed to the disk and renamed, and only then
+// does the link `latest` move: whenever the machine stops, the last checkpoint is whole.
+
+typedef struct Part { // a slice of a weight under its Hugging Face name
+    char name[96];
+    size_t offset;  // in the model's memory
+    int rows, cols; // rows 0: one dimension
+} Part;
+
+// What Mixtral's and Llama's files call each kind of tensor, and its row blocks where they store these apart.
+const char *const part_names[][3] = {
+    {"input_layernorm"},
+    {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+    {"self_attn.o_proj"},
+    {"post_attention_layernorm"},
+    {"block_sparse_moe.gate"},
+    {"block_sparse_moe.experts.%d.w1", "block_sparse_moe.experts.%d.w3"},
+    {"block_sparse_moe.experts.%d.w2"},
+    {"mlp.gate_proj", "mlp.up_proj"},
+    {"mlp.down_proj"},
+    {"model.embed_tokens"},
+    {"model.norm"},
+    {"lm_head"},
+};
+
+// All weights of a model as Hugging Face files hold them.
+Part *model_parts(const Config *c, int *count) {
+    Tensor *tensors = (Tensor *)allocate((size_t)c->layers * LAYER_TENSORS + 3, sizeof(Tensor));
+    int n = model_tensors(c, tensors), D = c->dim / c->heads;
+    Part *list = NULL;
+    *count = 0;
+    for (int i = 0; i < n; i++) {
+        const Tensor *t = &tensors[i];
+        size_t offset = t->offset;
+        for (int e = 0; e < t->shape[0]; e++) {
+            int in = t->kind == W_IN || t->kind == DENSE_IN, halves = in && is_gated(c);
+            int piece = t->kind == DENSE_IN && !halves; // an ungated dense layer's matrix is its up_proj
+            for (int left = t->shape[1]; left > 0; piece++) {
+                Part part;
+                memset(&part, 0, sizeof(part));
+                int rows = t->kind == QKV ? (piece ? c->kv_heads : c->heads) * D : halves ? t->shape[1] / 2 : left;
+                char name[64], format[64];
+                const char *base = part_names[t->kind][piece];
+                if (t->kind >= DENSE_IN && t->kind <= DENSE_OUT && is_moe(c, t->layer))
+                    snprintf(format, sizeof(format), "mlp.shared_experts.%s", base + 4);
+                else
+                    snprintf(format, sizeof(format), "%s", base);
+                snprintf(name, sizeof(name), format, e);
+                if (t->layer < 0)
+                    snprintf(part.name, sizeof(part.name), "%s.weight", name);
+                else
+                    snprintf(part.name, sizeof(part.name), "model.layers.%d.%s.weight", t->layer, name);
+                part.offset = offset;
+                part.rows = tensor_is_norm(t) ? 0 : rows;
+                part.cols = t->shape[2];
+                if (*count % 256 == 0)
+                    list = (Part *)reallocate(list, (size_t)*count + 256, sizeof(Part));
+                list[(*count)++] = part;
+                offset += (size_t)rows * (size_t)t->shape[2];
+                left -= rows;
+            }
+        }
+    }
+    free(tensors);
+    return list;
+}
+
+FILE *open_for_writing(const char *dir, const char *name) {
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/%s", dir, name);
+    FILE *file = fopen(path, "wb");
+    if (!file)
+        fail("%s: cannot create: %s", path, strerror(errno));
+    return file;
+}
+
+// Closes a file once its bytes are on the disk.
+void close_written(FILE *file, const char *dir, const char *name) {
+    if (fflush(file) != 0 || ferror(file) || (fsync(fileno(file)) != 0 && errno != EINVAL) || fclose(file) != 0)
+        fail("%s/%s: cannot write: %s", dir, name, strerror(errno));
+}
+
+// Writes the parts of `copies` memories, each under its prefix. The format: the header's length as 8 bytes, the header in
+// JSON, then the numbers. https://github.com/huggingface/safetensors
+void write_safetensors(const char *dir, const char *name, const Part *parts, int count, real *const *memory,
+                       const char *const *prefix, int copies) {
+    char *header = NULL;
+    size_t size = 0, at = 0;
+    FILE *text = open_memstream(&header, &size);
+    fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (int copy = 0; copy < copies; copy++) {
+        for (int i = 0; i < count; i++) {
+            const Part *p = &parts[i];
+            size_t bytes = (size_t)max_int(p->rows, 1) * (size_t)p->cols * sizeof(real);
+            fprintf(text, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", prefix[copy], p->name, sizeof(real) == 8 ? "F64" : "F32");
+            if (p->rows)
+                fprintf(text, "%d,", p->rows);
+            fprintf(text, "%d],\"data_offsets\":[%zu,%zu]}", p->cols, at, at + bytes);
+            at += bytes;
+        }
+    }
+    fprintf(text, "}");
+    fflush(text);
+    while (size % 8) {
+        fputc(' ', text);
+        fflush(text);
+    }
+    fclose(text);
+    FILE *file = open_for_writing(dir, name);
+    uint64_t length = size;
+    fwrite(&length, 8, 1, file);
+    fwrite(header, 1, size, file);
+    for (int copy = 0; copy < copies; copy++) {
+        for (int i = 0; i < count; i++)
+            fwrite(memory[copy] + parts[i].offset, sizeof(real), (size_t)max_int(parts[i].rows, 1) * (size_t)parts[i].cols, file);
+    }
+    free(header);
+    close_written(file, dir, name);
+}
+
+typedef struct Safetensors { // a mapped file
+    char path[4200];
+    const char *map, *data;
+    size_t size, data_size;
+    Json *header;
+} Safetensors;
+
+void safetensors_open(Safetensors *s, const char *path) {
+    snprintf(s->path, sizeof(s->path), "%s", path);
+    int file = open(path, O_RDONLY);
+    struct stat info;
+    if (file < 0 || fstat(file, &info) != 0)
+        fail("%s: cannot open: %s", path, strerror(errno));
+    s->size = (size_t)info.st_size;
+    void *map = s->size >= 8 ? mmap(NULL, s->size, PROT_READ, MAP_PRIVATE, file, 0) : MAP_FAILED;
+    if (map == MAP_FAILED)
+        fail("%s: not a safetensors file: %zu bytes", path, s->size);
+    close(file);
+    s->map = (const char *)map;
+    uint64_t length;
+    memcpy(&length, s->map, 8);
+    if (length > s->size - 8)
+        fail("%s: damaged: its header should have %llu bytes, the whole file has %zu", path, (unsigned long long)length, s->size);
+    s->header = json_parse(s->map + 8, (size_t)length, path);
+    s->data = s->map + 8 + length;
+    s->data_size = s->size - 8 - (size_t)length;
+}
+
+void safetensors_close(Safetensors *s) {
+    munmap((void *)s->map, s->size);
+    json_free(s->header);
+}
+
+// One number of the types that model files use: F64, F32, F16, BF16.
+double decode_number(const char *from, int type) {
+    if (type == 0) {
+        double number;
+        memcpy(&number, from, 8);
+        return number;
+    }
+    float number;
+    uint32_t bits = 0;
+    if (type == 1) {
+        memcpy(&bits, from, 4);
+    } else if (type == 2) { // sign, 5 bits of exponent, 10 of mantissa
+        uint16_t half;
+        memcpy(&half, from, 2);
+        int exponent = half >> 10 & 31, mantissa = half & 1023;
+        double value = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                       : exponent == 0 ? ldexp(mantissa, -24)
+                                       : ldexp(mantissa + 1024, exponent - 25);
+        return half >> 15 ? -value : value;
+    } else { // the upper half of a float
+        uint16_t half;
+        memcpy(&half, from, 2);
+        bits = (uint32_t)half << 16;
+    }
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+// Reads rows x cols numbers (rows 0: one dimension) of the tensor `name` to `to`. Where the file's has more dimensions than
+// two, the first ones count as one; it should have `all` rows, of which those from `first` on are taken. Returns 0 where
+// the file has no such name.
+int read_tensor(const Safetensors *s, const char *name, int rows, int cols, int all, int first, real *to) {
+    const Json *t = json_get(s->header, name);
+    if (!t)
+        return 0;
+    const Json *dtype = json_get(t, "dtype"), *shape = json_get(t, "shape"), *range = json_get(t, "data_offsets");
+    const char *const types[] = {"F64", "F32", "F16", "BF16", NULL};
+    const int sizes[] = {8, 4, 2, 2};
+    int type = dtype && dtype->type == 's' ? find_word(types, dtype->text) : -1;
+    if (type < 0)
+        fail("%s: %s has type %s; expected F64, F32, F16 or BF16", s->path, name, dtype && dtype->text ? dtype->text : "none");
+    char found[128] = "no shape";
+    double found_rows = 1, found_cols = 0;
+    for (const Json *d = shape ? shape->child : NULL; d; d = d->next) {
+        size_t used = d == shape->child ? 0 : strlen(found);
+        snprintf(found + used, sizeof(found) - used, "%s%.0f", used ? " x " : "", d->number);
+        if (d->next)
+            found_rows *= d->number;
+        else
+            found_cols = d->number;
+    }
+    if (found_cols != cols || found_rows != max_int(all, 1))
+        fail("%s: %s is %s; config.json makes it %.0d%s%d", s->path, name, found, all, all ? " x " : "", cols);
+    const Json *from = range ? range->child : NULL, *end = from ? from->next : NULL;
+    size_t width = (size_t)sizes[type], count = (size_t)max_int(rows, 1) * (size_t)cols;
+    size_t bytes = (size_t)max_int(all, 1) * (size_t)cols * width;
+    if (!end || !(from->number >= 0) || !(end->number <= (double)s->data_size) || end->number - from->number != (double)bytes)
+        fail("%s: damaged: %s should have %zu bytes within the file's %zu", s->path, name, bytes, s->data_size);
+    const char *p = s->data + (size_t)from->number + (size_t)first * (size_t)cols * width;
+    if ((type == 0 && sizeof(real) == 8) || (type == 1 && sizeof(real) == 4)) {
+        memcpy(to, p, count * width);
+    } else {
+        for (size_t i = 0; i < count; i++)
+            to[i] = (real)decode_number(p + i * width, type);
+    }
+    return 1;
+}
+
+// The class of transformers that computes what this configuration does, or "" where there is none.
+const char *matching_class(const Config *c) {
+    int moe = 0, plain = c->activation == SWIGLU;
+    for (int l = 0; l < c->layers; l++)
+        moe += is_moe(c, l);
+    if (plain && moe == 0)
+        return "LlamaForCausalLM";
+    return plain && moe == c->layers && !c->shared && c->gate == RENORMALIZED ? "MixtralForCausalLM" : "";
+}
+
+// "name":value for every option that is SHAPE, and TRAIN too if train.
+void write_options(FILE *file, const Config *c, int train) {
+    const char *comma = "";
+    for (int i = 0; i < option_count; i++) {
+        const Option *o = &options[i];
+        if (o->kind == '-' || o->when == RUN || (o->when == TRAIN && !train))
+            continue;
+        char buffer[64];
+        const char *text = option_text(c, o, buffer);
+        fprintf(file, "%s\"%s\":", comma, o->name);
+        if (o->kind == 's' || o->kind == 'e')
+            json_write_string(file, text, strlen(text));
+        else
+            fputs(o->kind == 'f' ? (atoi(text) ? "true" : "false") : text, file);
+        comma = ",";
+    }
+}
+
+void write_config(const char *dir, const Config *c, int eot) {
+    const char *name = matching_class(c);
+    int moe = !strcmp(name, "MixtralForCausalLM"), dense = !strcmp(name, "LlamaForCausalLM");
+    FILE *f = open_for_writing(dir, "config.json");
+    fprintf(f, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", *name ? name : "TrainMoeForCausalLM",
+            moe ? "mixtral" : dense ? "llama" : "train_moe");
+    if (!*name)
+        fprintf(f, "  \"comment\": \"no class of transformers has this router; the object train_moe says what it computes\",\n");
+    fprintf(f, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n", c->vocab, c->dim,
+            dense ? dense_width(c, 0) : c->ffn);
+    fprintf(f, "  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n", c->layers,
+            c->heads, c->kv_heads);
+    fprintf(f, "  \"head_dim\": %d,\n  \"hidden_act\": \"%s\",\n  \"max_position_embeddings\": %d,\n", c->dim / c->heads,
+            c->activation == SWIGLU ? "silu" : c->activation == RELU ? "relu" : "gelu", c->seq);
+    fprintf(f, "  \"rms_norm_eps\": %.17g,\n  \"rope_theta\": %.17g,\n", c->norm_eps, c->rope_theta);
+    if (moe) // transformers' balance loss is K at balance, ours 1
+        fprintf(f,
+                "  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n  \"router_aux_loss_coef\": %.17g,\n"
+                "  \"output_router_logits\": false,\n",
+                c->experts, c->topk, c->aux_weight / c->topk);
+    const char *type = sizeof(real) == 8 ? "float64" : "float32";
+    fprintf(f, "  \"tie_word_embeddings\": %s,\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", c->untied ? "false" : "true",
+            eot, eot);
+    fprintf(f, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\",\n", type, type); // the newer and the older name
+    fprintf(f, "  \"train_moe\": {");
+    write_options(f, c, 0);
+    fprintf(f, "}\n}\n");
+    close_written(f, dir, "config.json");
+}
+
+// A member that has to be there; `type` as in Json, 'i' for a whole number.
+const Json *expect_member(const Json *object, const char *name, char type, const char *path) {
+    const Json *m = json_get(object, name);
+    if (!m || m->type != (type == 'i' ? 'n' : type) || (type == 'i' && m->number != floor(m->number)))
+        fail("%s: expected %s \"%s\", found %s", path,
+             type == 'o' ? "an object" : type == 's' ? "a text" : type == 'n' ? "a number" : "a whole number", name,
+             m ? "something else" : "none");
+    return m;
+}
+
+// The options in a JSON object of a file. Unknown ones are of a later version and passed over.
+void read_options(Config *c, const Json *object, const char *path) {
+    for (const Json *m = object->child; m; m = m->next) {
+        char number[64];
+        snprintf(number, sizeof(number), "%.17g", m->number);
+        int i = find_option(m->key);
+        if (i >= 0)
+            set_option(c, &options[i], m->type == 's' ? keep_text(m->text) : m->type == 'n' ? number : m->type == 't' ? "1" : "0",
+                       path);
+    }
+}
+
+// What dir/config.json says of the model: ours has every option in it, of Hugging Face's Mixtral and Llama we take what
+// we can compute and refuse the rest.
+void config_from_directory(Config *c, const char *dir) {
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/config.json", dir);
+    size_t size;
+    char *text = read_file(path, &size);
+    Json *json = json_parse(text, size, path);
+    c->vocab = (int)expect_member(json, "vocab_size", 'i', path)->number;
+    if (c->vocab < 1 || c->vocab > 1 << 24)
+        fail("%s: vocab_size %d is not possible", path, c->vocab);
+    const Json *ours = json_get(json, "train_moe"), *type = expect_member(json, "model_type", 's', path);
+    if (ours) {
+        read_options(c, expect_member(json, "train_moe", 'o', path), path);
+        find_recipe(c->recipe);
+    } else {
+        int moe = !strcmp(type->text, "mixtral");
+        if (!moe && strcmp(type->text, "llama"))
+            fail("%s: model_type is %s; expected mixtral, llama, or a checkpoint of train_moe", path, type->text);
+        memset(c->given, 0, sizeof(c->given));
+        config_recipe(c, moe ? "mixtral" : "dense");
+        const char *const names[][2] = {{"hidden_size", "dim"}, {"num_hidden_layers", "layers"}, {"num_attention_heads", "heads"},
+                                        {"num_key_value_heads", "kv-heads"}, {"intermediate_size", "ffn"},
+                                        {"max_position_embeddings", "seq"}, {"num_local_experts", "experts"},
+                                        {"num_experts_per_tok", "topk"}};
+        c->topk = 1; // a dense layer is K*F wide
+        c->shared = 0;
+        for (int i = 0; i < (moe ? 8 : 6); i++) {
+            char number[64];
+            snprintf(number, sizeof(number), "%.17g", expect_member(json, names[i][0], 'i', path)->number);
+            set_option(c, &options[find_option(names[i][1])], number, path);
+        }
+        c->seq = min_int(c->seq, 4096); // the cache of generation
+        c->norm_eps = expect_member(json, "rms_norm_eps", 'n', path)->number;
+        const Json *rope = json_get(json, "rope_parameters"), *scaling = json_get(json, "rope_scaling"); // newer, older form
+        c->rope_theta = expect_member(rope && rope->type == 'o' ? rope : json, "rope_theta", 'n', path)->number;
+        const Json *kind = json_get(rope && rope->type == 'o' ? rope : scaling, "rope_type");
+        if ((kind && kind->text && strcmp(kind->text, "default")) || (!kind && scaling && scaling->type == 'o'))
+            fail("%s: its rotary positions are scaled, which this program does not compute", path);
+        const Json *tied = json_get(json, "tie_word_embeddings"), *width = json_get(json, "head_dim");
+        const Json *act = json_get(json, "hidden_act"), *window = json_get(json, "sliding_window");
+        c->untied = !tied || tied->type != 't';
+        if (act && act->text && strcmp(act->text, "silu"))
+            fail("%s: hidden_act is %s; expected silu", path, act->text);
+        if (width && width->type == 'n' && width->number * c->heads != c->dim)
+            fail("%s: head_dim %.0f is not hidden_size %d / num_attention_heads %d", path, width->number, c->dim, c->heads);
+        if (window && window->type == 'n' && window->number < c->seq)
+            c->seq = (int)window->number;
+        const char *const biases[] = {"attention_bias", "mlp_bias"};
+        for (int i = 0; i < 2; i++) {
+            if (json_get(json, biases[i]) && json_get(json, biases[i])->type == 't')
+                fail("%s: %s is true; this model has no biases", path, biases[i]);
+        }
+    }
+    json_free(json);
+    free(text);
+}
+
+// Joins what a checkpoint says (c) with what the command line asked for: options of kinds not in `adopted` are as asked;
+// of the others the command line's count where given, but where `fixed` they may not differ. Bits: 1 << MODEL...
+void join_options(Config *c, const Config *asked, int adopted, int fixed, const char *path) {
+    for (int i = 0; i < option_count; i++) {
+        const Option *o = &options[i];
+        if (o->kind == '-' || (!asked->given[i] && adopted >> o->when & 1))
+            continue;
+        char a[64], b[64];
+        const char *mine = option_text(asked, o, a), *theirs = option_text(c, o, b);
+        if (fixed >> o->when & 1 && asked->given[i] && strcmp(mine, theirs))
+            usage_fail("--%s %s: in %s it is %s, and it cannot change now", o->name, mine, path, theirs);
+        size_t size = o->kind == 's' ? sizeof(char *) : o->kind == 'd' ? sizeof(double) : sizeof(int);
+        memcpy((char *)c + o->offset, (const char *)asked + o->offset, size);
+    }
+    memcpy(c->given, asked->given, sizeof(c->given));
+}
+
+// Reads a part under its own name or, as transformers 5 can store Mixtral's experts, out of one tensor of all experts.
+int read_part(const Safetensors *s, const char *name, const Part *p, int experts, real *to) {
+    int layer, expert, w, rows = p->rows, used = 0;
+    char fused[96];
+    if (read_tensor(s, name, rows, p->cols, rows, 0, to))
+        return 1;
+    if (sscanf(name, "model.layers.%d.block_sparse_moe.experts.%d.w%d%n", &layer, &expert, &w, &used) == 3) {
+        snprintf(fused, sizeof(fused), "model.layers.%d.mlp.experts.%s", layer, w == 2 ? "down_proj" : "gate_up_proj");
+        int each = w == 2 ? rows : 2 * rows;
+        return read_tensor(s, fused, rows, p->cols, experts * each, expert * each + (w == 3 ? rows : 0), to);
+    }
+    if (sscanf(name, "model.layers.%d.block_sparse_moe.gate%n", &layer, &used) == 1 && used) {
+        snprintf(fused, sizeof(fused), "model.layers.%d.mlp.gate.weight", layer);
+        return read_tensor(s, fused, rows, p->cols, rows, 0, to);
+    }
+    return 0;
+}
+
+// Reads the parts, each under prefix, from dir/name: one file, or those that dir/name.index.json lists.
+void read_weights(const char *dir, const char *name, const Part *parts, int count, int experts, const char *prefix,
+                  real *memory) {
+    char path[4200];
+    Safetensors *files = NULL;
+    int n = 0;
+    snprintf(path, sizeof(path), "%s/%s.index.json", dir, name);
+    if (access(path, F_OK) == 0) {
+        size_t size;
+        char *text = read_file(path, &size), index[4200];
+        memcpy(index, path, sizeof(index));
+        Json *json = json_parse(text, size, index);
+        for (const Json *m = expect_member(json, "weight_map", 'o', index)->child; m; m = m->next) {
+            if (m->type != 's')
+                fail("%s: the file of %s is not a text", index, m->key);
+            snprintf(path, sizeof(path), "%s/%s", dir, m->text);
+            int known = 0;
+            for (int i = 0; i < n; i++)
+                known |= !strcmp(files[i].path, path);
+            if (known)
+                continue;
+            files = (Safetensors *)reallocate(files, (size_t)n + 1, sizeof(Safetensors));
+            safetensors_open(&files[n++], path);
+        }
+        json_free(json);
+        free(text);
+    } else {
+        files = (Safetensors *)allocate(1, sizeof(Safetensors));
+        snprintf(path, sizeof(path), "%s/%s", dir, name);
+        safetensors_open(&files[n++], path);
+    }
+    for (int i = 0; i < count; i++) {
+        char full[160];
+        snprintf(full, sizeof(full), "%s%s", prefix, parts[i].name);
+        int found = 0;
+        for (int f = 0; f < n && !found; f++)
+            found = read_part(&files[f], full, &parts[i], experts, memory + parts[i].offset);
+        if (!found)
+            fail("%s: there is no %s, which config.json asks for", path, full);
+    }
+    for (int f = 0; f < n; f++)
+        safetensors_close(&files[f]);
+    free(files);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 12. Generation
+
+// One token at `position`; logits (V) of the next. Keys and values of the last seq positions are in m->cache; a longer
+// text forgets its beginning.
+void model_generate(Model *m, int token, int position, real *logits) {
+    const Config *c = &m->config;
+    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, L = c->layers, width = 2 * KV * D;
+    if (!m->one) {
+        m->one = model_allocate(c, 1, 0, m->memory[WEIGHTS]);
+        m->cache = own_reals(m, (size_t)L * c->seq * width);
+    }
+    Model *one = m->one;
+    LayerState *s = one->layers;
+    int seen = min_int(position + 1, c->seq), slot = position % c->seq;
+    real *scores = one->attention, scale = (real)(1 / sqrt((double)D)); // (seen)
+    rope_angles(one->angles, position, 1, D, c->rope_theta);
+    embedding_forward(one->x, m->weights.embed, &token, 1, C);
+    for (int l = 0; l < L; l++, s++) {
+        const LayerWeights *w = &m->weights.layer[l];
+        real *keys = m->cache + (size_t)l * c->seq * width, *values = keys + KV * D; // rows of width numbers
+        rmsnorm_forward(s->h1, s->rstd1, one->x, w->norm1, 1, C, c->norm_eps);
+        product(s->qkv, along_rows(s->h1, C, NULL), along_rows(w->qkv, C, NULL), 1, Q, C, 0);
+        rope(s->qkv, Q, 1, 1, H + KV, D, one->angles, 1);
+        memcpy(keys + (size_t)slot * width, s->qkv + H * D, (size_t)width * sizeof(real));
+        for (int h = 0; h < H; h++) {
+            const real *q = s->qkv + h * D;
+            real *out = s->att + h * D;
+            int kv = h / (H / KV) * D;
+            for (int t = 0; t < seen; t++) {
+                scores[t] = 0;
+                for (int i = 0; i < D; i++)
+                    scores[t] += q[i] * keys[(size_t)t * width + kv + i] * scale;
+            }
+            softmax(scores, seen);
+            memset(out, 0, (size_t)D * sizeof(real));
+            for (int t = 0; t < seen; t++) {
+                for (int i = 0; i < D; i++)
+                    out[i] += scores[t] * values[(size_t)t * width + kv + i];
+            }
+        }
+        product(one->x, along_rows(s->att, C, NULL), along_rows(w->proj, C, NULL), 1, C, C, 1);
+        rmsnorm_forward(s->h2, s->rstd2, one->x, w->norm2, 1, C, c->norm_eps);
+        ffn_forward(one, l, s, one->x, 1, 1, EVAL_MODE);
+    }
+    rmsnorm_forward(one->h, one->rstd, one->x, m->weights.norm, 1, C, c->norm_eps);
+    product(logits, along_rows(one->h, C, NULL), along_rows(m->weights.head, C, NULL), 1, c->vocab, C, 0);
+}
+
+typedef struct RankedToken {
+    double logit;
+    int id;
+} RankedToken;
+
+int compare_ranked(const void *a, const void *b) { // likeliest first, of equals the lower id
+    const RankedToken *x = (const RankedToken *)a, *y = (const RankedToken *)b;
+    return x->logit != y->logit ? (x->logit < y->logit ? 1 : -1) : x->id - y->id;
+}
+
+// Draws one of n tokens: logits divided by temperature, of these the top_k likeliest, of these as few of the likeliest as
+// hold top_p of the probability (Holtzman et al. 2020). u is uniform in [0,1). temperature 0: the likeliest.
+int sample(const real *logits, int n, double temperature, int top_k, double top_p, double u) {
+    RankedToken *list = (RankedToken *)allocate((size_t)n, sizeof(RankedToken));
+    for (int i = 0; i < n; i++) {
+        list[i].logit = (double)logits[i];
+        list[i].id = i;
+    }
+    qsort(list, (size_t)n, sizeof(RankedToken), compare_ranked);
+    int kept = temperature == 0 ? 1 : top_k > 0 ? min_int(top_k, n) : n, chosen = 0;
+    double total = 0, sum = 0, top = list[0].logit;
+    for (int i = 0; i < kept; i++) // from here on logit holds the probability, not yet divided by the sum
+        total += list[i].logit = kept == 1 ? 1 : exp((list[i].logit - top) / temperature);
+    int nucleus = 0;
+    while (nucleus < kept && (nucleus == 0 || sum < top_p * total))
+        sum += list[nucleus++].logit;
+    for (double part = list[0].logit; chosen < nucleus - 1 && part <= u * sum; part += list[chosen].logit)
+        chosen++;
+    int id = list[chosen].id;
+    free(list);
+    return id;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 13. The backend: what the trainer below asks of a model
+//
+// Everything from here on - the training loop, files, log, command line - is the same on every device. A device fills in
+// one such table; this file's own is cpu_backend.
+
+typedef struct Backend {
+    const char *name;
+    Model *(*create)(const Config *config, int tokens, int train, real *weights); // buffers for that many tokens
+    void (*release)(Model *model);
+    void (*init)(Model *model);
+    double (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, int mode, double grad_scale, long step,
+                      long first_token);
+    double (*aux)(const Model *model);
+    void (*backward)(Model *model);
+    double (*gradient_norm)(const Model *model);
+    void (*update)(Model *model, int step, double lr, double norm);
+    void (*generate)(Model *model, int token, int position, real *logits);
+    const RouterStats *(*stats)(const Model *model, int layer);
+    void (*clear_stats)(Model *model);
+    const Plan *(*plan)(const Model *model, int layer); // of the last forward pass
+    real *(*fetch)(Model *model, int what); // WEIGHTS, GRADS, MOMENT1 or MOMENT2: all numbers, in the host's memory
+    void (*store)(Model *model, int what);  // takes over what was changed there
+    double (*peak)(void);                   // operations per second that the device can do at most, measured
+} Backend;
+
+const RouterStats *model_stats(const Model *m, int layer) {
+    return &m->stats[layer];
+}
+
+const Plan *model_plan(const Model *m, int layer) {
+    return &m->layers[layer].plan;
+}
+
+real *model_fetch(Model *m, int what) {
+    return m->memory[what];
+}
+
+void model_store(Model *m, int what) {
+    (void)m, (void)what; // model_fetch gave the memory itself
+}
+
+volatile real peak_result[64]; // or the compiler would leave out what nobody reads
+
+// Multiply-adds in registers alone, on all threads: a rate that no program can pass on this machine today.
+double measured_peak(void) {
+    const int rounds = 1 << 16;
+    double best = 0;
+    for (int attempt = 0; attempt < 4; attempt++) {
+        double start = seconds();
+#pragma omp parallel
+        {
+            vec sum[12], x = {0}, y = {0};
+            x += (real)0.999; // towards y/(1-x), so that nothing overflows or becomes subnormal
+            y += (real)1;
+            for (int i = 0; i < 12; i++)
+                sum[i] = y + (real)i;
+            for (int k = 0; k < rounds; k++) {
+#pragma GCC unroll 16
+                for (int i = 0; i < 12; i++)
+                    sum[i] = sum[i] * x + y;
+            }
+            for (int i = 1; i < 12; i++)
+                sum[0] += sum[i];
+            for (int lane = 0; lane < LANES; lane++)
+                peak_result[lane] = sum[0][lane];
+        }
+        best = fmax(best, 2.0 * 12 * LANES * rounds * thread_count() / (seconds() - start));
+    }
+    return best;
+}
+
+const Backend cpu_backend = {"cpu",        model_allocate, model_free,  model_init,        model_forward, model_aux,
+                             model_backward, gradient_norm, model_update, model_generate,    model_stats,   model_clear_stats,
+                             model_plan,   model_fetch,    model_store, measured_peak};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 14. A run: its directory, log, checkpoints and progress
+
+typedef struct Run {
+    Config config;
+    const Backend *backend;
+    Model *model;
+    Tokenizer *tokenizer;
+    Data *train, *val;
+    int *inputs, *targets; // (B,T)
+    char out[2048];
+    FILE *log;
+    int step;          // steps done
+    double peak;       // operations per second
+    double val_loss, val_bpb;
+    double flops;      // per token
+} Run;
+
+volatile sig_atomic_t stop_asked = 0;
+
+void ask_stop(int signal_number) {
+    (void)signal_number;
+    stop_asked = 1;
+}
+
+// One object of the log; format continues after its type.
+__attribute__((format(printf, 3, 4))) void log_line(Run *run, const char *type, const char *format, ...) {
+    va_list args;
+    fprintf(run->log, "{\"type\":\"%s\",", type);
+    va_start(args, format);
+    vfprintf(run->log, format, args);
+    va_end(args);
+    fprintf(run->log, "}\n");
+    if (fflush(run->log) != 0)
+        fail("%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
+}
+
+// The checkpoint that out holds: out/latest, or out itself where it is a model directory. 0 where there is none.
+int find_checkpoint(const char *out, char path[4096]) {
+    char file[4200];
+    snprintf(path, 4096, "%s/latest", out);
+    snprintf(file, sizeof(file), "%s/config.json", path);
+    if (access(file, F_OK) == 0)
+        return 1;
+    snprintf(path, 4096, "%s", out);
+    snprintf(file, sizeof(file), "%s/config.json", path);
+    return access(file, F_OK) == 0;
+}
+
+void write_text(const char *dir, const char *name, const char *text, size_t size) {
+    FILE *file = open_for_writing(dir, name);
+    fwrite(text, 1, size, file);
+    close_written(file, dir, name);
+}
+
+int compare_numbers(const void *a, const void *b) {
+    long x = *(const long *)a, y = *(const long *)b;
+    return x < y ? -1 : x > y;
+}
+
+void sync_directory(const char *path) {
+    int dir = open(path, O_RDONLY);
+    if (dir >= 0) {
+        fsync(dir);
+        close(dir);
+    }
+}
+
+// Removes all but the last `keep` checkpoints.
+void remove_old_checkpoints(const char *out, int keep) {
+    long *steps = NULL, step;
+    int count = 0;
+    char path[4200], rest;
+    DIR *dir = opendir(out);
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        if (sscanf(entry->d_name, "checkpoint-%ld%c", &step, &rest) == 1) {
+            steps = (long *)reallocate(steps, (size_t)count + 1, sizeof(long));
+            steps[count++] = step;
+        }
+    }
+    if (dir)
+        closedir(dir);
+    if (count)
+        qsort(steps, (size_t)count, sizeof(long), compare_numbers);
+    for (int i = 0; i < count - keep; i++) {
+        snprintf(path, sizeof(path), "%s/checkpoint-%ld", out, steps[i]);
+        remove_tree(path);
+    }
+    free(steps);
+}
+
+void save_checkpoint(Run *run) {
+    const Config *c = &run->config;
+    char final[4096], link[4200], name[64];
+    snprintf(name, sizeof(name), "checkpoint-%d", run->step);
+    snprintf(final, sizeof(final), "%s/%s", run->out, name);
+    snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-checkpoint", run->out);
+    remove_tree(unfinished_path); // of a run that was killed
+    if (mkdir(unfinished_path, 0777) != 0)
+        fail("%s: cannot create: %s", unfinished_path, strerror(errno));
+    const char *dir = unfinished_path;
+    int count;
+    Part *parts = model_parts(c, &count);
+    real *weights = run->backend->fetch(run->model, WEIGHTS);
+    real *moments[2] = {run->backend->fetch(run->model, MOMENT1), run->backend->fetch(run->model, MOMENT2)};
+    const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
+    write_safetensors(dir, "model.safetensors", parts, count, &weights, plain, 1);
+    write_safetensors(dir, "optimizer.safetensors", parts, count, moments, moment_names, 2);
+    free(parts);
+    write_config(dir, c, run->tokenizer->eot);
+    write_text(dir, "tokenizer.json", run->tokenizer->json, run->tokenizer->json_size);
+    char text[512];
+    const char *const eot = "<|endoftext|>";
+    int n = snprintf(text, sizeof(text),
+                     "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"bos_token\": \"%s\",\n  \"eos_token\": \"%s\",\n"
+                     "  \"unk_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
+                     "  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n  \"model_max_length\": %d\n}\n",
+                     eot, eot, eot, c->seq);
+    write_text(dir, "tokenizer_config.json", text, (size_t)n);
+    n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
+                 run->tokenizer->eot, run->tokenizer->eot, run->tokenizer->eot);
+    write_text(dir, "generation_config.json", text, (size_t)n);
+    FILE *state = open_for_writing(dir, "trainer_state.json");
+    fprintf(state, "{\"step\":%d,\"train_tokens\":%.0f,\"options\":{", run->step, run->train->tokens);
+    write_options(state, c, 1);
+    fprintf(state, "}}\n");
+    close_written(state, dir, "trainer_state.json");
+    sync_directory(dir);
+    remove_tree(final);
+    if (rename(dir, final) != 0)
+        fail("%s: cannot rename to %s: %s", dir, final, strerror(errno));
+    unfinished_path[0] = 0;
+    sync_directory(run->out);
+    snprintf(final, sizeof(final), "%s/latest", run->out);
+    snprintf(link, sizeof(link), "%s/latest.new", run->out);
+    unlink(link);
+    if (symlink(name, link) != 0 || rename(link, final) != 0)
+        fail("%s: cannot link to %s: %s", final, name, strerror(errno));
+    sync_directory(run->out);
+    remove_old_checkpoints(run->out, c->keep);
+}
+
+void load_weights(Run *run, const char *dir, int moments) {
+    int count;
+    Part *parts = model_parts(&run->config, &count);
+    const char *const prefix[] = {"", "", "exp_avg.", "exp_avg_sq."};
+    for (int what = WEIGHTS; what <= (moments ? MOMENT2 : WEIGHTS); what++) {
+        if (what == GRADS)
+            continue;
+        read_weights(dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", parts, count, run->config.experts,
+                     prefix[what], run->backend->fetch(run->model, what));
+        run->backend->store(run->model, what);
+    }
+    free(parts);
+}
+
+// Cuts the log back to what had happened by `step`.
+void cut_log(const char *path, int step) {
+    if (access(path, F_OK) != 0)
+        return;
+    size_t size;
+    char *text = read_file(path, &size), *line = text;
+    while (line < text + size) {
+        char *end = (char *)memchr(line, '\n', (size_t)(text + size - line)), *at;
+        if (!end) // cut off in the middle of a line
+            break;
+        *end = 0;
+        if ((at = strstr(line, "\"step\":")) != NULL && strncmp(line, "{\"type\":\"run\"", 13) && atol(at + 7) > step)
+            break;
+        line = end + 1;
+    }
+    if (truncate(path, (off_t)(line - text)) != 0)
+        fail("%s: cannot shorten: %s", path, strerror(errno));
+    free(text);
+}
+
+// Validation: windows spread evenly over the validation files, always the same ones.
+void evaluate(Run *run) {
+    const Config *c = &run->config;
+    int B = c->batch, T = c->seq;
+    long windows = run->val->windows, wanted = c->eval_batches ? (long)c->eval_batches * B : windows;
+    if (wanted > windows)
+        wanted = windows;
+    double nats = 0, bytes = 0;
+    for (long first = 0; first < wanted; first += B) {
+        int rows = (int)(wanted - first < B ? wanted - first : B);
+        for (int b = 0; b < rows; b++) {
+            size_t at = (size_t)b * (size_t)T;
+            data_window(run->val, (long)((double)(first + b) * (double)windows / (double)wanted), -1, run->inputs + at,
+                        run->targets + at);
+        }
+        nats += run->backend->forward(run->model, run->inputs, run->targets, rows, T, EVAL_MODE, 1, 0, 0) * rows * T;
+        for (int i = 0; i < rows * T; i++) {
+            if (run->targets[i] != run->tokenizer->eot && run->targets[i] < run->tokenizer->vocab)
+                bytes += run->tokenizer->length[run->targets[i]];
+        }
+    }
+    run->val_loss = nats / ((double)wanted * T);
+    run->val_bpb = nats / 0.6931471805599453 / bytes;
+}
+
+// Goes on from prompt (NULL: begins a text) and calls emit with the bytes of each token. Returns the number of tokens.
+int generate(Run *run, const char *prompt, void (*emit)(void *to, const char *bytes, int length), void *to) {
+    const Config *c = &run->config;
+    const Tokenizer *t = run->tokenizer;
+    size_t size = prompt ? strlen(prompt) : 0, count = 0;
+    int *ids = (int *)allocate(size + 2, sizeof(int)), made = 0, position = 0;
+    ids[count++] = t->eot;
+    count += tokenizer_encode(run->tokenizer, prompt ? prompt : "", size, ids + count);
+    real *logits = allocate_reals((size_t)c->vocab);
+    uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_SAMPLE, 0, 0);
+    for (size_t i = 0; i < count; i++) {
+        if (ids[i] >= c->vocab)
+            fail("the prompt's token %d is not in the model's vocabulary of %d", ids[i], c->vocab);
+        run->backend->generate(run->model, ids[i], position++, logits);
+    }
+    while (made < c->tokens) {
+        int id = sample(logits, min_int(c->vocab, t->vocab), c->temperature, c->top_k, c->top_p,
+                        random_uniform(stream, (uint64_t)position));
+        if (id == t->eot)
+            break;
+        emit(to, t->text[id], t->length[id]);
+        if (++made < c->tokens)
+            run->backend->generate(run->model, id, position++, logits);
+    }
+    free(logits);
+    free(ids);
+    return made;
+}
+
+void emit_to_file(void *to, const char *bytes, int length) {
+    fwrite(bytes, 1, (size_t)length, (FILE *)to);
+    fflush((FILE *)to);
+}
+
+void tell_story(Run *run) {
+    char *story = NULL;
+    size_t size = 0;
+    FILE *memory = open_memstream(&story, &size);
+    generate(run, NULL, emit_to_file, memory);
+    fclose(memory);
+    fprintf(run->log, "{\"type\":\"sample\",\"step\":%d,\"text\":", run->step);
+    json_write_string(run->log, story, size);
+    fprintf(run->log, "}\n");
+    fflush(run->log);
+    printf("\n%s\n\n", story);
+    free(story);
+}
+
+// Which words each expert of the last layer that has experts likes best: those it takes most above its usual share.
+void show_experts(Run *run) {
+    const Config *c = &run->config;
+    int l = c->layers - 1, V = run->tokenizer->vocab, E = c->experts;
+    while (l >= 0 && !is_moe(c, l))
+        l--;
+    if (l < 0)
+        return;
+    double *seen = (double *)allocate((size_t)V, sizeof(double)), *taken = (double *)allocate((size_t)V * E, sizeof(double));
+    int batches = (int)fmin(32, (double)run->val->windows / c->batch);
+    for (int i = 0; i < batches; i++) {
+        for (int b = 0; b < c->batch; b++)
+            data_window(run->val, (long)i * c->batch + b, -1, run->inputs + b * c->seq, run->targets + b * c->seq);
+        run->backend->forward(run->model, run->inputs, run->targets, c->batch, c->seq, EVAL_MODE, 1, 0, 0);
+        const Plan *plan = run->backend->plan(run->model, l);
+        for (int n = 0; n < plan->N && run->inputs[n] < V; n++) {
+            seen[run->inputs[n]] += 1;
+            for (int k = 0; k < plan->K; k++)
+                taken[(size_t)run->inputs[n] * E + plan->expert[n * plan->K + k]] += 1;
+        }
+    }
+    printf("What the experts of layer %d like to read, and how much of it they take:\n", l + 1);
+    for (int e = 0; e < min_int(E, 16); e++) {
+        printf("  expert %2d:", e);
+        for (int rank = 0; rank < 7; rank++) {
+            int best = -1;
+            double best_score = 0;
+            for (int v = 0; v < V; v++) { // seldom seen words are worth less: they may be there by chance
+                double score = seen[v] > 0 ? taken[(size_t)v * E + e] / (seen[v] + 20) : 0;
+                if (score > best_score) {
+                    best_score = score;
+                    best = v;
+                }
+            }
+            if (best < 0)
+                break;
+            int share = (int)(100 * taken[(size_t)best * E + e] / seen[best] + 0.5), shown = 0;
+            printf("%s", rank ? ", " : " ");
+            for (int i = 0; i < run->tokenizer->length[best]; i++) {
+                char byte = run->tokenizer->text[best][i];
+                if (byte == '\n')
+                    printf("\\n");
+                else if (byte != ' ' || run->tokenizer->length[best] == 1)
+                    putchar(byte);
+                shown++;
+            }
+            printf(" %d%%", shown ? share : 0);
+            taken[(size_t)best * E + e] = 0;
+        }
+        printf("\n");
+    }
+    printf("\n");
+    free(seen);
+    free(taken);
+}
+
+// share (E) of each expert in the choices since the stats were cleared; returns the largest share over the mean one.
+double expert_load(const RouterStats *s, int E, double *share) {
+    double total = 0, top = 0;
+    for (int e = 0; e < E; e++)
+        total += s->count[e];
+    for (int e = 0; e < E; e++) {
+        share[e] = total > 0 ? s->count[e] / total : 0;
+        top = fmax(top, share[e]);
+    }
+    return top * E;
+}
+
+void log_router(Run *run) {
+    int E = run->config.experts, K = run->config.topk;
+    double *share = (double *)allocate((size_t)E, sizeof(double));
+    for (int l = 0; l < run->config.layers; l++) {
+        if (!is_moe(&run->config, l))
+            continue;
+        const RouterStats *s = run->backend->stats(run->model, l);
+        double top = expert_load(s, E, share);
+        fprintf(run->log, "{\"type\":\"router\",\"step\":%d,\"layer\":%d,\"load\":[", run->step, l);
+        for (int e = 0; e < E; e++)
+            fprintf(run->log, "%s%.6g", e ? "," : "", share[e]);
+        fprintf(run->log, "],\"max_over_mean\":%.6g,\"entropy\":%.6g,\"dropped\":%.6g}\n", top, s->entropy / s->tokens,
+                s->dropped / (s->tokens * K));
+    }
+    free(share);
+}
+
+// How the last step went: on a terminal one line that is written over and over, else a line each time.
+void show_step(Run *run, double loss, double lr, double norm, double tokens_per_second, double left) {
+    const Config *c = &run->config;
+    char time_left[32], bars[256] = "";
+    snprintf(time_left, sizeof(time_left), "%d:%02d", (int)left / 60, (int)left % 60);
+    int l = c->layers - 1;
+    while (l >= 0 && !is_moe(c, l))
+        l--;
+    if (l >= 0) { // the last layer's load: full height is twice the fair share
+        double *share = (double *)allocate((size_t)c->experts, sizeof(double));
+        expert_load(run->backend->stats(run->model, l), c->experts, share);
+        strcat(bars, "  experts ");
+        for (int e = 0; e < min_int(c->experts, 16); e++) {
+            char bar[4] = "\xe2\x96\x81"; // U+2581, the lowest of eight blocks
+            bar[2] = (char)(bar[2] + min_int(7, (int)(share[e] * c->experts * 4)));
+            strcat(bars, bar);
+        }
+        free(share);
+    }
+    double sol = tokens_per_second * run->flops / run->peak;
+    if (isatty(1)) {
+        char done[21] = "....................";
+        memset(done, '#', (size_t)((double)run->step / c->steps * 20));
+        printf("\r[%s] %d/%d  loss %.3f  %.0f tokens/s  left %s%s\033[K", done, run->step, c->steps, loss, tokens_per_second,
+               time_left, bars);
+    } else {
+        printf("step %d/%d  loss %.4f  lr %.2e  norm %.2f  %.0f tokens/s  %.0f%% of peak  left %s%s\n", run->step, c->steps, loss,
+               lr, norm, tokens_per_second, 100 * sol, time_left, bars);
+    }
+    fflush(stdout);
+}
+
+void show_evaluation(Run *run) {
+    log_line(run, "eval", "\"step\":%d,\"val_loss\":%.9g,\"val_bpb\":%.9g", run->step, run->val_loss, run->val_bpb);
+    printf("%sstep %d: validation loss %.4f nats per token, %.4f bits per byte%s\n", isatty(1) ? "\r" : "", run->step,
+           run->val_loss, run->val_bpb, isatty(1) ? "\033[K" : "");
+}
+
+int due(int step, int every) {
+    return every > 0 && step % every == 0;
+}
+
+// Steps until config.steps, or until Ctrl-C. Returns 1 where it was interrupted.
+int train(Run *run) {
+    const Config *c = &run->config;
+    const Backend *backend = run->backend;
+    int B = c->batch, T = c->seq, timed_step = run->step;
+    double timed = seconds();
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = ask_stop;
+    action.sa_flags = (int)SA_RESETHAND; // the second Ctrl-C ends at once
+    sigaction(SIGINT, &action, NULL);
+    while (run->step < c->steps && !stop_asked) {
+        int step = run->step + 1;
+        double loss = 0, aux = 0;
+        backend->clear_stats(run->model);
+        for (int micro = 0; micro < c->accum; micro++) {
+            long first = (long)micro * B;
+            data_batch(run->train, (long)run->step * c->accum * B + first, B, run->inputs, run->targets);
+            loss += backend->forward(run->model, run->inputs, run->targets, B, T, TRAIN_MODE, 1.0 / c->accum, step, first * T) /
+                    c->accum;
+            aux += backend->aux(run->model) / c->accum;
+            backend->backward(run->model);
+        }
+        double norm = backend->gradient_norm(run->model), lr = learning_rate(c, step);
+        if (!isfinite(loss) || !isfinite(norm))
+            fail("step %d: the loss is %g and the gradient's norm %g; training stops here, and the last checkpoint in %s is as it "
+                 "was. A lower --lr or a longer --warmup may help",
+                 step, loss, norm, run->out);
+        backend->update(run->model, step, lr, norm);
+        run->step = step;
+        int last = step == c->steps || stop_asked, evaluated = due(step, c->eval_every) || step == c->steps;
+        if (due(step, c->log_every) || step == 1 || last) {
+            double ms = (seconds() - timed) * 1000 / (step - timed_step), rate = (double)c->accum * B * T / ms * 1000;
+            log_line(run, "step",
+                     "\"step\":%d,\"tokens\":%.0f,\"loss\":%.9g,\"aux\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%.4g,\"tok_s\":%.6g,"
+                     "\"gflops\":%.4g,\"sol\":%.4g",
+                     step, (double)step * c->accum * B * T, loss, aux, norm, lr, ms, rate, rate * run->flops / 1e9,
+                     rate * run->flops / run->peak);
+            log_router(run);
+            show_step(run, loss, lr, norm, rate, ms * (c->steps - step) / 1000);
+            timed = seconds();
+            timed_step = step;
+        }
+        double pause = seconds();
+        if (evaluated) {
+            evaluate(run);
+            show_evaluation(run);
+        }
+        if (due(step, c->sample_every) || step == c->steps)
+            tell_story(run);
+        if (due(step, c->save_every) || last)
+            save_checkpoint(run);
+        timed += seconds() - pause;
+    }
+    signal(SIGINT, SIG_DFL);
+    return run->step < c->steps;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 15. The command line, and main
+
+void print_options(void) {
+    printf("train_moe: trains a Mixture-of-Experts language model from scratch.\n\n"
+           "  ./train_moe                            train on the built-in stories, then tell one\n"
+           "  ./train_moe --prompt \"Once upon\"       let the trained model go on\n"
+           "  ./train_moe --out runs/mixtral --resume --steps 2000\n\n"
+           "Options [default]:\n");
+    for (int i = 0; i < option_count; i++) {
+        const Option *o = &options[i];
+        if (o->kind == '-') {
+            printf("\n%s\n", o->name);
+            continue;
+        }
+        char left[256];
+        int n = snprintf(left, sizeof(left), "--%s%s", o->name,
+                         o->kind == 'f' ? "" : o->kind == 's' ? " TEXT" : o->kind == 'd' ? " X" : o->kind == 'i' ? " N" : " ");
+        for (int w = 0; o->kind == 'e' && o->words[w]; w++)
+            n += snprintf(left + n, sizeof(left) - (size_t)n, "%s%s", w ? "|" : "", o->words[w]);
+        printf("  %-26s %s", left, o->help);
+        int explained = strchr(o->help, '[') != NULL;
+        printf(o->kind == 'f' || explained || !o->standard ? "\n" : " [%s]\n", o->standard);
+    }
+}
+
+void print_recipes(void) {
+    printf("Recipes: each is a row of options, which come before those of the command line.\n");
+    for (int i = 0; i < recipe_count; i++)
+        printf("\n%s (%d): %s\n    %s\n    %s\n", recipes[i].name, recipes[i].year, recipes[i].summary, recipes[i].choices,
+               recipes[i].paper);
+}
+
+// What the command line asks for, over the recipe, over the defaults.
+void parse_command_line(Config *c, int argc, char **argv) {
+    struct option *list = (struct option *)allocate((size_t)option_count + 1, sizeof(struct option));
+    int count = 0, which, found;
+    int *row = (int *)allocate((size_t)option_count, sizeof(int));
+    for (int i = 0; i < option_count; i++) {
+        if (options[i].kind == '-')
+            continue;
+        list[count].name = options[i].name;
+        list[count].has_arg = options[i].kind == 'f' ? no_argument : required_argument;
+        row[count++] = i;
+    }
+    config_defaults(c);
+    optind = 1;
+    opterr = 0;
+    while ((found = getopt_long(argc, argv, ":h", list, &which)) != -1) {
+        if (found == 'h') {
+            c->help = 1;
+        } else if (found == ':') {
+            usage_fail("%s needs a value", argv[optind - 1]);
+        } else if (found == '?') {
+            usage_fail("there is no option %s, or it takes no value", argv[optind - 1]);
+        } else {
+            const Option *o = &options[row[which]];
+            set_option(c, o, o->kind == 'f' ? "1" : optarg, NULL);
+            c->given[row[which]] = 1;
+        }
+    }
+    if (optind < argc)
+        usage_fail("'%s' is not an option", argv[optind]);
+    free(list);
+    free(row);
+    config_recipe(c, c->recipe);
+}
+
+// The run directory where none is given: runs/RECIPE, runs/RECIPE-2, ...: the first that is free, or the newest taken.
+void default_out(const char *recipe, int fresh, char out[2048]) {
+    char next[2048];
+    snprintf(out, 2048, "runs/%s", recipe);
+    snprintf(next, sizeof(next), "%s", out);
+    for (int n = 2; access(next, F_OK) == 0; n++) {
+        snprintf(out, 2048, "%s", next);
+        snprintf(next, sizeof(next), "runs/%s-%d", recipe, n);
+    }
+    if (fresh)
+        snprintf(out, 2048, "%s", next);
+}
+
+void make_directories(const char *path) {
+    char part[2048];
+    for (size_t i = 1; i <= strlen(path); i++) {
+        if (path[i] && path[i] != '/')
+            continue;
+        snprintf(part, sizeof(part), "%.*s", (int)i, path);
+        if (mkdir(part, 0777) != 0 && errno != EEXIST)
+            fail("%s: cannot create: %s", part, strerror(errno));
+    }
+}
+
+void use_threads(const Config *c) {
+#ifdef _OPENMP
+    if (c->threads)
+        omp_set_num_threads(c->threads);
+#else
+    if (c->threads > 1)
+        fprintf(stderr, "%s: built without OpenMP, so --threads %d runs as one\n", program_name, c->threads);
+#endif
+}
+
+// ./train_moe --prompt: the model in run->out goes on from a text.
+void answer_prompt(Run *run, const Config *asked) {
+    char dir[4096], path[4200], *text = NULL;
+    Config *c = &run->config;
+    if (!find_checkpoint(run->out, dir))
+        fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
+    config_from_directory(c, dir);
+    join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
+    config_check(c);
+    snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
+    run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
+    run->model = run->backend->create(c, 1, 0, NULL);
+    load_weights(run, dir, 0);
+    const char *prompt = c->prompt;
+    if (!strcmp(prompt, "-")) {
+        size_t size;
+        prompt = text = read_file("/dev/stdin", &size);
+        while (size && text[size - 1] == '\n')
+            text[--size] = 0;
+    }
+    printf("%s", prompt);
+    generate(run, prompt, emit_to_file, stdout);
+    printf("\n");
+    free(text);
+    run->backend->release(run->model);
+    tokenizer_free(run->tokenizer);
+}
+
+// The tokenizer of the data folder, or the one that --tokenizer names.
+void load_tokenizer(Run *run) {
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/tokenizer.json", run->config.data);
+    if (access(path, F_OK) != 0 && !run->config.tokenizer[0])
+        fail("%s: no tokenizer.json there; name the one that the data were made with by --tokenizer FILE", run->config.data);
+    run->tokenizer = tokenizer_load(run->config.tokenizer[0] ? run->config.tokenizer : path);
+}
+
+// Stops unless the vocabulary of dir/tokenizer.json, where there is one, is the data's.
+void compare_tokenizers(const Run *run, const char *dir) {
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
+    const Tokenizer *mine = run->tokenizer;
+    if (mine->vocab > run->config.vocab)
+        fail("%s: the model has %d tokens, the data's tokenizer %d", dir, run->config.vocab, mine->vocab);
+    if (access(path, F_OK) != 0)
+        return;
+    Tokenizer *other = tokenizer_load(path);
+    for (int i = 0; i < mine->vocab; i++) {
+        if (i >= other->vocab || mine->length[i] != other->length[i] || memcmp(mine->text[i], other->text[i], mine->length[i]))
+            fail("%s: token %d is not that of the data in %s; make the data with data/tokenize --tokenizer %s", path, i,
+                 run->config.data, path);
+    }
+    tokenizer_free(other);
+}
+
+// Everything before the first step; 0 where there is nothing left to do. Nothing is written before all is checked.
+int open_run(Run *run, const Config *asked) {
+    Config *c = &run->config;
+    char checkpoint[4096], path[4200];
+    int resumed = asked->resume && find_checkpoint(run->out, checkpoint);
+    if (resumed) {
+        snprintf(path, sizeof(path), "%s/trainer_state.json", checkpoint);
+        size_t size;
+        char *text = read_file(path, &size);
+        Json *state = json_parse(text, size, path);
+        config_from_directory(c, checkpoint);
+        read_options(c, expect_member(state, "options", 'o', path), path);
+        join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL | 1 << ORDER, checkpoint);
+        run->step = (int)expect_member(state, "step", 'i', path)->number;
+        if (run->step >= c->steps) {
+            printf("%s is finished: %d steps of %d. To go on, give more --steps\n", run->out, run->step, c->steps);
+            json_free(state);
+            free(text);
+            return 0;
+        }
+        double tokens = expect_member(state, "train_tokens", 'n', path)->number;
+        config_check(c);
+        load_tokenizer(run);
+        run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
+        if (run->train->tokens != tokens)
+            fail("%s: has %.0f training tokens; the run in %s began with %.0f, and its data may not change", c->data,
+                 run->train->tokens, run->out, tokens);
+        compare_tokenizers(run, checkpoint);
+        json_free(state);
+        free(text);
+    } else {
+        snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
+        if (!asked->resume && (access(path, F_OK) == 0 || find_checkpoint(run->out, checkpoint)))
+            usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
+        if (c->init[0]) {
+            config_from_directory(c, c->init);
+            join_options(c, asked, 1 << MODEL, 1 << MODEL, c->init);
+        }
+        config_check(c);
+        if (!c->data[0])
+            c->data = access("data/tinystories/tokenizer.json", F_OK) == 0 ? "data/tinystories" : "data/stories";
+        load_tokenizer(run);
+        c->vocab = c->init[0] ? c->vocab : run->tokenizer->vocab;
+        if (c->init[0])
+            compare_tokenizers(run, c->init);
+        run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
+    }
+    run->val = data_open(c->data, "val", c->seq, c->vocab, (uint64_t)c->seed);
+    run->inputs = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
+    run->targets = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
+    run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
+    if (resumed) {
+        load_weights(run, checkpoint, 1);
+    } else if (c->init[0]) {
+        load_weights(run, c->init, 0);
+    } else {
+        run->backend->init(run->model);
+    }
+    make_directories(run->out);
+    snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
+    cut_log(path, run->step);
+    run->log = fopen(path, "ab");
+    if (!run->log)
+        fail("%s: cannot open: %s", path, strerror(errno));
+    return 1;
+}
+
+void close_run(Run *run) {
+    fclose(run->log);
+    run->backend->release(run->model);
+    tokenizer_free(run->tokenizer);
+    data_close(run->train);
+    data_close(run->val);
+    free(run->inputs);
+    free(run->targets);
+}
+
+// The processor's name, as far as the system tells.
+void device_name(char name[128]) {
+    char line[256];
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    snprintf(name, 128, "cpu");
+    while (file && fgets(line, sizeof(line), file)) {
+        if (sscanf(line, "model name : %127[^\n]", name) == 1)
+            break;
+    }
+    if (file)
+        fclose(file);
+}
+
+void announce(Run *run) {
+    const Config *c = &run->config;
+    double total, active;
+    char device[128];
+    count_parameters(c, &total, &active);
+    device_name(device);
+    run->flops = flops_per_token(c);
+    run->peak = run->backend->peak();
+    fprintf(run->log, "{\"type\":\"run\",");
+    write_options(run->log, c, 1);
+    fprintf(run->log, ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,\"threads\":%d,\"ranks\":1,",
+            c->vocab, total, active, run->flops, thread_count());
+    fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,\"device\":", run->step, run->peak / 1e9);
+    json_write_string(run->log, device, strlen(device));
+    fprintf(run->log, "}\n");
+    int moe = 0;
+    for (int l = 0; l < c->layers; l++)
+        moe += is_moe(c, l);
+    printf("%s: %d layers of width %d, %d of them with %d experts of which a token sees %d\n", c->recipe, c->layers, c->dim, moe,
+           moe ? c->experts : 0, moe ? c->topk + c->shared : 0);
+    printf("%.2f million weights, %.2f million at work for each token; vocabulary %d\n", total / 1e6, active / 1e6, c->vocab);
+    printf("data %s: %.2f million tokens, %ld windows of %d; a step takes %d of them\n", c->data, run->train->tokens / 1e6,
+           run->train->windows, c->seq, c->batch * c->accum);
+    printf("%s, %d threads, peak %.0f GFLOP/s; run directory %s\n\n", device, thread_count(), run->peak / 1e9, run->out);
+    fflush(stdout);
+}
+
+// The whole program, on a device.
+int trainer_main(int argc, char **argv, const Backend *backend) {
+    static Run run;
+    static Config asked;
+    parse_command_line(&asked, argc, argv);
+    if (asked.help || asked.list_recipes) {
+        asked.help ? print_options() : print_recipes();
+        return 0;
+    }
+    if (asked.init[0] && (asked.prompt || asked.resume))
+        usage_fail("--init starts a new run from other weights; --%s goes on from --out: give one of them",
+                   asked.prompt ? "prompt" : "resume");
+    use_threads(&asked);
+    run.config = asked;
+    run.backend = backend;
+    if (asked.out[0])
+        snprintf(run.out, sizeof(run.out), "%s", asked.out);
+    else
+        default_out(asked.recipe, !asked.resume && !asked.prompt, run.out);
+    if (asked.prompt) {
+        answer_prompt(&run, &asked);
+        return 0;
+    }
+    if (!open_run(&run, &asked))
+        return 0;
+    announce(&run);
+    int interrupted = train(&run);
+    const char *name = program_name;
+    if (interrupted) {
+        printf("\nstopped after step %d of %d; go on with\n  ./%s --out %s --resume\n", run.step, run.config.steps, name, run.out);
+    } else {
+        show_experts(&run);
+        printf("The run is in %s: log.jsonl, and in %s/latest the model, which Hugging Face's transformers %s.\n"
+               "What next:\n"
+               "  ./%s --out %s --prompt \"Once upon a time\"\n"
+               "  ./%s --out %s --resume --steps %d\n"
+               "  data/tinystories.sh && ./%s        (real stories; see README.md)\n",
+               run.out, run.out, *matching_class(&run.config) ? "opens as it is" : "has no class for", name, run.out, name, run.out,
+               run.config.steps * 2, name);
+    }
+    close_run(&run);
+    return interrupted ? 130 : 0;
+}
+
+#ifndef TRAIN_MOE_NO_MAIN
+int main(int argc, char **argv) {
+    return trainer_main(argc, argv, &cpu_backend);
+}
+#endif
