@@ -80,6 +80,15 @@ sanitize: data/stories/tokenizer.json
 	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan_double
 
 # valgrind 3.19 does not know AVX-512, hence another ARCH; one thread, since libgomp is not made for it.
+##tsan: a short training under ThreadSanitizer (clang and its OpenMP runtime, with Archer, which knows OpenMP's barriers)
+ARCHER := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
+tsan: data/stories/tokenizer.json
+	clang -std=gnu11 -O1 -g $(WARN) $(ARCH) -fsanitize=thread -fopenmp train_moe.c -o dev/train_moe_tsan $(LIBS)
+	rm -rf dev/tsan_run
+	OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" dev/train_moe_tsan --threads 4 \
+	    --out dev/tsan_run --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-batches 2 --tokens 20
+	rm -rf dev/tsan_run
+
 ##valgrind: a short training and the tests under valgrind
 VALGRIND := valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
 valgrind: data/stories/tokenizer.json
@@ -93,6 +102,15 @@ valgrind: data/stories/tokenizer.json
 	$(VALGRIND) dev/train_moe_valgrind --out dev/valgrind_run --prompt "Once upon" --tokens 20
 	rm -rf dev/valgrind_run
 	VALGRIND=1 $(VALGRIND) --child-silent-after-fork=yes dev/test_moe_valgrind
+
+# OpenBLAS is only there to be compared with.
+BLAS := $(call accepts,-DOPENBLAS -lopenblas,\043include <cblas.h>)
+dev/bench: dev/bench.c train_moe.c data/unicode.h
+	$(BUILD) $(OPENMP) dev/bench.c -o $@ $(BLAS) $(LIBS)
+
+##bench: peak, products, layers and steps, and the mixture's tax, in one run
+bench: dev/bench
+	dev/bench --layers 4 --dim 256 --heads 8 --ffn 512
 
 dev/logits: dev/logits.c train_moe.c data/unicode.h
 	$(BUILD) $(OPENMP) dev/logits.c -o $@ $(LIBS)

@@ -1,14 +1,23 @@
 // test_moe.c: the tests of train_moe, with cmocka. `make test` builds this file twice, in float and in double, and runs
-// both: finite differences only mean something in double; everything else is run in both.
+// both: finite differences only mean something in double; everything else is run in both. The tests that run programs
+// take them from the environment: TRAIN_MOE and TRAIN_MOE_DOUBLE, ./train_moe and ./train_moe_double where not set.
+// With VALGRIND set, sizes are small and no program is run.
 
 #define TRAIN_MOE_NO_MAIN
 #include "train_moe.c"
+#include <float.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/wait.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
 #include <cmocka.h>
+#ifdef __cplusplus
+}
+#endif
 #include "dev/golden.h"
 
 #define IS_DOUBLE (sizeof(real) == 8)
@@ -20,6 +29,72 @@
 void assert_near(double a, double b, double tolerance) {
     if (!(fabs(a - b) <= tolerance * fmax(1, fabs(b))))
         fail_msg("%.17g is not within %g of %.17g", a, tolerance, b);
+}
+
+// 1 under valgrind, where everything takes fifty times as long.
+int is_slow(void) {
+    return getenv("VALGRIND") != NULL;
+}
+
+void set_threads(int threads) {
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#else
+    (void)threads;
+#endif
+}
+
+// Zeroed memory until free_taken(), which ends a test.
+void *taken[256];
+int taken_count = 0;
+
+void *take(size_t count, size_t size) {
+    assert_true(taken_count < 256);
+    return taken[taken_count++] = allocate(count, size);
+}
+
+int *take_ints(size_t n) {
+    return (int *)take(n, sizeof(int));
+}
+
+real *take_reals(size_t n) {
+    return (real *)take(n, sizeof(real));
+}
+
+void free_taken(void) {
+    while (taken_count > 0)
+        free(taken[--taken_count]);
+}
+
+void fill(real *x, size_t n, real value) {
+    for (size_t i = 0; i < n; i++)
+        x[i] = value;
+}
+
+real *take_filled(size_t n, real value) {
+    real *x = take_reals(n);
+    fill(x, n, value);
+    return x;
+}
+
+real *take_normal(size_t n, uint64_t seed) { // standard normal numbers
+    real *x = take_reals(n);
+    for (size_t i = 0; i < n; i++)
+        x[i] = (real)random_normal(hash64(seed), i);
+    return x;
+}
+
+// A whole number from low to high, both possible; *state moves on.
+int draw(uint64_t *state, int low, int high) {
+    *state = hash64(*state);
+    return low + (int)(*state % (uint64_t)(high - low + 1));
+}
+
+double inner(const real *a, const real *b, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += (double)a[i] * (double)b[i];
+    return sum;
 }
 
 // The small model of dev/golden.py.
@@ -40,6 +115,123 @@ Config small_config(const char *recipe) {
     c.threads = 1;
     config_check(&c);
     return c;
+}
+
+// Applies "--name value --name value ...".
+void set_options(Config *c, const char *text) {
+    char name[64], value[64];
+    for (int used = 0; sscanf(text, " --%63s %63s%n", name, value, &used) == 2; text += used) {
+        assert_true(find_option(name) >= 0);
+        set_option(c, &options[find_option(name)], keep_text(value), NULL);
+    }
+    config_check(c);
+}
+
+// Weights larger than for training, so that nothing is near zero.
+void randomize_weights(Model *m) {
+    uint64_t stream = random_stream(7, RANDOM_INIT, 1, 2);
+    for (int t = 0; t < m->tensor_count; t++) {
+        real *w = m->memory[WEIGHTS] + m->tensors[t].offset;
+        for (size_t i = 0; i < m->tensors[t].size; i++)
+            w[i] = (real)(0.3 * random_normal(stream, m->tensors[t].offset + i) + tensor_is_norm(&m->tensors[t]));
+    }
+}
+
+void random_tokens(int *tokens, int n, int vocab, uint64_t seed) {
+    for (int i = 0; i < n; i++)
+        tokens[i] = (int)(hash64(seed * 1000003 + (uint64_t)i) % (uint64_t)vocab);
+}
+
+char scratch_path[64];
+
+const char *scratch(const char *name) { // a path in a temporary folder; valid until eight more were asked for
+    static char paths[8][256];
+    static int next;
+    if (!scratch_path[0]) {
+        strcpy(scratch_path, "/tmp/test_moe-XXXXXX");
+        assert_non_null(mkdtemp(scratch_path));
+    }
+    char *path = paths[next++ % 8];
+    snprintf(path, sizeof(paths[0]), "%s/%s", scratch_path, name);
+    return path;
+}
+
+int scratch_done(void **state) {
+    (void)state;
+    if (scratch_path[0])
+        remove_tree(scratch_path);
+    return 0;
+}
+
+const char *put_file(const char *name, const char *text, size_t size) {
+    const char *path = scratch(name);
+    FILE *file = fopen(path, "wb");
+    assert_non_null(file);
+    fwrite(text, 1, size, file);
+    assert_int_equal(fclose(file), 0);
+    return path;
+}
+
+const char *put_text(const char *name, const char *text) {
+    return put_file(name, text, strlen(text));
+}
+
+// <|endoftext|>, the bytes, and a few merges, as a tokenizer.json. Where `from` is found in it, `to` stands instead.
+const char *small_tokenizer(const char *name, const char *from, const char *to) {
+    static const char *const tokens[] = {"he", "ll", "hell", "hello", "\xc4\xa0h", "\xc4\xa0hello", "aa", "aaaa"};
+    char *text = NULL;
+    size_t size = 0;
+    int32_t character[256];
+    byte_alphabet(character);
+    FILE *file = open_memstream(&text, &size);
+    fprintf(file,
+            "{\"version\": \"1.0\", \"added_tokens\": [{\"id\": 0, \"content\": \"<|endoftext|>\", \"lstrip\": false}],"
+            "\"normalizer\": null, \"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false, "
+            "\"use_regex\": true}, \"model\": {\"type\": \"BPE\", \"dropout\": null, \"byte_fallback\": false, "
+            "\"vocab\": {\"<|endoftext|>\": 0");
+    for (int i = 0; i < 264; i++) {
+        char byte[5], *end = utf8_encode(byte, character[i % 256]);
+        fprintf(file, ", ");
+        json_write_string(file, i < 256 ? byte : tokens[i - 256],
+                          i < 256 ? (size_t)(end - byte) : strlen(tokens[i - 256]));
+        fprintf(file, ": %d", i + 1);
+    }
+    fprintf(file, "}, \"merges\": [\"h e\", \"l l\", \"he ll\", \"hell o\", \"\xc4\xa0 hello\", \"a a\", \"aa aa\"]}}");
+    fclose(file);
+    const char *found = from ? strstr(text, from) : NULL;
+    assert_true(!from || found);
+    char *changed = (char *)allocate(size + (to ? strlen(to) : 0) + 1, 1);
+    sprintf(changed, "%.*s%s%s", found ? (int)(found - text) : (int)size, text, found ? to : "",
+            found ? found + strlen(from) : "");
+    const char *path = put_text(name, changed);
+    free(changed);
+    free(text);
+    return path;
+}
+
+// Runs fn(arg) in a process of its own. Returns its exit status, or -signal; what it said on stderr is in message.
+int dies(void (*fn)(void *), void *arg, char *message, size_t size) {
+    int ends[2], status;
+    size_t used = 0;
+    ssize_t got;
+    fflush(NULL);
+    assert_int_equal(pipe(ends), 0);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        dup2(ends[1], 2);
+        close(ends[0]);
+        close(ends[1]);
+        fn(arg);
+        _exit(0);
+    }
+    close(ends[1]);
+    while (used < size - 1 && (got = read(ends[0], message + used, size - 1 - used)) > 0)
+        used += (size_t)got;
+    message[used] = 0;
+    close(ends[0]);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +255,8 @@ void golden_fill(Model *m, int *inputs, int *targets) {
     }
     int T = m->config.seq, B = m->config.batch;
     for (int i = 0; i < B * (T + 1); i++) {
-        int token = (int)(golden_hash(999u * 1000003u + (uint32_t)i) % (uint32_t)m->config.vocab), b = i / (T + 1), t = i % (T + 1);
+        int token = (int)(golden_hash(999u * 1000003u + (uint32_t)i) % (uint32_t)m->config.vocab), b = i / (T + 1),
+            t = i % (T + 1);
         if (t < T)
             inputs[b * T + t] = token;
         if (t > 0)
@@ -132,6 +325,40 @@ void test_golden(void **state) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Finite differences
 
+uint64_t decided; // a hash of the discrete decisions of the last objective; 0 where there are none
+
+// Fourth-order central differences of f, `samples` places in x (n), against its gradient dx. The error is relative to
+// the larger of the gradient and dx's root mean square. Returns how many places were skipped, since a decision changed
+// there.
+int check_slopes(const char *what, real *x, size_t n, const real *dx, double (*f)(void *), void *ctx, int samples) {
+    const double h = 1e-3, steps[4] = {2 * h, h, -h, -2 * h};
+    double rms = sqrt(inner(dx, dx, n) / (double)n), value[4];
+    int skipped = 0;
+    if (!IS_DOUBLE)
+        return 0;
+    if (!(rms > 0))
+        fail_msg("%s: the gradient is zero or NaN", what);
+    f(ctx);
+    uint64_t before = decided;
+    for (int sample = 0; sample < samples; sample++) {
+        size_t i = hash64((uint64_t)sample + n) % n;
+        real kept = x[i];
+        int kink = 0;
+        for (int j = 0; j < 4; j++) {
+            x[i] = kept + (real)steps[j];
+            value[j] = f(ctx);
+            kink |= decided != before;
+        }
+        x[i] = kept;
+        skipped += kink;
+        double slope = (-value[0] + 8 * value[1] - 8 * value[2] + value[3]) / (12 * h), grad = (double)dx[i];
+        double error = fabs(slope - grad) / fmax(fabs(grad), rms);
+        if (!kink && !(error <= 1e-6))
+            fail_msg("%s[%zu]: gradient %.12g, finite difference %.12g, error %.2g", what, i, grad, slope, error);
+    }
+    return skipped;
+}
+
 // Every discrete decision of the last forward pass, hashed: where one changes, the loss has a kink.
 uint64_t decisions(const Model *m) {
     uint64_t h = 0;
@@ -158,86 +385,2248 @@ typedef struct Check {
     int inputs[64], targets[64], B, T;
 } Check;
 
-double objective(Check *k) {
+double objective(void *arg) {
+    Check *k = (Check *)arg;
     double loss = model_forward(k->m, k->inputs, k->targets, k->B, k->T, TRAIN_MODE, 1, 1, 0);
+    decided = decisions(k->m);
     return loss + model_aux(k->m);
 }
 
-// Fourth-order central differences of loss + aux against the gradient, `samples` places in every tensor. The error is
-// relative to the larger of the gradient and its tensor's root mean square.
-void check_gradients(const Config *config, int B, int T, int samples) {
+// The gradient of loss + aux by every tensor of a model.
+void check_gradients(const char *what, const Config *config, int B, int T, int samples) {
     if (!IS_DOUBLE)
         return;
     Check k;
+    int skipped = 0, checked = 0;
     k.m = model_allocate(config, B * T, 1, NULL);
     k.B = B;
     k.T = T;
-    Model *m = k.m;
-    uint64_t stream = random_stream(7, RANDOM_INIT, 1, 2);
-    for (int t = 0; t < m->tensor_count; t++) {
-        real *w = m->memory[WEIGHTS] + m->tensors[t].offset;
-        for (size_t i = 0; i < m->tensors[t].size; i++)
-            w[i] = (real)(0.3 * random_normal(stream, m->tensors[t].offset + i) + tensor_is_norm(&m->tensors[t]));
-    }
-    for (int i = 0; i < B * T; i++) {
-        k.inputs[i] = (int)(hash64((uint64_t)i) % (uint64_t)config->vocab);
-        k.targets[i] = (int)(hash64((uint64_t)i + 1000) % (uint64_t)config->vocab);
-    }
+    randomize_weights(k.m);
+    random_tokens(k.inputs, B * T, config->vocab, 1);
+    random_tokens(k.targets, B * T, config->vocab, 2);
     objective(&k);
-    model_backward(m);
-    real *grads = (real *)allocate(m->size, sizeof(real));
-    memcpy(grads, m->memory[GRADS], m->size * sizeof(real));
-    uint64_t before = decisions(m);
-    int skipped = 0, checked = 0;
-    const double h = 1e-3;
-    for (int t = 0; t < m->tensor_count; t++) {
-        const Tensor *tensor = &m->tensors[t];
-        double rms = 0;
-        for (size_t i = 0; i < tensor->size; i++)
-            rms += (double)grads[tensor->offset + i] * (double)grads[tensor->offset + i];
-        rms = sqrt(rms / (double)tensor->size);
-        assert_true(rms > 0);
-        for (int sample = 0; sample < samples; sample++) {
-            size_t i = tensor->offset + hash64((uint64_t)(t * 1000 + sample)) % tensor->size;
-            real *w = m->memory[WEIGHTS] + i, kept = *w;
-            double f[4], steps[4] = {2 * h, h, -h, -2 * h};
-            int kink = 0;
-            for (int j = 0; j < 4; j++) {
-                *w = kept + (real)steps[j];
-                f[j] = objective(&k);
-                kink |= decisions(m) != before;
-            }
-            *w = kept;
-            checked++;
-            if (kink) {
-                skipped++;
-                continue;
-            }
-            double slope = (-f[0] + 8 * f[1] - 8 * f[2] + f[3]) / (12 * h), grad = (double)grads[i];
-            double error = fabs(slope - grad) / fmax(fabs(grad), rms);
-            if (!(error <= 1e-6))
-                fail_msg("%s, %s[%zu]: gradient %.12g, finite difference %.12g, error %.2g", config->recipe, tensor->name,
-                         i - tensor->offset, grad, slope, error);
-        }
+    model_backward(k.m);
+    real *grads = take_reals(k.m->size);
+    memcpy(grads, k.m->memory[GRADS], k.m->size * sizeof(real));
+    for (int t = 0; t < k.m->tensor_count; t++) {
+        const Tensor *tensor = &k.m->tensors[t];
+        char name[256];
+        snprintf(name, sizeof(name), "%s, %s", what, tensor->name);
+        skipped += check_slopes(name, k.m->memory[WEIGHTS] + tensor->offset, tensor->size, grads + tensor->offset,
+                                objective, &k, samples);
+        checked += samples;
     }
-    print_message("    %-8s %4d checked, %d skipped at a kink\n", config->recipe, checked, skipped);
+    if (skipped)
+        print_message("    %s: %d of %d skipped at a kink\n", what, skipped, checked);
     assert_true(skipped * 4 <= checked);
-    free(grads);
-    model_free(m);
+    model_free(k.m);
+    free_taken();
+    decided = 0;
 }
 
 void test_gradients(void **state) {
     (void)state;
     for (int r = 0; r < recipe_count; r++) {
         Config c = small_config(recipes[r].name);
-        check_gradients(&c, 2, 8, 12);
+        check_gradients(recipes[r].name, &c, 2, 8, is_slow() ? 1 : 12);
     }
 }
 
+// What the recipes do not choose.
+void test_gradients_of_variants(void **state) {
+    (void)state;
+    static const char *const variants[][2] = {
+        {"mixtral", "--untied 1"},
+        {"mixtral", "--shared 1"},
+        {"mixtral", "--shared 2 --activation relu --aux-weight 0.5"},
+        {"mixtral", "--dense-first 1"},
+        {"mixtral", "--activation gelu"},
+        {"mixtral", "--activation geglu --shared 1"},
+        {"mixtral", "--gate probability --aux-weight 0.5"},
+        {"mixtral", "--experts 1 --topk 1 --z-weight 0.5"},
+        {"mixtral", "--topk 4 --aux-weight 0.5"},
+        {"mixtral", "--z-weight 0.5"},
+        {"mixtral", "--capacity-factor 0.5 --topk 2"},
+        {"mixtral", "--capacity-factor 0.5 --group sequence --aux-weight 0.5"},
+        {"mixtral", "--group sequence --aux-weight 0.5"},
+        {"mixtral", "--kv-heads 1"},
+        {"mixtral", "--kv-heads 4"},
+        {"mixtral", "--seq 1"},
+        {"mixtral", "--norm-eps 0.1 --rope-theta 100"},
+        {"switch", "--jitter 0.3 --aux-weight 0.5 --moe-every 1"},
+        {"switch", "--group batch --aux-weight 0.5"},
+        {"switch", "--capacity-factor 0.5"},
+        {"switch", "--activation swiglu --z-weight 0.1"},
+        {"dense", "--activation gelu --untied 1"},
+        {"dense", "--seq 1 --activation relu"},
+    };
+    for (int i = 0; i < (int)(sizeof(variants) / sizeof(variants[0])); i++) {
+        Config c = small_config(variants[i][0]);
+        char what[128];
+        set_options(&c, variants[i][1]);
+        snprintf(what, sizeof(what), "%s %s", variants[i][0], variants[i][1]);
+        check_gradients(what, &c, 2, c.seq, 6);
+    }
+}
+
+// The gradient with grad_scale and several micro-steps: what two halves add up to.
+void test_gradient_scale(void **state) {
+    (void)state;
+    Config c = small_config("mixtral");
+    int inputs[32], targets[32];
+    random_tokens(inputs, 32, c.vocab, 1);
+    random_tokens(targets, 32, c.vocab, 2);
+    Model *once = model_allocate(&c, 16, 1, NULL), *twice = model_allocate(&c, 16, 1, NULL);
+    randomize_weights(once);
+    randomize_weights(twice);
+    model_forward(once, inputs, targets, 2, 8, TRAIN_MODE, 1, 1, 0);
+    model_backward(once);
+    for (int micro = 0; micro < 2; micro++) {
+        model_forward(twice, inputs, targets, 2, 8, TRAIN_MODE, 0.5, 1, 0);
+        model_backward(twice);
+    }
+    for (size_t i = 0; i < once->size; i++)
+        assert_near((double)twice->memory[GRADS][i], (double)once->memory[GRADS][i], IS_DOUBLE ? 1e-14 : 1e-5);
+    model_free(once);
+    model_free(twice);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Each layer alone
+
+typedef struct Layer { // what one of the layers below works on; its objective is inner(out, g), g random
+    int B, T, N, C, H, KV, D, E, K, F, V, activation, gated, gate, group, head_rows, everyone[2];
+    real *x, *w, *w2, *out, *g, *rstd, *scratch, *hidden, *act, *weight, *rows, *angles, *nll;
+    int *index, *targets;
+    Plan plan;
+} Layer;
+
+void subtract_one(real *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        x[i] -= 1;
+}
+
+double rmsnorm_objective(void *arg) {
+    Layer *l = (Layer *)arg;
+    rmsnorm_forward(l->out, l->rstd, l->x, l->w, l->N, l->C, 1e-5);
+    return inner(l->out, l->g, (size_t)l->N * l->C);
+}
+
+void test_rmsnorm(void **state) {
+    (void)state;
+    Layer l = {0};
+    l.N = 2 * CHUNK + 5; // three chunks
+    l.C = 21;
+    size_t size = (size_t)l.N * l.C;
+    l.x = take_normal(size, 1);
+    l.w = take_normal(l.C, 2);
+    l.g = take_normal(size, 3);
+    l.out = take_reals(size);
+    l.rstd = take_reals(l.N);
+    real *dx = take_filled(size, 1), *dw = take_filled(l.C, 1), *partial = take_filled((size_t)3 * l.C, (real)NAN);
+    rmsnorm_objective(&l);
+    for (int n = 0; n < l.N; n++) {
+        double mean = inner(l.x + n * l.C, l.x + n * l.C, l.C) / l.C;
+        for (int c = 0; c < l.C; c++)
+            assert_near((double)l.out[n * l.C + c], (double)l.x[n * l.C + c] * (double)l.w[c] / sqrt(mean + 1e-5),
+                        IS_DOUBLE ? 1e-13 : 1e-5);
+    }
+    rmsnorm_backward(dx, dw, l.g, l.x, l.rstd, l.w, l.N, l.C, partial);
+    subtract_one(dx, size); // it was added to
+    subtract_one(dw, l.C);
+    check_slopes("rmsnorm dx", l.x, size, dx, rmsnorm_objective, &l, 40);
+    check_slopes("rmsnorm dw", l.w, l.C, dw, rmsnorm_objective, &l, 10);
+    free_taken();
+}
+
+double rope_objective(void *arg) {
+    Layer *l = (Layer *)arg;
+    size_t size = (size_t)l->N * (l->H * l->D + 3);
+    memcpy(l->out, l->x, size * sizeof(real));
+    rope(l->out, (size_t)l->H * l->D + 3, l->N, l->T, l->H, l->D, l->angles, 1);
+    return inner(l->out, l->g, size);
+}
+
+void test_rope(void **state) {
+    (void)state;
+    Layer l = {0};
+    l.T = 9;
+    l.N = 2 * l.T;
+    l.H = 3;
+    l.D = 6;
+    size_t ld = (size_t)l.H * l.D + 3, size = l.N * ld; // three numbers of a row are none of its business
+    l.x = take_normal(size, 1);
+    l.g = take_normal(size, 2);
+    l.out = take_reals(size);
+    l.angles = take_reals((size_t)l.T * l.D);
+    rope_angles(l.angles, 0, l.T, l.D, 10000);
+    rope_objective(&l);
+    for (int n = 0; n < l.N; n++) {
+        for (int i = 0; i < l.D / 2; i++) { // the pair (i, i + D/2) of the last head is a complex number that turns
+            size_t at = n * ld + (size_t)(l.H - 1) * l.D + i;
+            double angle = n % l.T * pow(10000, -2.0 * i / l.D), a = (double)l.x[at], b = (double)l.x[at + l.D / 2];
+            assert_near((double)l.out[at], a * cos(angle) - b * sin(angle), IS_DOUBLE ? 1e-14 : 1e-5);
+            assert_near((double)l.out[at + l.D / 2], a * sin(angle) + b * cos(angle), IS_DOUBLE ? 1e-14 : 1e-5);
+        }
+        assert_memory_equal(l.out + n * ld + l.H * l.D, l.x + n * ld + l.H * l.D, 3 * sizeof(real));
+    }
+    rope(l.out, ld, l.N, l.T, l.H, l.D, l.angles, -1);
+    for (size_t i = 0; i < size; i++)
+        assert_near((double)l.out[i], (double)l.x[i], IS_DOUBLE ? 1e-14 : 1e-5);
+    real *dx = take_reals(size);
+    memcpy(dx, l.g, size * sizeof(real));
+    rope(dx, ld, l.N, l.T, l.H, l.D, l.angles, -1);
+    check_slopes("rope", l.x, size, dx, rope_objective, &l, 40);
+    free_taken();
+}
+
+double attention_objective(void *arg) {
+    Layer *l = (Layer *)arg;
+    attention_forward(l->out, l->rstd, l->x, l->B, l->T, l->H, l->KV, l->D, l->scratch);
+    return inner(l->out, l->g, (size_t)l->N * l->H * l->D);
+}
+
+// One query's answer by the definition, in double: out (D).
+void naive_attention(double *out, const Layer *l, int b, int t, int h) {
+    int ld = (l->H + 2 * l->KV) * l->D, key = l->H + h / (l->H / l->KV);
+    const real *q = l->x + (size_t)(b * l->T + t) * ld + h * l->D;
+    double total = 0;
+    memset(out, 0, (size_t)l->D * sizeof(double));
+    for (int s = 0; s <= t; s++) {
+        const real *k = l->x + (size_t)(b * l->T + s) * ld + key * l->D, *v = k + l->KV * l->D;
+        double e = exp(inner(q, k, l->D) / sqrt(l->D));
+        total += e;
+        for (int i = 0; i < l->D; i++)
+            out[i] += e * (double)v[i];
+    }
+    for (int i = 0; i < l->D; i++)
+        out[i] /= total;
+}
+
+void check_attention(int T, int H, int KV, int D) {
+    Layer l = {0};
+    char what[64];
+    l.B = 2;
+    l.T = T;
+    l.N = l.B * T;
+    l.H = H;
+    l.KV = KV;
+    l.D = D;
+    size_t size = (size_t)l.N * (H + 2 * KV) * D, width = (size_t)l.N * H * D,
+           room = attention_room(T, D) * thread_count();
+    l.x = take_normal(size, 1);
+    l.g = take_normal(width, 2);
+    l.out = take_filled(width, (real)NAN);
+    l.rstd = take_filled((size_t)l.N * H, (real)NAN);
+    l.scratch = take_filled(room, (real)NAN);
+    real *dx = take_filled(size, (real)NAN); // written, not added to
+    double naive[64];
+    attention_objective(&l);
+    for (int task = 0; task < l.N * H; task++) {
+        int b = task / (T * H), t = task / H % T, h = task % H;
+        naive_attention(naive, &l, b, t, h);
+        for (int i = 0; i < D; i++)
+            assert_near((double)l.out[(size_t)task * D + i], naive[i], IS_DOUBLE ? 1e-13 : 1e-5);
+    }
+    fill(l.scratch, room, (real)NAN);
+    attention_backward(dx, l.g, l.out, l.rstd, l.x, l.B, T, H, KV, D, l.scratch);
+    snprintf(what, sizeof(what), "attention, T %d, H %d, KV %d, D %d", T, H, KV, D);
+    check_slopes(what, l.x, size, dx, attention_objective, &l, T < 64 ? 40 : 15);
+    for (int part = 0; part < H + 2 * KV; part++) { // and one head at the first and the last place, to be sure
+        real *last = l.x + size - (size_t)(H + 2 * KV - part) * D, *first = l.x + (size_t)part * D;
+        if (T > 1)
+            check_slopes(what, last, D, dx + (last - l.x), attention_objective, &l, 1);
+        if (part >= H && T > 1)
+            check_slopes(what, first, D, dx + (first - l.x), attention_objective, &l, 1);
+    }
+    free_taken();
+}
+
+void test_attention(void **state) {
+    (void)state;
+    const int lengths[] = {2, 5, 64, 70, 131}, heads[][2] = {{2, 2}, {4, 2}, {3, 1}};
+    for (int i = 0; i < (is_slow() ? 2 : 5); i++) {
+        for (int j = 0; j < 3; j++)
+            check_attention(lengths[i], heads[j][0], heads[j][1], i % 2 ? 6 : 20);
+    }
+}
+
+double activation_objective(void *arg) { // sum of weight[choice[r]] * inner(act[r], g[r])
+    Layer *l = (Layer *)arg;
+    double sum = 0;
+    activation_forward(l->act, l->hidden, l->N, l->F, l->activation, l->gated);
+    for (int r = 0; r < l->N; r++)
+        sum += (l->weight ? (double)l->weight[l->index[r]] : 1) * inner(l->act + r * l->F, l->g + r * l->F, l->F);
+    return sum;
+}
+
+// f of one number by the definition
+double naive_activation(int activation, double x) {
+    if (activation == SWIGLU)
+        return x / (1 + exp(-x));
+    if (activation == RELU)
+        return fmax(x, 0);
+    return 0.5 * x * (1 + erf(x / sqrt(2.0)));
+}
+
+void check_activation(int activation, int gated, int weighted) {
+    Layer l = {0};
+    char what[64];
+    l.N = 19;
+    l.F = 21;
+    l.activation = activation;
+    l.gated = gated;
+    size_t size = (size_t)l.N * l.F, in = size * (1 + gated);
+    l.hidden = take_normal(in, 1);
+    for (size_t i = 0; i < in; i++)
+        l.hidden[i] += (real)(fabs((double)l.hidden[i]) < 0.01 ? 0.5 : 0); // away from ReLU's kink
+    l.g = take_normal(size, 2);
+    l.act = take_reals(size);
+    l.index = take_ints(l.N);
+    l.weight = weighted ? take_normal(l.N, 3) : NULL;
+    for (int r = 0; r < l.N; r++)
+        l.index[r] = (r * 7 + 3) % l.N;
+    real *dhidden = take_filled(in, (real)NAN), *dweight = take_filled(l.N, (real)NAN), *dact = take_reals(size);
+    memcpy(dact, l.g, size * sizeof(real));
+    activation_objective(&l);
+    activation_backward(dhidden, weighted ? dweight : NULL, dact, l.hidden, l.weight, l.index, l.N, l.F, activation,
+                        gated);
+    for (int r = 0; r < l.N; r++) {
+        for (int j = 0; j < l.F; j++) {
+            const real *h = l.hidden + (size_t)r * l.F * (1 + gated);
+            double act = naive_activation(activation, (double)h[j]) * (gated ? (double)h[l.F + j] : 1);
+            double w = weighted ? (double)l.weight[l.index[r]] : 1, tolerance = IS_DOUBLE ? 1e-13 : 1e-5;
+            assert_near((double)l.act[r * l.F + j], act, tolerance);
+            assert_near((double)dact[r * l.F + j], w * act, tolerance);
+        }
+    }
+    snprintf(what, sizeof(what), "%s, gated %d, weighted %d", activation_names[activation], gated, weighted);
+    check_slopes(what, l.hidden, in, dhidden, activation_objective, &l, 60);
+    if (weighted)
+        check_slopes(what, l.weight, l.N, dweight, activation_objective, &l, 10);
+    free_taken();
+}
+
+void test_activation(void **state) {
+    (void)state;
+    for (int activation = SWIGLU; activation <= GELU; activation++) {
+        for (int how = 0; how < 4; how++)
+            check_activation(activation, how & 1, how >> 1);
+    }
+}
+
+// A plan whose arrays live until free_taken().
+Plan take_plan(int N, int E, int K, int groups) {
+    size_t choices = (size_t)N * K;
+    Plan p = {N,
+              E,
+              K,
+              take_ints(choices),
+              take_ints(choices),
+              take_ints(choices),
+              take_ints(choices),
+              take_ints(choices),
+              take_ints((size_t)E + 1),
+              take_ints((size_t)groups * E),
+              0};
+    return p;
+}
+
+double experts_objective(void *arg) { // of all answers, weighted and summed by token
+    Layer *l = (Layer *)arg;
+    const Plan *p = &l->plan;
+    size_t size = (size_t)l->N * l->C;
+    memset(l->out, 0, size * sizeof(real));
+    experts_forward(l->rows, l->hidden, l->act, l->x, l->w, l->w2, p->token, p->offset, l->E, l->C, l->F, l->activation,
+                    l->gated, 0);
+    combine(l->out, l->rows, l->weight, p->slot, l->N, l->K, l->C);
+    return inner(l->out, l->g, size);
+}
+
+void check_experts(int activation, int gated, uint64_t seed) {
+    Layer l = {0};
+    char what[64];
+    l.N = 23;
+    l.E = 5;
+    l.K = 2;
+    l.C = 10;
+    l.F = 7;
+    l.activation = activation;
+    l.gated = gated;
+    l.plan = take_plan(l.N, l.E, l.K, 1);
+    for (int n = 0; n < l.N; n++) { // none goes to expert 1, most to expert 2
+        l.plan.expert[2 * n] = n % 6 ? 2 : 0;
+        l.plan.expert[2 * n + 1] = n % 5 ? 4 : 3;
+    }
+    plan_capacity(&l.plan, l.N, 2.0);
+    plan_sort(&l.plan);
+    assert_true(l.plan.dropped == 0 && l.plan.offset[1] == l.plan.offset[2]);
+    size_t slots = (size_t)l.N * l.K, in = (size_t)l.F * (1 + gated);
+    l.x = take_normal((size_t)l.N * l.C, seed);
+    l.w = take_normal(l.E * in * l.C, seed + 1);
+    l.w2 = take_normal((size_t)l.E * l.C * l.F, seed + 2);
+    l.g = take_normal((size_t)l.N * l.C, seed + 3);
+    l.weight = take_normal(slots, seed + 4);
+    l.out = take_reals((size_t)l.N * l.C);
+    l.rows = take_filled(slots * l.C, (real)NAN);
+    l.hidden = take_filled(slots * in, (real)NAN);
+    l.act = take_filled(slots * l.F, (real)NAN);
+    real *dx = take_reals((size_t)l.N * l.C), *drows = take_filled(slots * l.C, (real)NAN),
+         *dweight = take_reals(slots);
+    real *dw = take_reals(l.E * in * l.C), *dw2 = take_reals((size_t)l.E * l.C * l.F);
+    real *dact = take_filled(slots * l.F, (real)NAN), *dhidden = take_filled(slots * in, (real)NAN);
+    experts_objective(&l);
+    experts_backward(drows, dw, dw2, dweight, l.g, l.x, l.hidden, l.w, l.w2, l.weight, l.plan.choice, l.plan.token,
+                     l.plan.offset, dact, dhidden, l.E, l.C, l.F, activation, gated, 0);
+    combine(dx, drows, NULL, l.plan.slot, l.N, l.K, l.C);
+    for (size_t i = 0; i < in * l.C; i++)
+        assert_true(dw[in * l.C + i] == 0); // nobody came
+    snprintf(what, sizeof(what), "experts, %s, gated %d", activation_names[activation], gated);
+    check_slopes(what, l.x, (size_t)l.N * l.C, dx, experts_objective, &l, 30);
+    check_slopes(what, l.w, l.E * in * l.C, dw, experts_objective, &l, 30);
+    check_slopes(what, l.w2, (size_t)l.E * l.C * l.F, dw2, experts_objective, &l, 30);
+    check_slopes(what, l.weight, slots, dweight, experts_objective, &l, 20);
+    free_taken();
+}
+
+void test_experts(void **state) {
+    (void)state;
+    for (int activation = SWIGLU; activation <= GELU; activation++)
+        check_experts(activation, activation <= GEGLU, activation == RELU ? 200 : 100);
+}
+
+double dense_objective(void *arg) { // one expert with all tokens, added to what is there
+    Layer *l = (Layer *)arg;
+    fill(l->out, (size_t)l->N * l->C, 1);
+    experts_forward(l->out, l->hidden, l->act, l->x, l->w, l->w2, NULL, l->everyone, 1, l->C, l->F, l->activation, 1,
+                    1);
+    return inner(l->out, l->g, (size_t)l->N * l->C);
+}
+
+void test_dense(void **state) {
+    (void)state;
+    Layer l = {0};
+    l.N = 50;
+    l.C = 10;
+    l.F = 33;
+    l.everyone[1] = l.N;
+    size_t size = (size_t)l.N * l.C, w_size = (size_t)2 * l.F * l.C;
+    l.x = take_normal(size, 1);
+    l.w = take_normal(w_size, 2);
+    l.w2 = take_normal(w_size / 2, 3);
+    l.g = take_normal(size, 4);
+    l.out = take_reals(size);
+    l.hidden = take_reals((size_t)l.N * 2 * l.F);
+    l.act = take_reals((size_t)l.N * l.F);
+    real *dx = take_filled(size, 1), *dw = take_filled(w_size, 1), *dw2 = take_filled(w_size / 2, 1);
+    real *dact = take_filled((size_t)l.N * l.F, (real)NAN), *dhidden = take_filled((size_t)l.N * 2 * l.F, (real)NAN);
+    dense_objective(&l);
+    experts_backward(dx, dw, dw2, NULL, l.g, l.x, l.hidden, l.w, l.w2, NULL, NULL, NULL, l.everyone, dact, dhidden, 1,
+                     l.C, l.F, SWIGLU, 1, 1);
+    subtract_one(dx, size); // all three were added to
+    subtract_one(dw, w_size);
+    subtract_one(dw2, w_size / 2);
+    check_slopes("dense dx", l.x, size, dx, dense_objective, &l, 30);
+    check_slopes("dense dw_in", l.w, w_size, dw, dense_objective, &l, 30);
+    check_slopes("dense dw_out", l.w2, w_size / 2, dw2, dense_objective, &l, 30);
+    free_taken();
+}
+
+double gate_objective(void *arg) {
+    Layer *l = (Layer *)arg;
+    gate_forward(l->weight, l->x, l->index, l->N, l->E, l->K, l->gate);
+    return inner(l->weight, l->g, (size_t)l->N * l->K);
+}
+
+void test_gate(void **state) {
+    (void)state;
+    for (int gate = PROBABILITY; gate <= RENORMALIZED; gate++) {
+        Layer l = {0};
+        l.N = 9;
+        l.E = 7;
+        l.K = 3;
+        l.gate = gate;
+        l.x = take_normal((size_t)l.N * l.E, 5);
+        for (int n = 0; n < l.N; n++)
+            softmax(l.x + n * l.E, l.E);
+        l.g = take_normal((size_t)l.N * l.K, 6);
+        l.weight = take_reals((size_t)l.N * l.K);
+        l.index = take_ints((size_t)l.N * l.K);
+        for (int i = 0; i < l.N * l.K; i++)
+            l.index[i] = i % 11 == 10 ? -1 : (i / l.K + i % l.K * 2) % l.E; // here and there no choice
+        real *dx = take_filled((size_t)l.N * l.E, 1);
+        gate_objective(&l);
+        for (int n = 0; n < l.N && gate == RENORMALIZED; n++)
+            assert_near((double)(l.weight[n * 3] + l.weight[n * 3 + 1] + l.weight[n * 3 + 2]), 1, 1e-6);
+        gate_backward(dx, l.g, l.weight, l.x, l.index, l.N, l.E, l.K, gate);
+        subtract_one(dx, (size_t)l.N * l.E);
+        check_slopes(gate_names[gate], l.x, (size_t)l.N * l.E, dx, gate_objective, &l, 63);
+        free_taken();
+    }
+}
+
+double head_objective(void *arg) { // 0.7 times the sum of all nll
+    Layer *l = (Layer *)arg;
+    double sum = 0;
+    head_loss(l->nll, NULL, NULL, l->x, l->w, l->targets, l->N, l->C, l->V, 0.7, l->scratch, l->head_rows);
+    for (int n = 0; n < l->N; n++)
+        sum += 0.7 * (double)l->nll[n];
+    return sum;
+}
+
+void test_head_loss(void **state) {
+    (void)state;
+    const int rows[] = {13, 14, 5, 1};
+    for (int i = 0; i < 4; i++) {
+        Layer l = {0};
+        l.N = 13;
+        l.C = 6;
+        l.V = 37;
+        l.head_rows = rows[i];
+        l.x = take_normal((size_t)l.N * l.C, 1);
+        l.w = take_normal((size_t)l.V * l.C, 2);
+        l.targets = take_ints(l.N);
+        random_tokens(l.targets, l.N, l.V, 3);
+        l.targets[1] = l.targets[0];
+        l.nll = take_filled(l.N, (real)NAN);
+        l.scratch = take_filled((size_t)l.head_rows * l.V, (real)NAN);
+        real *dx = take_filled((size_t)l.N * l.C, (real)NAN), *dw = take_filled((size_t)l.V * l.C, 1);
+        head_loss(l.nll, dx, dw, l.x, l.w, l.targets, l.N, l.C, l.V, 0.7, l.scratch, l.head_rows);
+        for (int n = 0; n < l.N; n++) {
+            double total = 0;
+            for (int v = 0; v < l.V; v++)
+                total += exp(inner(l.x + n * l.C, l.w + v * l.C, l.C));
+            assert_near((double)l.nll[n], log(total) - inner(l.x + n * l.C, l.w + l.targets[n] * l.C, l.C),
+                        IS_DOUBLE ? 1e-13 : 1e-5);
+        }
+        subtract_one(dw, (size_t)l.V * l.C);
+        check_slopes("head dh", l.x, (size_t)l.N * l.C, dx, head_objective, &l, 40);
+        check_slopes("head dhead", l.w, (size_t)l.V * l.C, dw, head_objective, &l, 40);
+        free_taken();
+    }
+}
+
+double embedding_objective(void *arg) {
+    Layer *l = (Layer *)arg;
+    embedding_forward(l->out, l->w, l->index, l->N, l->C);
+    return inner(l->out, l->g, (size_t)l->N * l->C);
+}
+
+void test_embedding(void **state) {
+    (void)state;
+    Layer l = {0};
+    l.N = 40;
+    l.C = 5;
+    l.V = 11; // tokens come several times
+    l.w = take_normal((size_t)l.V * l.C, 1);
+    l.g = take_normal((size_t)l.N * l.C, 2);
+    l.out = take_reals((size_t)l.N * l.C);
+    l.index = take_ints(l.N);
+    random_tokens(l.index, l.N, l.V - 1, 3); // but one never
+    real *dw = take_filled((size_t)l.V * l.C, 1);
+    embedding_backward(dw, l.g, l.index, l.N, l.C, l.V, take_ints(l.N), take_ints((size_t)l.V + 1));
+    subtract_one(dw, (size_t)l.V * l.C);
+    for (int c = 0; c < l.C; c++)
+        assert_true(dw[(l.V - 1) * l.C + c] == 0);
+    check_slopes("embedding", l.w, (size_t)l.V * l.C, dw, embedding_objective, &l, 55);
+    free_taken();
+}
+
+double balance_objective(void *arg) {
+    Layer *l = (Layer *)arg;
+    return 0.7 * balance_forward(l->x, l->index, l->N, l->E, l->K, l->group);
+}
+
+void test_balance_backward(void **state) {
+    (void)state;
+    for (int group = 6; group <= 12; group += 6) {
+        Layer l = {0};
+        l.N = 12;
+        l.E = 5;
+        l.K = 2;
+        l.group = group;
+        l.x = take_normal((size_t)l.N * l.E, 1);
+        l.index = take_ints((size_t)l.N / group * l.E);
+        for (int i = 0; i < l.N / group * l.E; i++)
+            l.index[i] = i * i % 7;
+        real *dx = take_filled((size_t)l.N * l.E, 1);
+        balance_backward(dx, l.index, l.N, l.E, l.K, group, 0.7);
+        subtract_one(dx, (size_t)l.N * l.E);
+        check_slopes("balance", l.x, (size_t)l.N * l.E, dx, balance_objective, &l, 60);
+        free_taken();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The matrix product, exp and softmax
+
+enum { GUARD = 12345 };
+
+typedef struct ProductCase {
+    Product p;
+    real *whole;          // the result with a guard before, behind, and between its rows
+    double *wanted, *sum; // (m,n): the result, and the sum of the terms' absolute values
+} ProductCase;
+
+// A random operand: `outer` rows (or columns) and k; what lies beyond its last number does not belong to it.
+Operand random_operand(int outer, int k, uint64_t *state) {
+    int row_is_k = draw(state, 0, 1), gather = draw(state, 0, 1);
+    int rows = row_is_k ? k : outer, width = row_is_k ? outer : k, source = rows + (gather ? draw(state, 0, 3) : 0);
+    size_t ld = (size_t)width + (draw(state, 0, 1) ? draw(state, 1, 5) : 0);
+    size_t size = source ? ((size_t)source - 1) * ld + width : 0;
+    int *index = gather ? take_ints(rows) : NULL;
+    for (int r = 0; gather && r < rows; r++)
+        index[r] = draw(state, 0, source - 1);
+    const real *p = take_normal(size, *state);
+    return row_is_k ? along_columns(p, ld, index) : along_rows(p, ld, index);
+}
+
+real operand_at(const Operand *o, int outer, int k) {
+    int row = o->row_is_k ? k : outer;
+    return o->p[(size_t)(o->index ? o->index[row] : row) * o->ld + (o->row_is_k ? outer : k)];
+}
+
+void random_product(ProductCase *c, int m, int n, int k, int accumulate, uint64_t *state) {
+    Product p = {NULL,
+                 (size_t)n + (draw(state, 0, 1) || !n ? draw(state, 1, 5) : 0),
+                 random_operand(m, k, state),
+                 random_operand(n, k, state),
+                 m,
+                 n,
+                 k};
+    size_t before = (size_t)draw(state, 1, 20);
+    c->whole = take_filled(before + m * p.ld + 20, GUARD);
+    p.out = c->whole + before;
+    c->p = p;
+    c->wanted = (double *)take((size_t)m * n, sizeof(double));
+    c->sum = (double *)take((size_t)m * n, sizeof(double));
+    for (int i = 0; i < m; i++) {
+        for (int j = 0; j < n; j++) {
+            size_t at = (size_t)i * n + j;
+            p.out[i * p.ld + j] = accumulate ? (real)(i - j) : (real)NAN;
+            c->wanted[at] = accumulate ? i - j : 0;
+            c->sum[at] = fabs(c->wanted[at]);
+            for (int x = 0; x < k; x++) {
+                double term = (double)operand_at(&p.a, i, x) * (double)operand_at(&p.b, j, x);
+                c->wanted[at] += term;
+                c->sum[at] += fabs(term);
+            }
+        }
+    }
+}
+
+void check_product(const ProductCase *c) {
+    const Product *p = &c->p;
+    double epsilon = IS_DOUBLE ? DBL_EPSILON : FLT_EPSILON;
+    size_t end = (size_t)(p->out - c->whole) + p->m * p->ld + 20;
+    for (size_t i = 0; i < end; i++) {
+        long at = (long)i - (p->out - c->whole), row = at < 0 ? -1 : at / (long)p->ld;
+        if (row >= 0 && row < p->m && at % (long)p->ld < p->n) {
+            size_t entry = (size_t)row * p->n + at % (long)p->ld;
+            double error = fabs((double)c->whole[i] - c->wanted[entry]);
+            if (!(error <= epsilon * (p->k + 2) * c->sum[entry]))
+                fail_msg("%d x %d x %d, a%s%s, b%s%s: [%ld,%ld] is %g, not %g", p->m, p->n, p->k,
+                         p->a.row_is_k ? " by columns" : "", p->a.index ? " gathered" : "",
+                         p->b.row_is_k ? " by columns" : "", p->b.index ? " gathered" : "", row, at % (long)p->ld,
+                         (double)c->whole[i], c->wanted[entry]);
+        } else if (c->whole[i] != GUARD) {
+            fail_msg("%d x %d x %d: wrote outside the result", p->m, p->n, p->k);
+        }
+    }
+}
+
+void test_products(void **state) {
+    (void)state;
+    const int sizes[] = {0,          1,      2,          3,  MR - 1, MR, MR + 1,     NR - 1, NR,        NR + 1,
+                         TILE_M - 1, TILE_M, TILE_M + 1, 47, 48,     49, TILE_K - 1, TILE_K, TILE_K + 1};
+    const int size_count = (int)(sizeof(sizes) / sizeof(sizes[0]));
+    uint64_t random = 1;
+    for (int round = 0; round < (is_slow() ? 20 : 300); round++) {
+        ProductCase cases[4];
+        Product list[4];
+        int count = draw(&random, 0, 4), accumulate = draw(&random, 0, 1);
+        set_threads(1 + round % 2);
+        for (int i = 0; i < count; i++) {
+            int m, n, k;
+            do {
+                m = sizes[draw(&random, 0, size_count - 1)];
+                n = sizes[draw(&random, 0, size_count - 1)];
+                k = sizes[draw(&random, 0, size_count - 1)];
+            } while ((double)m * n * k > 1e5);
+            random_product(&cases[i], m, n, k, accumulate, &random);
+            list[i] = cases[i].p;
+        }
+        products(list, count, accumulate);
+        for (int i = 0; i < count; i++)
+            check_product(&cases[i]);
+        free_taken();
+    }
+    set_threads(1);
+}
+
+// The one-threaded form with room of its own, of which nothing beyond product_room() is touched.
+void test_product_serial(void **state) {
+    (void)state;
+    uint64_t random = 2;
+    for (int round = 0; round < (is_slow() ? 10 : 100); round++) {
+        ProductCase c;
+        int accumulate = draw(&random, 0, 1);
+        random_product(&c, draw(&random, 0, 70), draw(&random, 0, 70), draw(&random, 0, 70), accumulate, &random);
+        real *room = take_filled(product_room(&c.p) + 16, (real)NAN);
+        fill(room + product_room(&c.p), 16, GUARD);
+        product_serial(c.p, accumulate, room);
+        check_product(&c);
+        for (int i = 0; i < 16; i++)
+            assert_true(room[product_room(&c.p) + i] == GUARD);
+        free_taken();
+    }
+}
+
+double exp_of(double x) { // the first lane of vec_exp
+    vec v = {0};
+    v += (real)x;
+    v = vec_exp(v);
+    return (double)v[0];
+}
+
+void test_exp(void **state) {
+    (void)state;
+    for (double x = -87; x <= 88; x += is_slow() ? 1.7 : 0.00171) {
+        double wanted = exp((double)(real)x);
+        if (!(fabs(exp_of(x) - wanted) <= (IS_DOUBLE ? 1e-15 : 3e-7) * wanted))
+            fail_msg("exp(%.9g) is %.9g, not %.9g", x, exp_of(x), wanted);
+    }
+    assert_true(exp_of(0) == 1);
+    const double low[] = {-87.5, -100, -1e4, -1e30, -INFINITY}, high[] = {88.5, 100, 1e30};
+    for (int i = 0; i < 5; i++)
+        assert_true(exp_of(low[i]) >= 0 && exp_of(low[i]) < 2e-38);
+    for (int i = 0; i < 3; i++)
+        assert_true(exp_of(high[i]) > 1e38);
+    assert_true(isnan(exp_of(NAN)));
+}
+
+void test_softmax(void **state) {
+    (void)state;
+    const int sizes[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100};
+    const double scales[] = {1, 30, 1e4, 1e30}, shifts[] = {0, 1e4, -1e4};
+    for (int i = 0; i < 12 * 4 * 3; i++) {
+        int n = sizes[i % 12];
+        double scale = scales[i / 12 % 4], shift = shifts[i / 48], top = -INFINITY, total = 0, sum = 0;
+        real *row = take_normal((size_t)n + 1, (uint64_t)i), *x = take_reals(n);
+        for (int j = 0; j < n; j++) {
+            x[j] = row[j] = (real)((double)row[j] * scale + shift);
+            top = fmax(top, (double)x[j]);
+        }
+        row[n] = GUARD;
+        for (int j = 0; j < n; j++)
+            total += exp((double)x[j] - top);
+        real lse = softmax(row, n);
+        assert_near((double)lse, top + log(total), IS_DOUBLE ? 1e-14 : 1e-6);
+        for (int j = 0; j < n; j++) {
+            assert_near((double)row[j], exp((double)x[j] - top) / total, IS_DOUBLE ? 1e-14 : 1e-6);
+            sum += (double)row[j];
+        }
+        assert_near(sum, 1, IS_DOUBLE ? 1e-13 : 1e-5);
+        assert_true(row[n] == GUARD);
+        free_taken();
+    }
+    real bad[5] = {0, 1, (real)NAN, 2, 3}; // a NaN must not hide
+    assert_true(isnan(softmax(bad, 5)) && isnan(bad[0]));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Routing: select, capacity, plan, balance loss
+
+// Probabilities with many ties among them.
+real *take_scores(int N, int E, uint64_t seed) {
+    real *p = take_reals((size_t)N * E);
+    for (int i = 0; i < N * E; i++)
+        p[i] = (real)(hash64(seed * 1000003 + (uint64_t)i) % 8) / 8;
+    return p;
+}
+
+void test_select_topk(void **state) {
+    (void)state;
+    for (int round = 0; round < 30; round++) {
+        int N = 1 + round * 5, E = 1 + round % 9, K = 1 + round / 2 % E;
+        real *p = take_scores(N, E, (uint64_t)round);
+        int *expert = take_ints((size_t)N * K);
+        select_topk(expert, p, N, E, K);
+        for (int n = 0; n < N; n++) {
+            for (int k = 0; k < K; k++) { // k others come before it: the likelier ones, and equal ones of lower index
+                int e = expert[n * K + k], before = 0;
+                assert_in_range(e, 0, E - 1);
+                for (int other = 0; other < E; other++)
+                    before += p[n * E + other] > p[n * E + e] || (p[n * E + other] == p[n * E + e] && other < e);
+                assert_int_equal(before, k);
+            }
+        }
+        free_taken();
+    }
+    const real tied[4] = {(real)0.25, (real)0.25, (real)0.25, (real)0.25};
+    int expert[3];
+    select_topk(expert, tied, 1, 4, 3);
+    for (int k = 0; k < 3; k++)
+        assert_int_equal(expert[k], k);
+}
+
+// What a plan must be, word by word.
+void check_plan(const Plan *plan, int group_tokens, double factor) {
+    int N = plan->N, E = plan->E, K = plan->K, dropped = 0, slots = 0, groups = N / group_tokens;
+    int capacity = factor > 0 ? (int)fmin(ceil(factor * K * group_tokens / E - 1e-9), N * K) : N * K;
+    int *kept = take_ints((size_t)groups * E), *wanted = take_ints((size_t)groups * E), *load = take_ints(E);
+    for (int group = 0; group < groups; group++) {
+        for (int place = 0; place < K * group_tokens; place++) { // first choices before second ones, early tokens first
+            int choice = (group * group_tokens + place % group_tokens) * K + place / group_tokens;
+            int e = plan->expert[choice], takes = e >= 0 && kept[group * E + e] < capacity;
+            assert_int_equal(plan->key[choice], takes ? e : -1);
+            if (e >= 0) {
+                wanted[group * E + e]++;
+                kept[group * E + e] += takes;
+                load[e] += takes;
+                dropped += !takes;
+            }
+        }
+        for (int e = 0; e < E; e++)
+            assert_in_range(kept[group * E + e], 0, capacity);
+    }
+    assert_int_equal(plan->dropped, dropped);
+    assert_memory_equal(plan->count, wanted, (size_t)groups * E * sizeof(int));
+    assert_int_equal(plan->offset[0], 0);
+    for (int e = 0; e < E; e++) {
+        assert_int_equal(plan->offset[e + 1] - plan->offset[e], load[e]);
+        for (int s = plan->offset[e]; s < plan->offset[e + 1]; s++) {
+            assert_int_equal(plan->key[plan->choice[s]], e);
+            assert_int_equal(plan->slot[plan->choice[s]], s);
+            assert_int_equal(plan->token[s], plan->choice[s] / K);
+            assert_true(s == plan->offset[e] || plan->token[s] > plan->token[s - 1]);
+        }
+    }
+    for (int i = 0; i < N * K; i++) {
+        assert_true((plan->slot[i] >= 0) == (plan->key[i] >= 0));
+        slots += plan->slot[i] >= 0;
+    }
+    assert_int_equal(slots, plan->offset[E]);
+}
+
+void test_plan(void **state) {
+    (void)state;
+    const double factors[] = {0, 0.01, 0.3, 0.5, 1, 1.25, 1000, 1e6};
+    uint64_t random = 3;
+    for (int round = 0; round < (is_slow() ? 20 : 300); round++) {
+        int group_tokens = draw(&random, 1, 20), groups = draw(&random, 1, 4), N = groups * group_tokens;
+        int E = draw(&random, 1, 12), K = draw(&random, 1, E);
+        double factor = factors[draw(&random, 0, 7)];
+        Plan plan = take_plan(N, E, K, groups);
+        select_topk(plan.expert, take_scores(N, E, random), N, E, K);
+        for (int i = 0; round % 3 == 0 && i < N * K; i += 7)
+            plan.expert[i] = -1; // no choice
+        plan_capacity(&plan, group_tokens, factor);
+        plan_sort(&plan);
+        check_plan(&plan, group_tokens, factor);
+        free_taken();
+    }
+}
+
+void assert_ints(const int *found, const int *wanted, int n) {
+    for (int i = 0; i < n; i++)
+        assert_int_equal(found[i], wanted[i]);
+}
+
+// Three tokens, two experts, both chosen by each; capacity ceil(0.5 * 2*3/2) = 2. Expert 0 takes the first choices of
+// tokens 0 and 2 and refuses the second of token 1; expert 1 takes token 1's first, token 0's second, not token 2's.
+void test_plan_by_hand(void **state) {
+    (void)state;
+    const int expert[6] = {0, 1, 1, 0, 0, 1}, key[6] = {0, 1, 1, -1, 0, -1}, slot[6] = {0, 2, 3, -1, 1, -1};
+    const int choice[4] = {0, 4, 1, 2}, token[4] = {0, 2, 0, 1}, offset[3] = {0, 2, 4}, count[2] = {3, 3};
+    Plan plan = take_plan(3, 2, 2, 1);
+    memcpy(plan.expert, expert, sizeof(expert));
+    plan_capacity(&plan, 3, 0.5);
+    plan_sort(&plan);
+    assert_ints(plan.key, key, 6);
+    assert_ints(plan.slot, slot, 6);
+    assert_ints(plan.choice, choice, 4);
+    assert_ints(plan.token, token, 4);
+    assert_ints(plan.offset, offset, 3);
+    assert_ints(plan.count, count, 2);
+    assert_int_equal(plan.dropped, 2);
+    free_taken();
+}
+
+// Four tokens for expert 0 in the first group, none in the second: a group does not lend its room to another.
+void test_capacity_of_groups(void **state) {
+    (void)state;
+    const int expert[8] = {0, 0, 0, 0, 1, 1, 0, 1}, key[8] = {0, 0, -1, -1, 1, 1, 0, -1};
+    Plan plan = take_plan(8, 2, 1, 2);
+    memcpy(plan.expert, expert, sizeof(expert));
+    plan_capacity(&plan, 4, 1);
+    plan_sort(&plan);
+    assert_ints(plan.key, key, 8);
+    assert_int_equal(plan.dropped, 3);
+    check_plan(&plan, 4, 1);
+    free_taken();
+}
+
+// The layer with its groups of tokens: evaluation drops nothing, training does; the next batch finds it unharmed.
+void test_evaluation_drops_nothing(void **state) {
+    (void)state;
+    Config c = small_config("switch");
+    set_options(&c, "--capacity-factor 0.25 --jitter 0");
+    int inputs[16], targets[16];
+    random_tokens(inputs, 16, c.vocab, 1);
+    random_tokens(targets, 16, c.vocab, 2);
+    Model *m = model_allocate(&c, 16, 1, NULL);
+    randomize_weights(m);
+    double loss[4];
+    for (int i = 0; i < 4; i++) {
+        loss[i] = model_forward(m, inputs, targets, 2, 8, i % 2 ? EVAL_MODE : TRAIN_MODE, 1, 1, 0);
+        assert_int_equal(m->layers[1].plan.dropped, i % 2 ? 0 : 16 - m->layers[1].plan.offset[4]);
+        assert_true(i % 2 || m->layers[1].plan.dropped >= 8); // two groups of 8, 4 experts, one place in each
+        check_plan(&m->layers[1].plan, 8, i % 2 ? 0 : 0.25);
+        free_taken();
+    }
+    assert_true(loss[0] == loss[2] && loss[1] == loss[3] && loss[0] != loss[1]);
+    model_free(m);
+}
+
+void test_balance(void **state) {
+    (void)state;
+    const int E = 4, K = 2, N = 12;
+    real *p = take_filled((size_t)N * E, (real)0.25);
+    int *count = take_ints((size_t)N * E);
+    for (int groups = 1; groups <= 3; groups++) { // perfect balance
+        for (int i = 0; i < groups * E; i++)
+            count[i] = N / groups * K / E;
+        assert_near(balance_forward(p, count, N, E, K, N / groups), 1, 1e-6);
+    }
+    fill(p, (size_t)N * E, 0); // all to expert 2 with probability 1
+    memset(count, 0, (size_t)N * E * sizeof(int));
+    for (int n = 0; n < N; n++)
+        p[n * E + 2] = 1;
+    for (int groups = 1; groups <= 3; groups++) {
+        for (int group = 0; group < groups; group++)
+            count[group * E + 2] = N / groups;
+        assert_near(balance_forward(p, count, N, E, 1, N / groups), E, 1e-6);
+    }
+    // Two experts, K 1, two groups of two tokens. First: both to expert 0, mean p = (0.7, 0.3): 2 * (1*0.7 + 0*0.3)
+    // = 1.4. Second: one each, mean p = (0.5, 0.5): 1. The mean of both: 1.2. As one group: f = (3/4, 1/4), P = (0.6,
+    // 0.4): 1.1.
+    const real hand[8] = {(real)0.8, (real)0.2, (real)0.6, (real)0.4, (real)0.9, (real)0.1, (real)0.1, (real)0.9};
+    const int apart[4] = {2, 0, 1, 1}, together[2] = {3, 1};
+    assert_near(balance_forward(hand, apart, 4, 2, 1, 2), 1.2, 1e-6);
+    assert_near(balance_forward(hand, together, 4, 2, 1, 4), 1.1, 1e-6);
+    free_taken();
+}
+
+// What is reported as aux, from the definition: weights times balance loss and z-loss, summed over the layers.
+void test_aux(void **state) {
+    (void)state;
+    for (int group = SEQUENCE; group <= BATCH; group++) {
+        Config c = small_config("mixtral");
+        set_options(&c, "--aux-weight 0.3 --z-weight 0.7");
+        c.group = group;
+        int inputs[16], targets[16], T = group == SEQUENCE ? 8 : 16, E = c.experts, K = c.topk, C = c.dim;
+        random_tokens(inputs, 16, c.vocab, 1);
+        random_tokens(targets, 16, c.vocab, 2);
+        Model *m = model_allocate(&c, 16, 1, NULL);
+        randomize_weights(m);
+        model_forward(m, inputs, targets, 2, 8, TRAIN_MODE, 1, 1, 0);
+        double aux = 0;
+        for (int l = 0; l < c.layers; l++) {
+            double balance = 0, z = 0;
+            for (int first = 0; first < 16; first += T) {
+                double share[4] = {0}, mean[4] = {0};
+                for (int n = first; n < first + T; n++) {
+                    double total = 0, e[4];
+                    for (int i = 0; i < E; i++)
+                        total += e[i] = exp(inner(m->layers[l].h2 + n * C, m->weights.layer[l].router + i * C, C));
+                    for (int i = 0; i < E; i++)
+                        mean[i] += e[i] / total / T;
+                    for (int k = 0; k < K; k++)
+                        share[m->layers[l].plan.expert[n * K + k]] += 1.0 / (T * K);
+                    z += log(total) * log(total) / 16;
+                }
+                for (int i = 0; i < E; i++)
+                    balance += E * share[i] * mean[i] * T / 16;
+            }
+            aux += 0.3 * balance + 0.7 * z;
+        }
+        assert_near(model_aux(m), aux, IS_DOUBLE ? 1e-12 : 1e-5);
+        model_free(m);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Generation with the cache, and the same bits every time
+
+// The logits of the next token after each of the N tokens of the last forward pass. (N,V)
+void all_logits(const Model *m, real *logits, int N) {
+    product(logits, along_rows(m->h, m->config.dim, NULL), along_rows(m->weights.head, m->config.dim, NULL), N,
+            m->config.vocab, m->config.dim, 0);
+}
+
+void check_generation(const Config *c) {
+    int T = c->seq, V = c->vocab;
+    int *tokens = take_ints(T), *targets = take_ints(T);
+    random_tokens(tokens, T, V, 1);
+    Model *m = model_allocate(c, T, 1, NULL);
+    randomize_weights(m);
+    real *wanted = take_reals((size_t)T * V), *logits = take_reals(V);
+    model_forward(m, tokens, targets, 1, T, EVAL_MODE, 1, 0, 0);
+    all_logits(m, wanted, T);
+    for (int again = 0; again < 2; again++) { // a second text does not see the first
+        for (int t = 0; t < T; t++) {
+            model_generate(m, tokens[t], t, logits);
+            for (int v = 0; v < V; v++)
+                assert_near((double)logits[v], (double)wanted[t * V + v], IS_DOUBLE ? 1e-10 : 1e-4);
+        }
+    }
+    for (int t = T; t < 3 * T + 1; t++) { // longer than the cache
+        model_generate(m, tokens[t % T], t, logits);
+        for (int v = 0; v < V; v++)
+            assert_true(isfinite(logits[v]));
+    }
+    model_free(m);
+    free_taken();
+}
+
+void test_generation(void **state) {
+    (void)state;
+    static const char *const variants[] = {
+        "--kv-heads 4", "--kv-heads 2",     "--kv-heads 1 --seq 21", "--untied 1 --shared 1 --group sequence",
+        "--seq 1",      "--activation gelu"};
+    for (int i = 0; i < recipe_count * 6; i++) {
+        Config c = small_config(recipes[i / 6].name);
+        set_options(&c, variants[i % 6]);
+        check_generation(&c);
+    }
+}
+
+// A model of one layer sees in a long text what it would see in its last seq tokens alone, since positions are
+// relative.
+void test_generation_forgets(void **state) {
+    (void)state;
+    Config c = small_config("mixtral");
+    c.layers = 1;
+    int tokens[30], targets[8], T = c.seq, V = c.vocab;
+    random_tokens(tokens, 30, V, 1);
+    random_tokens(targets, 8, V, 2);
+    Model *m = model_allocate(&c, T, 1, NULL);
+    randomize_weights(m);
+    real *wanted = take_reals((size_t)T * V), *logits = take_reals(V);
+    for (int t = 0; t < 30; t++) {
+        model_generate(m, tokens[t], t, logits);
+        if (t < T - 1)
+            continue;
+        model_forward(m, tokens + t - (T - 1), targets, 1, T, EVAL_MODE, 1, 0, 0);
+        all_logits(m, wanted, T);
+        for (int v = 0; v < V; v++)
+            assert_near((double)logits[v], (double)wanted[(T - 1) * V + v], IS_DOUBLE ? 1e-10 : 1e-4);
+    }
+    model_free(m);
+    free_taken();
+}
+
+// The weights after a few steps; the batch is large enough for every parallel loop to be one. To be freed.
+real *train_some(const char *recipe, int threads, int seed, size_t *size) {
+    Config c = small_config(recipe);
+    set_options(&c, "--dim 32 --ffn 40 --seq 70 --batch 3 --capacity-factor 1 --lr 0.01");
+    c.vocab = 700; // more weights than UPDATE_CHUNK
+    c.seed = seed;
+    int inputs[210], targets[210];
+    set_threads(threads);
+    Model *m = model_allocate(&c, 210, 1, NULL);
+    model_init(m);
+    for (int step = 1; step <= 4; step++) {
+        random_tokens(inputs, 210, 300, (uint64_t)(2 * step));
+        random_tokens(targets, 210, 300, (uint64_t)(2 * step + 1));
+        model_forward(m, inputs, targets, 3, 70, TRAIN_MODE, 1, step, 0);
+        model_backward(m);
+        model_update(m, step, c.lr, gradient_norm(m));
+    }
+    real *weights = (real *)allocate(m->size, sizeof(real));
+    memcpy(weights, m->memory[WEIGHTS], m->size * sizeof(real));
+    *size = m->size * sizeof(real);
+    model_free(m);
+    set_threads(1);
+    return weights;
+}
+
+void test_same_bits(void **state) {
+    (void)state;
+    for (int r = 0; r < (is_slow() ? 0 : recipe_count); r++) {
+        size_t size;
+        real *one = train_some(recipes[r].name, 1, 1, &size);
+        for (int threads = 1; threads <= 2; threads++) {
+            real *again = train_some(recipes[r].name, threads, 1, &size);
+            assert_memory_equal(again, one, size);
+            free(again);
+        }
+        real *other = train_some(recipes[r].name, 1, 2, &size);
+        assert_true(memcmp(other, one, size) != 0);
+        free(other);
+        free(one);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Schedule and optimizer
+
+void test_schedule(void **state) {
+    (void)state;
+    static const struct {
+        const char *options;
+        int step;
+        double rate;
+    } cases[] = {
+        {"--schedule cosine", 1, 0.1},
+        {"--schedule cosine", 5, 0.5},
+        {"--schedule cosine", 10, 1},
+        {"--schedule cosine", 55, 0.55},
+        {"--schedule cosine", 100, 0.1},
+        {"--schedule cosine", 101, 0.1},
+        {"--schedule cosine", 40, 0.1 + 0.9 * 0.75}, // a third of the way: cos(pi/3) = 1/2
+        {"--schedule cosine --min-lr 0", 55, 0.5},
+        {"--schedule cosine --min-lr 0", 100, 0},
+        {"--schedule cosine --min-lr 1", 70, 1},
+        {"--schedule wsd", 1, 0.1},
+        {"--schedule wsd", 10, 1},
+        {"--schedule wsd", 11, 1},
+        {"--schedule wsd", 80, 1},
+        {"--schedule wsd", 81, 1 - 0.9 / 20},
+        {"--schedule wsd", 90, 0.55},
+        {"--schedule wsd", 100, 0.1},
+        {"--schedule wsd --warmup 90", 90, 1},
+        {"--schedule wsd --warmup 90", 95, 0.55},
+        {"--schedule constant", 5, 0.5},
+        {"--schedule constant", 10, 1},
+        {"--schedule constant", 100, 1},
+        {"--schedule cosine --warmup 0", 50, 0.55},
+        {"--schedule cosine --warmup 0", 100, 0.1},
+        {"--schedule wsd --warmup 0", 1, 1},
+        {"--schedule constant --warmup 0", 1, 1},
+        {"--schedule cosine --warmup 100", 100, 1},
+        {"--schedule cosine --warmup 200", 100, 0.5},
+        {"--schedule wsd --warmup 100", 100, 1},
+        {"--schedule wsd --warmup 200", 50, 0.25},
+        {"--schedule constant --warmup 200", 100, 0.5},
+        {"--schedule cosine --warmup 0 --steps 1", 1, 0.1},
+    };
+    for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++) {
+        Config c = small_config("mixtral");
+        set_options(&c, "--lr 1 --steps 100 --warmup 10");
+        set_options(&c, cases[i].options);
+        double rate = learning_rate(&c, cases[i].step);
+        if (!(fabs(rate - cases[i].rate) < 1e-12))
+            fail_msg("%s, step %d: %.9g, not %.9g", cases[i].options, cases[i].step, rate, cases[i].rate);
+    }
+}
+
+int is_norm(const Tensor *t) {
+    return t->kind == NORM1 || t->kind == NORM2 || t->kind == NORM;
+}
+
+// AdamW by the book, in double, on the same gradients; clip: 0, one that never bites, one that always does.
+void check_optimizer(const char *choices) {
+    Config c = small_config("mixtral");
+    set_options(&c, choices);
+    Model *m = model_allocate(&c, 16, 1, NULL);
+    randomize_weights(m);
+    double *w = (double *)take(m->size, sizeof(double)), *m1 = (double *)take(m->size, sizeof(double));
+    double *m2 = (double *)take(m->size, sizeof(double));
+    for (size_t i = 0; i < m->size; i++)
+        w[i] = (double)m->memory[WEIGHTS][i];
+    for (int step = 1; step <= 5; step++) {
+        real *grads = m->memory[GRADS];
+        double norm = 0, lr = 0.01 * step;
+        for (size_t i = 0; i < m->size; i++) {
+            grads[i] = (real)random_normal(hash64((uint64_t)step), i);
+            norm += (double)grads[i] * (double)grads[i];
+        }
+        norm = sqrt(norm);
+        assert_near(gradient_norm(m), norm, 1e-12);
+        double scale = c.clip > 0 && norm > c.clip ? c.clip / norm : 1;
+        for (int t = 0; t < m->tensor_count; t++) {
+            for (size_t i = m->tensors[t].offset; i < m->tensors[t].offset + m->tensors[t].size; i++) {
+                double g = (double)grads[i] * scale;
+                m1[i] = c.beta1 * m1[i] + (1 - c.beta1) * g;
+                m2[i] = c.beta2 * m2[i] + (1 - c.beta2) * g * g;
+                double mean = m1[i] / (1 - pow(c.beta1, step)), square = m2[i] / (1 - pow(c.beta2, step));
+                w[i] -= lr * (mean / (sqrt(square) + 1e-8) + (is_norm(&m->tensors[t]) ? 0 : c.weight_decay) * w[i]);
+            }
+        }
+        model_update(m, step, lr, norm);
+        for (size_t i = 0; i < m->size; i++) {
+            assert_true(m->memory[GRADS][i] == 0);
+            assert_near((double)m->memory[WEIGHTS][i], w[i], IS_DOUBLE ? 1e-13 : 3e-6);
+        }
+    }
+    model_free(m);
+    free_taken();
+}
+
+void test_optimizer(void **state) {
+    (void)state;
+    check_optimizer("--clip 0 --weight-decay 0");
+    check_optimizer("--clip 1e9 --weight-decay 0.5");
+    check_optimizer("--clip 0.5 --beta1 0.8 --beta2 0.99");
+    check_optimizer("--clip 1 --weight-decay 0.1 --untied 1 --beta1 0");
+}
+
+// A router of one row is a matrix all the same.
+void test_optimizer_of_one_expert(void **state) {
+    (void)state;
+    check_optimizer("--experts 1 --topk 1 --weight-decay 0.5");
+    Config c = small_config("mixtral");
+    set_options(&c, "--experts 1 --topk 1");
+    int count;
+    Part *parts = model_parts(&c, &count);
+    for (int i = 0; i < count; i++) {
+        if (strstr(parts[i].name, "block_sparse_moe.gate"))
+            assert_int_equal(parts[i].rows, 1);
+    }
+    free(parts);
+}
+
+// First values: norms are 1, the rest has the standard deviation that the scheme wants and, truncated, no tail.
+void test_init_schemes(void **state) {
+    (void)state;
+    for (int scheme = NORMAL; scheme <= TRUNCATED; scheme++) {
+        Config c = small_config("mixtral");
+        set_options(&c, "--dim 64 --ffn 48 --experts 5");
+        c.vocab = 200;
+        c.init_scheme = scheme;
+        Model *m = model_allocate(&c, 16, 0, NULL);
+        model_init(m);
+        for (int t = 0; t < m->tensor_count; t++) {
+            const Tensor *tensor = &m->tensors[t];
+            const real *w = m->memory[WEIGHTS] + tensor->offset;
+            int residual = tensor->kind == PROJ || tensor->kind == W_OUT,
+                cut = scheme == TRUNCATED && tensor->kind != EMBED;
+            double std = cut ? sqrt(0.1 / tensor->shape[2]) : residual ? 0.02 / sqrt(4.0) : 0.02, top = 0;
+            for (size_t i = 0; i < tensor->size; i++) {
+                assert_true(!is_norm(tensor) || w[i] == 1);
+                top = fmax(top, fabs((double)w[i]));
+            }
+            if (is_norm(tensor))
+                continue;
+            double found = sqrt(inner(w, w, tensor->size) / (double)tensor->size), wanted = cut ? 0.8796 * std : std;
+            if (!(fabs(found / wanted - 1) < 5 / sqrt((double)tensor->size)) || (cut && top > 2 * std * 1.000001))
+                fail_msg("%s, %s: standard deviation %g, expected %g; largest %g", init_names[scheme], tensor->name,
+                         found, wanted, top);
+        }
+        model_free(m);
+    }
+}
+
+// The largest difference between the gradients of a batch of four and those of its two halves, over the largest
+// gradient.
+double halves_differ(const char *recipe, const char *choices) {
+    Config c = small_config(recipe);
+    set_options(&c, choices);
+    int inputs[32], targets[32];
+    random_tokens(inputs, 32, c.vocab, 1);
+    random_tokens(targets, 32, c.vocab, 2);
+    Model *whole = model_allocate(&c, 32, 1, NULL), *halves = model_allocate(&c, 16, 1, NULL);
+    randomize_weights(whole);
+    randomize_weights(halves);
+    double loss = model_forward(whole, inputs, targets, 4, 8, TRAIN_MODE, 1, 3, 0), half_loss = 0;
+    model_backward(whole);
+    for (int micro = 0; micro < 2; micro++) {
+        half_loss +=
+            model_forward(halves, inputs + 16 * micro, targets + 16 * micro, 2, 8, TRAIN_MODE, 0.5, 3, 16 * micro) / 2;
+        model_backward(halves);
+    }
+    assert_near(half_loss, loss, IS_DOUBLE ? 1e-13 : 1e-5);
+    double top = 0, error = 0;
+    for (size_t i = 0; i < whole->size; i++) {
+        top = fmax(top, fabs((double)whole->memory[GRADS][i]));
+        error = fmax(error, fabs((double)whole->memory[GRADS][i] - (double)halves->memory[GRADS][i]));
+    }
+    model_free(whole);
+    model_free(halves);
+    return error / top;
+}
+
+void test_accumulation(void **state) {
+    (void)state;
+    double tolerance = IS_DOUBLE ? 1e-12 : 1e-5;
+    assert_near(halves_differ("mixtral", "--aux-weight 0"), 0, tolerance);
+    assert_near(halves_differ("mixtral", "--aux-weight 0.5 --group sequence --z-weight 0.1"), 0, tolerance);
+    assert_near(halves_differ("mixtral", "--aux-weight 0.5 --group sequence --capacity-factor 0.5"), 0, tolerance);
+    assert_near(halves_differ("switch", "--aux-weight 0.5 --jitter 0.2"), 0, tolerance);
+    assert_near(halves_differ("dense", "--untied 1"), 0, tolerance);
+    assert_true(halves_differ("mixtral", "--aux-weight 0.5") > 1e-4); // the balance loss of a batch is not its halves'
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampler
+
+void test_sampler(void **state) {
+    (void)state;
+    const real logits[6] = {1, 3, (real)-2, 3, (real)2.5, 0}; // likeliest: 1, then 3 (equal, but later), 4, 0, 5, 2
+    const double last = 1 - 1.0 / 9007199254740992.0, us[] = {0, 0.3, 0.999, last};
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(sample(logits, 6, 0, 0, 1, us[i]), 1);    // temperature 0
+        assert_int_equal(sample(logits, 6, 1, 1, 1, us[i]), 1);    // top-k 1
+        assert_int_equal(sample(logits, 6, 1, 0, 1e-9, us[i]), 1); // top-p tiny
+        assert_int_equal(sample(logits, 6, 1, 0, 0, us[i]), 1);
+        assert_int_equal(sample(logits, 6, 1e-3, 0, 0.4, us[i]), 1);
+        assert_int_equal(sample(logits, 1, 1, 0, 1, us[i]), 0);
+    }
+    assert_int_equal(sample(logits, 6, 1, 0, 1, 0), 1); // u runs from the likeliest to the least likely
+    assert_int_equal(sample(logits, 6, 1, 0, 1, last), 2);
+    assert_int_equal(sample(logits, 6, 1, 3, 1, last), 4);
+    assert_int_equal(sample(logits, 6, 1, 100, 1, last), 2);
+    assert_int_equal(sample(logits, 6, 1, 0, 0.5, last), 3);
+    const real far[4] = {(real)-1e30, 1e4, (real)-1e4, (real)9.9e3};
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(sample(far, 4, 1, 0, 1, us[i]), 1);
+}
+
+// 20000 draws are within three standard deviations of what they should be.
+void check_draws(double temperature, int top_k, double top_p, const double *wanted) {
+    const real logits[5] = {0, 1, 2, (real)-1, (real)1.5};
+    int count[5] = {0};
+    for (uint64_t i = 0; i < 20000; i++)
+        count[sample(logits, 5, temperature, top_k, top_p, random_uniform(123, i))]++;
+    for (int i = 0; i < 5; i++) {
+        double sigma = sqrt(20000 * wanted[i] * (1 - wanted[i]));
+        if (!(fabs(count[i] - 20000 * wanted[i]) <= 3 * sigma))
+            fail_msg("temperature %g, top-k %d, top-p %g: %d was drawn %d times, expected %g", temperature, top_k,
+                     top_p, i, count[i], 20000 * wanted[i]);
+    }
+}
+
+void test_sampler_draws(void **state) {
+    (void)state;
+    double all[5], cold[5], two[5] = {0}, three[5] = {0};
+    const double logits[5] = {0, 1, 2, -1, 1.5};
+    double total = 0, cold_total = 0;
+    for (int i = 0; i < 5; i++) {
+        total += all[i] = exp(logits[i]);
+        cold_total += cold[i] = exp(logits[i] / 0.5);
+    }
+    two[2] = all[2] / (all[2] + all[4]);
+    two[4] = all[4] / (all[2] + all[4]);
+    for (int i = 0; i < 5; i++)
+        three[i] = i == 1 || i == 2 || i == 4 ? all[i] / (all[1] + all[2] + all[4]) : 0;
+    for (int i = 0; i < 5; i++) {
+        all[i] /= total;
+        cold[i] /= cold_total;
+    }
+    check_draws(1, 0, 1, all);
+    check_draws(0.5, 0, 1, cold);
+    check_draws(1, 2, 1, two);
+    check_draws(1, 0, all[2] + 0.5 * all[4], two);            // two of them hold it
+    check_draws(1, 0, all[2] + all[4] + 0.5 * all[1], three); // three do
+    check_draws(1, 3, 1, three);
+    check_draws(1, 3, 0.75, two); // of the three kept ones' probability, not of all
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Data loader
+
+// A file that claims to hold `claimed` tokens, with `count` of them: first, first + 1, ...
+void put_shard(const char *name, int magic, int version, int claimed, int count, int first) {
+    int32_t header[256] = {magic, version, claimed};
+    char *bytes = (char *)allocate(1024 + 2 * (size_t)count, 1);
+    memcpy(bytes, header, 1024);
+    for (int i = 0; i < count; i++) {
+        uint16_t token = (uint16_t)(first + i);
+        memcpy(bytes + 1024 + 2 * i, &token, 2);
+    }
+    put_file(name, bytes, 1024 + 2 * (size_t)count);
+    free(bytes);
+}
+
+// Every token there is unlike all others, so a window says where it comes from. T 10: 10 + 4 + 1 + 0 windows.
+void put_shards(const char *folder) {
+    static const struct {
+        const char *name;
+        int count, first;
+    } files[] = {{"b_train.bin", 105, 0},
+                 {"train_10.bin", 41, 1000},
+                 {"train_9.bin", 11, 2000},
+                 {"train_99.bin", 10, 3000},
+                 {"val.bin", 50, 5000}};
+    assert_true(mkdir(scratch(folder), 0777) == 0 || errno == EEXIST);
+    for (int i = 0; i < 5; i++) {
+        char name[64];
+        snprintf(name, sizeof(name), "%s/%s", folder, files[i].name);
+        put_shard(name, TOKENS_MAGIC, 1, files[i].count, files[i].count, files[i].first);
+    }
+    char name[64];
+    snprintf(name, sizeof(name), "%s/train.txt", folder);
+    put_text(name, "not this one");
+}
+
+void test_loader(void **state) {
+    (void)state;
+    put_shards("shards");
+    const int windows = 15, T = 10;
+    int inputs[150], targets[150], starts[2][3][15];
+    for (int seed = 0; seed < 2; seed++) {
+        Data *d = data_open(scratch("shards"), "train", T, 65536, (uint64_t)seed);
+        assert_int_equal(d->windows, windows);
+        assert_int_equal(d->shard_count, 4);
+        assert_true(d->tokens == 105 + 41 + 11 + 10);
+        static const char *const order[] = {"b_train.bin", "train_10.bin", "train_9.bin", "train_99.bin"};
+        for (int i = 0; i < 4; i++)
+            assert_string_equal(strrchr(d->shards[i].path, '/') + 1, order[i]);
+        for (int w = 0; w < windows; w++) { // unshifted, as in validation
+            data_window(d, w, -1, inputs, targets);
+            assert_int_equal(inputs[0], w < 10 ? w * T : w < 14 ? 1000 + (w - 10) * T : 2000);
+        }
+        for (int epoch = 0; epoch < 3; epoch++) {
+            int seen[15] = {0}, shift[3] = {-1, -1, -1};
+            data_batch(d, (long)epoch * windows, windows, inputs, targets);
+            for (int w = 0; w < windows; w++) {
+                int start = starts[seed][epoch][w] = inputs[w * T], shard = start / 1000, at = start % 1000;
+                for (int t = 0; t < T; t++) { // one after the other, so all of one shard
+                    assert_int_equal(inputs[w * T + t], start + t);
+                    assert_int_equal(targets[w * T + t], start + t + 1);
+                }
+                assert_true(shift[shard] < 0 || shift[shard] == at % T); // the cuts are shifted together
+                shift[shard] = at % T;
+                seen[(shard == 0 ? 0 : shard == 1 ? 10 : 14) + at / T]++;
+            }
+            assert_true(shift[0] <= 4 && shift[1] == 0 && shift[2] == 0); // within what is left over
+            for (int w = 0; w < windows; w++)
+                assert_int_equal(seen[w], 1);
+        }
+        for (int first = 40; first >= 0; first -= 7) { // in any order and any batches: what a resumed run asks for
+            data_batch(d, first, 3, inputs, targets);
+            for (int b = 0; b < 3 && first + b < 45; b++)
+                assert_int_equal(inputs[b * T], starts[seed][(first + b) / windows][(first + b) % windows]);
+        }
+        data_close(d);
+    }
+    assert_true(memcmp(starts[0][0], starts[1][0], sizeof(starts[0][0])) != 0);
+    assert_true(memcmp(starts[0][0], starts[0][1], sizeof(starts[0][0])) != 0);
+    Data *val = data_open(scratch("shards"), "val", T, 65536, 1);
+    assert_int_equal(val->windows, 4);
+    data_close(val);
+}
+
+void load_all(void *arg) { // opens a folder and reads all its windows
+    const char *folder = (const char *)arg;
+    int inputs[10], targets[10];
+    Data *d = data_open(scratch(folder), "train", 10, 4000, 1);
+    for (long w = 0; w < d->windows; w++)
+        data_batch(d, w, 1, inputs, targets);
+    data_close(d);
+}
+
+void test_loader_bad(void **state) {
+    (void)state;
+    static const struct {
+        const char *name; // of the file that goes bad; NULL: there is no folder, "": an empty one
+        int magic, version, claimed, count, first, cut; // cut: the file has so many bytes only; 0: all
+        const char *message;
+    } cases[] = {
+        {"train_9.bin", TOKENS_MAGIC, 1, 11, 11, 2000, 0, NULL}, // as it was
+        {"train_9.bin", TOKENS_MAGIC, 1, 0, 0, 0, 0, NULL},      // no tokens are no damage
+        {"train_9.bin", TOKENS_MAGIC, 1, 11, 11, 2000, -1, "0 bytes"},
+        {"train_9.bin", TOKENS_MAGIC, 1, 11, 11, 2000, 1023, "1023 bytes"},
+        {"train_9.bin", TOKENS_MAGIC, 1, 11, 11, 2000, 1040, "11 tokens"},
+        {"train_9.bin", TOKENS_MAGIC, 1, 12, 11, 2000, 0, "12 tokens"},
+        {"train_9.bin", TOKENS_MAGIC, 1, 10, 11, 2000, 0, "10 tokens"},
+        {"train_9.bin", TOKENS_MAGIC, 1, -1, 11, 2000, 0, "-1 tokens"},
+        {"train_9.bin", TOKENS_MAGIC, 1, 2147483647, 11, 2000, 0, "2147483647 tokens"},
+        {"train_9.bin", 20240521, 1, 11, 11, 2000, 0, "20240521"},
+        {"train_9.bin", TOKENS_MAGIC, 2, 11, 11, 2000, 0, "version 1"},
+        {"train_9.bin", TOKENS_MAGIC, 1, 11, 11, 3990, 0, "token 10 is 4000"},
+        {NULL, 0, 0, 0, 0, 0, 0, "No such file"},
+        {"", 0, 0, 0, 0, 0, 0, "*train*.bin"},
+    };
+    for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++) {
+        char message[1024], name[64];
+        remove_tree(scratch("bad"));
+        if (cases[i].name && !cases[i].name[0])
+            assert_int_equal(mkdir(scratch("bad"), 0777), 0);
+        else if (cases[i].name)
+            put_shards("bad");
+        if (cases[i].name && cases[i].name[0]) {
+            snprintf(name, sizeof(name), "bad/%s", cases[i].name);
+            put_shard(name, cases[i].magic, cases[i].version, cases[i].claimed, cases[i].count, cases[i].first);
+            if (cases[i].cut)
+                assert_int_equal(truncate(scratch(name), cases[i].cut < 0 ? 0 : cases[i].cut), 0);
+        }
+        int status = dies(load_all, (void *)"bad", message, sizeof(message));
+        const char *file = cases[i].name && cases[i].name[0] ? name : "bad";
+        if (status != (cases[i].message ? 1 : 0) ||
+            (cases[i].message && (!strstr(message, cases[i].message) || !strstr(message, file))))
+            fail_msg("case %d: exit status %d, expected \"%s\" about %s; it said: %s", i, status,
+                     cases[i].message ? cases[i].message : "", file, message);
+    }
+    for (int i = 0; i < 2; i++) { // nothing but a file of ten tokens: too short for a window of ten and one more
+        char message[1024];
+        remove_tree(scratch("bad"));
+        assert_int_equal(mkdir(scratch("bad"), 0777), 0);
+        put_shard("bad/train.bin", TOKENS_MAGIC, 1, 10 + i, 10 + i, 0);
+        assert_int_equal(dies(load_all, (void *)"bad", message, sizeof(message)), i ? 0 : 1);
+        assert_true(i || strstr(message, "too short"));
+    }
+    char message[1024];
+    assert_int_equal(mkdir(scratch("bad/train_folder.bin"), 0777), 0);
+    assert_int_equal(dies(load_all, (void *)"bad", message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "train_folder.bin"));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Helpers for the tests that run programs: a data folder, a tiny run, its log and its checkpoints
+
+// An llm.c token file with random tokens, <|endoftext|> here and there. Its path is scratch(name).
+void put_tokens(const char *name, int count, int vocab, uint64_t seed) {
+    int32_t header[256] = {TOKENS_MAGIC, 1, count};
+    char *bytes = (char *)allocate(1024 + 2 * (size_t)count, 1);
+    memcpy(bytes, header, 1024);
+    for (int i = 0; i < count; i++) {
+        uint64_t h = hash64(seed * 1000003 + (uint64_t)i);
+        uint16_t token = (uint16_t)(h % 50 ? (h >> 8) % (h & 1 ? 20 : (uint64_t)vocab) : 0);
+        memcpy(bytes + 1024 + 2 * (size_t)i, &token, 2);
+    }
+    put_file(name, bytes, 1024 + 2 * (size_t)count);
+    free(bytes);
+}
+
+void make_data(void) { // scratch("data"), once
+    static int done = 0;
+    if (done++)
+        return;
+    assert_int_equal(mkdir(scratch("data"), 0777), 0);
+    put_tokens("data/train_0.bin", 3000, 265, 1);
+    put_tokens("data/train_1.bin", 777, 265, 2);
+    put_tokens("data/val_0.bin", 30000, 265, 3);
+    small_tokenizer("data/tokenizer.json", NULL, NULL);
+}
+
+char said[1 << 16]; // by the last program, on stdout and stderr
+size_t said_size;
+
+// Runs a command line; its exit status, or -signal.
+int shell(char *output, size_t size, const char *format, ...) {
+    char command[4096];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(command, sizeof(command) - 16, format, args);
+    va_end(args);
+    strcat(command, " 2>&1");
+    FILE *pipe = popen(command, "r");
+    assert_non_null(pipe);
+    said_size = fread(output, 1, size - 1, pipe);
+    output[said_size] = 0;
+    while (fgetc(pipe) != EOF) {
+    }
+    int status = pclose(pipe);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+// The processes do not depend on this file's `real`: the float build tests them.
+void need_program(void) {
+    const char *program = getenv("TRAIN_MOE");
+    if (is_slow() || IS_DOUBLE)
+        skip();
+    if (access(program ? program : "./train_moe", X_OK) != 0)
+        fail_msg("%s is not there; make train_moe, or set TRAIN_MOE", program ? program : "./train_moe");
+    make_data();
+    setenv("OMP_WAIT_POLICY", "passive", 1); // the machine may have other things to do
+}
+
+// The command line of a tiny run in scratch(out), with more options behind; these alone, where they begin with
+// --prompt.
+const char *command_line(const char *out, const char *more) {
+    static char line[2048];
+    const char *program = getenv("TRAIN_MOE");
+    if (!strncmp(more, "--prompt", 8)) {
+        snprintf(line, sizeof(line), "%s --out %s --tokens 8 --threads 1 %s", program ? program : "./train_moe",
+                 scratch(out), more);
+        return line;
+    }
+    snprintf(
+        line, sizeof(line),
+        "%s --data %s --out %s --layers 2 --dim 32 --heads 2 --ffn 32 --experts 4 --seq 32 --batch 2 --eval-batches 1 "
+        "--tokens 8 --threads 1 --log-every 1 --warmup 2 --steps 12 --save-every 6 %s",
+        program ? program : "./train_moe", scratch("data"), scratch(out), more);
+    return line;
+}
+
+int run_tiny(const char *out, const char *more) {
+    return shell(said, sizeof(said), "%s", command_line(out, more));
+}
+
+void expect(int status, int wanted, const char *text) {
+    if (status != wanted || (text && !memmem(said, said_size, text, strlen(text)))) // a text may have NULs
+        fail_msg("exit status %d, expected %d and \"%s\"; it said:\n%s", status, wanted, text ? text : "", said);
+}
+
+// Starts a tiny run and does not wait for it.
+pid_t start_tiny(const char *out, const char *more) {
+    char line[2100];
+    snprintf(line, sizeof(line), "exec %s", command_line(out, more));
+    fflush(NULL);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        int file = open(scratch("said"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        dup2(file, 1);
+        dup2(file, 2);
+        execl("/bin/sh", "sh", "-c", line, (char *)NULL);
+        _exit(127);
+    }
+    return child;
+}
+
+// Waits until a file is there, or the process has ended. Its status as waitpid() gives it; -1: it still runs.
+int wait_for(pid_t child, const char *path) {
+    int status;
+    while (access(path, F_OK) != 0) {
+        if (waitpid(child, &status, WNOHANG) == child)
+            return status;
+        usleep(500);
+    }
+    return -1;
+}
+
+int exists(const char *name) {
+    return access(scratch(name), F_OK) == 0;
+}
+
+// The last number `name` in a run's log of that type and step; NaN: there is none. Every line has to be JSON.
+double logged(const char *out, const char *type, int step, const char *name) {
+    char file[300];
+    size_t size;
+    double found = NAN;
+    snprintf(file, sizeof(file), "%s/log.jsonl", out);
+    char *text = read_file(scratch(file), &size);
+    for (char *line = text, *end; line < text + size; line = end + 1) {
+        end = (char *)memchr(line, '\n', (size_t)(text + size - line));
+        assert_non_null(end);
+        Json *json = json_parse(line, (size_t)(end - line), file);
+        assert_string_equal(json->child->key, "type");
+        const Json *at = json_get(json, "step"), *value = json_get(json, name);
+        if (!strcmp(json->child->text, type) && (!at || at->number == step) && value)
+            found = value->number;
+        json_free(json);
+    }
+    free(text);
+    return found;
+}
+
+// Every step of 1..last has one step line, one router line for each layer with experts, in order.
+void check_log(const char *out, int last, int routers) {
+    char file[300];
+    size_t size;
+    int step = 0, router = 0;
+    snprintf(file, sizeof(file), "%s/log.jsonl", out);
+    char *text = read_file(scratch(file), &size);
+    for (char *line = text, *end; line < text + size; line = end + 1) {
+        end = (char *)memchr(line, '\n', (size_t)(text + size - line));
+        assert_non_null(end);
+        Json *json = json_parse(line, (size_t)(end - line), file);
+        const char *type = json->child->text;
+        const Json *at = json_get(json, "step");
+        if (!strcmp(type, "step")) {
+            assert_true(router == step * routers);
+            assert_int_equal((int)at->number, ++step);
+        } else if (!strcmp(type, "router")) {
+            double sum = 0;
+            for (const Json *e = json_get(json, "load")->child; e; e = e->next)
+                sum += e->number;
+            assert_near(sum, 1, 1e-4);
+            assert_int_equal((int)at->number, step);
+            router++;
+        } else if (strcmp(type, "run")) {
+            assert_true(!strcmp(type, "eval") || !strcmp(type, "sample"));
+            assert_int_equal((int)at->number, step);
+        }
+        json_free(json);
+    }
+    assert_int_equal(step, last);
+    free(text);
+}
+
+void assert_same_file(const char *a, const char *b) {
+    size_t n, m;
+    char *x = read_file(a, &n), *y = read_file(b, &m);
+    assert_int_equal(n, m);
+    assert_memory_equal(x, y, n);
+    free(x);
+    free(y);
+}
+
+void assert_same_weights(const char *a, const char *b) {
+    const char *const files[] = {"model.safetensors", "optimizer.safetensors"};
+    for (int i = 0; i < 2; i++) {
+        char x[200], y[200];
+        snprintf(x, sizeof(x), "%s/latest/%s", a, files[i]);
+        snprintf(y, sizeof(y), "%s/latest/%s", b, files[i]);
+        assert_same_file(scratch(x), scratch(y));
+    }
+}
+
+void assert_latest(const char *out, const char *name) {
+    char link[256], path[300];
+    snprintf(path, sizeof(path), "%s/latest", out);
+    ssize_t n = readlink(scratch(path), link, sizeof(link) - 1);
+    assert_true(n > 0);
+    link[n] = 0;
+    assert_string_equal(link, name);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Runs and their checkpoints
+
+// Twelve steps at once are the same as six, SIGKILL, and the other six, to the last bit.
+void check_resume(const char *recipe) {
+    char options[256], whole[64], halves[64], path[128];
+    snprintf(whole, sizeof(whole), "whole-%s", recipe);
+    snprintf(halves, sizeof(halves), "halves-%s", recipe);
+    snprintf(path, sizeof(path), "%s/latest", halves);
+    // the validation in step 7, of the whole file, takes long enough to be killed in
+    snprintf(options, sizeof(options), "--recipe %s --topk %d --eval-every 7 --eval-batches 0 --accum 2", recipe,
+             strcmp(recipe, "switch") ? 2 : 1);
+    expect(run_tiny(whole, options), 0, "What next");
+    for (int attempt = 0, status = 0; !WIFSIGNALED(status); attempt++) {
+        assert_true(attempt < 5); // it was always done before it could be killed
+        remove_tree(scratch(halves));
+        pid_t child = start_tiny(halves, options);
+        status = wait_for(child, scratch(path));
+        if (status == -1) {
+            kill(child, SIGKILL);
+            waitpid(child, &status, 0);
+        }
+    }
+    assert_latest(halves, "checkpoint-6");
+    strcat(options, " --resume");
+    expect(run_tiny(halves, options), 0, "What next");
+    assert_latest(halves, "checkpoint-12");
+    assert_same_weights(whole, halves);
+    int routers = !strcmp(recipe, "mixtral") ? 2 : !strcmp(recipe, "switch") ? 1 : 0;
+    check_log(whole, 12, routers);
+    check_log(halves, 12, routers);
+    for (int step = 1; step <= 12; step++)
+        assert_true(logged(whole, "step", step, "loss") == logged(halves, "step", step, "loss"));
+    assert_true(logged(whole, "eval", 12, "val_loss") == logged(halves, "eval", 12, "val_loss"));
+    assert_true(logged(whole, "eval", 7, "val_bpb") == logged(halves, "eval", 7, "val_bpb"));
+}
+
+void test_resume(void **state) {
+    (void)state;
+    need_program();
+    for (int r = 0; r < recipe_count; r++)
+        check_resume(recipes[r].name);
+}
+
+// What may change on resume, and what may not.
+void test_resume_options(void **state) {
+    (void)state;
+    need_program();
+    expect(run_tiny("options", "--steps 4 --save-every 2"), 0, NULL);
+    static const char *const fixed[] = {"--dim 64",  "--layers 3",  "--batch 4",      "--seed 2", "--seq 16",
+                                        "--accum 2", "--experts 8", "--recipe dense", "--untied"};
+    for (int i = 0; i < (int)(sizeof(fixed) / sizeof(fixed[0])); i++) {
+        char options[128];
+        snprintf(options, sizeof(options), "--resume --steps 6 %s", fixed[i]);
+        expect(run_tiny("options", options), 2, "cannot change");
+        snprintf(options, sizeof(options), "%.*s", (int)strcspn(fixed[i], " "), fixed[i]);
+        expect(2, 2, options);
+        assert_latest("options", "checkpoint-4");
+    }
+    expect(run_tiny("options", "--resume --steps 4"), 0, "is finished");
+    expect(run_tiny("options", "--steps 6"), 2, "--resume");
+    expect(2, 2, "another --out");
+    assert_latest("options", "checkpoint-4");
+    expect(run_tiny("options", "--resume --steps 6 --threads 2 --log-every 1 --eval-every 1 --lr 1e-4"), 0,
+           "What next");
+    assert_latest("options", "checkpoint-6");
+    check_log("options", 6, 2);
+    assert_near(logged("options", "step", 6, "lr"), 1e-5, 1e-9);
+    assert_true(isfinite(logged("options", "eval", 5, "val_loss")));
+}
+
+// --resume starts where there is no checkpoint, and the paces and --keep do what they say.
+void test_run_directory(void **state) {
+    (void)state;
+    need_program();
+    expect(
+        run_tiny("paces", "--resume --steps 9 --save-every 2 --keep 3 --log-every 4 --eval-every 3 --sample-every 5"),
+        0, "What next");
+    for (int step = 1; step <= 9; step++) {
+        char name[64];
+        snprintf(name, sizeof(name), "paces/checkpoint-%d/config.json", step);
+        assert_int_equal(exists(name), step == 6 || step == 8 || step == 9);
+        assert_int_equal(isfinite(logged("paces", "step", step, "loss")), step == 1 || step % 4 == 0 || step == 9);
+        assert_int_equal(isfinite(logged("paces", "eval", step, "val_loss")), step % 3 == 0);
+    }
+    assert_latest("paces", "checkpoint-9");
+    static const char *const files[] = {"config.json",           "model.safetensors",  "optimizer.safetensors",
+                                        "tokenizer.json",        "trainer_state.json", "tokenizer_config.json",
+                                        "generation_config.json"};
+    for (int i = 0; i < 7; i++) {
+        char name[64];
+        size_t size;
+        snprintf(name, sizeof(name), "paces/latest/%s", files[i]);
+        assert_true(exists(name));
+        char *text = read_file(scratch(name), &size);
+        if (!strstr(name, "safetensors"))
+            json_free(json_parse(text, size, name));
+        free(text);
+    }
+    assert_same_file(scratch("paces/latest/tokenizer.json"), scratch("data/tokenizer.json"));
+    assert_true(!exists("paces/unfinished-checkpoint") && !exists("paces/latest.new"));
+    expect(run_tiny("off", "--steps 3 --save-every 0 --log-every 0 --eval-every 0 --sample-every 0 --seed 2"), 0,
+           "What next");
+    assert_latest("off", "checkpoint-3"); // the last step always saves
+    assert_true(!exists("off/checkpoint-2"));
+}
+
+// What a killed save leaves behind does no harm, nor does a log that was cut off in a line.
+void test_leftovers(void **state) {
+    (void)state;
+    need_program();
+    char command[1024];
+    expect(run_tiny("clean", "--steps 4 --save-every 2"), 0, NULL);
+    expect(run_tiny("left", "--steps 2 --save-every 2 --schedule constant"), 0, NULL);
+    remove_tree(scratch("left"));
+    expect(run_tiny("left", "--steps 4 --save-every 2"), 0, NULL);
+    snprintf(command, sizeof(command),
+             "cd %s && rm -r checkpoint-4 && ln -sfn checkpoint-2 latest && mkdir -p unfinished-checkpoint/x && "
+             "echo x > unfinished-checkpoint/model.safetensors && mkdir checkpoint-4 && echo x > "
+             "checkpoint-4/config.json && "
+             "ln -s nowhere latest.new && printf '{\"type\":\"step\",\"st' >> log.jsonl",
+             scratch("left"));
+    expect(shell(said, sizeof(said), "%s", command), 0, NULL);
+    expect(run_tiny("left", "--steps 4 --save-every 2 --resume"), 0, "What next");
+    assert_true(!exists("left/unfinished-checkpoint") && !exists("left/latest.new"));
+    assert_latest("left", "checkpoint-4");
+    assert_same_weights("clean", "left");
+    check_log("left", 4, 2);
+}
+
+// --init starts from weights: with a learning rate of 0 the validation loss stays what it was; every recipe.
+void test_init(void **state) {
+    (void)state;
+    need_program();
+    for (int r = 0; r < recipe_count; r++) {
+        char first[64], options[512];
+        snprintf(first, sizeof(first), "first-%s", recipes[r].name);
+        snprintf(options, sizeof(options), "--recipe %s --topk %d --steps 5 --lr 0.01", recipes[r].name,
+                 r == 1 ? 1 : 2);
+        expect(run_tiny(first, options), 0, NULL);
+        snprintf(options, sizeof(options), "--init %s/latest --steps 1 --lr 0 --eval-every 1 --recipe %s --topk %d",
+                 scratch(first), recipes[r].name, r == 1 ? 1 : 2);
+        char again[64];
+        snprintf(again, sizeof(again), "again-%s", recipes[r].name);
+        expect(run_tiny(again, options), 0, NULL);
+        assert_true(logged(first, "eval", 5, "val_loss") == logged(again, "eval", 1, "val_loss"));
+        assert_true(logged(first, "eval", 5, "val_loss") < 5.55); // it had learned something
+    }
+    char options[512];
+    snprintf(options, sizeof(options), "--init %s/latest --dim 64", scratch("first-mixtral"));
+    expect(run_tiny("refused", options), 2, "--dim");
+    snprintf(options, sizeof(options), "--init %s/latest --resume", scratch("first-mixtral"));
+    expect(run_tiny("refused", options), 2, "--init");
+    snprintf(options, sizeof(options), "--init %s", scratch("data"));
+    expect(run_tiny("refused", options), 1, "config.json");
+    assert_true(!exists("refused"));
+}
+
+// Ctrl-C ends the step, saves, and says how to go on.
+void test_interrupt(void **state) {
+    (void)state;
+    need_program();
+    int status, stopped = 0;
+    size_t size;
+    pid_t child = start_tiny("stopped", "--steps 1000000 --save-every 3");
+    assert_int_equal(wait_for(child, scratch("stopped/latest")), -1);
+    kill(child, SIGINT);
+    waitpid(child, &status, 0);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 130);
+    char *text = read_file(scratch("said"), &size), *at = strstr(text, "stopped after step ");
+    assert_non_null(at);
+    assert_non_null(strstr(at, "--resume"));
+    assert_int_equal(sscanf(at, "stopped after step %d", &stopped), 1);
+    free(text);
+    char name[64], options[64];
+    snprintf(name, sizeof(name), "checkpoint-%d", stopped);
+    assert_latest("stopped", name);
+    snprintf(options, sizeof(options), "--resume --steps %d", stopped + 2);
+    expect(run_tiny("stopped", options), 0, "What next");
+    check_log("stopped", stopped + 2, 2);
+}
+
+// The same seed is the same run, whatever the number of threads; another seed is another. All recipes.
+void test_same_run(void **state) {
+    (void)state;
+    need_program();
+    static const char *const differ[] = {"--threads 1", "--threads 1", "--threads 2", "--seed 2"};
+    for (int r = 0; r < recipe_count; r++) {
+        char out[4][64], options[256];
+        for (int i = 0; i < 4; i++) {
+            snprintf(out[i], sizeof(out[i]), "same-%s-%d", recipes[r].name, i);
+            snprintf(options, sizeof(options), "--recipe %s --topk %d --steps 10 --batch 3 --seq 70 --ffn 50 %s",
+                     recipes[r].name, r == 1 ? 1 : 2, differ[i]);
+            expect(run_tiny(out[i], options), 0, NULL);
+        }
+        assert_same_weights(out[0], out[1]);
+        assert_same_weights(out[0], out[2]);
+        for (int step = 1; step <= 10; step++) {
+            double loss = logged(out[0], "step", step, "loss");
+            assert_true(loss == logged(out[2], "step", step, "loss") && loss != logged(out[3], "step", step, "loss"));
+        }
+    }
+}
+
+// Both builds of the program agree.
+void test_float_against_double(void **state) {
+    (void)state;
+    need_program();
+    const char *other = getenv("TRAIN_MOE_DOUBLE");
+    other = other ? other : "./train_moe_double";
+    if (access(other, X_OK) != 0)
+        skip();
+    for (int r = 0; r < recipe_count; r++) {
+        char options[200], out[2][64], line[2200];
+        snprintf(options, sizeof(options), "--steps 20 --recipe %s --topk %d --jitter 0", recipes[r].name,
+                 r == 1 ? 1 : 2);
+        snprintf(out[0], sizeof(out[0]), "float-%s", recipes[r].name);
+        snprintf(out[1], sizeof(out[1]), "double-%s", recipes[r].name);
+        expect(run_tiny(out[0], options), 0, NULL);
+        snprintf(line, sizeof(line), "%s", command_line(out[1], options));
+        expect(shell(said, sizeof(said), "%s %s", other, strchr(line, ' ')), 0, NULL);
+        for (int step = 1; step <= 20; step++) {
+            double a = logged(out[0], "step", step, "loss"), b = logged(out[1], "step", step, "loss");
+            if (!(fabs(a - b) <= 1e-4 * b))
+                fail_msg("%s, step %d: %.9g in float, %.9g in double", recipes[r].name, step, a, b);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bad input
+
+typedef struct BadCase {
+    const char *change; // what a shell does in the folder first; NULL: nothing
+    const char *options;
+    int status;
+    const char *message;
+} BadCase;
+
+// Refused before anything is written.
+void test_bad_options(void **state) {
+    (void)state;
+    need_program();
+    static const BadCase cases[] = {
+        {NULL, "--bogus 1", 2, "--bogus"},
+        {NULL, "-x", 2, "-x"},
+        {NULL, "stray", 2, "'stray'"},
+        {NULL, "--dim", 2, "--dim needs a value"},
+        {NULL, "--untied=1", 2, "--untied"},
+        {NULL, "--dim x", 2, "--dim: 'x' is not a whole number"},
+        {NULL, "--dim 1.5", 2, "a whole number"},
+        {NULL, "--dim ''", 2, "a whole number"},
+        {NULL, "--dim 32x", 2, "a whole number"},
+        {NULL, "--dim -2", 2, "from 2 to"},
+        {NULL, "--dim 99999999999999999999", 2, "from 2 to"},
+        {NULL, "--batch 0", 2, "from 1 to"},
+        {NULL, "--seq 0", 2, "from 1 to"},
+        {NULL, "--steps 0", 2, "from 1 to"},
+        {NULL, "--keep 0", 2, "--keep"},
+        {NULL, "--threads 99999", 2, "--threads"},
+        {NULL, "--seed -1", 2, "--seed"},
+        {NULL, "--lr nan", 2, "--lr: 'nan' is not a number"},
+        {NULL, "--lr -1", 2, "--lr"},
+        {NULL, "--lr inf", 2, "--lr"},
+        {NULL, "--lr 1e-3x", 2, "--lr"},
+        {NULL, "--min-lr 1", 2, "--min-lr 1 is more than --lr"},
+        {NULL, "--jitter 1", 2, "--jitter"},
+        {NULL, "--beta2 1", 2, "--beta2"},
+        {NULL, "--top-p 1.1", 2, "--top-p"},
+        {NULL, "--dim 33", 2, "not divisible by --heads 2"},
+        {NULL, "--dim 30", 2, "even width"},
+        {NULL, "--kv-heads 3", 2, "not divisible by --kv-heads 3"},
+        {NULL, "--heads 64", 2, "not divisible by --heads 64"},
+        {NULL, "--topk 5", 2, "--topk 5 is more than --experts 4"},
+        {NULL, "--topk 1", 2, "--gate probability"},
+        {NULL, "--activation tanh", 2, "one of: swiglu, geglu, relu, gelu"},
+        {NULL, "--schedule linear", 2, "one of: cosine, wsd, constant"},
+        {NULL, "--recipe nosuch", 2, "--list-recipes"},
+        {NULL, "--batch 1048576 --seq 2999", 2, "--batch"},
+        {NULL, "--data /nowhere", 1, "/nowhere"},
+        {NULL, "--tokenizer /nowhere/tokenizer.json", 1, "/nowhere/tokenizer.json"},
+        {NULL, "--init /nowhere", 1, "/nowhere/config.json"},
+        {NULL, "--seq 4000", 1, "too short"},
+        {NULL, "--prompt hello", 1, "no checkpoint"},
+    };
+    for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++) {
+        expect(run_tiny("nothing", cases[i].options), cases[i].status, cases[i].message);
+        if (exists("nothing"))
+            fail_msg("%s: it wrote something", cases[i].options);
+    }
+    expect(run_tiny("nothing", "-h"), 0, "--capacity-factor");
+    for (int i = 0; i < option_count; i++)
+        assert_non_null(strstr(said, options[i].name));
+    expect(run_tiny("nothing", "--list-recipes"), 0, NULL);
+    for (int r = 0; r < recipe_count; r++)
+        assert_non_null(strstr(said, recipes[r].summary));
+    assert_true(!exists("nothing"));
+}
+
+// A run with --out below a file, or without permission, and a disk that is full.
+void test_bad_places(void **state) {
+    (void)state;
+    need_program();
+    expect(run_tiny("data/tokenizer.json", ""), 1, "data/tokenizer.json");
+    expect(run_tiny("data/tokenizer.json/run", ""), 1, "data/tokenizer.json");
+    if (geteuid() != 0) {
+        mkdir(scratch("locked"), 0555);
+        expect(run_tiny("locked/run", ""), 1, "locked/run");
+    }
+    const char *const limit = "trap '' XFSZ; ulimit -f 16;"; // 8 or 16 KiB
+    expect(shell(said, sizeof(said), "%s %s", limit, command_line("full", "--steps 2")), 1,
+           "full/unfinished-checkpoint/");
+    expect(1, 1, "cannot write");
+    assert_true(!exists("full/unfinished-checkpoint") && !exists("full/latest") && !exists("full/checkpoint-2"));
+    expect(run_tiny("fuller", "--steps 2"), 0, NULL);
+    expect(shell(said, sizeof(said), "%s %s", limit, command_line("fuller", "--resume --steps 4")), 1, "cannot write");
+    assert_true(!exists("fuller/unfinished-checkpoint"));
+    assert_latest("fuller", "checkpoint-2");
+    expect(run_tiny("fuller", "--resume --steps 4"), 0, "What next"); // nothing was lost
+    check_log("fuller", 4, 2);
+}
+
+// Makes a copy of scratch(from), changes it by a shell command run there, and runs the program on it.
+void check_bad_case(const char *from, const BadCase *c) {
+    expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s && cd %s && %s", scratch("case"), scratch(from),
+                 scratch("case"), scratch("case"), c->change),
+           0, NULL);
+    int status = run_tiny("case", c->options);
+    if (status != c->status || !memmem(said, said_size, c->message, strlen(c->message)))
+        fail_msg("%s; %s: exit status %d, expected %d and \"%s\"; it said:\n%s", c->change, c->options, status,
+                 c->status, c->message, said);
+}
+
+void test_bad_checkpoints(void **state) {
+    (void)state;
+    need_program();
+    expect(run_tiny("good", "--steps 2"), 0, NULL);
+    const char *const r = "--resume --steps 3", *const p = "--prompt hello";
+    const BadCase cases[] = {
+        {"truncate -s 0 latest/model.safetensors", r, 1, "latest/model.safetensors"},
+        {"truncate -s 5 latest/model.safetensors", r, 1, "latest/model.safetensors"},
+        {"truncate -s 300 latest/model.safetensors", r, 1, "latest/model.safetensors"},
+        {"truncate -s -4 latest/model.safetensors", r, 1, "latest/model.safetensors"},
+        {"truncate -s -4 latest/model.safetensors", p, 1, "latest/model.safetensors"},
+        {"rm latest/model.safetensors", r, 1, "latest/model.safetensors"},
+        {"cp latest/tokenizer.json latest/model.safetensors", r, 1, "latest/model.safetensors"},
+        {"cp latest/optimizer.safetensors latest/model.safetensors", r, 1, "model.embed_tokens.weight"},
+        {"LC_ALL=C sed -i 's/__metadata__\":{/__metadata__\":[/' latest/model.safetensors", r, 1, "bad JSON"},
+        {"LC_ALL=C sed -i 's/model.norm.weight/model.nurm.weight/' latest/model.safetensors", r, 1,
+         "model.norm.weight"},
+        {"LC_ALL=C sed -i 's/experts.3.w2/experts.9.w2/' latest/model.safetensors", r, 1, "experts.3.w2"},
+        {"LC_ALL=C sed -i 's/\"shape\":\\[265,32\\]/\"shape\":[256,32]/' latest/model.safetensors", r, 1, "265 x 32"},
+        {"LC_ALL=C sed -i 's/\"shape\":\\[32\\]/\"shape\":[23]/' latest/model.safetensors", r, 1, "23"},
+        {"LC_ALL=C sed -i 's/\"F32\"/\"I32\"/' latest/model.safetensors", r, 1, "I32"},
+        {"LC_ALL=C sed -i 's/data_offsets\":\\[0,/data_offsets\":[8,/' latest/model.safetensors", r, 1, "damaged"},
+        {"LC_ALL=C sed -i 's/data_offsets\":\\[0,/data_offsets\":{1,/' latest/model.safetensors", r, 1, "bad JSON"},
+        {"truncate -s 0 latest/optimizer.safetensors", r, 1, "latest/optimizer.safetensors"},
+        {"truncate -s -4 latest/optimizer.safetensors", r, 1, "latest/optimizer.safetensors"},
+        {"rm latest/optimizer.safetensors", r, 1, "latest/optimizer.safetensors"},
+        {"cp latest/model.safetensors latest/optimizer.safetensors", r, 1, "exp_avg."},
+        {": > latest/config.json", r, 1, "latest/config.json"},
+        {"truncate -s 200 latest/config.json", r, 1, "latest/config.json"},
+        {"echo '[1]' > latest/config.json", r, 1, "vocab_size"},
+        {"echo '{\"vocab_size\":265,\"model_type\":\"gpt2\"}' > latest/config.json", p, 1, "gpt2"},
+        {"echo '{\"vocab_size\":2.5}' > latest/config.json", p, 1, "vocab_size"},
+        {"echo '{\"vocab_size\":-1,\"model_type\":\"llama\"}' > latest/config.json", p, 1, "vocab_size"},
+        {"sed -i 's/\"dim\":32/\"dim\":64/' latest/config.json", p, 1, "model.embed_tokens.weight"},
+        {"sed -i 's/\"dim\":32/\"dim\":\"many\"/' latest/config.json", p, 1, "dim is 'many'"},
+        {"sed -i 's/\"layers\":2/\"layers\":3/' latest/config.json", p, 1, "model.layers.2."},
+        {": > latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
+        {"truncate -s 60 latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
+        {"rm latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
+        {"echo '{}' > latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
+        {"sed -i 's/\"step\":2/\"step\":\"2\"/' latest/trainer_state.json", r, 1, "a whole number \"step\""},
+        {"sed -i 's/\"step\":2/\"step\":-2/' latest/trainer_state.json", r, 1, "step"},
+        {"sed -i 's/\"lr\":[^,]*/\"lr\":-5/' latest/trainer_state.json", r, 1, "lr is '-5'"},
+        {": > latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
+        {"truncate -s 1000 latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
+        {"cp latest/config.json latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
+        {"rm latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
+        {"sed -i 's/\"he\"/\"eh\"/;s/\"h e\"/\"e h\"/;s/\"he ll\"/\"eh ll\"/;s/hell/ehll/g' latest/tokenizer.json", r,
+         1, "token 257"},
+        {"rm latest", p, 1, "no checkpoint"},
+    };
+    for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++)
+        check_bad_case("good", &cases[i]);
+    const BadCase fine = {":", r, 0, "What next"};
+    check_bad_case("good", &fine);
+}
+
+// Data folders: each file damaged in each way, before and after the run has begun.
+void test_bad_data(void **state) {
+    (void)state;
+    need_program();
+    static const BadCase cases[] = {
+        {"rm train*", "", 1, "*train*.bin"},
+        {"rm val*", "", 1, "*val*.bin"},
+        {"rm tokenizer.json", "", 1, "--tokenizer"},
+        {": > train_1.bin", "", 1, "train_1.bin"},
+        {"truncate -s 1000 train_1.bin", "", 1, "train_1.bin"},
+        {"truncate -s -2 val_0.bin", "", 1, "val_0.bin"},
+        {"cp tokenizer.json train_0.bin", "", 1, "train_0.bin"},
+        {"truncate -s 1024 train_0.bin && truncate -s 1024 train_1.bin", "", 1, "train_0.bin"},
+        {": > tokenizer.json", "", 1, "tokenizer.json"},
+        {"truncate -s 3000 tokenizer.json", "", 1, "tokenizer.json"},
+        {"echo '{}' > tokenizer.json", "", 1, "tokenizer.json"},
+        {"printf '\\377\\377' | dd of=train_0.bin bs=1 seek=2000 conv=notrunc 2>/dev/null && rm train_1.bin",
+         "--steps 60 --save-every 0", 1, "train_0.bin: token 488 is 65535"},
+    };
+    for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++) {
+        char options[300];
+        snprintf(options, sizeof(options), "--data %s --out %s %s", scratch("case"), scratch("nothing"),
+                 cases[i].options);
+        BadCase c = cases[i];
+        c.options = options;
+        check_bad_case("data", &c);
+        assert_true(!exists("nothing/latest") && !exists("nothing/unfinished-checkpoint"));
+        remove_tree(scratch("nothing"));
+    }
+    // the data of a run may not change
+    expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s", scratch("case"), scratch("data"), scratch("case")), 0,
+           NULL);
+    char options[300];
+    snprintf(options, sizeof(options), "--data %s --steps 2", scratch("case"));
+    expect(run_tiny("moved", options), 0, NULL);
+    expect(shell(said, sizeof(said), "rm %s/train_1.bin", scratch("case")), 0, NULL);
+    snprintf(options, sizeof(options), "--data %s --steps 4 --resume", scratch("case"));
+    expect(run_tiny("moved", options), 1, "its data may not change");
+    assert_latest("moved", "checkpoint-2");
+}
+
+// Weights that explode: it stops, names the step, and the last checkpoint stays whole.
+void test_nan(void **state) {
+    (void)state;
+    need_program();
+    const char *const wild = "--lr 100 --min-lr 0 --weight-decay 100 --clip 0 --warmup 0 --schedule constant";
+    char options[256];
+    expect(run_tiny("nan", "--steps 2"), 0, NULL);
+    snprintf(options, sizeof(options), "--resume --steps 1000 --save-every 0 %s", wild);
+    expect(run_tiny("nan", options), 1, "training stops here");
+    expect(1, 1, "train_moe: step ");
+    assert_latest("nan", "checkpoint-2");
+    assert_true(!exists("nan/unfinished-checkpoint"));
+    expect(run_tiny("nan", "--resume --steps 4 --lr 1e-3 --min-lr 0 --weight-decay 0.1 --save-every 2"), 0,
+           "What next");
+    check_log("nan", 4, 2);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// --prompt
+
+void test_prompt(void **state) {
+    (void)state;
+    need_program();
+    char first[4096], line[2200];
+    size_t size;
+    expect(run_tiny("told", "--steps 3"), 0, NULL);
+    static const char *const pairs[][3] = {
+        // two ways to ask, and "same" where they should get the same answer
+        {"--temperature 1 --seed 1", "--temperature 1 --seed 1", "same"},
+        {"--temperature 1 --seed 1", "--temperature 1 --seed 2", "other"},
+        {"--temperature 0 --seed 1", "--temperature 0 --seed 2", "same"},
+        {"--top-k 1 --seed 1", "--temperature 0", "same"},
+        {"--temperature 1 --threads 2", "--temperature 1", "same"},
+        {"--temperature 1 --tokens 30", "--temperature 1 --tokens 100", "other"},
+    };
+    for (int i = 0; i < 6; i++) {
+        for (int j = 0; j < 2; j++) {
+            char options[256];
+            snprintf(options, sizeof(options), "--prompt hello --tokens 60 %s", pairs[i][j]);
+            expect(run_tiny("told", options), 0, "hello");
+            assert_true(said_size < sizeof(first));
+            if (j == 0) {
+                size = said_size;
+                memcpy(first, said, size);
+            } else {
+                assert_int_equal(size == said_size && !memcmp(first, said, size), !strcmp(pairs[i][2], "same"));
+            }
+        }
+    }
+    expect(run_tiny("told", "--prompt hello --tokens 20"), 0, "hello");
+    size = said_size;
+    memcpy(first, said, size);
+    snprintf(line, sizeof(line), "%s", command_line("told", "--prompt - --tokens 20"));
+    expect(shell(said, sizeof(said), "echo hello | %s", line), 0, "hello");
+    assert_true(size == said_size && !memcmp(first, said, size));
+    expect(shell(said, sizeof(said), "printf '' | %s", line), 0, NULL); // begins a text
+    expect(shell(said, sizeof(said), "printf 'a\\377b\\303' | %s", line), 0,
+           "a\xff"
+           "b\xc3"); // no UTF-8: as it was
+    expect(run_tiny("told", "--prompt ''"), 0, NULL);
+    expect(run_tiny("told", "--prompt hello --tokens 100 --temperature 1000"), 0, "hello"); // longer than seq
+    expect(run_tiny("told", "--prompt hello --dim 64"), 2, "--dim 64");
+    expect(run_tiny("told/latest", "--prompt hello"), 0, "hello"); // a checkpoint's own folder will do
+    assert_latest("told", "checkpoint-3");
+}
+
 int main(void) {
+    set_threads(1); // small models are slower with more
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_golden),
         cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_gradients_of_variants),
+        cmocka_unit_test(test_gradient_scale),
+        cmocka_unit_test(test_rmsnorm),
+        cmocka_unit_test(test_rope),
+        cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_activation),
+        cmocka_unit_test(test_experts),
+        cmocka_unit_test(test_dense),
+        cmocka_unit_test(test_gate),
+        cmocka_unit_test(test_head_loss),
+        cmocka_unit_test(test_embedding),
+        cmocka_unit_test(test_balance_backward),
+        cmocka_unit_test(test_products),
+        cmocka_unit_test(test_product_serial),
+        cmocka_unit_test(test_exp),
+        cmocka_unit_test(test_softmax),
+        cmocka_unit_test(test_select_topk),
+        cmocka_unit_test(test_plan),
+        cmocka_unit_test(test_plan_by_hand),
+        cmocka_unit_test(test_capacity_of_groups),
+        cmocka_unit_test(test_evaluation_drops_nothing),
+        cmocka_unit_test(test_balance),
+        cmocka_unit_test(test_aux),
+        cmocka_unit_test(test_generation),
+        cmocka_unit_test(test_generation_forgets),
+        cmocka_unit_test(test_same_bits),
+        cmocka_unit_test(test_schedule),
+        cmocka_unit_test(test_optimizer),
+        cmocka_unit_test(test_optimizer_of_one_expert),
+        cmocka_unit_test(test_init_schemes),
+        cmocka_unit_test(test_accumulation),
+        cmocka_unit_test(test_sampler),
+        cmocka_unit_test(test_sampler_draws),
+        cmocka_unit_test(test_loader),
+        cmocka_unit_test(test_loader_bad),
+        cmocka_unit_test(test_resume),
+        cmocka_unit_test(test_resume_options),
+        cmocka_unit_test(test_run_directory),
+        cmocka_unit_test(test_leftovers),
+        cmocka_unit_test(test_init),
+        cmocka_unit_test(test_interrupt),
+        cmocka_unit_test(test_same_run),
+        cmocka_unit_test(test_float_against_double),
+        cmocka_unit_test(test_bad_options),
+        cmocka_unit_test(test_bad_places),
+        cmocka_unit_test(test_bad_checkpoints),
+        cmocka_unit_test(test_bad_data),
+        cmocka_unit_test(test_nan),
+        cmocka_unit_test(test_prompt),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, NULL, scratch_done);
 }

@@ -46,6 +46,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -167,9 +168,9 @@ const Option options[] = {
     NUMBER("z-weight", z_weight, "0", 0, 1e6, TRAIN, "weight of the router's z-loss"),
     WORD("init-scheme", init_scheme, "normal", init_names, TRAIN, "first weights: N(0,0.02), or truncated N(0,0.1/fan-in)"),
     HEADING("Training"),
-    INTEGER("batch", batch, "8", 1, 1 << 20, ORDER, "sequences in a micro-step (B)"),
+    INTEGER("batch", batch, "4", 1, 1 << 20, ORDER, "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "micro-steps in a step"),
-    INTEGER("steps", steps, "1000", 1, 2000000000, TRAIN, "optimizer steps"),
+    INTEGER("steps", steps, "1200", 1, 2000000000, TRAIN, "optimizer steps"),
     NUMBER("lr", lr, "3e-3", 0, 100, TRAIN, "learning rate at its highest"),
     NUMBER("min-lr", min_lr, "-1", -1, 100, TRAIN, "learning rate at the end [a tenth of --lr]"),
     INTEGER("warmup", warmup, "100", 0, 2000000000, TRAIN, "steps over which the learning rate rises"),
@@ -181,10 +182,10 @@ const Option options[] = {
     INTEGER("seed", seed, "1", 0, 2147483647, ORDER, "of weights, data order and sampling"),
     INTEGER("threads", threads, "0", 0, 4096, RUN, "threads [all cores]"),
     HEADING("Paces, in steps; 0 turns off"),
-    INTEGER("log-every", log_every, "10", 0, 2000000000, TRAIN, "a line in the log"),
-    INTEGER("eval-every", eval_every, "250", 0, 2000000000, TRAIN, "validation"),
-    INTEGER("eval-batches", eval_batches, "32", 0, 2000000000, TRAIN, "batches in a validation, evenly spread; 0: all there are"),
-    INTEGER("sample-every", sample_every, "500", 0, 2000000000, TRAIN, "a story"),
+    INTEGER("log-every", log_every, "20", 0, 2000000000, TRAIN, "a line in the log"),
+    INTEGER("eval-every", eval_every, "300", 0, 2000000000, TRAIN, "validation"),
+    INTEGER("eval-batches", eval_batches, "64", 0, 2000000000, TRAIN, "batches in a validation, evenly spread; 0: all there are"),
+    INTEGER("sample-every", sample_every, "400", 0, 2000000000, TRAIN, "a story"),
     INTEGER("save-every", save_every, "500", 0, 2000000000, TRAIN, "a checkpoint; the last step always saves one"),
     INTEGER("keep", keep, "2", 1, 1000000, TRAIN, "checkpoints kept"),
     HEADING("Generation"),
@@ -382,12 +383,12 @@ double random_normal(uint64_t stream, uint64_t i) {
 // It takes exactly what RFC 8259 allows and stops with a message at anything else.
 
 typedef struct Json {
-    char type;                  // 'o' object, 'a' array, 's' string, 'n' number, 't' true, 'f' false, '0' null
-    char *key;                  // member name inside an object, else NULL
-    char *text;                 // string: its bytes unescaped to UTF-8, NUL-terminated
-    size_t length;              // string: number of bytes (may contain NUL)
+    char type;     // 'o' object, 'a' array, 's' string, 'n' number, 't' true, 'f' false, '0' null
+    char *key;     // member name inside an object, else NULL
+    char *text;    // string: its bytes unescaped to UTF-8, NUL-terminated
+    size_t length; // string: number of bytes (may contain NUL)
     double number;
-    struct Json *child, *next;  // first element or member; next sibling
+    struct Json *child, *next; // first element or member; next sibling
 } Json;
 
 // The length of the UTF-8 character at s (n bytes are left, at least one), and its code point. A byte that begins no
@@ -408,159 +409,123 @@ int utf8_decode(const char *s, size_t n, int32_t *code) {
 }
 
 char *utf8_encode(char *out, int32_t c) { // returns the end of what it wrote, one to four bytes
-    if (c < 0x80) {
-        *out++ = (char)c;
-        return out;
-    }
-    int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
-    *out++ = (char)((0xff00 >> (more + 1) & 0xff) | c >> 6 * more);
-    while (more--) *out++ = (char)(0x80 | (c >> 6 * more & 0x3f));
+    int more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+    *out++ = (char)(more ? (0xff00 >> (more + 1) & 0xff) | c >> 6 * more : c);
+    while (more--)
+        *out++ = (char)(0x80 | (c >> 6 * more & 0x3f));
     return out;
 }
 
 typedef struct JsonReader {
-    const char *name, *text, *at, *end;
-    Json *node;                 // the next free node
-    char *bytes;                // the next free byte for strings
+    const char *name;
+    char *copy, *at, *end; // of the text, with a NUL behind it; strings are unescaped where they stand
+    Json *node;            // the next free node
 } JsonReader;
 
 void json_fail(const JsonReader *r, const char *expected) {
-    size_t line = 1;
-    for (const char *p = r->text; p < r->at; p++) line += *p == '\n';
     char found[32] = "the end of the text";
-    if (r->at < r->end) {
-        unsigned char c = (unsigned char)*r->at;
-        snprintf(found, sizeof found, c > ' ' && c < 0x7f ? "'%c'" : "byte 0x%02x", c);
-    }
-    fail("%s: bad JSON at byte %zu (line %zu): expected %s, found %s", r->name, (size_t)(r->at - r->text), line,
-         expected, found);
+    if (r->at < r->end)
+        snprintf(found, sizeof(found), *r->at > ' ' && *r->at < 0x7f ? "'%c'" : "byte 0x%02x", (unsigned char)*r->at);
+    fail("%s: bad JSON at byte %zu: expected %s, found %s", r->name, (size_t)(r->at - r->copy), expected, found);
 }
 
-int json_peek(JsonReader *r) { // the next byte after white space, -1 at the end
-    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' || *r->at == '\r' || *r->at == '\t')) r->at++;
-    return r->at < r->end ? (unsigned char)*r->at : -1;
+int json_take(JsonReader *r, char c) { // steps over white space, and then over c: is it there?
+    r->at += strspn(r->at, " \n\r\t");
+    if (*r->at != c)
+        return 0;
+    r->at++;
+    return 1;
 }
 
-int32_t json_hex4(JsonReader *r) {
-    int32_t value = 0;
-    for (int i = 0; i < 4; i++, r->at++) {
-        int c = r->at < r->end ? *r->at : -1;
-        int digit = c >= '0' && c <= '9' ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
-        if (digit < 0) json_fail(r, "four hexadecimal digits after \\u");
-        value = value * 16 + digit;
+int32_t json_escape(JsonReader *r) { // the character, or half a pair, that stands behind a backslash
+    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
+    const char *name = (const char *)memchr(names, *r->at, sizeof(names) - 1);
+    if (name) {
+        r->at++;
+        return values[name - names];
     }
-    return value;
+    if (*r->at != 'u' || strspn(r->at + 1, "0123456789abcdefABCDEF") < 4)
+        json_fail(r, "one of \"\\/bfnrt or u and four hexadecimal digits after a backslash");
+    char digits[5] = "";
+    memcpy(digits, r->at + 1, 4);
+    r->at += 5;
+    return (int32_t)strtol(digits, NULL, 16);
 }
 
 char *json_read_string(JsonReader *r, size_t *length) {
-    char *start = r->bytes, *out = start;
-    if (json_peek(r) != '"') json_fail(r, "a string");
-    r->at++;
-    while (r->at < r->end && *r->at != '"') {
-        if (*r->at != '\\') {
-            int32_t code;
-            int n = utf8_decode(r->at, (size_t)(r->end - r->at), &code);
-            if (code < 0x20) json_fail(r, code < 0 ? "UTF-8" : "an escape for a control character in a string");
-            while (n--) *out++ = *r->at++;
-            continue;
+    if (!json_take(r, '"'))
+        json_fail(r, "a string");
+    char *start = r->at, *out = start;
+    while (*r->at != '"') {
+        int32_t code, low = 0;
+        int n = utf8_decode(r->at, 4, &code); // the NUL stops it at the end of the text
+        if (code < 0x20)
+            json_fail(r, code < 0 ? "UTF-8" : "'\"' (control characters are escaped)");
+        r->at += n;
+        if (code == '\\')
+            code = json_escape(r);
+        if (code >= 0xd800 && code < 0xe000) { // half a pair; without the other U+FFFD
+            char *second = r->at++;
+            if (code < 0xdc00 && strncmp(second, "\\u", 2) == 0)
+                low = json_escape(r);
+            int pair = low >= 0xdc00 && low < 0xe000;
+            code = pair ? 0x10000 + (code - 0xd800) * 0x400 + (low - 0xdc00) : 0xfffd;
+            r->at = pair ? r->at : second;
         }
-        static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-        const char *name;
-        if (++r->at < r->end && *r->at == 'u') {
-            r->at++;
-            int32_t code = json_hex4(r);
-            if (code >= 0xd800 && code < 0xdc00 && r->end - r->at >= 6 && r->at[0] == '\\' && r->at[1] == 'u') {
-                const char *second = r->at;
-                r->at += 2;
-                int32_t low = json_hex4(r);
-                if (low >= 0xdc00 && low < 0xe000) code = 0x10000 + (code - 0xd800) * 0x400 + (low - 0xdc00);
-                else r->at = second;
-            }
-            out = utf8_encode(out, code >= 0xd800 && code < 0xe000 ? 0xfffd : code); // half a pair: U+FFFD
-        } else if (r->at < r->end && *r->at && (name = strchr(names, *r->at)) != NULL) {
-            *out++ = values[name - names];
-            r->at++;
-        } else {
-            json_fail(r, "one of \"\\/bfnrtu after a backslash");
-        }
+        out = utf8_encode(out, code);
     }
-    if (r->at == r->end) json_fail(r, "'\"'");
     r->at++;
     *length = (size_t)(out - start);
-    *out++ = 0;
-    r->bytes = out;
+    *out = 0;
     return start;
 }
 
-void json_digits(JsonReader *r) {
-    if (r->at == r->end || *r->at < '0' || *r->at > '9') json_fail(r, "a digit");
-    while (r->at < r->end && *r->at >= '0' && *r->at <= '9') r->at++;
-}
-
 double json_read_number(JsonReader *r) {
-    const char *start = r->at;
-    if (*r->at == '-') r->at++;
-    if (r->at < r->end && *r->at == '0') r->at++; // no digit may follow a leading zero
-    else json_digits(r);
-    if (r->at < r->end && *r->at == '.') {
-        r->at++;
-        json_digits(r);
-    }
-    if (r->at < r->end && (*r->at == 'e' || *r->at == 'E')) {
-        r->at++;
-        if (r->at < r->end && (*r->at == '+' || *r->at == '-')) r->at++;
-        json_digits(r);
-    }
-    size_t length = (size_t)(r->at - start);
-    memcpy(r->bytes, start, length); // strtod wants a NUL behind it; the next string overwrites this
-    r->bytes[length] = 0;
-    double number = strtod(r->bytes, NULL);
-    if (number - number != 0) { // infinite
-        r->at = start;
+    const unsigned char *s = (const unsigned char *)r->at + (*r->at == '-'), *point;
+    char *end;
+    double number = strtod(r->at, &end);
+    point = (const unsigned char *)memchr(r->at, '.', (size_t)(end - r->at));
+    // strtod also takes -.5, 007, 0x7, 7. and 7.e1
+    if (!isdigit(*s) || (*s == '0' && isalnum(s[1]) && tolower(s[1]) != 'e') || (point && !isdigit(point[1])) ||
+        isinf(number))
         json_fail(r, "a number that a double can hold");
-    }
+    r->at = end;
     return number;
 }
 
 Json *json_read_value(JsonReader *r, int depth) {
     Json *json = r->node++;
-    int c = json_peek(r);
-    if (c == '{' || c == '[') {
-        char close = c == '{' ? '}' : ']';
-        if (depth == 100) json_fail(r, "at most 100 levels of nesting");
-        json->type = c == '{' ? 'o' : 'a';
-        r->at++;
+    if (json_take(r, '{') || json_take(r, '[')) {
+        int object = r->at[-1] == '{';
+        json->type = object ? 'o' : 'a';
+        if (depth == 100)
+            json_fail(r, "at most 100 levels of nesting");
+        if (json_take(r, object ? '}' : ']'))
+            return json;
         Json **link = &json->child;
-        if (json_peek(r) == close) c = close;
-        while (c != close) {
-            char *key = NULL;
+        do {
             size_t length;
-            if (close == '}') {
-                key = json_read_string(r, &length);
-                if (strlen(key) != length) json_fail(r, "a member name without \\u0000 before this");
-                if (json_peek(r) != ':') json_fail(r, "':'");
-                r->at++;
-            }
+            char *key = object ? json_read_string(r, &length) : NULL;
+            if (object && !json_take(r, ':'))
+                json_fail(r, "':'");
             *link = json_read_value(r, depth + 1);
             (*link)->key = key;
             link = &(*link)->next;
-            c = json_peek(r);
-            if (c != close && c != ',') json_fail(r, close == '}' ? "',' or '}'" : "',' or ']'");
-            if (c == ',') r->at++;
-        }
-        r->at++;
-    } else if (c == '"') {
+        } while (json_take(r, ','));
+        if (!json_take(r, object ? '}' : ']'))
+            json_fail(r, object ? "',' or '}'" : "',' or ']'");
+    } else if (*r->at == '"') {
         json->type = 's';
         json->text = json_read_string(r, &json->length);
-    } else if (c == '-' || (c >= '0' && c <= '9')) {
+    } else if (*r->at == '-' || isdigit((unsigned char)*r->at)) {
         json->type = 'n';
         json->number = json_read_number(r);
     } else {
-        const char *word = c == 't' ? "true" : c == 'f' ? "false" : "null";
-        size_t length = strlen(word);
-        if ((size_t)(r->end - r->at) < length || memcmp(r->at, word, length) != 0) json_fail(r, "a value");
-        json->type = c == 'n' ? '0' : (char)c;
-        r->at += length;
+        const char *word = *r->at == 't' ? "true" : *r->at == 'f' ? "false" : "null";
+        if (strncmp(r->at, word, strlen(word)) != 0)
+            json_fail(r, "a value");
+        json->type = *word == 'n' ? '0' : *word;
+        r->at += strlen(word);
     }
     return json;
 }
@@ -568,23 +533,31 @@ Json *json_read_value(JsonReader *r, int depth) {
 // The tree of a text of `size` bytes; `name` is the file that messages blame.
 Json *json_parse(const char *text, size_t size, const char *name) {
     size_t nodes = 1; // every value but the first stands behind one of these
-    for (size_t i = 0; i < size; i++) nodes += text[i] == ',' || text[i] == '[' || text[i] == '{';
-    Json *root = (Json *)allocate(1, nodes * sizeof(Json) + size + 1); // no string is longer than its source
-    JsonReader r = {name, text, text, text + size, root, (char *)(root + nodes)};
+    for (size_t i = 0; i < size; i++)
+        nodes += text[i] == ',' || text[i] == '[' || text[i] == '{';
+    Json *root = (Json *)allocate(1, nodes * sizeof(Json) + size + 1);
+    char *copy = (char *)memcpy(root + nodes, text, size);
+    JsonReader r = {name, copy, copy, copy + size, root};
     json_read_value(&r, 0);
-    if (json_peek(&r) >= 0) json_fail(&r, "the end of the text");
+    json_take(&r, ' '); // trailing white space
+    if (r.at != r.end)
+        json_fail(&r, "the end of the text");
     return root;
 }
 
 // The member of an object, the last where several have this name; NULL where there is none, or no object.
 Json *json_get(const Json *object, const char *key) {
     Json *found = NULL;
-    for (Json *m = object && object->type == 'o' ? object->child : NULL; m; m = m->next)
-        if (strcmp(m->key, key) == 0) found = m;
+    for (Json *m = object && object->type == 'o' ? object->child : NULL; m; m = m->next) {
+        if (strcmp(m->key, key) == 0)
+            found = m;
+    }
     return found;
 }
 
-void json_free(Json *json) { free(json); }
+void json_free(Json *json) {
+    free(json);
+}
 
 // Quoted and escaped. Bytes that are no UTF-8 become U+FFFD, so that the output is always valid.
 void json_write_string(FILE *file, const char *text, size_t length) {
@@ -592,11 +565,14 @@ void json_write_string(FILE *file, const char *text, size_t length) {
     for (size_t i = 0; i < length;) {
         int32_t code;
         int n = utf8_decode(text + i, length - i, &code);
-        if (code < 0) fputs("\xef\xbf\xbd", file);
-        else if (code == '"' || code == '\\') fprintf(file, "\\%c", code);
-        else if (code == '\n') fputs("\\n", file);
-        else if (code < 0x20 || code == 0x7f) fprintf(file, "\\u%04x", code);
-        else fwrite(text + i, 1, (size_t)n, file);
+        if (code < 0)
+            fputs("\xef\xbf\xbd", file);
+        else if (code == '"' || code == '\\' || code == '\n')
+            fprintf(file, "\\%c", code == '\n' ? 'n' : code);
+        else if (code < 0x20)
+            fprintf(file, "\\u%04x", code);
+        else
+            fwrite(text + i, 1, (size_t)n, file);
         i += (size_t)n;
     }
     fputc('"', file);
@@ -657,6 +633,14 @@ void set_option(Config *config, const Option *option, const char *value, const c
         usage_fail("--%s: '%s' is not %s", option->name, value, expected);
 }
 
+// The shortest of two forms that gives the same number when read again.
+const char *number_text(double number, char buffer[64]) {
+    snprintf(buffer, 64, "%.15g", number);
+    if (strtod(buffer, NULL) != number)
+        snprintf(buffer, 64, "%.17g", number);
+    return buffer;
+}
+
 // One field as text, into buffer where it is not text already.
 const char *option_text(const Config *config, const Option *option, char buffer[64]) {
     const char *field = (const char *)config + option->offset;
@@ -669,10 +653,7 @@ const char *option_text(const Config *config, const Option *option, char buffer[
     }
     if (option->kind == 'd') {
         memcpy(&number, field, sizeof(number));
-        snprintf(buffer, 64, "%.15g", number);
-        if (strtod(buffer, NULL) != number)
-            snprintf(buffer, 64, "%.17g", number);
-        return buffer;
+        return number_text(number, buffer);
     }
     memcpy(&whole, field, sizeof(whole));
     if (option->kind == 'e')
@@ -727,6 +708,10 @@ void config_check(Config *c) {
     if (c->moe_every && c->gate == RENORMALIZED && c->topk == 1 && c->experts > 1)
         usage_fail("--topk 1 with --gate renormalized: the weight is always 1, so the router would never learn; use --gate "
                    "probability");
+    double tokens = (double)c->batch * c->seq, widest = fmax(3.0 * c->dim, 2.0 * (c->topk + c->shared) * c->ffn);
+    if (tokens * fmax(widest, c->experts) > INT_MAX)
+        usage_fail("--batch %d times --seq %d tokens at once is too much for this width; take a smaller batch and --accum", c->batch,
+                   c->seq);
     if (c->min_lr > c->lr)
         usage_fail("--min-lr %g is more than --lr %g", c->min_lr, c->lr);
 }
@@ -788,18 +773,21 @@ Operand along_columns(const real *p, size_t ld, const int *index) {
 }
 
 // Copies a panel: `width` outer rows (or columns) from `first` on, `used` of which exist, and k from k0 to k0+nk.
-// packed (nk,width), zero where there is nothing.
-void pack(real *packed, int width, const Operand *o, int first, int used, int k0, int nk) {
+// packed (nk,width), zero where there is nothing. Inline, so that the compiler knows the width.
+static inline void pack(real *packed, int width, const Operand *o, int first, int used, int k0, int nk) {
     if (used < width)
         memset(packed, 0, (size_t)nk * (size_t)width * sizeof(real));
     for (int r = 0; r < (o->row_is_k ? nk : used); r++) {
         int row = (o->row_is_k ? k0 : first) + r;
         const real *from = o->p + (size_t)(o->index ? o->index[row] : row) * o->ld + (o->row_is_k ? first : k0);
-        if (o->row_is_k) {
-            memcpy(packed + (size_t)r * (size_t)width, from, (size_t)used * sizeof(real));
-        } else {
+        real *to = packed + (o->row_is_k ? (size_t)r * (size_t)width : (size_t)r);
+        if (!o->row_is_k) {
             for (int k = 0; k < nk; k++)
-                packed[(size_t)k * (size_t)width + (size_t)r] = from[k];
+                to[(size_t)k * (size_t)width] = from[k];
+        } else if (used == width) {
+            memcpy(to, from, (size_t)width * sizeof(real));
+        } else {
+            memcpy(to, from, (size_t)used * sizeof(real));
         }
     }
 }
@@ -841,6 +829,19 @@ void product_kernel(real *out, size_t ld, const real *a, const real *b, int nk, 
     }
 }
 
+real dot(const real *a, const real *b, int n) {
+    vec sum = {0};
+    real total = 0;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        sum += *(const vec_in_memory *)(a + i) * *(const vec_in_memory *)(b + i);
+    for (int lane = 0; lane < LANES; lane++)
+        total += sum[lane];
+    for (; i < n; i++)
+        total += a[i] * b[i];
+    return total;
+}
+
 // One or two rows (generation, mostly) are not worth packing W for: their results are plain dot products.
 int few_rows(const Product *p) {
     return p->m <= 2 && !p->a.row_is_k && !p->b.row_is_k;
@@ -851,15 +852,7 @@ void product_of_few_rows(const Product *p, int first, int cols, int accumulate) 
         const real *a = p->a.p + (size_t)(p->a.index ? p->a.index[i] : i) * p->a.ld;
         for (int j = first; j < first + cols; j++) {
             const real *b = p->b.p + (size_t)(p->b.index ? p->b.index[j] : j) * p->b.ld;
-            vec sum = {0};
-            int k = 0;
-            for (; k + LANES <= p->k; k += LANES)
-                sum += *(const vec_in_memory *)(a + k) * *(const vec_in_memory *)(b + k);
-            real total = 0;
-            for (int lane = 0; lane < LANES; lane++)
-                total += sum[lane];
-            for (; k < p->k; k++)
-                total += a[k] * b[k];
+            real total = dot(a, b, p->k);
             real *out = p->out + (size_t)i * p->ld + (size_t)j;
             *out = accumulate ? *out + total : total;
         }
@@ -936,6 +929,7 @@ void products(const Product *list, int count, int accumulate) {
             fail("out of memory: could not allocate %.1f MiB", (double)need * sizeof(real) / 1048576.0);
         room = need;
     }
+    (void)work; // without OpenMP
 #pragma omp parallel if (work > 20000)
     {
 #pragma omp for schedule(static)
@@ -1023,20 +1017,27 @@ vec vec_exp(vec x) {
 
 // row (n) becomes softmax(row); returns log(sum(exp(row)))
 real softmax(real *row, int n) {
-    real top = row[0], total = 0;
-    for (int j = 1; j < n; j++)
-        top = row[j] > top ? row[j] : top;
+    real top[LANES], total = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        top[lane] = row[0];
+    for (int j = 0; j < n; j += LANES) {
+        for (int lane = 0; lane < LANES && j + lane < n; lane++)
+            top[lane] = row[j + lane] > top[lane] ? row[j + lane] : top[lane];
+    }
+    for (int lane = 1; lane < LANES; lane++)
+        top[0] = top[lane] > top[0] ? top[lane] : top[0];
     vec sum = {0};
     for (int j = 0; j < n; j += LANES) {
-        vec e = vec_exp(vec_load(row + j, n - j) - top);
+        vec e = vec_exp(vec_load(row + j, n - j) - top[0]);
         vec_store(row + j, e, n - j);
-        sum += vec_load(row + j, n - j); // not e: lanes beyond n hold no term
+        sum += n - j >= LANES ? e : vec_load(row + j, n - j); // beyond n there is no term
     }
     for (int lane = 0; lane < LANES; lane++)
         total += sum[lane];
+    real scale = 1 / total;
     for (int j = 0; j < n; j++)
-        row[j] /= total;
-    return top + (real)log((double)total);
+        row[j] *= scale;
+    return top[0] + (real)log((double)total);
 }
 
 // out (N,C) = x / rms(x) * w, w (C); rms(x) = sqrt(mean(x^2) + eps), its inverse kept in rstd (N).
@@ -1045,10 +1046,7 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N,
 #pragma omp parallel for if (N > 16)
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * C;
-        real sum = 0;
-        for (int c = 0; c < C; c++)
-            sum += row[c] * row[c];
-        rstd[n] = (real)(1.0 / sqrt((double)sum / C + eps));
+        rstd[n] = (real)(1.0 / sqrt((double)dot(row, row, C) / C + eps));
         for (int c = 0; c < C; c++)
             out[(size_t)n * C + c] = row[c] * rstd[n] * w[c];
     }
@@ -1064,14 +1062,18 @@ void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const
         memset(part, 0, (size_t)C * sizeof(real));
         for (int n = chunk * CHUNK; n < min_int(N, (chunk + 1) * CHUNK); n++) {
             const real *row = x + (size_t)n * C, *g = dout + (size_t)n * C;
-            real mean = 0;
-            for (int c = 0; c < C; c++) {
-                part[c] += g[c] * row[c] * rstd[n];
-                mean += g[c] * w[c] * row[c];
+            vec sum = {0};
+            real mean = 0, scale = rstd[n];
+            for (int c = 0; c < C; c += LANES) {
+                vec gx = vec_load(g + c, C - c) * vec_load(row + c, C - c);
+                vec_store(part + c, vec_load(part + c, C - c) + gx * scale, C - c);
+                sum += gx * vec_load(w + c, C - c);
             }
-            mean *= rstd[n] * rstd[n] * rstd[n] / (real)C;
+            for (int lane = 0; lane < LANES; lane++)
+                mean += sum[lane];
+            mean *= scale * scale * scale / (real)C;
             for (int c = 0; c < C; c++)
-                dx[(size_t)n * C + c] += g[c] * w[c] * rstd[n] - row[c] * mean;
+                dx[(size_t)n * C + c] += g[c] * w[c] * scale - row[c] * mean;
         }
     }
     for (int chunk = 0; chunk < chunks; chunk++) {
@@ -1167,10 +1169,8 @@ void attention_backward(real *dqkv, const real *dout, const real *out, const rea
                 Product dp = {dS, (size_t)keys, along_rows(g, width, NULL), along_rows(v, ld, NULL), rows, keys, D};
                 product_serial(dp, 0, room);
                 for (int i = 0; i < rows; i++) {
-                    real *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, sum = 0;
-                    real norm = lse[((size_t)b * H + h) * T + first + i];
-                    for (int c = 0; c < D; c++)
-                        sum += g[(size_t)i * width + c] * o[(size_t)i * width + c];
+                    real *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys;
+                    real norm = lse[((size_t)b * H + h) * T + first + i], sum = dot(g + (size_t)i * width, o + (size_t)i * width, D);
                     int seen = first + i + 1;
                     for (int j = 0; j < seen; j += LANES)
                         vec_store(p + j, vec_exp(vec_load(p + j, seen - j) - norm), seen - j);
@@ -1559,7 +1559,7 @@ typedef struct Tensor { // one row of the model's table of weights
 } Tensor;
 
 int tensor_is_norm(const Tensor *t) {
-    return t->shape[0] == 1 && t->shape[1] == 1;
+    return t->kind == NORM1 || t->kind == NORM2 || t->kind == NORM;
 }
 
 // Appends a tensor of a x b x c numbers, if it has any.
@@ -2087,97 +2087,137 @@ void model_update(Model *m, int step, double lr, double norm) {
 // The vocabulary is a Hugging Face tokenizer.json. Of what such a file can ask for we follow the GPT-2 way only, and
 // refuse the rest rather than give other ids. data/tokenize.c trains such a vocabulary and turns text into token files.
 
+// ---- two containers
 
-enum { OTHER, LETTER, NUMBER, SPACE };              // classes of characters
-
-// A merge in a hash table: tokens left and right become id. The lowest rank goes first; from 1, as 0 is an empty slot.
-typedef struct Merge { int left, right, rank, id; } Merge;
-
-// A word that was met before, with its ids. A word's hash decides its place; a new word drives out the old one.
-typedef struct CachedWord { unsigned char length, count; char text[30]; int ids[8]; } CachedWord;
-enum { CACHED_WORDS = 1 << 15 };
-
-// A token of a word that is being merged, in a doubly linked list; its merge with the right neighbour (rank 0: none).
-typedef struct Symbol { int id, previous, next, rank, merged; } Symbol;
-
-typedef struct Tokenizer {
-    int vocab;                  // ids are 0 .. vocab - 1
-    int eot;                    // id of <|endoftext|>
-    char **text;                // vocab: the bytes of each token
-    int *length;                // vocab: their number
-    char *json;                 // the file as it was read
-    size_t json_size;
-    int byte_id[256];
-    int add_prefix_space;       // put a space before text that does not begin with one
-    Merge *merges;              // merge_slots, a power of two
-    size_t merge_slots;
-    int *added, added_count;    // ids that are found as a whole in the text, <|endoftext|> among them
-    unsigned char added_first[256];                 // 1 where one of them begins with this byte
-    unsigned char *class_of;    // of every code point
-    char *pool;                 // where text[] points to
-    // What one thread changes while it encodes; see tokenizer_share.
-    int shared;                 // everything above belongs to another Tokenizer
-    CachedWord *cache;
-    Symbol *symbols;
-    uint64_t *heap;
-    size_t room, heap_size;
-} Tokenizer;
-
-// GPT-2 writes tokens in JSON with one visible character for each byte: itself where it is visible in Latin-1, else the
-// next of U+0100, U+0101, ... Hence "Ġ" (U+0120) for a space and "Ċ" (U+010A) for a newline.
-void byte_alphabet(int32_t character[256]) {
-    int32_t next = 256;
-    for (int b = 0; b < 256; b++)
-        character[b] = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || b >= 0xae ? b : next++;
+// The list with room for one more element of `size` bytes behind its `count`: it doubles at every power of two.
+void *grow(void *list, size_t count, size_t size) {
+    return count & (count - 1) ? list : reallocate(list, count ? 2 * count : 1, size);
 }
 
-// From that alphabet to bytes. Returns how many, or -1 where a character is not of the alphabet.
-int alphabet_to_bytes(const char *s, size_t n, char *out) {
-    int32_t character[256], byte_of[0x144];
-    byte_alphabet(character);
-    memset(byte_of, -1, sizeof byte_of);
-    for (int b = 0; b < 256; b++) byte_of[character[b]] = b;
-    int count = 0;
-    for (size_t i = 0; i < n;) {
-        int32_t code;
-        i += (size_t)utf8_decode(s + i, n - i, &code);
-        if (code < 0 || code >= 0x144 || byte_of[code] < 0) return -1;
-        out[count++] = (char)byte_of[code];
-    }
-    return count;
-}
+// A hash table from keys of any bytes to numbers other than 0, which means that a key is not there.
+typedef struct Entry {
+    size_t start, length; // the key, in Table.bytes
+    int64_t value;
+} Entry;
+
+typedef struct Table {
+    Entry *entries;      // (slots)
+    char *bytes;         // of all keys
+    size_t slots, count; // slots: a power of two; count: of keys
+    size_t filled, room; // of bytes
+} Table;
 
 uint64_t hash_bytes(const char *s, size_t n) {
-    uint64_t h = n;
-    for (; n; s += n < 8 ? n : 8, n -= n < 8 ? n : 8) {
-        uint64_t chunk = 0;
-        memcpy(&chunk, s, n < 8 ? n : 8);
+    uint64_t h = n, chunk = 0;
+    for (; n >= 8; s += 8, n -= 8) {
+        memcpy(&chunk, s, 8);
         h = hash64(h ^ chunk);
     }
-    return h;
+    chunk = 0;
+    memcpy(&chunk, s, n);
+    return hash64(h ^ chunk);
+}
+
+Entry *table_slot(const Table *t, const char *key, size_t n) { // where the key stands or would stand
+    for (size_t i = (size_t)hash_bytes(key, n);; i++) {
+        Entry *e = &t->entries[i & (t->slots - 1)];
+        if (!e->value || (e->length == n && memcmp(t->bytes + e->start, key, n) == 0))
+            return e;
+    }
+}
+
+int64_t table_get(const Table *t, const void *key, size_t n) {
+    return t->slots ? table_slot(t, (const char *)key, n)->value : 0;
+}
+
+// The key's value, to be changed. A new key's is 0, and must be.
+int64_t *table_put(Table *t, const void *key, size_t n) {
+    if (2 * t->count >= t->slots) {
+        Table old = *t;
+        t->slots = old.slots ? 2 * old.slots : 1024;
+        t->entries = (Entry *)allocate(t->slots, sizeof(Entry));
+        for (size_t i = 0; i < old.slots; i++) {
+            if (old.entries[i].value)
+                *table_slot(t, t->bytes + old.entries[i].start, old.entries[i].length) = old.entries[i];
+        }
+        free(old.entries);
+    }
+    Entry *e = table_slot(t, (const char *)key, n);
+    if (!e->value) {
+        if (n > t->room - t->filled)
+            t->bytes = (char *)reallocate(t->bytes, t->room = 2 * t->room + n, 1);
+        memcpy(t->bytes + t->filled, key, n);
+        e->start = t->filled;
+        e->length = n;
+        t->filled += n;
+        t->count++;
+    }
+    return &e->value;
+}
+
+void table_free(Table *t) {
+    free(t->entries);
+    free(t->bytes);
+    memset(t, 0, sizeof(*t));
+}
+
+// A heap: the smallest item comes out first.
+typedef struct Item {
+    int64_t first, second; // ordered by first, then by second
+} Item;
+
+typedef struct Heap {
+    Item *items;
+    size_t count;
+} Heap;
+
+int item_before(Item a, Item b) {
+    return a.first != b.first ? a.first < b.first : a.second < b.second;
+}
+
+void heap_push(Heap *h, int64_t first, int64_t second) {
+    Item item = {first, second};
+    h->items = (Item *)grow(h->items, h->count, sizeof(Item));
+    size_t i = h->count++;
+    for (; i > 0 && item_before(item, h->items[(i - 1) / 2]); i = (i - 1) / 2)
+        h->items[i] = h->items[(i - 1) / 2];
+    h->items[i] = item;
+}
+
+Item heap_pop(Heap *h) {
+    Item top = h->items[0], last = h->items[--h->count];
+    size_t i = 0;
+    for (size_t child; (child = 2 * i + 1) < h->count; i = child) {
+        child += child + 1 < h->count && item_before(h->items[child + 1], h->items[child]);
+        if (!item_before(h->items[child], last))
+            break;
+        h->items[i] = h->items[child];
+    }
+    h->items[i] = last;
+    return top;
 }
 
 // ---- cutting text into words
 
-void mark_characters(unsigned char *class_of, const int32_t *ranges, size_t count, int kind) {
-    for (size_t i = 0; i < count; i += 2) memset(class_of + ranges[i], kind, (size_t)(ranges[i + 1] - ranges[i] + 1));
+enum { OTHER, LETTER, NUMBER, SPACE }; // classes of characters
+
+void mark_characters(unsigned char *class_of, const int32_t *ranges, size_t size, int kind) {
+    for (const int32_t *range = ranges; range < ranges + size / sizeof(int32_t); range += 2)
+        memset(class_of + range[0], kind, (size_t)(range[1] - range[0] + 1));
 }
 
 unsigned char *character_classes(void) { // the class of every code point, to be freed
     unsigned char *class_of = (unsigned char *)allocate(0x110000, 1);
-    mark_characters(class_of, unicode_letters, sizeof unicode_letters / sizeof unicode_letters[0], LETTER);
-    mark_characters(class_of, unicode_numbers, sizeof unicode_numbers / sizeof unicode_numbers[0], NUMBER);
-    mark_characters(class_of, unicode_spaces, sizeof unicode_spaces / sizeof unicode_spaces[0], SPACE);
+    mark_characters(class_of, unicode_letters, sizeof(unicode_letters), LETTER);
+    mark_characters(class_of, unicode_numbers, sizeof(unicode_numbers), NUMBER);
+    mark_characters(class_of, unicode_spaces, sizeof(unicode_spaces), SPACE);
     return class_of;
 }
 
 // The class of the character at s and its number of bytes. A byte that is no UTF-8 is a character of class OTHER.
 int character_class(const unsigned char *class_of, const char *s, size_t n, size_t *bytes) {
-    unsigned char first = (unsigned char)*s;
-    *bytes = 1;
-    if (first < 0x80) return class_of[first];
-    int32_t code;
-    *bytes = (size_t)utf8_decode(s, n, &code);
+    int32_t code = (unsigned char)*s;
+    *bytes = code < 0x80 ? 1 : (size_t)utf8_decode(s, n, &code);
     return code < 0 ? (int)OTHER : class_of[code];
 }
 
@@ -2188,104 +2228,116 @@ int character_class(const unsigned char *class_of, const char *s, size_t n, size
 size_t first_word(const unsigned char *class_of, const char *s, size_t n) {
     if (s[0] == '\'' && n > 1) {
         char a = s[1], b = n > 2 ? s[2] : ' ';
-        if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
-        if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return 3;
+        if (a == 's' || a == 't' || a == 'm' || a == 'd')
+            return 2;
+        if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l'))
+            return 3;
     }
-    size_t i = s[0] == ' ' && n > 1, bytes;
+    size_t i = s[0] == ' ' && n > 1, bytes, last = 0; // last: where the last character begins
     int kind = character_class(class_of, s + i, n - i, &bytes);
-    if (kind != SPACE) {
-        do i += bytes;
-        while (i < n && character_class(class_of, s + i, n - i, &bytes) == kind);
-        return i;
-    }
-    size_t last = 0;            // where the last character of the white space begins
-    for (i = 0; i < n && character_class(class_of, s + i, n - i, &bytes) == SPACE; i += bytes) last = i;
-    return i < n && last > 0 ? last : i;
+    if (kind == SPACE)
+        i = 0;
+    for (; i < n && character_class(class_of, s + i, n - i, &bytes) == kind; i += bytes)
+        last = i;
+    return kind == SPACE && i < n && last > 0 ? last : i;
 }
 
-// ---- merging the bytes of a word
+// ---- encoding
 
-const Merge *find_merge(const Tokenizer *t, int left, int right) { // or the empty slot where it would stand
-    size_t slot = (size_t)hash64((uint64_t)left << 32 | (uint64_t)right);
-    for (;; slot++) {
-        const Merge *m = &t->merges[slot & (t->merge_slots - 1)];
-        if (m->rank == 0 || (m->left == left && m->right == right)) return m;
-    }
+typedef struct Merge {
+    int rank, id; // rank: from 1, the lowest goes first; id: the token that the two become
+} Merge;
+
+// A word that was met before, with its ids. A word's hash decides its place; a new word drives out the old one.
+typedef struct CachedWord {
+    unsigned char length, count;
+    char text[30];
+    int ids[8];
+} CachedWord;
+enum { CACHED_WORDS = 1 << 15 };
+
+typedef struct Tokenizer {
+    int vocab;   // ids are 0 .. vocab - 1
+    int eot;     // id of <|endoftext|>
+    char **text; // vocab: the bytes of each token
+    int *length; // vocab: their number
+    char *json;  // the file as it was read
+    size_t json_size;
+    int byte_id[256];
+    Table ids;     // of the tokens' bytes: id + 1
+    Table pairs;   // of two ids: a place in merges
+    Merge *merges; // by rank; 0: none
+    int *added;    // ids that are found as a whole in the text, <|endoftext|> among them
+    int added_count;
+    unsigned char added_first[256]; // 1 where one of them begins with this byte
+    unsigned char *class_of;        // of every code point
+    CachedWord *cache;              // what encoding changes: a thread's own
+    int shared;                     // everything but the cache belongs to another Tokenizer
+} Tokenizer;
+
+const Merge *find_merge(const Tokenizer *t, int left, int right) { // of rank 0 where there is none
+    const int pair[2] = {left, right};
+    return &t->merges[table_get(&t->pairs, pair, sizeof(pair))];
 }
 
-// Looks up the merge of symbol i with its right neighbour, and puts it into the heap: rank above, place below, so that
-// the smallest number is the lowest rank and, of equals, the leftmost.
-void push_merge(Tokenizer *t, int i) {
-    Symbol *s = &t->symbols[i];
-    s->rank = 0;
-    if (s->next < 0) return;
-    const Merge *m = find_merge(t, s->id, t->symbols[s->next].id);
-    if (m->rank == 0) return;
-    s->rank = m->rank;
-    s->merged = m->id;
-    uint64_t entry = (uint64_t)m->rank << 32 | (uint64_t)i;
-    size_t k = t->heap_size++;
-    for (; k > 0 && t->heap[(k - 1) / 2] > entry; k = (k - 1) / 2) t->heap[k] = t->heap[(k - 1) / 2];
-    t->heap[k] = entry;
-}
+// A token of a word that is being merged, in a doubly linked list (-1: none).
+typedef struct Symbol {
+    int id, previous, next;
+} Symbol;
 
-uint64_t pop_merge(Tokenizer *t) {
-    uint64_t top = t->heap[0], last = t->heap[--t->heap_size];
-    size_t k = 0;
-    for (size_t child; (child = 2 * k + 1) < t->heap_size; k = child) {
-        if (child + 1 < t->heap_size && t->heap[child + 1] < t->heap[child]) child++;
-        if (t->heap[child] >= last) break;
-        t->heap[k] = t->heap[child];
-    }
-    t->heap[k] = last;
-    return top;
+void push_merge(const Tokenizer *t, Heap *heap, const Symbol *s, int i) { // of symbol i and its right neighbour
+    int rank = i < 0 || s[i].next < 0 ? 0 : find_merge(t, s[i].id, s[s[i].next].id)->rank;
+    if (rank)
+        heap_push(heap, rank, i);
 }
 
 // The ids of one word of n bytes, in n log n time. ids has room for n.
-size_t merge_word(Tokenizer *t, const char *word, size_t n, int *ids) {
-    if (n > INT32_MAX) fail("a word of %zu bytes is too long to encode", n);
-    if (n > t->room) {
-        t->room = n < 64 ? 64 : n + n / 2;
-        t->symbols = (Symbol *)reallocate(t->symbols, t->room, sizeof(Symbol));
-        t->heap = (uint64_t *)reallocate(t->heap, t->room, 2 * sizeof(uint64_t)); // n at first, one more each merge
-    }
-    Symbol *s = t->symbols;
+size_t merge_word(const Tokenizer *t, const char *word, size_t n, int *ids) {
+    if (n > INT32_MAX)
+        fail("a word of %zu bytes is too long to encode", n);
+    Symbol *s = (Symbol *)allocate(n, sizeof(Symbol));
+    Heap heap = {NULL, 0};
     for (int i = 0; i < (int)n; i++) {
         s[i].id = t->byte_id[(unsigned char)word[i]];
         s[i].previous = i - 1;
         s[i].next = i + 1 < (int)n ? i + 1 : -1;
     }
-    t->heap_size = 0;
-    for (int i = 0; i < (int)n; i++) push_merge(t, i);
-    while (t->heap_size > 0) {
-        uint64_t entry = pop_merge(t);
-        int i = (int)(entry & 0xffffffff), next = s[i].next;
-        if ((uint64_t)s[i].rank != entry >> 32) continue; // this pair is gone: one of the two has merged elsewhere
-        s[i].id = s[i].merged;
+    for (int i = 0; i < (int)n; i++)
+        push_merge(t, &heap, s, i);
+    while (heap.count > 0) {
+        Item item = heap_pop(&heap);
+        int i = (int)item.second, next = s[i].next;
+        const Merge *m = next < 0 ? t->merges : find_merge(t, s[i].id, s[next].id);
+        if (m->rank != item.first)
+            continue; // this pair is gone: one of the two has merged elsewhere
+        s[i].id = m->id;
         s[i].next = s[next].next;
-        s[next].rank = 0;
-        if (s[i].next >= 0) s[s[i].next].previous = i;
-        push_merge(t, i);
-        if (s[i].previous >= 0) push_merge(t, s[i].previous);
+        s[next].id = s[next].next = -1;
+        if (s[i].next >= 0)
+            s[s[i].next].previous = i;
+        push_merge(t, &heap, s, i);
+        push_merge(t, &heap, s, s[i].previous);
     }
     size_t count = 0;
-    for (int i = 0; i >= 0; i = s[i].next) ids[count++] = s[i].id;
+    for (int i = 0; i >= 0; i = s[i].next)
+        ids[count++] = s[i].id;
+    free(s);
+    free(heap.items);
     return count;
 }
 
-// ---- encoding
-
-size_t encode_words(Tokenizer *t, const char *s, size_t n, int *ids) {
+size_t encode_words(const Tokenizer *t, const char *s, size_t n, int *ids) {
     size_t count = 0;
     for (size_t length; n > 0; s += length, n -= length) {
         length = first_word(t->class_of, s, n);
-        CachedWord *c = &t->cache[length <= sizeof c->text ? hash_bytes(s, length) % CACHED_WORDS : 0];
+        CachedWord *c = &t->cache[length <= sizeof(c->text) ? hash_bytes(s, length) % CACHED_WORDS : 0];
         if (c->length == length && memcmp(c->text, s, length) == 0) {
-            for (int i = 0; i < c->count; i++) ids[count++] = c->ids[i];
+            for (int i = 0; i < c->count; i++)
+                ids[count++] = c->ids[i];
             continue;
         }
         size_t added = merge_word(t, s, length, ids + count);
-        if (length <= sizeof c->text && added <= sizeof c->ids / sizeof c->ids[0]) {
+        if (length <= sizeof(c->text) && added <= sizeof(c->ids) / sizeof(c->ids[0])) {
             c->length = (unsigned char)length;
             c->count = (unsigned char)added;
             memcpy(c->text, s, length);
@@ -2300,9 +2352,9 @@ size_t encode_words(Tokenizer *t, const char *s, size_t n, int *ids) {
 int added_token(const Tokenizer *t, const char *s, size_t n) {
     int best = -1;
     for (int i = 0; t->added_first[(unsigned char)*s] && i < t->added_count; i++) {
-        int id = t->added[i];
-        if ((size_t)t->length[id] <= n && memcmp(t->text[id], s, (size_t)t->length[id]) == 0 &&
-            (best < 0 || t->length[id] > t->length[best]))
+        int id = t->added[i], length = t->length[id];
+        if ((size_t)length <= n && memcmp(t->text[id], s, (size_t)length) == 0 &&
+            (best < 0 || length > t->length[best]))
             best = id;
     }
     return best;
@@ -2313,16 +2365,9 @@ size_t tokenizer_encode(Tokenizer *t, const char *text, size_t size, int *ids) {
     size_t count = 0;
     for (size_t start = 0, end = 0; start < size; start = end) {
         int id = -1;
-        while (end < size && (id = added_token(t, text + end, size - end)) < 0) end++;
-        if (end > start && t->add_prefix_space && text[start] != ' ') {
-            char *spaced = (char *)allocate(end - start + 1, 1);
-            spaced[0] = ' ';
-            memcpy(spaced + 1, text + start, end - start);
-            count += encode_words(t, spaced, end - start + 1, ids + count);
-            free(spaced);
-        } else {
-            count += encode_words(t, text + start, end - start, ids + count);
-        }
+        while (end < size && (id = added_token(t, text + end, size - end)) < 0)
+            end++;
+        count += encode_words(t, text + start, end - start, ids + count);
         if (id >= 0) {
             ids[count++] = id;
             end += (size_t)t->length[id];
@@ -2337,197 +2382,197 @@ const char *tokenizer_text(const Tokenizer *t, int id, int *length) {
     return t->text[id];
 }
 
-// ---- reading tokenizer.json
+// ---- tokenizer.json
 
-int json_is(const Json *json, const char *text) { return json && json->type == 's' && strcmp(json->text, text) == 0; }
-
-const char *json_type(const Json *json) { // the member "type", for messages
-    const Json *type = json_get(json, "type");
-    return type && type->type == 's' ? type->text : "none";
+// GPT-2 writes tokens in JSON with one visible character for each byte: itself where it is visible in Latin-1, else the
+// next of U+0100, U+0101, ... Hence "Ġ" (U+0120) for a space and "Ċ" (U+010A) for a newline.
+void byte_alphabet(int32_t character[256]) {
+    int32_t next = 256;
+    for (int b = 0; b < 256; b++)
+        character[b] = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || b >= 0xae ? b : next++;
 }
 
-// Stops at everything in the file that asks for other ids than ours. What wraps or cuts the finished ids
-// (post-processor, truncation, padding) and the decoder do not matter here. Returns add_prefix_space.
-int check_tokenizer_json(const char *path, const Json *root) {
-    const Json *model = json_get(root, "model"), *normalizer = json_get(root, "normalizer");
-    const Json *words = json_get(root, "pre_tokenizer"), *list = json_get(words, "pretokenizers");
-    if (!model || model->type != 'o') fail("%s: not a tokenizer.json: it has no \"model\"", path);
-    if (json_get(model, "type") && !json_is(json_get(model, "type"), "BPE"))
-        fail("%s: the model is %s; expected BPE", path, json_type(model));
-    static const char *const unknown[] = {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
-                                          "ignore_merges"};
-    for (size_t i = 0; i < sizeof unknown / sizeof unknown[0]; i++) {
-        const Json *m = json_get(model, unknown[i]);
-        if (m && (m->type == 't' || (m->type == 's' && m->length > 0) || (m->type == 'n' && m->number != 0)))
-            fail("%s: the model sets \"%s\", which this program cannot follow", path, unknown[i]);
+// From that alphabet to bytes. Returns how many, or -1 where a character is not of the alphabet.
+int alphabet_to_bytes(const char *s, size_t n, char *out) {
+    int32_t character[256], byte_of[0x144], code;
+    byte_alphabet(character);
+    memset(byte_of, -1, sizeof(byte_of));
+    for (int b = 0; b < 256; b++)
+        byte_of[character[b]] = b;
+    int count = 0;
+    for (size_t i = 0; i < n;) {
+        i += (size_t)utf8_decode(s + i, n - i, &code);
+        if (code < 0 || code >= 0x144 || byte_of[code] < 0)
+            return -1;
+        out[count++] = (char)byte_of[code];
     }
-    if (normalizer && normalizer->type != '0')
-        fail("%s: the normalizer is %s; expected none (null)", path, json_type(normalizer));
-    if (json_is(json_get(words, "type"), "Sequence") && list && list->child && !list->child->next) words = list->child;
-    if (!json_is(json_get(words, "type"), "ByteLevel"))
-        fail("%s: the pre_tokenizer is %s; expected ByteLevel alone, GPT-2's rule", path, json_type(words));
-    const Json *use_regex = json_get(words, "use_regex"), *prefix = json_get(words, "add_prefix_space");
-    if (use_regex && use_regex->type != 't') fail("%s: the pre_tokenizer sets use_regex to false; expected true", path);
-    return prefix && prefix->type == 't';
+    return count;
 }
 
-// A hash table from the bytes of a token to its id, only while reading.
-typedef struct TokenIndex { int *slots; size_t count; } TokenIndex;
+// What a member must be, or is just as well without; anything else asks for other ids than ours. What wraps or cuts the
+// finished ids (post-processor, truncation, padding) and the decoder do not matter here.
+typedef struct Expected {
+    const char *member, *value, *other;
+} Expected;
 
-int *find_token(const Tokenizer *t, const TokenIndex *index, const char *s, int n) { // its slot; -1 in an empty one
-    for (size_t i = (size_t)hash_bytes(s, (size_t)n);; i++) {
-        int *id = &index->slots[i & (index->count - 1)];
-        if (*id < 0 || (t->length[*id] == n && memcmp(t->text[*id], s, (size_t)n) == 0)) return id;
+void check_members(const char *path, const char *name, const Json *object, const Expected *list, size_t size) {
+    for (const Expected *e = list; e < list + size / sizeof(*list); e++) {
+        const Json *m = json_get(object, e->member);
+        char number[32] = "null";
+        const char *word = number;
+        if (m && m->type == 'o')
+            m = json_get(m, "type") ? json_get(m, "type") : m;
+        if (m && m->type == 's')
+            word = m->text;
+        else if (m && m->type == 'n')
+            snprintf(number, sizeof(number), "%g", m->number);
+        else if (m && m->type != '0')
+            word = m->type == 't' ? "true" : m->type == 'f' ? "false" : "something else";
+        if (strcmp(word, e->value) != 0 && strcmp(word, e->other) != 0)
+            fail("%s: %s %s is %s; this program follows \"%s\" only", path, name, e->member, word, e->value);
     }
 }
 
-// Puts a token of n bytes s, which stay in the pool, in its place; `raw` is how the file writes it.
-void add_token(Tokenizer *t, TokenIndex *index, const char *path, const char *raw, const Json *id, int room, char *s,
-               int n) {
-    if (!id || id->type != 'n' || id->number != floor(id->number))
-        fail("%s: the id of token \"%s\" is no whole number", path, raw);
-    if (id->number < 0 || id->number >= room)
-        fail("%s: token \"%s\" has id %.0f, but there are at most %d tokens", path, raw, id->number, room);
-    int i = (int)id->number, *slot = find_token(t, index, s, n);
-    if (t->text[i]) fail("%s: id %d is given twice, the second time to \"%s\"", path, i, raw);
-    if (*slot >= 0) fail("%s: token \"%s\" is given twice, as %d and %d", path, raw, *slot, i);
-    if (n == 0) fail("%s: token %d is empty", path, i);
-    t->text[i] = s;
-    t->length[i] = n;
-    t->vocab++;
-    *slot = i;
+// A token of n bytes (-1: not in the alphabet); `raw` is how the file writes it.
+void read_token(Tokenizer *t, const char *path, const char *raw, const char *s, int n, const Json *id) {
+    if (n <= 0)
+        fail("%s: token \"%s\" is empty or not in GPT-2's byte alphabet", path, raw);
+    if (!id || id->type != 'n' || !(id->number >= 0 && id->number < 1 << 24) || id->number != floor(id->number))
+        fail("%s: the id of token \"%s\" is not a whole number from 0 to %d", path, raw, (1 << 24) - 1);
+    int64_t *value = table_put(&t->ids, s, (size_t)n), number = (int64_t)id->number + 1;
+    if (*value && *value != number)
+        fail("%s: token \"%s\" is given twice, as %d and %d", path, raw, (int)*value - 1, (int)number - 1);
+    *value = number;
 }
 
 // The vocabulary, from the model's "vocab" and from "added_tokens", which often are in both.
-void read_vocabulary(Tokenizer *t, TokenIndex *index, const char *path, const Json *vocab, const Json *added) {
-    size_t room = 0;
-    for (const Json *v = vocab->child; v; v = v->next) room++;
-    for (const Json *a = added ? added->child : NULL; a; a = a->next) room++;
-    if (room > 1 << 24) fail("%s: %zu tokens are more than this program can hold", path, room);
-    t->text = (char **)allocate(room + 1, sizeof(char *));
-    t->length = (int *)allocate(room + 1, sizeof(int));
-    t->added = (int *)allocate(room + 1, sizeof(int));
-    for (index->count = 4; index->count < 2 * room;) index->count *= 2;
-    index->slots = (int *)allocate(index->count, sizeof(int));
-    for (size_t i = 0; i < index->count; i++) index->slots[i] = -1;
-    char *end = t->pool = (char *)allocate(t->json_size + 1, 1);
+void read_vocabulary(Tokenizer *t, const char *path, const Json *vocab, const Json *added, char *bytes) {
+    static const Expected flags[] = {
+        {"single_word", "false", "null"}, {"lstrip", "false", "null"}, {"rstrip", "false", "null"}};
     for (const Json *a = added ? added->child : NULL; a; a = a->next) {
-        const Json *content = json_get(a, "content");
-        if (!content || content->type != 's') fail("%s: an added token has no \"content\"", path);
-        static const char *const unknown[] = {"single_word", "lstrip", "rstrip"};
-        for (int i = 0; i < 3; i++)
-            if (json_get(a, unknown[i]) && json_get(a, unknown[i])->type == 't')
-                fail("%s: added token \"%s\" sets %s, which this program cannot follow", path, content->text,
-                     unknown[i]);
-        memcpy(end, content->text, content->length);
-        add_token(t, index, path, content->text, json_get(a, "id"), (int)room, end, (int)content->length);
-        t->added[t->added_count++] = (int)json_get(a, "id")->number;
-        end += content->length;
+        const Json *content = json_get(a, "content"), *id = json_get(a, "id");
+        if (!content || content->type != 's')
+            fail("%s: an added token has no \"content\"", path);
+        check_members(path, content->text, a, flags, sizeof(flags));
+        read_token(t, path, content->text, content->text, (int)content->length, id);
+        t->added = (int *)grow(t->added, (size_t)t->added_count, sizeof(int));
+        t->added[t->added_count++] = (int)id->number;
     }
-    const char *words = end;    // added tokens stand before this
     for (const Json *v = vocab->child; v; v = v->next) {
-        int id = *find_token(t, index, v->key, (int)strlen(v->key));
-        if (id >= 0 && t->text[id] < words && v->type == 'n' && v->number == id) continue; // an added token once more
-        int n = alphabet_to_bytes(v->key, strlen(v->key), end);
-        if (n < 0) fail("%s: token \"%s\" is not in GPT-2's byte alphabet", path, v->key);
-        add_token(t, index, path, v->key, v, (int)room, end, n);
-        end += n;
+        size_t n = strlen(v->key);
+        int64_t known = table_get(&t->ids, v->key, n); // an added token once more, as it is
+        if (!known || v->type != 'n' || v->number != (double)(known - 1))
+            read_token(t, path, v->key, bytes, alphabet_to_bytes(v->key, n, bytes), v);
     }
-    for (int i = 0; i < t->vocab; i++)
-        if (!t->text[i]) fail("%s: no token has id %d, though there are %d tokens", path, i, t->vocab);
+    t->vocab = (int)t->ids.count;
+    t->text = (char **)allocate(t->ids.count, sizeof(char *));
+    t->length = (int *)allocate(t->ids.count, sizeof(int));
+    for (const Entry *e = t->ids.entries; e < t->ids.entries + t->ids.slots; e++) {
+        int id = (int)e->value - 1;
+        if (id >= t->vocab || (id >= 0 && t->text[id]))
+            fail("%s: token \"%.*s\" has id %d, but the ids of %d tokens are the numbers below that, each once", path,
+                 (int)e->length, t->ids.bytes + e->start, id, t->vocab);
+        if (id >= 0) {
+            t->text[id] = t->ids.bytes + e->start;
+            t->length[id] = (int)e->length;
+        }
+    }
 }
 
 // "merges": the rank is the place in the list; each is a string "left right" or a pair of strings.
-void read_merges(Tokenizer *t, const TokenIndex *index, const char *path, const Json *merges) {
-    size_t count = 0;
-    for (const Json *m = merges->child; m; m = m->next) count++;
-    for (t->merge_slots = 4; t->merge_slots < 2 * count;) t->merge_slots *= 2;
-    t->merges = (Merge *)allocate(t->merge_slots, sizeof(Merge));
-    char *bytes = (char *)allocate(t->json_size + 1, 1);
-    int rank = 1;
-    for (const Json *m = merges->child; m; m = m->next, rank++) {
+void read_merges(Tokenizer *t, const char *path, const Json *merges, char *bytes) {
+    int rank = 0;
+    t->merges = (Merge *)allocate(1, sizeof(Merge));
+    for (const Json *m = merges->child; m; m = m->next) {
         const Json *a = m->type == 'a' ? m->child : NULL, *b = a ? a->next : NULL;
-        const char *left = m->text, *right = left ? strchr(left, ' ') : NULL, *end = left ? left + m->length : NULL;
-        size_t left_length = right ? (size_t)(right++ - left) : 0;
-        if (b && !b->next && a->type == 's' && b->type == 's') {
-            left = a->text, left_length = a->length;
-            right = b->text, end = right + b->length;
-        }
-        if (!right) fail("%s: merge %d is neither \"left right\" nor [\"left\", \"right\"]", path, rank);
-        int n = alphabet_to_bytes(left, left_length, bytes);
-        int k = n < 0 ? -1 : alphabet_to_bytes(right, (size_t)(end - right), bytes + n);
-        int x = k < 0 ? -1 : *find_token(t, index, bytes, n), y = k < 0 ? -1 : *find_token(t, index, bytes + n, k);
-        int id = k < 0 ? -1 : *find_token(t, index, bytes, n + k);
-        if (x < 0 || y < 0 || id < 0)
-            fail("%s: merge %d (\"%.*s\" and \"%s\"): %s is not in the vocabulary", path, rank, (int)left_length, left,
-                 right, x < 0 ? "the left token" : y < 0 ? "the right token" : "what they make");
-        Merge *slot = (Merge *)find_merge(t, x, y);
-        slot->left = x, slot->right = y, slot->id = id, slot->rank = rank;
+        char *left = a ? a->text : m->text, *right = b && !b->next ? b->text : NULL;
+        if (m->type == 's' && (right = strchr(left, ' ')) != NULL)
+            *right++ = 0;
+        if (!left || !right)
+            fail("%s: merge %d is neither \"left right\" nor [\"left\", \"right\"]", path, rank + 1);
+        int n = alphabet_to_bytes(left, strlen(left), bytes);
+        int k = n < 0 ? -1 : alphabet_to_bytes(right, strlen(right), bytes + n);
+        int64_t x = k < 0 ? 0 : table_get(&t->ids, bytes, (size_t)n);
+        int64_t y = k < 0 ? 0 : table_get(&t->ids, bytes + n, (size_t)k);
+        int64_t id = k < 0 ? 0 : table_get(&t->ids, bytes, (size_t)(n + k));
+        if (!x || !y || !id)
+            fail("%s: merge %d: \"%s\", \"%s\" and what they make are not all in the vocabulary", path, rank + 1, left,
+                 right);
+        const int pair[2] = {(int)x - 1, (int)y - 1};
+        t->merges = (Merge *)grow(t->merges, (size_t)++rank, sizeof(Merge));
+        t->merges[rank].rank = rank;
+        t->merges[rank].id = (int)id - 1;
+        *table_put(&t->pairs, pair, sizeof(pair)) = rank;
     }
-    free(bytes);
 }
 
 Tokenizer *tokenizer_load(const char *path) {
+    static const Expected in_root[] = {{"normalizer", "null", "null"}};
+    static const Expected in_words[] = {
+        {"type", "ByteLevel", "ByteLevel"}, {"use_regex", "true", "null"}, {"add_prefix_space", "false", "null"}};
+    static const Expected in_model[] = {{"type", "BPE", "null"},
+                                        {"dropout", "null", "0"},
+                                        {"continuing_subword_prefix", "null", ""},
+                                        {"end_of_word_suffix", "null", ""},
+                                        {"byte_fallback", "false", "null"},
+                                        {"ignore_merges", "false", "null"}};
     Tokenizer *t = (Tokenizer *)allocate(1, sizeof(Tokenizer));
     t->json = read_file(path, &t->json_size);
     Json *root = json_parse(t->json, t->json_size, path);
-    t->add_prefix_space = check_tokenizer_json(path, root);
+    const Json *words = json_get(root, "pre_tokenizer"), *list = json_get(words, "pretokenizers");
+    if (list && list->child && !list->child->next) // a sequence of one
+        words = list->child;
     const Json *model = json_get(root, "model"), *vocab = json_get(model, "vocab"), *merges = json_get(model, "merges");
-    if (!vocab || vocab->type != 'o') fail("%s: the model has no object \"vocab\"", path);
-    if (!merges || merges->type != 'a') fail("%s: the model has no list \"merges\"", path);
-
-    TokenIndex index;
-    read_vocabulary(t, &index, path, vocab, json_get(root, "added_tokens"));
-    read_merges(t, &index, path, merges);
+    check_members(path, "file's", root, in_root, sizeof(in_root));
+    check_members(path, "model's", model, in_model, sizeof(in_model));
+    check_members(path, "pre_tokenizer's", words, in_words, sizeof(in_words));
+    if (!vocab || vocab->type != 'o' || !merges || merges->type != 'a')
+        fail("%s: not a tokenizer.json: expected a \"model\" with an object \"vocab\" and a list \"merges\"", path);
+    char *bytes = (char *)allocate(t->json_size, 1); // room for any token
+    read_vocabulary(t, path, vocab, json_get(root, "added_tokens"), bytes);
+    read_merges(t, path, merges, bytes);
+    free(bytes);
+    json_free(root);
     for (int b = 0; b < 256; b++) {
         char byte = (char)b;
-        t->byte_id[b] = *find_token(t, &index, &byte, 1);
-        if (t->byte_id[b] < 0) fail("%s: byte 0x%02x has no token; a byte-level vocabulary has all 256", path, b);
+        t->byte_id[b] = (int)table_get(&t->ids, &byte, 1) - 1;
+        if (t->byte_id[b] < 0)
+            fail("%s: byte 0x%02x has no token; a byte-level vocabulary has all 256", path, b);
     }
-    t->eot = *find_token(t, &index, "<|endoftext|>", 13);
-    if (t->eot < 0) fail("%s: the vocabulary has no <|endoftext|>", path);
-    free(index.slots);
-    json_free(root);
-
-    int listed = 0;
-    for (int i = 0; i < t->added_count; i++) listed |= t->added[i] == t->eot;
-    if (!listed) t->added[t->added_count++] = t->eot;
-    for (int i = 0; i < t->added_count; i++) {
+    t->eot = (int)table_get(&t->ids, "<|endoftext|>", 13) - 1;
+    if (t->eot < 0)
+        fail("%s: the vocabulary has no <|endoftext|>", path);
+    t->added = (int *)grow(t->added, (size_t)t->added_count, sizeof(int));
+    t->added[t->added_count++] = t->eot; // also where it is in "vocab" only
+    for (int i = 0; i < t->added_count; i++)
         t->added_first[(unsigned char)t->text[t->added[i]][0]] = 1;
-        if (t->add_prefix_space && t->length[t->added[i]] == 1) // a space before every other byte: more ids than bytes
-            fail("%s: an added token of one byte together with add_prefix_space cannot be followed", path);
-    }
     t->class_of = character_classes();
     t->cache = (CachedWord *)allocate(CACHED_WORDS, sizeof(CachedWord));
     return t;
 }
 
-// The same tokenizer for another thread: the tables are t's, which must outlive it; what encoding changes is its own.
+// The same tokenizer for another thread: the tables are t's, which must outlive it; only the cache is its own.
 Tokenizer *tokenizer_share(const Tokenizer *t) {
     Tokenizer *mine = (Tokenizer *)allocate(1, sizeof(Tokenizer));
     *mine = *t;
     mine->shared = 1;
     mine->cache = (CachedWord *)allocate(CACHED_WORDS, sizeof(CachedWord));
-    mine->symbols = NULL;
-    mine->heap = NULL;
-    mine->room = 0;
     return mine;
 }
 
 void tokenizer_free(Tokenizer *t) {
-    if (!t) return;
-    free(t->cache);
-    free(t->symbols);
-    free(t->heap);
-    if (!t->shared) {
+    if (t && !t->shared) {
         free(t->json);
-        free(t->pool);
         free(t->text);
         free(t->length);
-        free(t->added);
         free(t->merges);
+        free(t->added);
         free(t->class_of);
+        table_free(&t->ids);
+        table_free(&t->pairs);
     }
+    if (t)
+        free(t->cache);
     free(t);
 }
 
@@ -2917,12 +2962,12 @@ const char *matching_class(const Config *c) {
     return plain && moe == c->layers && !c->shared && c->gate == RENORMALIZED ? "MixtralForCausalLM" : "";
 }
 
-// "name":value for every option that is SHAPE, and TRAIN too if train.
-void write_options(FILE *file, const Config *c, int train) {
+// "name":value for every option but those of this call alone.
+void write_options(FILE *file, const Config *c) {
     const char *comma = "";
     for (int i = 0; i < option_count; i++) {
         const Option *o = &options[i];
-        if (o->kind == '-' || o->when == RUN || (o->when == TRAIN && !train))
+        if (o->kind == '-' || o->when == RUN)
             continue;
         char buffer[64];
         const char *text = option_text(c, o, buffer);
@@ -2949,18 +2994,17 @@ void write_config(const char *dir, const Config *c, int eot) {
             c->heads, c->kv_heads);
     fprintf(f, "  \"head_dim\": %d,\n  \"hidden_act\": \"%s\",\n  \"max_position_embeddings\": %d,\n", c->dim / c->heads,
             c->activation == SWIGLU ? "silu" : c->activation == RELU ? "relu" : "gelu", c->seq);
-    fprintf(f, "  \"rms_norm_eps\": %.17g,\n  \"rope_theta\": %.17g,\n", c->norm_eps, c->rope_theta);
+    char a[64], b[64];
+    fprintf(f, "  \"rms_norm_eps\": %s,\n  \"rope_theta\": %s,\n", number_text(c->norm_eps, a), number_text(c->rope_theta, b));
     if (moe) // transformers' balance loss is K at balance, ours 1
-        fprintf(f,
-                "  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n  \"router_aux_loss_coef\": %.17g,\n"
-                "  \"output_router_logits\": false,\n",
-                c->experts, c->topk, c->aux_weight / c->topk);
+        fprintf(f, "  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n  \"router_aux_loss_coef\": %s,\n", c->experts,
+                c->topk, number_text(c->aux_weight / c->topk, a));
     const char *type = sizeof(real) == 8 ? "float64" : "float32";
     fprintf(f, "  \"tie_word_embeddings\": %s,\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", c->untied ? "false" : "true",
             eot, eot);
     fprintf(f, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\",\n", type, type); // the newer and the older name
     fprintf(f, "  \"train_moe\": {");
-    write_options(f, c, 0);
+    write_options(f, c);
     fprintf(f, "}\n}\n");
     close_written(f, dir, "config.json");
 }
@@ -2979,10 +3023,11 @@ const Json *expect_member(const Json *object, const char *name, char type, const
 void read_options(Config *c, const Json *object, const char *path) {
     for (const Json *m = object->child; m; m = m->next) {
         char number[64];
-        snprintf(number, sizeof(number), "%.17g", m->number);
         int i = find_option(m->key);
         if (i >= 0)
-            set_option(c, &options[i], m->type == 's' ? keep_text(m->text) : m->type == 'n' ? number : m->type == 't' ? "1" : "0",
+            set_option(c, &options[i], m->type == 's' ? keep_text(m->text) : m->type == 'n'   ? number_text(m->number, number)
+                                              : m->type == 't' ? "1"
+                                                               : "0",
                        path);
     }
 }
@@ -3016,8 +3061,8 @@ void config_from_directory(Config *c, const char *dir) {
         c->shared = 0;
         for (int i = 0; i < (moe ? 8 : 6); i++) {
             char number[64];
-            snprintf(number, sizeof(number), "%.17g", expect_member(json, names[i][0], 'i', path)->number);
-            set_option(c, &options[find_option(names[i][1])], number, path);
+            set_option(c, &options[find_option(names[i][1])],
+                       number_text(expect_member(json, names[i][0], 'i', path)->number, number), path);
         }
         c->seq = min_int(c->seq, 4096); // the cache of generation
         c->norm_eps = expect_member(json, "rms_norm_eps", 'n', path)->number;
@@ -3154,11 +3199,8 @@ void model_generate(Model *m, int token, int position, real *logits) {
             const real *q = s->qkv + h * D;
             real *out = s->att + h * D;
             int kv = h / (H / KV) * D;
-            for (int t = 0; t < seen; t++) {
-                scores[t] = 0;
-                for (int i = 0; i < D; i++)
-                    scores[t] += q[i] * keys[(size_t)t * width + kv + i] * scale;
-            }
+            for (int t = 0; t < seen; t++)
+                scores[t] = dot(q, keys + (size_t)t * width + kv, D) * scale;
             softmax(scores, seen);
             memset(out, 0, (size_t)D * sizeof(real));
             for (int t = 0; t < seen; t++) {
@@ -3271,8 +3313,7 @@ double measured_peak(void) {
             }
             for (int i = 1; i < 12; i++)
                 sum[0] += sum[i];
-            for (int lane = 0; lane < LANES; lane++)
-                peak_result[lane] = sum[0][lane];
+            peak_result[thread_number() % 64] = dot((real *)&sum[0], (real *)&sum[1], LANES);
         }
         best = fmax(best, 2.0 * 12 * LANES * rounds * thread_count() / (seconds() - start));
     }
@@ -3308,6 +3349,11 @@ void ask_stop(int signal_number) {
     stop_asked = 1;
 }
 
+void check_log(Run *run) { // and sends it on its way
+    if (fflush(run->log) != 0)
+        fail("%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
+}
+
 // One object of the log; format continues after its type.
 __attribute__((format(printf, 3, 4))) void log_line(Run *run, const char *type, const char *format, ...) {
     va_list args;
@@ -3316,20 +3362,13 @@ __attribute__((format(printf, 3, 4))) void log_line(Run *run, const char *type, 
     vfprintf(run->log, format, args);
     va_end(args);
     fprintf(run->log, "}\n");
-    if (fflush(run->log) != 0)
-        fail("%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
+    check_log(run);
 }
 
-// The checkpoint that out holds: out/latest, or out itself where it is a model directory. 0 where there is none.
-int find_checkpoint(const char *out, char path[4096]) {
-    char file[4200];
-    snprintf(path, 4096, "%s/latest", out);
-    snprintf(file, sizeof(file), "%s/config.json", path);
-    if (access(file, F_OK) == 0)
-        return 1;
-    snprintf(path, 4096, "%s", out);
-    snprintf(file, sizeof(file), "%s/config.json", path);
-    return access(file, F_OK) == 0;
+int has_file(const char *dir, const char *name) {
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/%s", dir, name);
+    return access(path, F_OK) == 0;
 }
 
 void write_text(const char *dir, const char *name, const char *text, size_t size) {
@@ -3407,7 +3446,7 @@ void save_checkpoint(Run *run) {
     write_text(dir, "generation_config.json", text, (size_t)n);
     FILE *state = open_for_writing(dir, "trainer_state.json");
     fprintf(state, "{\"step\":%d,\"train_tokens\":%.0f,\"options\":{", run->step, run->train->tokens);
-    write_options(state, c, 1);
+    write_options(state, c);
     fprintf(state, "}}\n");
     close_written(state, dir, "trainer_state.json");
     sync_directory(dir);
@@ -3481,7 +3520,7 @@ void evaluate(Run *run) {
         }
     }
     run->val_loss = nats / ((double)wanted * T);
-    run->val_bpb = nats / 0.6931471805599453 / bytes;
+    run->val_bpb = nats / 0.6931471805599453 / fmax(bytes, 1);
 }
 
 // Goes on from prompt (NULL: begins a text) and calls emit with the bytes of each token. Returns the number of tokens.
@@ -3513,6 +3552,17 @@ int generate(Run *run, const char *prompt, void (*emit)(void *to, const char *by
     return made;
 }
 
+// Text of the model's for people: control characters could do things to a terminal. one_line: newlines too.
+void print_text(const char *text, int length, int one_line) {
+    for (int i = 0; i < length; i++) {
+        unsigned char byte = (unsigned char)text[i];
+        if ((byte < 32 || byte == 127) && (one_line || byte != '\n'))
+            printf(byte == '\n' ? "\\n" : "\\x%02x", byte);
+        else
+            putchar(byte);
+    }
+}
+
 void emit_to_file(void *to, const char *bytes, int length) {
     fwrite(bytes, 1, (size_t)length, (FILE *)to);
     fflush((FILE *)to);
@@ -3527,8 +3577,10 @@ void tell_story(Run *run) {
     fprintf(run->log, "{\"type\":\"sample\",\"step\":%d,\"text\":", run->step);
     json_write_string(run->log, story, size);
     fprintf(run->log, "}\n");
-    fflush(run->log);
-    printf("\n%s\n\n", story);
+    check_log(run);
+    printf("\n");
+    print_text(story, (int)size, 0);
+    printf("\n\n");
     free(story);
 }
 
@@ -3568,17 +3620,11 @@ void show_experts(Run *run) {
             }
             if (best < 0)
                 break;
-            int share = (int)(100 * taken[(size_t)best * E + e] / seen[best] + 0.5), shown = 0;
+            const char *text = run->tokenizer->text[best];
+            int skip = text[0] == ' ' && run->tokenizer->length[best] > 1;
             printf("%s", rank ? ", " : " ");
-            for (int i = 0; i < run->tokenizer->length[best]; i++) {
-                char byte = run->tokenizer->text[best][i];
-                if (byte == '\n')
-                    printf("\\n");
-                else if (byte != ' ' || run->tokenizer->length[best] == 1)
-                    putchar(byte);
-                shown++;
-            }
-            printf(" %d%%", shown ? share : 0);
+            print_text(text + skip, run->tokenizer->length[best] - skip, 1);
+            printf(" %.0f%%", 100 * taken[(size_t)best * E + e] / seen[best]);
             taken[(size_t)best * E + e] = 0;
         }
         printf("\n");
@@ -3615,6 +3661,7 @@ void log_router(Run *run) {
                 s->dropped / (s->tokens * K));
     }
     free(share);
+    check_log(run);
 }
 
 // How the last step went: on a terminal one line that is written over and over, else a line each time.
@@ -3823,7 +3870,9 @@ void use_threads(const Config *c) {
 void answer_prompt(Run *run, const Config *asked) {
     char dir[4096], path[4200], *text = NULL;
     Config *c = &run->config;
-    if (!find_checkpoint(run->out, dir))
+    int is_model = has_file(run->out, "config.json"); // a checkpoint or Hugging Face directory itself
+    snprintf(dir, sizeof(dir), "%s%s", run->out, is_model ? "" : "/latest");
+    if (!has_file(dir, "config.json"))
         fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
     config_from_directory(c, dir);
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
@@ -3851,7 +3900,7 @@ void answer_prompt(Run *run, const Config *asked) {
 void load_tokenizer(Run *run) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/tokenizer.json", run->config.data);
-    if (access(path, F_OK) != 0 && !run->config.tokenizer[0])
+    if (!has_file(run->config.data, "tokenizer.json") && !run->config.tokenizer[0])
         fail("%s: no tokenizer.json there; name the one that the data were made with by --tokenizer FILE", run->config.data);
     run->tokenizer = tokenizer_load(run->config.tokenizer[0] ? run->config.tokenizer : path);
 }
@@ -3863,7 +3912,7 @@ void compare_tokenizers(const Run *run, const char *dir) {
     const Tokenizer *mine = run->tokenizer;
     if (mine->vocab > run->config.vocab)
         fail("%s: the model has %d tokens, the data's tokenizer %d", dir, run->config.vocab, mine->vocab);
-    if (access(path, F_OK) != 0)
+    if (!has_file(dir, "tokenizer.json"))
         return;
     Tokenizer *other = tokenizer_load(path);
     for (int i = 0; i < mine->vocab; i++) {
@@ -3878,7 +3927,10 @@ void compare_tokenizers(const Run *run, const char *dir) {
 int open_run(Run *run, const Config *asked) {
     Config *c = &run->config;
     char checkpoint[4096], path[4200];
-    int resumed = asked->resume && find_checkpoint(run->out, checkpoint);
+    snprintf(checkpoint, sizeof(checkpoint), "%s/latest", run->out);
+    if (has_file(run->out, "config.json"))
+        usage_fail("%s is a model, not a run directory: start from it by --init, or resume the run that holds it", run->out);
+    int resumed = asked->resume && has_file(checkpoint, "config.json");
     if (resumed) {
         snprintf(path, sizeof(path), "%s/trainer_state.json", checkpoint);
         size_t size;
@@ -3887,7 +3939,10 @@ int open_run(Run *run, const Config *asked) {
         config_from_directory(c, checkpoint);
         read_options(c, expect_member(state, "options", 'o', path), path);
         join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL | 1 << ORDER, checkpoint);
-        run->step = (int)expect_member(state, "step", 'i', path)->number;
+        double step = expect_member(state, "step", 'i', path)->number;
+        if (!(step >= 1 && step <= 2e9))
+            fail("%s: step is %g; expected a number from 1 to 2e9", path, step);
+        run->step = (int)step;
         if (run->step >= c->steps) {
             printf("%s is finished: %d steps of %d. To go on, give more --steps\n", run->out, run->step, c->steps);
             json_free(state);
@@ -3905,8 +3960,7 @@ int open_run(Run *run, const Config *asked) {
         json_free(state);
         free(text);
     } else {
-        snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
-        if (!asked->resume && (access(path, F_OK) == 0 || find_checkpoint(run->out, checkpoint)))
+        if (!asked->resume && (has_file(run->out, "log.jsonl") || has_file(run->out, "latest")))
             usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
         if (c->init[0]) {
             config_from_directory(c, c->init);
@@ -3914,7 +3968,7 @@ int open_run(Run *run, const Config *asked) {
         }
         config_check(c);
         if (!c->data[0])
-            c->data = access("data/tinystories/tokenizer.json", F_OK) == 0 ? "data/tinystories" : "data/stories";
+            c->data = has_file("data/tinystories", "tokenizer.json") ? "data/tinystories" : "data/stories";
         load_tokenizer(run);
         c->vocab = c->init[0] ? c->vocab : run->tokenizer->vocab;
         if (c->init[0])
@@ -3973,7 +4027,7 @@ void announce(Run *run) {
     run->flops = flops_per_token(c);
     run->peak = run->backend->peak();
     fprintf(run->log, "{\"type\":\"run\",");
-    write_options(run->log, c, 1);
+    write_options(run->log, c);
     fprintf(run->log, ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,\"threads\":%d,\"ranks\":1,",
             c->vocab, total, active, run->flops, thread_count());
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,\"device\":", run->step, run->peak / 1e9);
@@ -4037,6 +4091,12 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
 
 #ifndef TRAIN_MOE_NO_MAIN
 int main(int argc, char **argv) {
+#ifdef _OPENMP
+    // Waiting threads should sleep. OpenMP's default is to spin, which on a machine with anything else to do makes a step
+    // ten times slower. Its runtime reads this before main, so the program begins once more.
+    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0)
+        execv("/proc/self/exe", argv);
+#endif
     return trainer_main(argc, argv, &cpu_backend);
 }
 #endif

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Prepares TinyStories (Eldan & Li 2023, arXiv:2305.07759; CDLA-Sharing-1.0) for training: fetches the text, cleans it,
-# trains a vocabulary and writes token files. The text is fetched in pieces where the line breaks: type the command again.
+# trains a vocabulary and writes token files. Where fetching was cut off, the same command goes on.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -52,7 +52,8 @@ size_of() { # bytes of a file, 0 where there is none
 fetch() { # $1: name of the file
     file=$out/$1
     head=$(curl -fsSIL --retry 3 --connect-timeout 20 "$url/$1") ||
-        fail "cannot reach $url/$1. Without a network, copy the text here and type: data/tinystories.sh --from FILE_OR_DIR"
+        fail "cannot reach $url/$1. Without a network, bring the
+text by other means and type: data/tinystories.sh --from FILE_OR_DIR"
     size=$(echo "$head" | tr -d '\r' | awk 'tolower($1) == "content-length:" { size = $2 } END { print size + 0 }')
     if [ "$size" -gt 0 ] && [ "$(size_of "$file")" -eq "$size" ]; then
         echo "$1: already here"
@@ -71,7 +72,7 @@ fetch() { # $1: name of the file
         [ ! -t 2 ] || quiet=--progress-bar
         until curl -fL $quiet --connect-timeout 20 --speed-limit 1000 --speed-time 60 -C - -o "$file.part" "$url/$1"; do
             tries=$((tries - 1))
-            [ $tries -gt 0 ] || fail "$1: the connection broke again and again. What has come is kept; type the command again"
+            [ $tries -gt 0 ] || fail "$1: the connection broke again and again. What came is kept: try again"
             sleep 2
         done
     fi

@@ -2,7 +2,7 @@
 """Holds data/tokenize against PyPI tokenizers and tiktoken: the same ids, and how fast.
 
     pip install tokenizers==0.23.3 tiktoken==0.14.0
-    python3 dev/check_tokenizer.py GPT2_DIR SAMPLE.txt [--tool data/tokenize] [--megabytes 10]
+    python3 dev/check_tokenizer.py GPT2_DIR SAMPLE.txt [--tool data/tokenize] [--megabytes 20]
 
 GPT2_DIR holds GPT-2's vocab.json and merges.txt; SAMPLE.txt is a text with <|endoftext|> between documents, such as
 TinyStories. Nothing is downloaded. Ends with status 1 where one id differs."""
@@ -29,7 +29,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("gpt2")
 parser.add_argument("sample")
 parser.add_argument("--tool", default=os.path.join(os.path.dirname(__file__), "..", "data", "tokenize"))
-parser.add_argument("--megabytes", type=int, default=10, help="size of the text for the speed test")
+parser.add_argument("--megabytes", type=int, default=20, help="size of the text for the speed test")
 args = parser.parse_args()
 folder = tempfile.mkdtemp(prefix="check_tokenizer-")
 atexit.register(shutil.rmtree, folder)
@@ -98,9 +98,12 @@ def torture():
         "สวัสดีชาวโลก ๐๑๒๓ नमस्ते दुनिया ०१२३ क्षत्रिय বাংলা தமிழ்",
         "x² x₃ ½ ¾ Ⅷ ⅷ ٣ ৪ ௧௨ 𝟘𝟙𝟚 ꘠ 1st 2nd 3.14159 1,000,000 0x1F",
         "don't DON'T we'll WE'LL I'm I'M they've THEY'VE you're he'd 's 'S ''s '''ll 't'd 'x 're've it\u2019s",
-        "for (int i = 0; i < n; i++) {\n\t\tx[i] += y[i] * 2.0f;  // add\n\t}\n\n\n#define A(x) ((x)<<1)\r\n\r\n\tend\r",
-        "a\u00a0b \u00a0 c\u2028d\u2029e\u200bf\u200dg\ufeffh\u3000i\u0085j\u1680k\u202fl\u205fm\u180en\x1co\x1fp\x0bq\x0cr",
-        "".join(" " * n + "x" for n in range(1, 40)) + "\n" * 30 + "y" + "\t" * 20 + "z" + " \n" * 10 + "  \n\n  \t end   ",
+        "for (int i = 0; i < n; i++) {\n\t\tx[i] += y[i] * 2.0f;  // add\n\t}\n\n\n"
+        "#define A(x) ((x)<<1)\r\n\r\n\tend\r",
+        "a\u00a0b \u00a0 c\u2028d\u2029e\u200bf\u200dg\ufeffh\u3000i"
+        "\u0085j\u1680k\u202fl\u205fm\u180en\x1co\x1fp\x0bq\x0cr",
+        "".join(" " * n + "x" for n in range(1, 40)) + "\n" * 30 + "y" + "\t" * 20,
+        "z" + " \n" * 10 + "  \n\n  \t end   ",
         "ÄÖÜäöüß Straße İıŞş ÀÉÎÕÜ ﬁﬂ Ǆǅǆ ʰʱ ªº µ Ωℵ℧ ſ 𝔘𝔫𝔦 ⓐⓑ ᛗᛖ Ⴀ ꙮ \U00010D40\U0001F100",
         END, f"{END}{END} {END}\n{END}x", "<|endoftext", "<|endoftext|", "|>", "<|", "\0\x01\x7f\ufffd",
     ]
@@ -127,7 +130,8 @@ whole["model"]["merges"] = [merge.split(" ") for merge in whole["model"]["merges
 gpt2_pairs = write("gpt2-pairs.json", json.dumps(whole, ensure_ascii=False).encode())
 reference = Tokenizer.from_file(gpt2)
 
-for what, text in [("the sample", sample.decode()), ("torture text", torture()), ("every character", every_character())]:
+texts = [("the sample", sample.decode()), ("torture text", torture()), ("every character", every_character())]
+for what, text in texts:
     ids = our_ids(gpt2, text.encode())
     check(f"GPT-2, {what}, tokenizers", ids, reference.encode(text, add_special_tokens=False).ids)
     check(f"GPT-2, {what}, tiktoken", ids, tik.encode(text, allowed_special="all"))
@@ -137,7 +141,7 @@ for what, text in [("the sample", sample.decode()), ("torture text", torture()),
 sample_path, mine = write("sample.txt", sample), path("mine")
 subprocess.run([args.tool, sample_path, "--vocab", "4096", "--out", mine], check=True, stdout=subprocess.DEVNULL)
 own = Tokenizer.from_file(os.path.join(mine, "tokenizer.json"))
-for what, text in [("the sample", sample.decode()), ("torture text", torture())]:
+for what, text in texts[:2]:
     check(f"our vocabulary, {what}, tokenizers", our_ids(os.path.join(mine, "tokenizer.json"), text.encode()),
           own.encode(text, add_special_tokens=False).ids)
 ids = []
@@ -146,16 +150,18 @@ for split in "train", "val":
         data = memoryview(file.read())
     ids += list(data[1024:].cast("H"))
 documents = [d.strip() for d in sample.decode().split(END)]
-check("our vocabulary, token files", ids, own.encode("".join(END + d for d in documents if d), add_special_tokens=False).ids)
+whole_text = "".join(END + d for d in documents if d)
+check("our vocabulary, token files", ids, own.encode(whole_text, add_special_tokens=False).ids)
 
 # Text that is no UTF-8, byte for byte.
 r = random.Random(2)
-broken = bytes(r.randrange(256) for _ in range(200000)) + sample[:50000] + b"\xc3(\xe2\x82\xff\xed\xa0\x80\xc0\x80\xf4\x90\x80\x80"
+broken = bytes(r.randrange(256) for _ in range(200000)) + sample[:50000]
+broken += b"\xc3(\xe2\x82\xff\xed\xa0\x80\xc0\x80\xf4\x90\x80\x80"
 vocabulary = {id: token for token, id in reference.get_vocab(True).items()}
 check("GPT-2, bytes that are no UTF-8, there and back", list(decode(vocabulary, our_ids(gpt2, broken))), list(broken))
 
 # Speed on one core: both read a file of documents and encode it (tokenizers in batches of documents, its fastest way).
-repeat = max(1, args.megabytes * 1000000 // len(sample))
+repeat = max(1, round(args.megabytes * 1e6 / len(sample)))
 big = write("big.txt", sample * repeat)
 for name, tokenizer in ("GPT-2", gpt2), ("our vocabulary", os.path.join(mine, "tokenizer.json")):
     start = time.time()
