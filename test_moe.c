@@ -501,6 +501,8 @@ typedef struct Layer { // what one of the layers below works on; its objective i
     Plan plan;
 } Layer;
 
+Layer empty_layer; // all zero: what a test starts from
+
 void subtract_one(real *x, size_t n) {
     for (size_t i = 0; i < n; i++)
         x[i] -= 1;
@@ -514,7 +516,7 @@ double rmsnorm_objective(void *arg) {
 
 void test_rmsnorm(void **state) {
     (void)state;
-    Layer l = {0};
+    Layer l = empty_layer;
     l.N = 2 * CHUNK + 5; // three chunks
     l.C = 21;
     size_t size = (size_t)l.N * l.C;
@@ -549,7 +551,7 @@ double rope_objective(void *arg) {
 
 void test_rope(void **state) {
     (void)state;
-    Layer l = {0};
+    Layer l = empty_layer;
     l.T = 9;
     l.N = 2 * l.T;
     l.H = 3;
@@ -604,7 +606,7 @@ void naive_attention(double *out, const Layer *l, int b, int t, int h) {
 }
 
 void check_attention(int T, int H, int KV, int D) {
-    Layer l = {0};
+    Layer l = empty_layer;
     char what[64];
     l.B = 2;
     l.T = T;
@@ -670,7 +672,7 @@ double naive_activation(int activation, double x) {
 }
 
 void check_activation(int activation, int gated, int weighted) {
-    Layer l = {0};
+    Layer l = empty_layer;
     char what[64];
     l.N = 19;
     l.F = 21;
@@ -744,7 +746,7 @@ double experts_objective(void *arg) { // of all answers, weighted and summed by 
 }
 
 void check_experts(int activation, int gated, uint64_t seed) {
-    Layer l = {0};
+    Layer l = empty_layer;
     char what[64];
     l.N = 23;
     l.E = 5;
@@ -805,7 +807,7 @@ double dense_objective(void *arg) { // one expert with all tokens, added to what
 
 void test_dense(void **state) {
     (void)state;
-    Layer l = {0};
+    Layer l = empty_layer;
     l.N = 50;
     l.C = 10;
     l.F = 33;
@@ -841,7 +843,7 @@ double gate_objective(void *arg) {
 void test_gate(void **state) {
     (void)state;
     for (int gate = PROBABILITY; gate <= RENORMALIZED; gate++) {
-        Layer l = {0};
+        Layer l = empty_layer;
         l.N = 9;
         l.E = 7;
         l.K = 3;
@@ -878,7 +880,7 @@ void test_head_loss(void **state) {
     (void)state;
     const int rows[] = {13, 14, 5, 1};
     for (int i = 0; i < 4; i++) {
-        Layer l = {0};
+        Layer l = empty_layer;
         l.N = 13;
         l.C = 6;
         l.V = 37;
@@ -914,7 +916,7 @@ double embedding_objective(void *arg) {
 
 void test_embedding(void **state) {
     (void)state;
-    Layer l = {0};
+    Layer l = empty_layer;
     l.N = 40;
     l.C = 5;
     l.V = 11; // tokens come several times
@@ -940,7 +942,7 @@ double balance_objective(void *arg) {
 void test_balance_backward(void **state) {
     (void)state;
     for (int group = 6; group <= 12; group += 6) {
-        Layer l = {0};
+        Layer l = empty_layer;
         l.N = 12;
         l.E = 5;
         l.K = 2;
@@ -1765,15 +1767,15 @@ void test_loader(void **state) {
     (void)state;
     put_shards("shards");
     const int windows = 15, T = 10;
-    int inputs[150], targets[150], starts[2][3][15];
+    int inputs[150], targets[150], starts[2][3][15], order[2][3][15];
     for (int seed = 0; seed < 2; seed++) {
         Data *d = data_open(scratch("shards"), "train", T, 65536, (uint64_t)seed);
         assert_int_equal(d->windows, windows);
         assert_int_equal(d->shard_count, 4);
         assert_true(d->tokens == 105 + 41 + 11 + 10);
-        static const char *const order[] = {"b_train.bin", "train_10.bin", "train_9.bin", "train_99.bin"};
+        static const char *const names[] = {"b_train.bin", "train_10.bin", "train_9.bin", "train_99.bin"};
         for (int i = 0; i < 4; i++)
-            assert_string_equal(strrchr(d->shards[i].path, '/') + 1, order[i]);
+            assert_string_equal(strrchr(d->shards[i].path, '/') + 1, names[i]);
         for (int w = 0; w < windows; w++) { // unshifted, as in validation
             data_window(d, w, -1, inputs, targets);
             assert_int_equal(inputs[0], w < 10 ? w * T : w < 14 ? 1000 + (w - 10) * T : 2000);
@@ -1789,7 +1791,8 @@ void test_loader(void **state) {
                 }
                 assert_true(shift[shard] < 0 || shift[shard] == at % T); // the cuts are shifted together
                 shift[shard] = at % T;
-                seen[(shard == 0 ? 0 : shard == 1 ? 10 : 14) + at / T]++;
+                order[seed][epoch][w] = (shard == 0 ? 0 : shard == 1 ? 10 : 14) + at / T;
+                seen[order[seed][epoch][w]]++;
             }
             assert_true(shift[0] <= 4 && shift[1] == 0 && shift[2] == 0); // within what is left over
             for (int w = 0; w < windows; w++)
@@ -1802,8 +1805,8 @@ void test_loader(void **state) {
         }
         data_close(d);
     }
-    assert_true(memcmp(starts[0][0], starts[1][0], sizeof(starts[0][0])) != 0);
-    assert_true(memcmp(starts[0][0], starts[0][1], sizeof(starts[0][0])) != 0);
+    assert_true(memcmp(order[0][0], order[1][0], sizeof(order[0][0])) != 0);
+    assert_true(memcmp(order[0][0], order[0][1], sizeof(order[0][0])) != 0);
     Data *val = data_open(scratch("shards"), "val", T, 65536, 1);
     assert_int_equal(val->windows, 4);
     data_close(val);
@@ -1978,19 +1981,35 @@ pid_t start_tiny(const char *out, const char *more) {
     return child;
 }
 
-// Waits until a file is there, or the process has ended. Its status as waitpid() gives it; -1: it still runs.
-int wait_for(pid_t child, const char *path) {
+// Waits until the file has this text in it, or the process has ended. Its status as waitpid() gives it; -1: it still
+// runs.
+int wait_for(pid_t child, const char *path, const char *text) {
     int status;
-    while (access(path, F_OK) != 0) {
+    for (int found = 0; !found;) {
         if (waitpid(child, &status, WNOHANG) == child)
             return status;
         usleep(500);
+        if (access(path, F_OK) == 0) {
+            size_t size;
+            char *now = read_file(path, &size);
+            found = strstr(now, text) != NULL;
+            free(now);
+        }
     }
     return -1;
 }
 
 int exists(const char *name) {
     return access(scratch(name), F_OK) == 0;
+}
+
+// The object in a line of a log; *line moves on to the next one.
+Json *next_line(char **line, const char *end) {
+    char *start = *line, *stop = (char *)memchr(start, '\n', (size_t)(end - start));
+    if (!stop || strncmp(start, "{\"type\":\"", 9) || stop[-1] != '}')
+        fail_msg("log.jsonl: not a whole line: %.*s", stop ? (int)(stop - start) : (int)(end - start), start);
+    *line = stop + 1;
+    return json_parse(start, (size_t)(stop - start), "log.jsonl");
 }
 
 // The last number `name` in a run's log of that type and step; NaN: there is none. Every line has to be JSON.
@@ -2000,11 +2019,8 @@ double logged(const char *out, const char *type, int step, const char *name) {
     double found = NAN;
     snprintf(file, sizeof(file), "%s/log.jsonl", out);
     char *text = read_file(scratch(file), &size);
-    for (char *line = text, *end; line < text + size; line = end + 1) {
-        end = (char *)memchr(line, '\n', (size_t)(text + size - line));
-        assert_non_null(end);
-        Json *json = json_parse(line, (size_t)(end - line), file);
-        assert_string_equal(json->child->key, "type");
+    for (char *line = text; line < text + size;) {
+        Json *json = next_line(&line, text + size);
         const Json *at = json_get(json, "step"), *value = json_get(json, name);
         if (!strcmp(json->child->text, type) && (!at || at->number == step) && value)
             found = value->number;
@@ -2014,17 +2030,26 @@ double logged(const char *out, const char *type, int step, const char *name) {
     return found;
 }
 
+void parse_log(void *arg) {
+    size_t size;
+    char *text = read_file((const char *)arg, &size);
+    for (char *line = text; line < text + size;)
+        json_free(next_line(&line, text + size));
+    free(text);
+}
+
 // Every step of 1..last has one step line, one router line for each layer with experts, in order.
-void check_log(const char *out, int last, int routers) {
+void assert_log(const char *out, int last, int routers) {
     char file[300];
     size_t size;
     int step = 0, router = 0;
+    char message[1024];
     snprintf(file, sizeof(file), "%s/log.jsonl", out);
+    if (dies(parse_log, (void *)scratch(file), message, sizeof(message)) != 0)
+        fail_msg("%s: %s", file, message);
     char *text = read_file(scratch(file), &size);
-    for (char *line = text, *end; line < text + size; line = end + 1) {
-        end = (char *)memchr(line, '\n', (size_t)(text + size - line));
-        assert_non_null(end);
-        Json *json = json_parse(line, (size_t)(end - line), file);
+    for (char *line = text; line < text + size;) {
+        Json *json = next_line(&line, text + size);
         const char *type = json->child->text;
         const Json *at = json_get(json, "step");
         if (!strcmp(type, "step")) {
@@ -2083,7 +2108,7 @@ void check_resume(const char *recipe) {
     char options[256], whole[64], halves[64], path[128];
     snprintf(whole, sizeof(whole), "whole-%s", recipe);
     snprintf(halves, sizeof(halves), "halves-%s", recipe);
-    snprintf(path, sizeof(path), "%s/latest", halves);
+    snprintf(path, sizeof(path), "%s/log.jsonl", halves);
     // the validation in step 7, of the whole file, takes long enough to be killed in
     snprintf(options, sizeof(options), "--recipe %s --topk %d --eval-every 7 --eval-batches 0 --accum 2", recipe,
              strcmp(recipe, "switch") ? 2 : 1);
@@ -2092,7 +2117,7 @@ void check_resume(const char *recipe) {
         assert_true(attempt < 5); // it was always done before it could be killed
         remove_tree(scratch(halves));
         pid_t child = start_tiny(halves, options);
-        status = wait_for(child, scratch(path));
+        status = wait_for(child, scratch(path), "\"step\":7,");
         if (status == -1) {
             kill(child, SIGKILL);
             waitpid(child, &status, 0);
@@ -2104,8 +2129,8 @@ void check_resume(const char *recipe) {
     assert_latest(halves, "checkpoint-12");
     assert_same_weights(whole, halves);
     int routers = !strcmp(recipe, "mixtral") ? 2 : !strcmp(recipe, "switch") ? 1 : 0;
-    check_log(whole, 12, routers);
-    check_log(halves, 12, routers);
+    assert_log(whole, 12, routers);
+    assert_log(halves, 12, routers);
     for (int step = 1; step <= 12; step++)
         assert_true(logged(whole, "step", step, "loss") == logged(halves, "step", step, "loss"));
     assert_true(logged(whole, "eval", 12, "val_loss") == logged(halves, "eval", 12, "val_loss"));
@@ -2141,7 +2166,7 @@ void test_resume_options(void **state) {
     expect(run_tiny("options", "--resume --steps 6 --threads 2 --log-every 1 --eval-every 1 --lr 1e-4"), 0,
            "What next");
     assert_latest("options", "checkpoint-6");
-    check_log("options", 6, 2);
+    assert_log("options", 6, 2);
     assert_near(logged("options", "step", 6, "lr"), 1e-5, 1e-9);
     assert_true(isfinite(logged("options", "eval", 5, "val_loss")));
 }
@@ -2202,7 +2227,7 @@ void test_leftovers(void **state) {
     assert_true(!exists("left/unfinished-checkpoint") && !exists("left/latest.new"));
     assert_latest("left", "checkpoint-4");
     assert_same_weights("clean", "left");
-    check_log("left", 4, 2);
+    assert_log("left", 4, 2);
 }
 
 // --init starts from weights: with a learning rate of 0 the validation loss stays what it was; every recipe.
@@ -2240,7 +2265,7 @@ void test_interrupt(void **state) {
     int status, stopped = 0;
     size_t size;
     pid_t child = start_tiny("stopped", "--steps 1000000 --save-every 3");
-    assert_int_equal(wait_for(child, scratch("stopped/latest")), -1);
+    assert_int_equal(wait_for(child, scratch("stopped/latest/config.json"), "{"), -1);
     kill(child, SIGINT);
     waitpid(child, &status, 0);
     assert_true(WIFEXITED(status));
@@ -2255,7 +2280,7 @@ void test_interrupt(void **state) {
     assert_latest("stopped", name);
     snprintf(options, sizeof(options), "--resume --steps %d", stopped + 2);
     expect(run_tiny("stopped", options), 0, "What next");
-    check_log("stopped", stopped + 2, 2);
+    assert_log("stopped", stopped + 2, 2);
 }
 
 // The same seed is the same run, whatever the number of threads; another seed is another. All recipes.
@@ -2395,7 +2420,7 @@ void test_bad_places(void **state) {
     assert_true(!exists("fuller/unfinished-checkpoint"));
     assert_latest("fuller", "checkpoint-2");
     expect(run_tiny("fuller", "--resume --steps 4"), 0, "What next"); // nothing was lost
-    check_log("fuller", 4, 2);
+    assert_log("fuller", 4, 2);
 }
 
 // Makes a copy of scratch(from), changes it by a shell command run there, and runs the program on it.
@@ -2521,7 +2546,7 @@ void test_nan(void **state) {
     assert_true(!exists("nan/unfinished-checkpoint"));
     expect(run_tiny("nan", "--resume --steps 4 --lr 1e-3 --min-lr 0 --weight-decay 0.1 --save-every 2"), 0,
            "What next");
-    check_log("nan", 4, 2);
+    assert_log("nan", 4, 2);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -2113,6 +2113,8 @@ uint64_t hash_bytes(const char *s, size_t n) {
         memcpy(&chunk, s, 8);
         h = hash64(h ^ chunk);
     }
+    if (n == 0)
+        return h;
     chunk = 0;
     memcpy(&chunk, s, n);
     return hash64(h ^ chunk);
