@@ -1926,6 +1926,14 @@ int shell(char *output, size_t size, const char *format, ...) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
+// AddressSanitizer's check for leaks; what ends by fail() has not freed its memory.
+void check_leaks(int yes) {
+    if (yes)
+        unsetenv("ASAN_OPTIONS");
+    else
+        setenv("ASAN_OPTIONS", "detect_leaks=0", 1);
+}
+
 // The processes do not depend on this file's `real`: the float build tests them.
 void need_program(void) {
     const char *program = getenv("TRAIN_MOE");
@@ -1934,6 +1942,7 @@ void need_program(void) {
     if (access(program ? program : "./train_moe", X_OK) != 0)
         fail_msg("%s is not there; make train_moe, or set TRAIN_MOE", program ? program : "./train_moe");
     make_data();
+    check_leaks(1);
     setenv("OMP_WAIT_POLICY", "passive", 1); // the machine may have other things to do
 }
 
@@ -2030,11 +2039,13 @@ double logged(const char *out, const char *type, int step, const char *name) {
     return found;
 }
 
-void parse_log(void *arg) {
+void parse_log(void *arg) { // in a process of its own, since a line that is no JSON ends it
     size_t size;
-    char *text = read_file((const char *)arg, &size);
-    for (char *line = text; line < text + size;)
-        json_free(next_line(&line, text + size));
+    char *text = read_file((const char *)arg, &size), *line = text, *end;
+    while ((end = (char *)memchr(line, '\n', (size_t)(text + size - line))) != NULL) {
+        json_free(json_parse(line, (size_t)(end - line), "log.jsonl"));
+        line = end + 1;
+    }
     free(text);
 }
 
@@ -2148,6 +2159,7 @@ void test_resume(void **state) {
 void test_resume_options(void **state) {
     (void)state;
     need_program();
+    check_leaks(0);
     expect(run_tiny("options", "--steps 4 --save-every 2"), 0, NULL);
     static const char *const fixed[] = {"--dim 64",  "--layers 3",  "--batch 4",      "--seed 2", "--seq 16",
                                         "--accum 2", "--experts 8", "--recipe dense", "--untied"};
@@ -2234,6 +2246,7 @@ void test_leftovers(void **state) {
 void test_init(void **state) {
     (void)state;
     need_program();
+    check_leaks(0);
     for (int r = 0; r < recipe_count; r++) {
         char first[64], options[512];
         snprintf(first, sizeof(first), "first-%s", recipes[r].name);
@@ -2344,6 +2357,7 @@ typedef struct BadCase {
 void test_bad_options(void **state) {
     (void)state;
     need_program();
+    check_leaks(0);
     static const BadCase cases[] = {
         {NULL, "--bogus 1", 2, "--bogus"},
         {NULL, "-x", 2, "-x"},
@@ -2404,6 +2418,7 @@ void test_bad_options(void **state) {
 void test_bad_places(void **state) {
     (void)state;
     need_program();
+    check_leaks(0);
     expect(run_tiny("data/tokenizer.json", ""), 1, "data/tokenizer.json");
     expect(run_tiny("data/tokenizer.json/run", ""), 1, "data/tokenizer.json");
     if (geteuid() != 0) {
@@ -2437,6 +2452,7 @@ void check_bad_case(const char *from, const BadCase *c) {
 void test_bad_checkpoints(void **state) {
     (void)state;
     need_program();
+    check_leaks(0);
     expect(run_tiny("good", "--steps 2"), 0, NULL);
     const char *const r = "--resume --steps 3", *const p = "--prompt hello";
     const BadCase cases[] = {
@@ -2495,6 +2511,7 @@ void test_bad_checkpoints(void **state) {
 void test_bad_data(void **state) {
     (void)state;
     need_program();
+    check_leaks(0);
     static const BadCase cases[] = {
         {"rm train*", "", 1, "*train*.bin"},
         {"rm val*", "", 1, "*val*.bin"},
@@ -2536,6 +2553,7 @@ void test_bad_data(void **state) {
 void test_nan(void **state) {
     (void)state;
     need_program();
+    check_leaks(0);
     const char *const wild = "--lr 100 --min-lr 0 --weight-decay 100 --clip 0 --warmup 0 --schedule constant";
     char options[256];
     expect(run_tiny("nan", "--steps 2"), 0, NULL);
@@ -2555,6 +2573,7 @@ void test_nan(void **state) {
 void test_prompt(void **state) {
     (void)state;
     need_program();
+    check_leaks(0);
     char first[4096], line[2200];
     size_t size;
     expect(run_tiny("told", "--steps 3"), 0, NULL);
@@ -2596,6 +2615,840 @@ void test_prompt(void **state) {
     expect(run_tiny("told", "--prompt hello --dim 64"), 2, "--dim 64");
     expect(run_tiny("told/latest", "--prompt hello"), 0, "hello"); // a checkpoint's own folder will do
     assert_latest("told", "checkpoint-3");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// JSON
+
+typedef struct JsonCase {
+    const char *text, *message; // message: a part of what the reader must say
+    size_t size;                // 0: strlen(text)
+} JsonCase;
+
+void parse_case(void *arg) {
+    const JsonCase *c = (const JsonCase *)arg;
+    json_free(json_parse(c->text, c->size ? c->size : strlen(c->text), "bad.json"));
+}
+
+void test_json_values(void **state) {
+    (void)state;
+    const char *text =
+        " {\"a\" : [1, -2.5e+3, 0, true, false, null, \"x\"], \"b\":{}, \"c\":[],\n\t\"a2\":\"\", \"d\":1, "
+        "\"d\":2, \"list\":[[1],[2,3]]} ";
+    Json *root = json_parse(text, strlen(text), "good.json");
+    Json *a = json_get(root, "a");
+    const char types[] = "nnntf0s";
+    int count = 0;
+    for (Json *v = a->child; v; v = v->next)
+        assert_int_equal(v->type, types[count++]);
+    assert_int_equal(count, 7);
+    assert_true(a->child->number == 1 && a->child->next->number == -2500);
+    assert_int_equal(json_get(root, "b")->type, 'o');
+    assert_null(json_get(root, "b")->child);
+    assert_null(json_get(root, "c")->child);
+    assert_int_equal(json_get(root, "a2")->length, 0);
+    assert_true(json_get(root, "d")->number == 2); // the last counts
+    assert_true(json_get(root, "list")->child->next->child->next->number == 3);
+    assert_null(json_get(root, "none"));
+    assert_null(json_get(NULL, "a"));
+    assert_null(json_get(a, "a"));
+    json_free(root);
+}
+
+void test_json_strings(void **state) {
+    (void)state;
+    const char *text = "[\"\\\"\\\\\\/\\b\\f\\n\\r\\t\", \"\\u00e9\\u4e2d\\ud83d\\ude00\", \"\\ud83d\", \"\\ude00x\", "
+                       "\"\\ud83d\\u0041\", \"a\\u0000b\", \"\xf0\x9f\x98\x80\"]";
+    const char *expected[] = {"\"\\/\b\f\n\r\t",  "\xc3\xa9\xe4\xb8\xad\xf0\x9f\x98\x80",
+                              "\xef\xbf\xbd",     "\xef\xbf\xbdx",
+                              "\xef\xbf\xbd\x41", "a",
+                              "\xf0\x9f\x98\x80"};
+    Json *root = json_parse(text, strlen(text), "good.json");
+    int i = 0;
+    for (Json *v = root->child; v; v = v->next, i++) {
+        assert_string_equal(v->text, expected[i]);
+        assert_int_equal(v->length, i == 5 ? 3 : strlen(expected[i]));
+    }
+    json_free(root);
+}
+
+void test_json_numbers(void **state) {
+    (void)state;
+    const char *texts[] = {"0", "-0", "7", "1.5", "1e3", "1E-3", "-12.25e+2", "123456789012345678", "1e-999"};
+    const double numbers[] = {0, 0, 7, 1.5, 1000, 0.001, -1225, 123456789012345678.0, 0};
+    for (int i = 0; i < 9; i++) {
+        char text[64]; // with digits behind the end, which must not be read
+        snprintf(text, sizeof(text), "%s99", texts[i]);
+        Json *json = json_parse(text, strlen(texts[i]), "good.json");
+        assert_true(json->type == 'n' && json->number == numbers[i]);
+        json_free(json);
+    }
+}
+
+void test_json_bad(void **state) {
+    (void)state;
+    static const JsonCase cases[] = {{"", "a value, found the end", 0},
+                                     {"  ", "byte 2", 0},
+                                     {"{", "a string", 0},
+                                     {"[", "a value", 0},
+                                     {"[1", "',' or ']'", 0},
+                                     {"{\"a\"", "':'", 0},
+                                     {"{\"a\":1", "',' or '}'", 0},
+                                     {"{\"a\":1,}", "a string", 0},
+                                     {"[1,]", "a value", 0},
+                                     {"[1 2]", "',' or ']'", 0},
+                                     {"{a:1}", "a string", 0},
+                                     {"[1]\n]", "byte 4", 0},
+                                     {"tru", "a value", 0},
+                                     {"NaN", "a value", 0},
+                                     {"'a'", "a value", 0},
+                                     {"\"a", "'\"'", 0},
+                                     {"\"\\", "backslash", 0},
+                                     {"\"\\x\"", "backslash", 0},
+                                     {"\"\\u12g4\"", "hexadecimal", 0},
+                                     {"\"\\u12", "hexadecimal", 0},
+                                     {"\"\\ud800\\u12", "hexadecimal", 0},
+                                     {"\"\n\"", "control", 0},
+                                     {"\"\0\"", "control", 3},
+                                     {"\"\xff\"", "UTF-8", 0},
+                                     {"\"\xc0\x80\"", "UTF-8", 0},
+                                     {"\"\xed\xa0\x80\"", "UTF-8", 0},
+                                     {"\"\xe2\x82\"", "UTF-8", 0},
+                                     {"01", "a number", 0},
+                                     {"+1", "a value", 0},
+                                     {"-", "a number", 0},
+                                     {"1.", "a number", 0},
+                                     {".5", "a value", 0},
+                                     {"1e", "the end of the text", 0},
+                                     {"1e+", "the end of the text", 0},
+                                     {"-.5", "a number", 0},
+                                     {"1.e5", "a number", 0},
+                                     {"-01", "a number", 0},
+                                     {"0x1", "a number", 0},
+                                     {"-inf", "a number", 0},
+                                     {"1e999", "double", 0},
+                                     {"{} x", "the end of the text", 0},
+                                     {"\xef\xbb\xbf{}", "a value", 0},
+                                     {"{}\0", "byte 0x00", 3}};
+    char message[512];
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        JsonCase c = cases[i];
+        assert_int_equal(dies(parse_case, &c, message, sizeof(message)), 1);
+        if (!strstr(message, c.message) || !strstr(message, "bad.json"))
+            fail_msg("case %d, %s: expected \"%s\", got \"%s\"", (int)i, c.text, c.message, message);
+    }
+}
+
+void test_json_deep_and_long(void **state) {
+    (void)state;
+    size_t size = 1 << 21;
+    char *text = (char *)allocate(size + 1, 1), message[512];
+    memset(text, '[', size);
+    JsonCase deep = {text, "", size};
+    assert_int_equal(dies(parse_case, &deep, message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "levels of nesting"));
+    memset(text + 99, ']', 99); // 99 levels are fine
+    json_free(json_parse(text, 198, "deep.json"));
+    for (size_t i = 0; i + 1 < size; i += 2)
+        memcpy(text + i, i ? "1," : "[1", 2);
+    text[1] = ' ';
+    text[size - 1] = ']';
+    Json *root = json_parse(text, size, "long.json");
+    size_t count = 0;
+    for (Json *v = root->child; v; v = v->next)
+        count++;
+    assert_int_equal(count, size / 2 - 1);
+    json_free(root);
+    free(text);
+}
+
+void test_json_random(void **state) { // a good text with bytes changed or cut off: a tree or a message, never a crash
+    (void)state;
+    const char *good = "{\"a\":[1,-2.5e3,true,null,\"x\\u00e9\\n\xc3\xa9\"],\"b\":{\"c\":{\"d\":[[],{}]}}}";
+    char text[128], message[512];
+    for (int i = 0; i < 100; i++) {
+        strcpy(text, good);
+        for (int k = 0; k < 1 + i % 3; k++)
+            text[hash64((uint64_t)(i * 10 + k)) % strlen(good)] = (char)hash64((uint64_t)(i * 10 + k + 5));
+        JsonCase c = {text, "", 1 + hash64((uint64_t)i + 99999) % strlen(good)};
+        int status = dies(parse_case, &c, message, sizeof(message));
+        assert_true(status == 0 || status == 1);
+    }
+}
+
+void test_json_write(void **state) {
+    (void)state;
+    char bytes[1024], *out = NULL;
+    size_t size = 0;
+    for (int i = 0; i < 1024; i++)
+        bytes[i] = (char)(i < 256 ? (uint64_t)i : hash64((uint64_t)i));
+    FILE *file = open_memstream(&out, &size);
+    json_write_string(file, bytes, sizeof(bytes));
+    fclose(file);
+    Json *json = json_parse(out, size, "written.json"); // valid, whatever was written
+    assert_memory_equal(json->text, bytes, 128);
+    json_free(json);
+    free(out);
+    const char *text = "caf\xc3\xa9 \"x\\y\"\n\t\x01\xf0\x9f\x98\x80";
+    file = open_memstream(&out, &size);
+    json_write_string(file, text, strlen(text));
+    json_write_string(file, "\xff\xe2\x82", 3);
+    fclose(file);
+    assert_string_equal(out, "\"caf\xc3\xa9 \\\"x\\\\y\\\"\\n\\u0009\\u0001\xf0\x9f\x98\x80\""
+                             "\"\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\"");
+    free(out);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tokenizer
+
+void assert_ids(Tokenizer *t, const char *text, const char *expected) { // expected: ids, a space behind each
+    int ids[256];
+    char list[2048] = "";
+    size_t n = tokenizer_encode(t, text, strlen(text), ids);
+    for (size_t i = 0; i < n; i++)
+        sprintf(list + strlen(list), "%d ", ids[i]);
+    if (strcmp(list, expected) != 0)
+        fail_msg("\"%s\": %s, expected %s", text, list, expected);
+}
+
+void assert_round_trip(Tokenizer *t, const char *text, size_t size) {
+    int *ids = (int *)allocate(size + 1, sizeof(int)), length;
+    size_t n = tokenizer_encode(t, text, size, ids), at = 0;
+    assert_true(n <= size + 1);
+    for (size_t i = 0; i < n; i++) {
+        assert_true(ids[i] >= 0 && ids[i] < t->vocab);
+        const char *token = tokenizer_text(t, ids[i], &length);
+        assert_true(at + (size_t)length <= size && memcmp(text + at, token, (size_t)length) == 0);
+        at += (size_t)length;
+    }
+    assert_int_equal(at, size);
+    free(ids);
+}
+
+void test_tokenizer_merges(void **state) {
+    (void)state;
+    Tokenizer *t = tokenizer_load(small_tokenizer("t.json", NULL, NULL));
+    assert_int_equal(t->vocab, 265);
+    assert_int_equal(t->eot, 0);
+    assert_ids(t, "hello hello", "260 262 ");
+    assert_ids(t, "hel", "257 109 ");
+    assert_ids(t, "aaa aaaaa", "263 98 33 264 98 "); // the left ones first
+    assert_ids(t, "hello<|endoftext|>hello", "260 0 260 ");
+    assert_ids(t, "<|endoftext|><|endoftext|>", "0 0 ");
+    assert_ids(t, "<|endoftext", "61 125 102 111 101 112 103 117 102 121 117 ");
+    assert_ids(t, "", "");
+    tokenizer_free(t);
+}
+
+void test_tokenizer_forms(void **state) { // other ways to write the same file
+    (void)state;
+    Tokenizer *t =
+        tokenizer_load(small_tokenizer("t.json", "\"he ll\", \"hell o\"", "[\"he\", \"ll\"], [\"hell\", \"o\"]"));
+    assert_ids(t, "hello hello", "260 262 ");
+    tokenizer_free(t);
+    t = tokenizer_load(small_tokenizer("t.json",
+                                       "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": true}",
+                                       "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"ByteLevel\"}]}"));
+    assert_ids(t, "hello hello", "260 262 ");
+    tokenizer_free(t);
+    t = tokenizer_load(
+        small_tokenizer("t.json", "\"lstrip\": false}", "\"lstrip\": false}, {\"id\": 265, \"content\": \"<|\"}"));
+    assert_ids(t, "<|endoftext|><|hello", "0 265 260 "); // the longest
+    tokenizer_free(t);
+    t = tokenizer_load(small_tokenizer("t.json", "{\"id\": 0, \"content\": \"<|endoftext|>\", \"lstrip\": false}", ""));
+    assert_ids(t, "hello<|endoftext|>", "260 0 "); // only in the vocabulary
+    tokenizer_free(t);
+}
+
+void load_case(void *arg) {
+    tokenizer_free(tokenizer_load((const char *)arg));
+}
+
+void test_tokenizer_bad(void **state) {
+    (void)state;
+    static const char *const cases[][3] = {
+        {"\"type\": \"BPE\"", "\"type\": \"Unigram\"", "Unigram"},
+        {"\"byte_fallback\": false", "\"byte_fallback\": true", "byte_fallback"},
+        {"\"dropout\": null", "\"dropout\": 0.1", "dropout"},
+        {"\"dropout\": null", "\"end_of_word_suffix\": \"</w>\"", "end_of_word_suffix"},
+        {"\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", "normalizer is NFC"},
+        {"\"type\": \"ByteLevel\"", "\"type\": \"Whitespace\"", "type is Whitespace"},
+        {"{\"type\": \"ByteLevel\"", "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\"}]",
+         "type is Split"},
+        {"{\"type\": \"ByteLevel\"",
+         "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"ByteLevel\"}, {\"type\": \"Digits\"}]",
+         "type is Sequence"},
+        {"\"use_regex\": true", "\"use_regex\": false", "use_regex"},
+        {"\"add_prefix_space\": false", "\"add_prefix_space\": true", "add_prefix_space is true"},
+        {"\"pre_tokenizer\"", "\"something\"", "type is null"},
+        {"\"model\"", "\"modal\"", "\"model\""},
+        {"\"vocab\"", "\"vocal\"", "\"vocab\""},
+        {"\"merges\"", "\"mergers\"", "\"merges\""},
+        {"\"lstrip\": false", "\"lstrip\": true", "lstrip"},
+        {"\"content\": \"<|endoftext|>\"", "\"contents\": 1", "content"},
+        {"\"hello\": 260", "\"hello\": 259", "has id 259"},
+        {"\"hello\": 260", "\"hell\": 260", "given twice"},
+        {"\"hello\": 260", "\"hello\": 26000", "26000"},
+        {"\"hello\": 260", "\"hello\": -1", "whole number"},
+        {"\"hello\": 260", "\"hello\": 260.5", "whole number"},
+        {"\"hello\": 260", "\"hello\": \"260\"", "whole number"},
+        {"\"hello\": 260", "\"\": 260", "empty"},
+        {"\"aaaa\": 264", "\"aaaa\": 265", "has id 265"},
+        {"\"hello\": 260", "\"\xe2\x96\x81hello\": 260", "alphabet"},
+        {"\"z\": 123", "\"zzz\": 123", "byte 0x7a has no token"},
+        {"\"hell o\"", "\"hell x\"", "not all in the vocabulary"},
+        {"\"hell o\"", "\"help o\"", "not all in the vocabulary"},
+        {"\"hell o\"", "\"o help\"", "not all in the vocabulary"},
+        {"\"hell o\"", "\"hello\"", "neither"},
+        {"\"hell o\"", "[\"hello\"]", "neither"},
+        {"\"hell o\"", "[\"h\", \"e\", \"l\"]", "neither"},
+        {"\"hell o\"", "7", "neither"},
+        {"\"version\"", "version", "bad JSON"}};
+    char message[1024];
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        const char *path = small_tokenizer("bad.json", cases[i][0], cases[i][1]);
+        assert_int_equal(dies(load_case, (void *)path, message, sizeof(message)), 1);
+        if (!strstr(message, cases[i][2]) || !strstr(message, "bad.json"))
+            fail_msg("%s: expected \"%s\", got \"%s\"", cases[i][1], cases[i][2], message);
+    }
+    const char *path = put_text("bad.json", "");
+    assert_int_equal(dies(load_case, (void *)path, message, sizeof(message)), 1);
+    assert_int_equal(dies(load_case, (void *)scratch("absent.json"), message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "absent.json"));
+}
+
+void test_tokenizer_no_endoftext(void **state) {
+    (void)state;
+    char message[1024];
+    const char *path = small_tokenizer("bad.json", "\"content\": \"<|endoftext|>\"", "\"content\": \"<|end|>\"");
+    size_t size;
+    char *text = read_file(path, &size), *second = strstr(text, "\"<|endoftext|>\": 0, ");
+    memmove(second, second + 20, strlen(second + 20) + 1);
+    path = put_text("bad.json", text);
+    free(text);
+    assert_int_equal(dies(load_case, (void *)path, message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "<|endoftext|>"));
+}
+
+void test_tokenizer_words(void **state) { // how text is cut; the words are separated by |
+    (void)state;
+    static const char *const cases[] = {
+        "Hello| world|!!",
+        "It|'s| we|'ll| I|'m| they|'ve| he|'d| you|'re| don|'t",
+        "IT|'|S| '|s",
+        "x|=|12|.|5| ²|a",
+        "  | a",
+        "a|  ",
+        "a| | b",
+        "\n|\n|a",
+        "\n| a",
+        "a| \n| b",
+        "a|\r\n\r|\n|b",
+        "  ",
+        "a|\xc2\xa0|b",
+        "a|\xc2\xa0| b",
+        "\xe2\x80\xa8|b",
+        "\xe4\xb8\xad\xe6\x96\x87|\xe3\x80\x82| \xd9\x85\xd8\xb1|\xd9\xa3\xe2\x85\xa7|x",
+        "e|\xcc\x81|x",
+        "a|\xe2\x80\x8b|b",
+        "a|\xff\xfe|b| \xc3(|x",
+        " \xf0\x9f\x91\xa8\xe2\x80\x8d\xf0\x9f\x91\xa9!",
+        "''|s|'|lx"};
+    unsigned char *class_of = character_classes();
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        char text[128] = "", cut[256] = "";
+        for (const char *s = cases[i]; *s; s++)
+            if (*s != '|')
+                strncat(text, s, 1);
+        for (size_t at = 0, n = strlen(text); at < n;) {
+            size_t length = first_word(class_of, text + at, n - at);
+            snprintf(cut + strlen(cut), sizeof(cut) - strlen(cut), "%s%.*s", at ? "|" : "", (int)length, text + at);
+            at += length;
+        }
+        if (strcmp(cut, cases[i]) != 0)
+            fail_msg("expected \"%s\", got \"%s\"", cases[i], cut);
+    }
+    free(class_of);
+}
+
+void test_tokenizer_round_trip(void **state) {
+    (void)state;
+    Tokenizer *t = tokenizer_load(small_tokenizer("t.json", NULL, NULL));
+    char text[5000];
+    for (int i = 0; i < 256; i++) {
+        text[0] = (char)i;
+        assert_round_trip(t, text, 1);
+    }
+    for (int i = 0; i < 256; i++)
+        text[i] = (char)i;
+    assert_round_trip(t, text, 256);
+    static const char *const bits[] = {"hello ",           "aaaa", "<|endoftext|>", "<|end", "\xe4\xb8\xad",
+                                       "\xf0\x9f\x98\x80", " \n",  "\xc3",          "'s"};
+    for (int round = 0; round < 60; round++) {
+        size_t n = 0;
+        for (int k = 0; n < 4900 && k < 50 * round; k++) {
+            uint64_t h = hash64((uint64_t)(round * 10000 + k));
+            if (round % 2) {
+                text[n++] = (char)h;
+            } else {
+                memcpy(text + n, bits[h % 9], strlen(bits[h % 9]));
+                n += strlen(bits[h % 9]);
+            }
+        }
+        assert_round_trip(t, text, n);
+    }
+    tokenizer_free(t);
+}
+
+// The definition, word by word: look through all pairs, merge the first of the lowest rank, begin again.
+size_t encode_by_definition(const Tokenizer *t, const char *s, size_t n, int *ids) {
+    size_t count = 0;
+    for (size_t length; n > 0; s += length, n -= length) {
+        length = first_word(t->class_of, s, n);
+        int *word = ids + count, size = (int)length;
+        for (int i = 0; i < size; i++)
+            word[i] = t->byte_id[(unsigned char)s[i]];
+        for (;;) {
+            int best = -1;
+            const Merge *merge = NULL;
+            for (int i = 0; i + 1 < size; i++) {
+                const Merge *m = find_merge(t, word[i], word[i + 1]);
+                if (m->rank && (!merge || m->rank < merge->rank)) {
+                    merge = m;
+                    best = i;
+                }
+            }
+            if (best < 0)
+                break;
+            word[best] = merge->id;
+            memmove(word + best + 1, word + best + 2, (size_t)(--size - best - 1) * sizeof(int));
+        }
+        count += (size_t)size;
+    }
+    return count;
+}
+
+void test_tokenizer_long_word(void **state) { // a million letters: a quadratic algorithm would take an hour
+    (void)state;
+    Tokenizer *t = tokenizer_load(small_tokenizer("t.json", NULL, NULL));
+    size_t n = 1000000;
+    char *text = (char *)allocate(n, 1);
+    for (size_t i = 0; i < n; i++)
+        text[i] = i < n / 2 ? 'a' : "helo"[hash64(i) % 4];
+    double start = seconds();
+    assert_round_trip(t, text, n);
+    assert_true(seconds() - start < 20);
+    free(text);
+    tokenizer_free(t);
+}
+
+void test_tokenizer_share(void **state) {
+    (void)state;
+    Tokenizer *t = tokenizer_load(small_tokenizer("t.json", NULL, NULL)), *other = tokenizer_share(t);
+    assert_ids(other, "hello aaaa", "260 33 264 ");
+    assert_ids(t, "hello aaaa", "260 33 264 ");
+    tokenizer_free(other);
+    assert_ids(t, "hello", "260 ");
+    tokenizer_free(t);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// data/tokenize, the program
+
+uint16_t *read_shard(const char *path, size_t *count) { // to be freed; checks the header
+    size_t size;
+    char *bytes = read_file(path, &size);
+    int32_t header[256];
+    assert_true(size >= 1024);
+    memcpy(header, bytes, 1024);
+    assert_int_equal(header[0], 20240520);
+    assert_int_equal(header[1], 1);
+    *count = (size_t)header[2];
+    assert_int_equal(size, 1024 + 2 * *count);
+    for (int i = 3; i < 256; i++)
+        assert_int_equal(header[i], 0);
+    memmove(bytes, bytes + 1024, size - 1024);
+    return (uint16_t *)bytes;
+}
+
+// Many little documents of made-up words; a comma between some.
+const char *write_documents(const char *name, int documents, uint64_t seed) {
+    static const char *const parts[] = {"sto", "ry",        "ba",  "na", "the",
+                                        "ing", "e\xcc\x81", "cat", "12", "\xe4\xb8\xad"};
+    const char *path = scratch(name);
+    FILE *file = fopen(path, "wb");
+    for (int d = 0; d < documents; d++) {
+        for (int w = 0; w < 40; w++) {
+            uint64_t h = hash64(seed + (uint64_t)(d * 64 + w));
+            for (int k = 0; k < 1 + (int)(h % 3); k++)
+                fputs(parts[(h >> 8 * (k + 1)) % 10], file);
+            fputs(h >> 60 ? " " : ", ", file);
+        }
+        fputs(".\n<|endoftext|>\n", file);
+    }
+    fclose(file);
+    return path;
+}
+
+void test_tokenize_trains_by_definition(void **state) {
+    (void)state;
+    char output[4096];
+    const char *text_path = write_documents("text.txt", 60, 1), *valid = write_documents("valid.txt", 5, 2);
+    enum { VOCAB = 330 };
+    assert_int_equal(
+        shell(output, sizeof(output), "$TOKENIZE --vocab %d %s %s --out %s", VOCAB, text_path, valid, scratch("d")), 0);
+    Tokenizer *t = tokenizer_load(scratch("d/tokenizer.json"));
+    assert_int_equal(t->vocab, VOCAB);
+
+    // All words in a row, -1 between them; one merge after the other, each after counting all pairs anew.
+    size_t size, n = 0;
+    char *text = read_file(text_path, &size);
+    int *row = (int *)allocate(2 * size, sizeof(int));
+    for (char *document = text, *end; (end = strstr(document, "<|endoftext|>")) != NULL; document = end + 13) {
+        while (*document == '\n')
+            document++;
+        char *stop = end;
+        while (stop > document && stop[-1] == '\n')
+            stop--;
+        for (char *s = document; s < stop;) {
+            size_t length = first_word(t->class_of, s, (size_t)(stop - s));
+            for (size_t i = 0; i < length; i++)
+                row[n++] = 1 + (unsigned char)s[i];
+            row[n++] = -1;
+            s += length;
+        }
+    }
+    Json *root = json_parse(t->json, t->json_size, "tokenizer.json");
+    Json *merge = json_get(json_get(root, "model"), "merges")->child;
+    int *counts = (int *)allocate(VOCAB * VOCAB, sizeof(int));
+    for (int token = 257; token < VOCAB; token++, merge = merge->next) {
+        memset(counts, 0, VOCAB * VOCAB * sizeof(int));
+        for (size_t i = 0; i + 1 < n; i++)
+            if (row[i] >= 0 && row[i + 1] >= 0)
+                counts[row[i] * VOCAB + row[i + 1]]++;
+        int best = 0, left, right, length;
+        for (int i = 0; i < VOCAB * VOCAB; i++)
+            if (counts[i] > counts[best])
+                best = i;
+        left = best / VOCAB;
+        right = best % VOCAB;
+        size_t kept = 0;
+        for (size_t i = 0; i < n; i++) {
+            int here = row[i] == left && i + 1 < n && row[i + 1] == right;
+            row[kept++] = here ? token : row[i];
+            i += (size_t)here;
+        }
+        n = kept;
+        char a[64], b[64], bytes[128];
+        int a_length = alphabet_to_bytes(merge->child->text, merge->child->length, a);
+        int b_length = alphabet_to_bytes(merge->child->next->text, merge->child->next->length, b);
+        assert_int_equal(a_length, t->length[left]);
+        assert_memory_equal(a, t->text[left], (size_t)a_length);
+        assert_int_equal(b_length, t->length[right]);
+        assert_memory_equal(b, t->text[right], (size_t)b_length);
+        memcpy(bytes, a, (size_t)a_length);
+        memcpy(bytes + a_length, b, (size_t)b_length);
+        const char *made = tokenizer_text(t, token, &length);
+        assert_int_equal(length, a_length + b_length);
+        assert_memory_equal(bytes, made, (size_t)length);
+    }
+    assert_null(merge);
+
+    int *ids = (int *)allocate(size + 1, sizeof(int)), *slow = (int *)allocate(size + 1, sizeof(int));
+    size_t count = tokenizer_encode(t, text, size, ids), at = 0;
+    for (char *s = text, *end; s < text + size; s = end + 13) {
+        end = strstr(s, "<|endoftext|>");
+        size_t stop = encode_by_definition(t, s, (size_t)((end ? end : text + size) - s), slow + at);
+        at += stop;
+        if (!end)
+            break;
+        slow[at++] = t->eot;
+    }
+    assert_int_equal(count, at);
+    assert_memory_equal(ids, slow, at * sizeof(int));
+    free(ids);
+    free(slow);
+    free(counts);
+    free(row);
+    free(text);
+    json_free(root);
+    tokenizer_free(t);
+}
+
+void test_tokenize_shards(void **state) {
+    (void)state;
+    char output[4096];
+    const char *train =
+        put_text("a.txt", "<|endoftext|>\nhello hello\n<|endoftext|>\n\n<|endoftext|> aaaa <|endoftext|>\nhello");
+    const char *valid = put_text("a-valid.txt", "hello<|endoftext|>");
+    const char *json = small_tokenizer("t.json", NULL, NULL);
+    assert_int_equal(
+        shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s %s --out %s", json, train, valid, scratch("e")), 0);
+    assert_non_null(strstr(output, "3 documents"));
+    assert_non_null(strstr(output, "1 empty"));
+    size_t n;
+    uint16_t *ids = read_shard(scratch("e/train_000000.bin"), &n);
+    const uint16_t expected[] = {0, 260, 262, 0, 264, 0, 260};
+    assert_int_equal(n, 7);
+    assert_memory_equal(ids, expected, sizeof(expected));
+    free(ids);
+    ids = read_shard(scratch("e/val_000000.bin"), &n);
+    assert_int_equal(n, 2);
+    free(ids);
+    assert_same_file(json, scratch("e/tokenizer.json"));
+}
+
+void test_tokenize_split(void **state) { // without a validation file the last hundredth of the documents
+    (void)state;
+    char output[4096];
+    const char *text = write_documents("many.txt", 300, 3), *json = small_tokenizer("t.json", NULL, NULL);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, text, scratch("f")),
+                     0);
+    assert_non_null(strstr(output, "last 3 of 300 documents"));
+    size_t n, train = 0, val = 0;
+    uint16_t *ids = read_shard(scratch("f/train_000000.bin"), &n);
+    for (size_t i = 0; i < n; i++)
+        train += ids[i] == 0;
+    free(ids);
+    ids = read_shard(scratch("f/val_000000.bin"), &n);
+    for (size_t i = 0; i < n; i++)
+        val += ids[i] == 0;
+    free(ids);
+    assert_int_equal(train, 297);
+    assert_int_equal(val, 3);
+}
+
+void test_tokenize_threads(void **state) {
+    (void)state;
+    char output[4096];
+    const char *text = write_documents("many.txt", 1000, 4),
+               *names[] = {"tokenizer.json", "train_000000.bin", "val_000000.bin"};
+    for (int threads = 1; threads <= 2; threads++)
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --vocab 400 --threads %d %s --out %s%d", threads,
+                               text, scratch("threads"), threads),
+                         0);
+    for (int i = 0; i < 3; i++) {
+        char a[64], b[64];
+        snprintf(a, sizeof(a), "threads1/%s", names[i]);
+        snprintf(b, sizeof(b), "threads2/%s", names[i]);
+        assert_same_file(scratch(a), scratch(b));
+    }
+}
+
+void test_tokenize_long_document(void **state) { // longer than the blocks of 8 MiB that are read
+    (void)state;
+    char output[4096];
+    size_t size = 9000000;
+    char *text = (char *)allocate(size + 40, 1);
+    for (size_t i = 0; i < size; i += 6)
+        memcpy(text + i, " hello", 6);
+    memcpy(text + size, "<|endoftext|> hello<|endoftext|>aaaa", 37);
+    const char *path = put_file("long.txt", text, size + 36), *json = small_tokenizer("t.json", NULL, NULL);
+    free(text);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, path, scratch("g")),
+                     0);
+    size_t n;
+    uint16_t *ids = read_shard(scratch("g/train_000000.bin"), &n);
+    assert_int_equal(n, 1 + size / 6 + 2);
+    assert_true(ids[0] == 0 && ids[1] == 260 && ids[2] == 262 && ids[n - 3] == 262 && ids[n - 2] == 0 &&
+                ids[n - 1] == 260);
+    free(ids);
+}
+
+void test_tokenize_clean(void **state) {
+    (void)state;
+    char output[4096];
+    static const char text[] = "It\xc3\xa2\xe2\x82\xac\xe2\x84\xa2s caf\xc3\x83\xc2\xa9, "
+                               "\xc3\xa2\xe2\x82\xac\xc5\x93hi\xc3\xa2\xe2\x82\xac\xc2\x9d \xc3\xa2\xe2\x82\xac.\r\n"
+                               "  \n\n\nEnd.  <|endoftext|>Cut off in the<|endoftext|>\n<|endoftext|>endoftext|>Right. "
+                               "\xc3\xa2 propos \xc2\xab\xc3\xa9\xc2\xbb!"
+                               "<|endoftext|>The End";
+    static const char expected[] = "It\xe2\x80\x99s caf\xc3\xa9, \xe2\x80\x9chi\xe2\x80\x9d \xe2\x80\x9d.\n\nEnd.";
+    static const char second[] = "Right. \xc3\xa2 propos \xc2\xab\xc3\xa9\xc2\xbb!";
+    const char *path = put_file("dirty.txt", text, sizeof(text) - 1), *valid = put_text("dirty-valid.txt", "One.");
+    const char *json = small_tokenizer("t.json", NULL, NULL);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --clean --tokenizer %s %s %s --out %s", json, path, valid,
+                           scratch("h")),
+                     0);
+    Tokenizer *t = tokenizer_load(json);
+    size_t n, used = 0;
+    uint16_t *ids = read_shard(scratch("h/train_000000.bin"), &n);
+    char got[1024];
+    for (size_t i = 0; i < n; i++) {
+        int length;
+        const char *token = tokenizer_text(t, ids[i], &length);
+        if (ids[i] == 0)
+            token = "|", length = 1;
+        memcpy(got + used, token, (size_t)length);
+        used += (size_t)length;
+    }
+    got[used] = 0;
+    char whole[1024];
+    snprintf(whole, sizeof(whole), "|%s|%s|The End", expected, second);
+    assert_string_equal(got, whole);
+    assert_non_null(strstr(output, "5 characters of mojibake"));
+    assert_non_null(strstr(output, "1 stray"));
+    assert_non_null(strstr(output, "1 empty"));
+    assert_non_null(strstr(output, "1 truncated"));
+    free(ids);
+    tokenizer_free(t);
+}
+
+void test_tokenize_ids(void **state) {
+    (void)state;
+    char output[4096];
+    const char *json = small_tokenizer("t.json", NULL, NULL), *path = put_text("x.txt", " hello\n<|endoftext|>\n");
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids %s", json, path), 0);
+    assert_string_equal(output, "262 11 0 11\n");
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids - < %s", json, path), 0);
+    assert_string_equal(output, "262 11 0 11\n");
+}
+
+void test_tokenize_old_shards(void **state) { // those of a former run go; other files stay
+    (void)state;
+    char output[4096];
+    const char *text = write_documents("many.txt", 10, 5), *json = small_tokenizer("t.json", NULL, NULL);
+    for (int round = 0; round < 2; round++) {
+        assert_int_equal(
+            shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, text, scratch("old")), 0);
+        if (round == 0)
+            assert_int_equal(shell(output, sizeof(output),
+                                   "cd %s && touch train_000007.bin val_000001.bin my_train.bin notes.txt train_1.txt",
+                                   scratch("old")),
+                             0);
+    }
+    assert_non_null(strstr(output, "my_train.bin"));
+    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch("old")), 0);
+    assert_string_equal(output,
+                        "my_train.bin\nnotes.txt\ntokenizer.json\ntrain_000000.bin\ntrain_1.txt\nval_000000.bin\n");
+}
+
+void test_tokenize_bad_options(void **state) {
+    (void)state;
+    char output[4096];
+    static const char *const cases[][2] = {{"", "no text file"},
+                                           {"x.txt", "--out"},
+                                           {"--out d", "no text file"},
+                                           {"--vocab 256 x.txt --out d", "--vocab 256"},
+                                           {"--vocab 70000 x.txt --out d", "--vocab 70000"},
+                                           {"--vocab 300x x.txt --out d", "300x"},
+                                           {"--vocab", "--vocab"},
+                                           {"--frob x.txt --out d", "--frob"},
+                                           {"--vocab 300 --tokenizer t.json x.txt --out d", "one of the two"},
+                                           {"--ids x.txt", "--tokenizer"},
+                                           {"--threads 0 x.txt --out d", "--threads 0"}};
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE %s", cases[i][0]), 2);
+        if (!strstr(output, cases[i][1]))
+            fail_msg("%s: expected \"%s\", got \"%s\"", cases[i][0], cases[i][1], output);
+    }
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE -h"), 0);
+    assert_non_null(strstr(output, "--vocab N"));
+}
+
+// Runs the program on a text that must be refused: exit 1, the message, and nothing left in the output folder.
+void assert_refused(const char *message, const char *prefix, const char *arguments) {
+    char output[4096], here[2048];
+    assert_non_null(getcwd(here, sizeof(here)));
+    int status =
+        shell(output, sizeof(output), "cd %s && mkdir -p out && rm -f out/* && %s %s/data/tokenize %s --out out",
+              scratch(""), prefix, here, arguments);
+    if (status != 1 || !strstr(output, message))
+        fail_msg("%s: exit %d, expected \"%s\", got \"%s\"", arguments, status, message, output);
+    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch("out")), 0);
+    assert_string_equal(output, "");
+}
+
+void test_tokenize_missing_file(void **state) {
+    (void)state;
+    assert_refused("absent.txt", "", "absent.txt");
+}
+
+void test_tokenize_folder_for_file(void **state) {
+    (void)state;
+    assert_refused("not a regular file", "", "out");
+}
+
+void test_tokenize_empty_file(void **state) {
+    (void)state;
+    put_text("empty.txt", "");
+    assert_refused("empty.txt: the file is empty", "", "empty.txt");
+}
+
+void test_tokenize_no_text(void **state) {
+    (void)state;
+    put_text("blank.txt", " \n<|endoftext|>\n \n");
+    assert_refused("no text", "", "blank.txt");
+}
+
+void test_tokenize_one_document(void **state) {
+    (void)state;
+    put_text("one.txt", "A single story.");
+    assert_refused("1 document", "", "one.txt");
+}
+
+void test_tokenize_only_validation(void **state) {
+    (void)state;
+    put_text("my-valid.txt", "A story.");
+    assert_refused("only validation", "", "my-valid.txt");
+}
+
+void test_tokenize_empty_validation(void **state) {
+    (void)state;
+    put_text("one.txt", "A single story.");
+    put_text("none-valid.txt", "\n");
+    assert_refused("no document for validation", "", "one.txt none-valid.txt");
+}
+
+void test_tokenize_bad_tokenizer(void **state) {
+    (void)state;
+    put_text("one.txt", "A single story.");
+    put_text("broken.json", "{");
+    assert_refused("broken.json", "", "--tokenizer broken.json one.txt");
+}
+
+void test_tokenize_large_tokenizer(void **state) { // 65537 tokens do not fit 16 bits
+    (void)state;
+    char output[256];
+    char *more = (char *)allocate(1 << 22, 1), *end = more;
+    end += sprintf(end, "\"aaaa\": 264");
+    for (int id = 265; id <= 65536; id++)
+        end += sprintf(end, ", \"token%d\": %d", id, id);
+    small_tokenizer("large.json", "\"aaaa\": 264", more);
+    free(more);
+    put_text("one.txt", "hello");
+    assert_refused("65537 tokens", "", "--tokenizer large.json one.txt");
+    assert_int_equal(
+        shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids %s", scratch("large.json"), scratch("one.txt")),
+        0);
+    assert_string_equal(output, "260\n");
+}
+
+void test_tokenize_no_room(void **state) { // a limit on file sizes stands for a full disk
+    (void)state;
+    write_documents("many.txt", 3000, 6);
+    assert_refused("cannot write", "trap '' XFSZ; ulimit -f 8;", "--vocab 300 many.txt");
+    char output[256];
+    if (access("/dev/full", W_OK) == 0)
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids %s > /dev/full",
+                               small_tokenizer("t.json", NULL, NULL), scratch("many.txt")),
+                         1);
+}
+
+void test_tokenize_no_permission(void **state) {
+    (void)state;
+    char output[1024];
+    write_documents("many.txt", 10, 7);
+    put_text("file", "x");
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE %s --out %s/inner", scratch("many.txt"), scratch("file")),
+                     1);
+    assert_non_null(strstr(output, "file"));
+    if (geteuid() == 0) // root may write anywhere
+        return;
+    shell(output, sizeof(output), "mkdir %s && chmod 555 %s", scratch("locked"), scratch("locked"));
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE %s --out %s", scratch("many.txt"), scratch("locked")), 1);
+    assert_non_null(strstr(output, "Permission denied"));
 }
 
 int main(void) {
@@ -2652,6 +3505,42 @@ int main(void) {
         cmocka_unit_test(test_bad_data),
         cmocka_unit_test(test_nan),
         cmocka_unit_test(test_prompt),
+        cmocka_unit_test(test_json_values),
+        cmocka_unit_test(test_json_strings),
+        cmocka_unit_test(test_json_numbers),
+        cmocka_unit_test(test_json_bad),
+        cmocka_unit_test(test_json_deep_and_long),
+        cmocka_unit_test(test_json_random),
+        cmocka_unit_test(test_json_write),
+        cmocka_unit_test(test_tokenizer_merges),
+        cmocka_unit_test(test_tokenizer_forms),
+        cmocka_unit_test(test_tokenizer_bad),
+        cmocka_unit_test(test_tokenizer_no_endoftext),
+        cmocka_unit_test(test_tokenizer_words),
+        cmocka_unit_test(test_tokenizer_round_trip),
+        cmocka_unit_test(test_tokenizer_long_word),
+        cmocka_unit_test(test_tokenizer_share),
+        cmocka_unit_test(test_tokenize_trains_by_definition),
+        cmocka_unit_test(test_tokenize_shards),
+        cmocka_unit_test(test_tokenize_split),
+        cmocka_unit_test(test_tokenize_threads),
+        cmocka_unit_test(test_tokenize_long_document),
+        cmocka_unit_test(test_tokenize_clean),
+        cmocka_unit_test(test_tokenize_ids),
+        cmocka_unit_test(test_tokenize_old_shards),
+        cmocka_unit_test(test_tokenize_bad_options),
+        cmocka_unit_test(test_tokenize_missing_file),
+        cmocka_unit_test(test_tokenize_folder_for_file),
+        cmocka_unit_test(test_tokenize_empty_file),
+        cmocka_unit_test(test_tokenize_no_text),
+        cmocka_unit_test(test_tokenize_one_document),
+        cmocka_unit_test(test_tokenize_only_validation),
+        cmocka_unit_test(test_tokenize_empty_validation),
+        cmocka_unit_test(test_tokenize_bad_tokenizer),
+        cmocka_unit_test(test_tokenize_large_tokenizer),
+        cmocka_unit_test(test_tokenize_no_room),
+        cmocka_unit_test(test_tokenize_no_permission),
     };
+    setenv("TOKENIZE", "data/tokenize", 0);
     return cmocka_run_group_tests(tests, NULL, scratch_done);
 }

@@ -3417,6 +3417,13 @@ void remove_old_checkpoints(const char *out, int keep) {
 
 void save_checkpoint(Run *run) {
     const Config *c = &run->config;
+    const Model *shape = run->model;
+    real *weights = run->backend->fetch(run->model, WEIGHTS);
+    for (size_t i = 0; i < shape->size; i++) {
+        if (!isfinite(weights[i]))
+            fail("step %d: a weight is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
+                 (double)weights[i], run->out);
+    }
     char final[4096], link[4200], name[64];
     snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     snprintf(final, sizeof(final), "%s/%s", run->out, name);
@@ -3427,7 +3434,6 @@ void save_checkpoint(Run *run) {
     const char *dir = unfinished_path;
     int count;
     Part *parts = model_parts(c, &count);
-    real *weights = run->backend->fetch(run->model, WEIGHTS);
     real *moments[2] = {run->backend->fetch(run->model, MOMENT1), run->backend->fetch(run->model, MOMENT2)};
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
     write_safetensors(dir, "model.safetensors", parts, count, &weights, plain, 1);
