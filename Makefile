@@ -40,7 +40,7 @@ data/stories/tokenizer.json: data/make_stories data/tokenize
 	rm -rf data/stories data/stories.new && mkdir data/stories.new
 	data/make_stories --count 24000 > data/stories.new/train.txt
 	data/make_stories --first 24000 --count 500 > data/stories.new/valid.txt
-	data/tokenize --vocab 2048 data/stories.new/train.txt data/stories.new/valid.txt --out data/stories.new
+	data/tokenize --vocab 1900 data/stories.new/train.txt data/stories.new/valid.txt --out data/stories.new
 	rm data/stories.new/train.txt data/stories.new/valid.txt
 	mv data/stories.new data/stories
 

@@ -2296,6 +2296,42 @@ void test_interrupt(void **state) {
     assert_log("stopped", stopped + 2, 2);
 }
 
+// Ctrl-C during an evaluation still saves the step that came before it, and a second process keeps out.
+void test_interrupt_evaluation(void **state) {
+    (void)state;
+    need_program();
+    check_leaks(0);
+    int status, stopped = 0;
+    pid_t child = start_tiny("halted", "--steps 1000000 --save-every 0 --eval-every 2 --eval-batches 0 --batch 1");
+    assert_int_equal(wait_for(child, scratch("halted/log.jsonl"), "\"eval\""), -1);
+    expect(run_tiny("halted", "--resume"), 1, "another process");
+    kill(child, SIGTERM);
+    waitpid(child, &status, 0);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 130);
+    size_t size;
+    char *text = read_file(scratch("said"), &size), *at = strstr(text, "stopped after step "), name[64];
+    assert_non_null(at);
+    assert_int_equal(sscanf(at, "stopped after step %d", &stopped), 1);
+    free(text);
+    snprintf(name, sizeof(name), "checkpoint-%d", stopped);
+    assert_latest("halted", name);
+}
+
+// What would lose somebody's work is refused: a link that leads nowhere, other people's checkpoints, other tokens.
+void test_run_safety(void **state) {
+    (void)state;
+    need_program();
+    check_leaks(0);
+    expect(run_tiny("safe", "--steps 4 --save-every 2"), 0, NULL);
+    assert_int_equal(shell(said, sizeof(said), "ln -sfn checkpoint-9 %s", scratch("safe/latest")), 0);
+    expect(run_tiny("safe", "--resume --steps 6"), 1, "does not lead to a checkpoint");
+    assert_int_equal(shell(said, sizeof(said), "ln -sfn checkpoint-2 %s", scratch("safe/latest")), 0);
+    expect(run_tiny("safe", "--resume --steps 3 --keep 1"), 0, "going on after step 2");
+    assert_latest("safe", "checkpoint-3"); // and not removed though checkpoint-4 is there
+    assert_int_equal(shell(said, sizeof(said), "mkdir -p %s/checkpoint-1", scratch("theirs")), 0);
+    expect(run_tiny("theirs", "--steps 2"), 2, "holds a run already");
+}
+
 // The same seed is the same run, whatever the number of threads; another seed is another. All recipes.
 void test_same_run(void **state) {
     (void)state;
@@ -2361,7 +2397,9 @@ void test_bad_options(void **state) {
     static const BadCase cases[] = {
         {NULL, "--bogus 1", 2, "--bogus"},
         {NULL, "-x", 2, "-x"},
-        {NULL, "stray", 2, "'stray'"},
+        {NULL, "stray", 2, "stray"},
+        {NULL, "--top 3", 2, "no option --top"},
+        {NULL, "--dense-first 9", 2, "leaves none"},
         {NULL, "--dim", 2, "--dim needs a value"},
         {NULL, "--untied=1", 2, "--untied"},
         {NULL, "--dim x", 2, "--dim: 'x' is not a whole number"},
@@ -2545,7 +2583,7 @@ void test_bad_data(void **state) {
     expect(run_tiny("moved", options), 0, NULL);
     expect(shell(said, sizeof(said), "rm %s/train_1.bin", scratch("case")), 0, NULL);
     snprintf(options, sizeof(options), "--data %s --steps 4 --resume", scratch("case"));
-    expect(run_tiny("moved", options), 1, "its data may not change");
+    expect(run_tiny("moved", options), 1, "they may not change");
     assert_latest("moved", "checkpoint-2");
 }
 
@@ -3497,6 +3535,8 @@ int main(void) {
         cmocka_unit_test(test_leftovers),
         cmocka_unit_test(test_init),
         cmocka_unit_test(test_interrupt),
+        cmocka_unit_test(test_interrupt_evaluation),
+        cmocka_unit_test(test_run_safety),
         cmocka_unit_test(test_same_run),
         cmocka_unit_test(test_float_against_double),
         cmocka_unit_test(test_bad_options),

@@ -45,7 +45,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -55,6 +54,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -144,9 +144,9 @@ const Option options[] = {
     HEADING("Model"),
     TEXT("recipe", recipe, "mixtral", MODEL, "which router: a row of the options below; see --list-recipes"),
     FLAG("list-recipes", list_recipes, RUN, "show the recipes and what each one chooses"),
-    INTEGER("layers", layers, "4", 1, 1000, MODEL, "layers (L)"),
+    INTEGER("layers", layers, "2", 1, 1000, MODEL, "layers (L)"),
     INTEGER("dim", dim, "128", 2, 65536, MODEL, "width of the model (C)"),
-    INTEGER("heads", heads, "4", 1, 1024, MODEL, "query heads (H)"),
+    INTEGER("heads", heads, "8", 1, 1024, MODEL, "query heads (H)"),
     INTEGER("kv-heads", kv_heads, "0", 0, 1024, MODEL, "key and value heads (KV) [as many as --heads]"),
     INTEGER("seq", seq, "256", 1, 1 << 20, ORDER, "tokens in a sequence (T)"),
     FLAG("untied", untied, MODEL, "give the output its own matrix instead of the embedding's"),
@@ -168,10 +168,10 @@ const Option options[] = {
     NUMBER("z-weight", z_weight, "0", 0, 1e6, TRAIN, "weight of the router's z-loss"),
     WORD("init-scheme", init_scheme, "normal", init_names, TRAIN, "first weights: N(0,0.02), or truncated N(0,0.1/fan-in)"),
     HEADING("Training"),
-    INTEGER("batch", batch, "4", 1, 1 << 20, ORDER, "sequences in a micro-step (B)"),
+    INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "micro-steps in a step"),
-    INTEGER("steps", steps, "1200", 1, 2000000000, TRAIN, "optimizer steps"),
-    NUMBER("lr", lr, "3e-3", 0, 100, TRAIN, "learning rate at its highest"),
+    INTEGER("steps", steps, "3600", 1, 2000000000, TRAIN, "optimizer steps"),
+    NUMBER("lr", lr, "4e-3", 0, 100, TRAIN, "learning rate at its highest"),
     NUMBER("min-lr", min_lr, "-1", -1, 100, TRAIN, "learning rate at the end [a tenth of --lr]"),
     INTEGER("warmup", warmup, "100", 0, 2000000000, TRAIN, "steps over which the learning rate rises"),
     WORD("schedule", schedule, "cosine", schedule_names, TRAIN, "then: cosine; wsd: constant, last fifth linear; constant"),
@@ -182,11 +182,11 @@ const Option options[] = {
     INTEGER("seed", seed, "1", 0, 2147483647, ORDER, "of weights, data order and sampling"),
     INTEGER("threads", threads, "0", 0, 4096, RUN, "threads [all cores]"),
     HEADING("Paces, in steps; 0 turns off"),
-    INTEGER("log-every", log_every, "20", 0, 2000000000, TRAIN, "a line in the log"),
-    INTEGER("eval-every", eval_every, "300", 0, 2000000000, TRAIN, "validation"),
+    INTEGER("log-every", log_every, "60", 0, 2000000000, TRAIN, "a line in the log"),
+    INTEGER("eval-every", eval_every, "600", 0, 2000000000, TRAIN, "validation"),
     INTEGER("eval-batches", eval_batches, "64", 0, 2000000000, TRAIN, "batches in a validation, evenly spread; 0: all there are"),
-    INTEGER("sample-every", sample_every, "400", 0, 2000000000, TRAIN, "a story"),
-    INTEGER("save-every", save_every, "500", 0, 2000000000, TRAIN, "a checkpoint; the last step always saves one"),
+    INTEGER("sample-every", sample_every, "1200", 0, 2000000000, TRAIN, "a story"),
+    INTEGER("save-every", save_every, "600", 0, 2000000000, TRAIN, "a checkpoint; the last step always saves one"),
     INTEGER("keep", keep, "2", 1, 1000000, TRAIN, "checkpoints kept"),
     HEADING("Generation"),
     TEXT("prompt", prompt, NULL, RUN, "go on from this text with the model in --out, and exit; - reads standard input"),
@@ -224,6 +224,19 @@ const int recipe_count = (int)(sizeof(recipes) / sizeof(recipes[0]));
 
 int is_moe(const Config *c, int layer) {
     return c->moe_every > 0 && layer >= c->dense_first && (layer - c->dense_first + 1) % c->moe_every == 0;
+}
+
+// How many layers have experts; *last is the last of them, -1 where none has.
+int moe_layers(const Config *c, int *last) {
+    int count = 0;
+    *last = -1;
+    for (int l = 0; l < c->layers; l++) {
+        if (is_moe(c, l)) {
+            count++;
+            *last = l;
+        }
+    }
+    return count;
 }
 
 int is_gated(const Config *c) {
@@ -703,6 +716,10 @@ void config_check(Config *c) {
         usage_fail("--dim %d / --heads %d: heads must have an even width for rotary positions", c->dim, c->heads);
     if (c->heads % c->kv_heads)
         usage_fail("--heads %d is not divisible by --kv-heads %d", c->heads, c->kv_heads);
+    int last;
+    if (c->moe_every && !moe_layers(c, &last))
+        usage_fail("--moe-every %d with --dense-first %d leaves none of %d layers with experts; --recipe dense says so openly",
+                   c->moe_every, c->dense_first, c->layers);
     if (c->moe_every && c->topk > c->experts)
         usage_fail("--topk %d is more than --experts %d", c->topk, c->experts);
     if (c->moe_every && c->gate == RENORMALIZED && c->topk == 1 && c->experts > 1)
@@ -829,14 +846,19 @@ void product_kernel(real *out, size_t ld, const real *a, const real *b, int nk, 
     }
 }
 
+real vec_sum(vec v) {
+    real total = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        total += v[lane];
+    return total;
+}
+
 real dot(const real *a, const real *b, int n) {
     vec sum = {0};
-    real total = 0;
     int i = 0;
     for (; i + LANES <= n; i += LANES)
         sum += *(const vec_in_memory *)(a + i) * *(const vec_in_memory *)(b + i);
-    for (int lane = 0; lane < LANES; lane++)
-        total += sum[lane];
+    real total = vec_sum(sum);
     for (; i < n; i++)
         total += a[i] * b[i];
     return total;
@@ -1017,7 +1039,7 @@ vec vec_exp(vec x) {
 
 // row (n) becomes softmax(row); returns log(sum(exp(row)))
 real softmax(real *row, int n) {
-    real top[LANES], total = 0;
+    real top[LANES];
     for (int lane = 0; lane < LANES; lane++)
         top[lane] = row[0];
     for (int j = 0; j < n; j += LANES) {
@@ -1032,9 +1054,7 @@ real softmax(real *row, int n) {
         vec_store(row + j, e, n - j);
         sum += n - j >= LANES ? e : vec_load(row + j, n - j); // beyond n there is no term
     }
-    for (int lane = 0; lane < LANES; lane++)
-        total += sum[lane];
-    real scale = 1 / total;
+    real total = vec_sum(sum), scale = 1 / total;
     for (int j = 0; j < n; j++)
         row[j] *= scale;
     return top[0] + (real)log((double)total);
@@ -1063,15 +1083,13 @@ void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const
         for (int n = chunk * CHUNK; n < min_int(N, (chunk + 1) * CHUNK); n++) {
             const real *row = x + (size_t)n * C, *g = dout + (size_t)n * C;
             vec sum = {0};
-            real mean = 0, scale = rstd[n];
+            real scale = rstd[n];
             for (int c = 0; c < C; c += LANES) {
                 vec gx = vec_load(g + c, C - c) * vec_load(row + c, C - c);
                 vec_store(part + c, vec_load(part + c, C - c) + gx * scale, C - c);
                 sum += gx * vec_load(w + c, C - c);
             }
-            for (int lane = 0; lane < LANES; lane++)
-                mean += sum[lane];
-            mean *= scale * scale * scale / (real)C;
+            real mean = vec_sum(sum) * scale * scale * scale / (real)C;
             for (int c = 0; c < C; c++)
                 dx[(size_t)n * C + c] += g[c] * w[c] * scale - row[c] * mean;
         }
@@ -1264,16 +1282,14 @@ void select_topk(int *expert, const real *p, int N, int E, int K) {
     for (int n = 0; n < N; n++) {
         const real *row = p + (size_t)n * E;
         int *chosen = expert + (size_t)n * K;
-        for (int k = 0; k < K; k++) {
+        for (int k = 0, last = -1; k < K; k++) { // the best of those that come after the last one
             int best = -1;
             for (int e = 0; e < E; e++) {
-                int taken = 0;
-                for (int i = 0; i < k; i++)
-                    taken |= chosen[i] == e;
-                if (!taken && (best < 0 || row[e] > row[best]))
+                int after = last < 0 || row[e] < row[last] || (row[e] == row[last] && e > last);
+                if (after && (best < 0 || row[e] > row[best]))
                     best = e;
             }
-            chosen[k] = best;
+            chosen[k] = last = best < 0 ? k : best; // none only where a score is NaN
         }
     }
 }
@@ -1427,12 +1443,8 @@ void activation_backward(real *dhidden, real *dweight, real *dact, const real *h
             sum += g * u * value;
             vec_store(d + j, w * u * value, F - j);
         }
-        if (dweight) {
-            real total = 0;
-            for (int lane = 0; lane < LANES; lane++)
-                total += sum[lane];
-            dweight[choice[r]] = total;
-        }
+        if (dweight)
+            dweight[choice[r]] = vec_sum(sum);
     }
 }
 
@@ -1761,9 +1773,9 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
             s->p_lse = own_reals(m, N);
             s->weight = own_reals(m, (size_t)N * K);
             s->hidden = own_reals(m, (size_t)N * K * F * in);
-            int *ints = (int *)own(m, (size_t)N * K * 5 + E + 1 + (size_t)N * E, sizeof(int));
-            Plan plan = {N, E, K, ints, ints + N * K, ints + N * K * 2, ints + N * K * 3, ints + N * K * 4, ints + N * K * 5,
-                         ints + N * K * 5 + E + 1, 0};
+            size_t NK = (size_t)N * K;
+            int *ints = (int *)own(m, NK * 5 + E + 1 + (size_t)N * E, sizeof(int));
+            Plan plan = {N, E, K, ints, ints + NK, ints + NK * 2, ints + NK * 3, ints + NK * 4, ints + NK * 5, ints + NK * 5 + E + 1, 0};
             s->plan = plan;
             rows = N * K;
             width = max_int(width, N * K * F);
@@ -2614,7 +2626,7 @@ int compare_text(const void *a, const void *b) {
 // Maps dir/name and checks all that its header promises.
 void shard_open(Shard *s, const char *path, int T) {
     s->path = strdup(path);
-    int file = open(path, O_RDONLY);
+    int file = open(path, O_RDONLY | O_NONBLOCK); // a pipe of that name would wait for ever
     struct stat info;
     if (file < 0 || fstat(file, &info) != 0)
         fail("%s: cannot open: %s", path, strerror(errno));
@@ -2676,6 +2688,18 @@ Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t se
     d->seed = seed;
     d->epoch = -1;
     return d;
+}
+
+// A number that another text, or the same one in other files, would hardly have: of sizes and some thousand tokens.
+double data_fingerprint(const Data *d) {
+    uint64_t h = 0;
+    for (int i = 0; i < d->shard_count; i++) {
+        const Shard *s = &d->shards[i];
+        h = hash64(h ^ (uint64_t)s->count);
+        for (int k = 0; k < 4096 && s->count; k++)
+            h = hash64(h ^ s->tokens[hash64((uint64_t)k) % (uint64_t)s->count]);
+    }
+    return (double)(h >> 12); // exact in JSON
 }
 
 void data_close(Data *d) {
@@ -2956,9 +2980,7 @@ int read_tensor(const Safetensors *s, const char *name, int rows, int cols, int 
 
 // The class of transformers that computes what this configuration does, or "" where there is none.
 const char *matching_class(const Config *c) {
-    int moe = 0, plain = c->activation == SWIGLU;
-    for (int l = 0; l < c->layers; l++)
-        moe += is_moe(c, l);
+    int last, moe = moe_layers(c, &last), plain = c->activation == SWIGLU;
     if (plain && moe == 0)
         return "LlamaForCausalLM";
     return plain && moe == c->layers && !c->shared && c->gate == RENORMALIZED ? "MixtralForCausalLM" : "";
@@ -3379,9 +3401,22 @@ void write_text(const char *dir, const char *name, const char *text, size_t size
     close_written(file, dir, name);
 }
 
-int compare_numbers(const void *a, const void *b) {
-    long x = *(const long *)a, y = *(const long *)b;
-    return x < y ? -1 : x > y;
+// The smallest step of the checkpoint-STEP folders in out, -1 where there is none; *count says how many there are.
+long smallest_checkpoint(const char *out, int *count) {
+    long step, smallest = -1;
+    char rest;
+    DIR *dir = opendir(out);
+    *count = 0;
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        if (sscanf(entry->d_name, "checkpoint-%ld%c", &step, &rest) != 1)
+            continue;
+        (*count)++;
+        if (smallest < 0 || step < smallest)
+            smallest = step;
+    }
+    if (dir)
+        closedir(dir);
+    return smallest;
 }
 
 void sync_directory(const char *path) {
@@ -3390,29 +3425,6 @@ void sync_directory(const char *path) {
         fsync(dir);
         close(dir);
     }
-}
-
-// Removes all but the last `keep` checkpoints.
-void remove_old_checkpoints(const char *out, int keep) {
-    long *steps = NULL, step;
-    int count = 0;
-    char path[4200], rest;
-    DIR *dir = opendir(out);
-    for (struct dirent *entry; dir && (entry = readdir(dir));) {
-        if (sscanf(entry->d_name, "checkpoint-%ld%c", &step, &rest) == 1) {
-            steps = (long *)reallocate(steps, (size_t)count + 1, sizeof(long));
-            steps[count++] = step;
-        }
-    }
-    if (dir)
-        closedir(dir);
-    if (count)
-        qsort(steps, (size_t)count, sizeof(long), compare_numbers);
-    for (int i = 0; i < count - keep; i++) {
-        snprintf(path, sizeof(path), "%s/checkpoint-%ld", out, steps[i]);
-        remove_tree(path);
-    }
-    free(steps);
 }
 
 void save_checkpoint(Run *run) {
@@ -3432,12 +3444,12 @@ void save_checkpoint(Run *run) {
     if (mkdir(unfinished_path, 0777) != 0)
         fail("%s: cannot create: %s", unfinished_path, strerror(errno));
     const char *dir = unfinished_path;
-    int count;
-    Part *parts = model_parts(c, &count);
+    int part_count;
+    Part *parts = model_parts(c, &part_count);
     real *moments[2] = {run->backend->fetch(run->model, MOMENT1), run->backend->fetch(run->model, MOMENT2)};
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
-    write_safetensors(dir, "model.safetensors", parts, count, &weights, plain, 1);
-    write_safetensors(dir, "optimizer.safetensors", parts, count, moments, moment_names, 2);
+    write_safetensors(dir, "model.safetensors", parts, part_count, &weights, plain, 1);
+    write_safetensors(dir, "optimizer.safetensors", parts, part_count, moments, moment_names, 2);
     free(parts);
     write_config(dir, c, run->tokenizer->eot);
     write_text(dir, "tokenizer.json", run->tokenizer->json, run->tokenizer->json_size);
@@ -3453,7 +3465,7 @@ void save_checkpoint(Run *run) {
                  run->tokenizer->eot, run->tokenizer->eot, run->tokenizer->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
     FILE *state = open_for_writing(dir, "trainer_state.json");
-    fprintf(state, "{\"step\":%d,\"train_tokens\":%.0f,\"options\":{", run->step, run->train->tokens);
+    fprintf(state, "{\"step\":%d,\"data_fingerprint\":%.0f,\"options\":{", run->step, data_fingerprint(run->train));
     write_options(state, c);
     fprintf(state, "}}\n");
     close_written(state, dir, "trainer_state.json");
@@ -3469,7 +3481,13 @@ void save_checkpoint(Run *run) {
     if (symlink(name, link) != 0 || rename(link, final) != 0)
         fail("%s: cannot link to %s: %s", final, name, strerror(errno));
     sync_directory(run->out);
-    remove_old_checkpoints(run->out, c->keep);
+    int count;
+    for (long old; (old = smallest_checkpoint(run->out, &count)) >= 0 && count > c->keep && old != run->step;) {
+        snprintf(link, sizeof(link), "%s/checkpoint-%ld", run->out, old);
+        remove_tree(link);
+        if (access(link, F_OK) == 0) // cannot be removed
+            break;
+    }
 }
 
 void load_weights(Run *run, const char *dir, int moments) {
@@ -3531,14 +3549,14 @@ void evaluate(Run *run) {
     run->val_bpb = nats / 0.6931471805599453 / fmax(bytes, 1);
 }
 
-// Goes on from prompt (NULL: begins a text) and calls emit with the bytes of each token. Returns the number of tokens.
-int generate(Run *run, const char *prompt, void (*emit)(void *to, const char *bytes, int length), void *to) {
+// Goes on from a prompt of size bytes and calls emit with the bytes of each token. Returns the number of tokens.
+int generate(Run *run, const char *prompt, size_t size, void (*emit)(void *to, const char *bytes, int length), void *to) {
     const Config *c = &run->config;
     const Tokenizer *t = run->tokenizer;
-    size_t size = prompt ? strlen(prompt) : 0, count = 0;
+    size_t count = 0;
     int *ids = (int *)allocate(size + 2, sizeof(int)), made = 0, position = 0;
     ids[count++] = t->eot;
-    count += tokenizer_encode(run->tokenizer, prompt ? prompt : "", size, ids + count);
+    count += tokenizer_encode(run->tokenizer, prompt, size, ids + count);
     real *logits = allocate_reals((size_t)c->vocab);
     uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_SAMPLE, 0, 0);
     for (size_t i = 0; i < count; i++) {
@@ -3580,7 +3598,7 @@ void tell_story(Run *run) {
     char *story = NULL;
     size_t size = 0;
     FILE *memory = open_memstream(&story, &size);
-    generate(run, NULL, emit_to_file, memory);
+    generate(run, "", 0, emit_to_file, memory);
     fclose(memory);
     fprintf(run->log, "{\"type\":\"sample\",\"step\":%d,\"text\":", run->step);
     json_write_string(run->log, story, size);
@@ -3595,10 +3613,8 @@ void tell_story(Run *run) {
 // Which words each expert of the last layer that has experts likes best: those it takes most above its usual share.
 void show_experts(Run *run) {
     const Config *c = &run->config;
-    int l = c->layers - 1, V = run->tokenizer->vocab, E = c->experts;
-    while (l >= 0 && !is_moe(c, l))
-        l--;
-    if (l < 0)
+    int l, V = run->tokenizer->vocab, E = c->experts;
+    if (!moe_layers(c, &l))
         return;
     double *seen = (double *)allocate((size_t)V, sizeof(double)), *taken = (double *)allocate((size_t)V * E, sizeof(double));
     int batches = (int)fmin(32, (double)run->val->windows / c->batch);
@@ -3607,7 +3623,9 @@ void show_experts(Run *run) {
             data_window(run->val, (long)i * c->batch + b, -1, run->inputs + b * c->seq, run->targets + b * c->seq);
         run->backend->forward(run->model, run->inputs, run->targets, c->batch, c->seq, EVAL_MODE, 1, 0, 0);
         const Plan *plan = run->backend->plan(run->model, l);
-        for (int n = 0; n < plan->N && run->inputs[n] < V; n++) {
+        for (int n = 0; n < plan->N; n++) {
+            if (run->inputs[n] >= V) // of a model whose vocabulary is padded
+                continue;
             seen[run->inputs[n]] += 1;
             for (int k = 0; k < plan->K; k++)
                 taken[(size_t)run->inputs[n] * E + plan->expert[n * plan->K + k]] += 1;
@@ -3676,14 +3694,13 @@ void log_router(Run *run) {
 void show_step(Run *run, double loss, double lr, double norm, double tokens_per_second, double left) {
     const Config *c = &run->config;
     char time_left[32], bars[256] = "";
-    snprintf(time_left, sizeof(time_left), "%d:%02d", (int)left / 60, (int)left % 60);
-    int l = c->layers - 1;
-    while (l >= 0 && !is_moe(c, l))
-        l--;
-    if (l >= 0) { // the last layer's load: full height is twice the fair share
+    long rest = (long)fmin(left, 1e9);
+    snprintf(time_left, sizeof(time_left), rest >= 3600 ? "%ld:%02ld:%02ld" : "%.0ld%ld:%02ld", rest / 3600, rest / 60 % 60, rest % 60);
+    int l;
+    if (moe_layers(c, &l)) { // the last layer's load: full height is twice the fair share
         double *share = (double *)allocate((size_t)c->experts, sizeof(double));
         expert_load(run->backend->stats(run->model, l), c->experts, share);
-        strcat(bars, "  experts ");
+        strcat(bars, "  ");
         for (int e = 0; e < min_int(c->experts, 16); e++) {
             char bar[4] = "\xe2\x96\x81"; // U+2581, the lowest of eight blocks
             bar[2] = (char)(bar[2] + min_int(7, (int)(share[e] * c->experts * 4)));
@@ -3693,8 +3710,8 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
     }
     double sol = tokens_per_second * run->flops / run->peak;
     if (isatty(1)) {
-        char done[21] = "....................";
-        memset(done, '#', (size_t)((double)run->step / c->steps * 20));
+        char done[13] = "............";
+        memset(done, '#', (size_t)((double)run->step / c->steps * 12));
         printf("\r[%s] %d/%d  loss %.3f  %.0f tokens/s  left %s%s\033[K", done, run->step, c->steps, loss, tokens_per_second,
                time_left, bars);
     } else {
@@ -3719,12 +3736,15 @@ int train(Run *run) {
     const Config *c = &run->config;
     const Backend *backend = run->backend;
     int B = c->batch, T = c->seq, timed_step = run->step;
+    int saved = run->step;
     double timed = seconds();
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = ask_stop;
     action.sa_flags = (int)SA_RESETHAND; // the second Ctrl-C ends at once
     sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    signal(SIGPIPE, SIG_IGN); // training outlives who reads its progress
     while (run->step < c->steps && !stop_asked) {
         int step = run->step + 1;
         double loss = 0, aux = 0;
@@ -3764,11 +3784,16 @@ int train(Run *run) {
         }
         if (due(step, c->sample_every) || step == c->steps)
             tell_story(run);
-        if (due(step, c->save_every) || last)
+        if (due(step, c->save_every) || step == c->steps) {
             save_checkpoint(run);
-        timed += seconds() - pause;
+            saved = step;
+        }
+        timed += seconds() - pause; // none of this is the step's time
     }
+    if (saved != run->step)
+        save_checkpoint(run);
     signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
     return run->step < c->steps;
 }
 
@@ -3807,50 +3832,52 @@ void print_recipes(void) {
 
 // What the command line asks for, over the recipe, over the defaults.
 void parse_command_line(Config *c, int argc, char **argv) {
-    struct option *list = (struct option *)allocate((size_t)option_count + 1, sizeof(struct option));
-    int count = 0, which, found;
-    int *row = (int *)allocate((size_t)option_count, sizeof(int));
-    for (int i = 0; i < option_count; i++) {
-        if (options[i].kind == '-')
-            continue;
-        list[count].name = options[i].name;
-        list[count].has_arg = options[i].kind == 'f' ? no_argument : required_argument;
-        row[count++] = i;
-    }
     config_defaults(c);
-    optind = 1;
-    opterr = 0;
-    while ((found = getopt_long(argc, argv, ":h", list, &which)) != -1) {
-        if (found == 'h') {
-            c->help = 1;
-        } else if (found == ':') {
-            usage_fail("%s needs a value", argv[optind - 1]);
-        } else if (found == '?') {
-            usage_fail("there is no option %s, or it takes no value", argv[optind - 1]);
-        } else {
-            const Option *o = &options[row[which]];
-            set_option(c, o, o->kind == 'f' ? "1" : optarg, NULL);
-            c->given[row[which]] = 1;
-        }
+    for (int i = 1; i < argc; i++) { // --name value, --name=value, or --name alone for a flag
+        const char *name = strcmp(argv[i], "-h") ? argv[i] : "--help", *value = strchr(name, '=');
+        char word[64];
+        snprintf(word, sizeof(word), "%.*s", value ? (int)(value - name) : 63, name);
+        int o = strncmp(word, "--", 2) ? -1 : find_option(word + 2);
+        if (o < 0)
+            usage_fail("there is no option %s", name);
+        if (options[o].kind == 'f' && value)
+            usage_fail("%s takes no value", word);
+        if (options[o].kind == 'f')
+            value = "1";
+        else if (value)
+            value++;
+        else if (!(value = argv[++i]))
+            usage_fail("%s needs a value", word);
+        set_option(c, &options[o], value, NULL);
+        c->given[o] = 1;
     }
-    if (optind < argc)
-        usage_fail("'%s' is not an option", argv[optind]);
-    free(list);
-    free(row);
     config_recipe(c, c->recipe);
 }
 
-// The run directory where none is given: runs/RECIPE, runs/RECIPE-2, ...: the first that is free, or the newest taken.
-void default_out(const char *recipe, int fresh, char out[2048]) {
-    char next[2048];
+// The run directory where none is given: for a new run the first free one of runs/RECIPE, runs/RECIPE-2, ...; else the one
+// whose last checkpoint is the newest, among all, or among RECIPE's where the command line names a recipe.
+void default_out(const Config *asked, int fresh, char out[2048]) {
+    const char *recipe = asked->recipe;
     snprintf(out, 2048, "runs/%s", recipe);
-    snprintf(next, sizeof(next), "%s", out);
-    for (int n = 2; access(next, F_OK) == 0; n++) {
-        snprintf(out, 2048, "%s", next);
-        snprintf(next, sizeof(next), "runs/%s-%d", recipe, n);
+    for (int n = 2; fresh && access(out, F_OK) == 0; n++)
+        snprintf(out, 2048, "runs/%s-%d", recipe, n);
+    struct timespec newest = {0, 0};
+    DIR *dir = fresh ? NULL : opendir("runs");
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        char path[2048];
+        struct stat info;
+        size_t n = strlen(recipe);
+        snprintf(path, sizeof(path), "runs/%.1000s/latest", entry->d_name);
+        int wanted = !asked->given[find_option("recipe")] ||
+                     (!strncmp(entry->d_name, recipe, n) && (!entry->d_name[n] || entry->d_name[n] == '-'));
+        if (!wanted || lstat(path, &info) != 0 || info.st_mtim.tv_sec < newest.tv_sec ||
+            (info.st_mtim.tv_sec == newest.tv_sec && info.st_mtim.tv_nsec < newest.tv_nsec))
+            continue;
+        newest = info.st_mtim;
+        snprintf(out, 2048, "runs/%.1000s", entry->d_name);
     }
-    if (fresh)
-        snprintf(out, 2048, "%s", next);
+    if (dir)
+        closedir(dir);
 }
 
 void make_directories(const char *path) {
@@ -3889,27 +3916,29 @@ void answer_prompt(Run *run, const Config *asked) {
     run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
     run->model = run->backend->create(c, 1, 0, NULL);
     load_weights(run, dir, 0);
+    fprintf(stderr, "%s, %s\n", dir, c->recipe);
     const char *prompt = c->prompt;
+    size_t size = strlen(prompt);
     if (!strcmp(prompt, "-")) {
-        size_t size;
         prompt = text = read_file("/dev/stdin", &size);
         while (size && text[size - 1] == '\n')
             text[--size] = 0;
     }
-    printf("%s", prompt);
-    generate(run, prompt, emit_to_file, stdout);
+    fwrite(prompt, 1, size, stdout);
+    generate(run, prompt, size, emit_to_file, stdout);
     printf("\n");
     free(text);
     run->backend->release(run->model);
     tokenizer_free(run->tokenizer);
 }
 
-// The tokenizer of the data folder, or the one that --tokenizer names.
-void load_tokenizer(Run *run) {
+// The tokenizer that --tokenizer names, that of the data folder, or that of the checkpoint that is resumed.
+void load_tokenizer(Run *run, const char *checkpoint) {
+    const char *data = run->config.data, *dir = has_file(data, "tokenizer.json") || !checkpoint ? data : checkpoint;
     char path[4200];
-    snprintf(path, sizeof(path), "%s/tokenizer.json", run->config.data);
-    if (!has_file(run->config.data, "tokenizer.json") && !run->config.tokenizer[0])
-        fail("%s: no tokenizer.json there; name the one that the data were made with by --tokenizer FILE", run->config.data);
+    snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
+    if (!has_file(dir, "tokenizer.json") && !run->config.tokenizer[0])
+        fail("%s: no tokenizer.json there; name the one that the data were made with by --tokenizer FILE", data);
     run->tokenizer = tokenizer_load(run->config.tokenizer[0] ? run->config.tokenizer : path);
 }
 
@@ -3938,7 +3967,10 @@ int open_run(Run *run, const Config *asked) {
     snprintf(checkpoint, sizeof(checkpoint), "%s/latest", run->out);
     if (has_file(run->out, "config.json"))
         usage_fail("%s is a model, not a run directory: start from it by --init, or resume the run that holds it", run->out);
-    int resumed = asked->resume && has_file(checkpoint, "config.json");
+    int resumed = asked->resume && has_file(checkpoint, "config.json"), count;
+    long left = smallest_checkpoint(run->out, &count);
+    if (asked->resume && !resumed && left >= 0)
+        fail("%s does not lead to a checkpoint, though there are some beside it: link it to one that is whole", checkpoint);
     if (resumed) {
         snprintf(path, sizeof(path), "%s/trainer_state.json", checkpoint);
         size_t size;
@@ -3957,18 +3989,17 @@ int open_run(Run *run, const Config *asked) {
             free(text);
             return 0;
         }
-        double tokens = expect_member(state, "train_tokens", 'n', path)->number;
+        double fingerprint = expect_member(state, "data_fingerprint", 'n', path)->number;
         config_check(c);
-        load_tokenizer(run);
+        load_tokenizer(run, checkpoint);
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
-        if (run->train->tokens != tokens)
-            fail("%s: has %.0f training tokens; the run in %s began with %.0f, and its data may not change", c->data,
-                 run->train->tokens, run->out, tokens);
+        if (data_fingerprint(run->train) != fingerprint)
+            fail("%s: these are not the training tokens that the run in %s began with, and they may not change", c->data, run->out);
         compare_tokenizers(run, checkpoint);
         json_free(state);
         free(text);
     } else {
-        if (!asked->resume && (has_file(run->out, "log.jsonl") || has_file(run->out, "latest")))
+        if (!asked->resume && (has_file(run->out, "log.jsonl") || left >= 0))
             usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
         if (c->init[0]) {
             config_from_directory(c, c->init);
@@ -3977,12 +4008,13 @@ int open_run(Run *run, const Config *asked) {
         config_check(c);
         if (!c->data[0])
             c->data = has_file("data/tinystories", "tokenizer.json") ? "data/tinystories" : "data/stories";
-        load_tokenizer(run);
+        load_tokenizer(run, NULL);
         c->vocab = c->init[0] ? c->vocab : run->tokenizer->vocab;
         if (c->init[0])
             compare_tokenizers(run, c->init);
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
     }
+    compare_tokenizers(run, c->data);
     run->val = data_open(c->data, "val", c->seq, c->vocab, (uint64_t)c->seed);
     run->inputs = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
     run->targets = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
@@ -3996,10 +4028,12 @@ int open_run(Run *run, const Config *asked) {
     }
     make_directories(run->out);
     snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
-    cut_log(path, run->step);
     run->log = fopen(path, "ab");
     if (!run->log)
         fail("%s: cannot open: %s", path, strerror(errno));
+    if (flock(fileno(run->log), LOCK_EX | LOCK_NB) != 0)
+        fail("%s: another process trains there", run->out);
+    cut_log(path, run->step);
     return 1;
 }
 
@@ -4041,15 +4075,16 @@ void announce(Run *run) {
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,\"device\":", run->step, run->peak / 1e9);
     json_write_string(run->log, device, strlen(device));
     fprintf(run->log, "}\n");
-    int moe = 0;
-    for (int l = 0; l < c->layers; l++)
-        moe += is_moe(c, l);
+    int last, moe = moe_layers(c, &last);
     printf("%s: %d layers of width %d, %d of them with %d experts of which a token sees %d\n", c->recipe, c->layers, c->dim, moe,
            moe ? c->experts : 0, moe ? c->topk + c->shared : 0);
     printf("%.2f million weights, %.2f million at work for each token; vocabulary %d\n", total / 1e6, active / 1e6, c->vocab);
     printf("data %s: %.2f million tokens, %ld windows of %d; a step takes %d of them\n", c->data, run->train->tokens / 1e6,
            run->train->windows, c->seq, c->batch * c->accum);
-    printf("%s, %d threads, peak %.0f GFLOP/s; run directory %s\n\n", device, thread_count(), run->peak / 1e9, run->out);
+    printf("%s, %d threads, peak %.0f GFLOP/s; run directory %s\n", device, thread_count(), run->peak / 1e9, run->out);
+    if (run->step)
+        printf("going on after step %d\n", run->step);
+    printf("\n");
     fflush(stdout);
 }
 
@@ -4068,10 +4103,12 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
     use_threads(&asked);
     run.config = asked;
     run.backend = backend;
+    if (strlen(asked.out) > 1900)
+        usage_fail("--out: a path of %zu bytes is too long", strlen(asked.out));
     if (asked.out[0])
         snprintf(run.out, sizeof(run.out), "%s", asked.out);
     else
-        default_out(asked.recipe, !asked.resume && !asked.prompt, run.out);
+        default_out(&asked, !asked.resume && !asked.prompt, run.out);
     if (asked.prompt) {
         answer_prompt(&run, &asked);
         return 0;
@@ -4105,6 +4142,9 @@ int main(int argc, char **argv) {
     if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0)
         execv("/proc/self/exe", argv);
 #endif
-    return trainer_main(argc, argv, &cpu_backend);
+    int status = trainer_main(argc, argv, &cpu_backend);
+    if (fflush(stdout) != 0)
+        fail("standard output: cannot write: %s", strerror(errno));
+    return status;
 }
 #endif

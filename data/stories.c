@@ -97,7 +97,6 @@ typedef struct {
 
 static const World worlds[] = {
     {"sea", {
-        [NAME] = {"Finn/Marina", "Sandy/Shelly", "Gil/Misty", "Wally/Wanda"},
         [KIND] = {"fish", "crab", "seahorse", "octopus", "starfish"},
         [ELDER] = {"Grandpa Turtle/Grandma Turtle", "Uncle Whale/Aunt Whale"},
         [HOME] = {"in the warm blue sea", "in a cave under the waves"},
@@ -131,7 +130,6 @@ static const World worlds[] = {
         [CRY] = {"Fins and bubbles"},
     }},
     {"forest", {
-        [NAME] = {"Rusty/Hazel", "Chip/Fern", "Bruno/Willow", "Robin/Holly"},
         [KIND] = {"squirrel", "rabbit", "hedgehog", "fox"},
         [ELDER] = {"Grandpa Bear/Grandma Bear", "Uncle Moose/Aunt Moose"},
         [HOME] = {"in the deep green forest", "in a small house under an oak tree"},
@@ -165,7 +163,6 @@ static const World worlds[] = {
         [SHELTER] = {"in a hollow log", "under a giant mushroom"}, [CRY] = {"Nuts and berries"},
     }},
     {"farm", {
-        [NAME] = {"Billy/Molly", "Toby/Betsy", "Barney/Annie", "Ned/Peggy"},
         [KIND] = {"lamb", "calf", "piglet", "pony", "duckling"},
         [ELDER] = {"Grandpa Horse/Grandma Horse", "Uncle Bull/Aunt Cow"},
         [HOME] = {"on a big farm", "in a warm red barn"},
@@ -199,7 +196,6 @@ static const World worlds[] = {
         [SHELTER] = {"in the henhouse", "under the hay cart"}, [CRY] = {"Hay and oats"},
     }},
     {"castle", {
-        [NAME] = {"Leo/Rosa", "Arthur/Bella", "Felix/Clara", "Hugo/Stella"},
         [KIND] = {"prince/princess", "knight", "dragon", "wizard/witch", "unicorn"},
         [ELDER] = {"King Otto/Queen Emma", "Grandpa Giant/Grandma Giant"},
         [HOME] = {"in a tall stone castle", "in a tower with a golden roof"},
@@ -233,7 +229,6 @@ static const World worlds[] = {
         [SHELTER] = {"under the throne", "in a small tower"}, [CRY] = {"Crowns and drums"},
     }},
     {"space", {
-        [NAME] = {"Zip/Luna", "Neo/Nova", "Cosmo/Vega", "Ziggy/Astra"},
         [KIND] = {"robot", "alien", "astronaut", "moon mouse", "space cat"},
         [ELDER] = {"Captain Bolt/Captain Star", "Doctor Mars/Doctor Venus"},
         [HOME] = {"on a small round moon", "in a silver space ship"},
@@ -268,7 +263,6 @@ static const World worlds[] = {
         [SHELTER] = {"in an old rocket", "under a metal dome"}, [CRY] = {"Stars and moons"},
     }},
     {"snow", {
-        [NAME] = {"Boris/Nika", "Igor/Anya", "Lars/Inga", "Nils/Freya"},
         [KIND] = {"penguin", "seal", "white bear", "reindeer", "snow fox"},
         [ELDER] = {"Grandpa Walrus/Grandma Walrus", "Uncle Yeti/Aunt Yeti"},
         [HOME] = {"in the land of ice and snow", "in a round house of ice"},
@@ -302,7 +296,6 @@ static const World worlds[] = {
         [CRY] = {"Ice and snow"},
     }},
     {"kitchen", {
-        [NAME] = {"Basil/Olive", "Crumbs/Candy", "Pickles/Ginger", "Waffles/Mimi"},
         [KIND] = {"mouse", "elf", "gingerbread boy/gingerbread girl", "beetle"},
         [ELDER] = {"Grandpa Rat/Grandma Rat", "Uncle Hamster/Aunt Hamster"},
         [HOME] = {"in a big warm kitchen", "in a drawer full of spoons"},
@@ -337,7 +330,6 @@ static const World worlds[] = {
         [SHELTER] = {"in a tea pot", "in a bread box"}, [CRY] = {"Sugar and salt"},
     }},
     {"garden", {
-        [NAME] = {"Twig/Daisy", "Sprout/Lily", "Pod/Rosie", "Dusty/Iris"},
         [KIND] = {"ladybug", "ant", "beetle", "grasshopper", "caterpillar"},
         [ELDER] = {"Grandpa Toad/Grandma Toad", "Uncle Snail/Aunt Snail"},
         [HOME] = {"in a garden full of roses", "under a pumpkin leaf"},
@@ -372,7 +364,6 @@ static const World worlds[] = {
         [SHELTER] = {"under a mushroom", "in a flower pot"}, [CRY] = {"Bees and roses"},
     }},
     {"toyshop", {
-        [NAME] = {"Jack/Polly", "Tom/Tilly", "Patch/Penny", "Benny/Lulu"},
         [KIND] = {"teddy bear", "doll", "toy soldier", "puppet"},
         [ELDER] = {"Grandpa Giraffe/Grandma Giraffe", "Uncle Clown/Aunt Clown"},
         [HOME] = {"on a shelf in the toyshop", "in a big toyshop"},
@@ -408,7 +399,6 @@ static const World worlds[] = {
         [SHELTER] = {"in a doll house", "under a big book"}, [CRY] = {"Tops and drums"},
     }},
     {"jungle", {
-        [NAME] = {"Bongo/Kiki", "Raja/Tara", "Coco/Lola", "Jojo/Zara"},
         [KIND] = {"monkey", "tiger", "panda", "lion"},
         [ELDER] = {"Grandpa Elephant/Grandma Elephant", "Uncle Hippo/Aunt Hippo"},
         [HOME] = {"in the hot green jungle", "in a hut of leaves by a wide river"},
@@ -450,6 +440,7 @@ enum { WORLDS = sizeof(worlds) / sizeof(worlds[0]) };
 // ---------------------------------------------------------------------------------------------------------------
 
 static const World everywhere = {"everywhere", {
+    [NAME] = {"Tom/Lily", "Ben/Mia", "Leo/Rosa", "Max/Anna", "Sam/Lucy", "Jack/Bella"}, // few, so that each is met often
     [PARENT] = {"Papa/Mama", "Dad/Mom"},
     [HE] = {"he/she"},
     [HIM] = {"him/her"},

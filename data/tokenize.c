@@ -11,6 +11,7 @@
 
 #define TRAIN_MOE_NO_MAIN
 #include "../train_moe.c" // which has the tokenizer and the system's headers
+#include <getopt.h>
 
 #define BLOCK_BYTES  (8 << 20)   // of text at a time; a longer document makes it grow
 #define SHARD_TOKENS 100000000   // of a token file
