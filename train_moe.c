@@ -36,7 +36,7 @@
 // Letters, everywhere: B batch, T sequence length, N tokens = B*T, C model width, V vocabulary, L layers, H query heads,
 // KV key/value heads, D = C/H head width, E experts, K experts per token, F expert hidden width, S shared experts.
 // A comment such as "x (N,C)" gives an array's shape, row-major. Gradients are named like their value with a d before.
-// The file is C11 and C++17 at once, since train_moe.cu includes it.
+// The file is C11 and C++17 at once, so that a CUDA twin can include it and replace only what computes.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -170,7 +170,7 @@ const Option options[] = {
     HEADING("Training"),
     INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "micro-steps in a step"),
-    INTEGER("steps", steps, "3600", 1, 2000000000, TRAIN, "optimizer steps"),
+    INTEGER("steps", steps, "3000", 1, 2000000000, TRAIN, "optimizer steps"),
     NUMBER("lr", lr, "4e-3", 0, 100, TRAIN, "learning rate at its highest"),
     NUMBER("min-lr", min_lr, "-1", -1, 100, TRAIN, "learning rate at the end [a tenth of --lr]"),
     INTEGER("warmup", warmup, "100", 0, 2000000000, TRAIN, "steps over which the learning rate rises"),
@@ -191,7 +191,7 @@ const Option options[] = {
     HEADING("Generation"),
     TEXT("prompt", prompt, NULL, RUN, "go on from this text with the model in --out, and exit; - reads standard input"),
     INTEGER("tokens", tokens, "300", 1, 2000000000, RUN, "at most this many"),
-    NUMBER("temperature", temperature, "0.7", 0, 1000, RUN, "0: always the likeliest token"),
+    NUMBER("temperature", temperature, "0.5", 0, 1000, RUN, "0: always the likeliest token"),
     INTEGER("top-k", top_k, "0", 0, 2000000000, RUN, "choose among this many likeliest tokens; 0: all"),
     NUMBER("top-p", top_p, "0.95", 0, 1, RUN, "choose among the likeliest tokens that hold this much probability"),
     FLAG("help", help, RUN, "this list (also -h)"),
@@ -763,7 +763,10 @@ typedef real vec_in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(siz
 #define TILE_K 256      // so that a panel of b, TILE_K x NR, stays in the first-level cache
 
 // A matrix in memory: row r starts at p + index[r]*ld, or at p + r*ld where index is NULL. A product sums over k; either
-// k runs along a row, or each row belongs to one k.
+// k runs along a row, or each row belongs to one k. So with x (N,C), W (F,C) and dout (N,F):
+//   out  (N,F) = x W^T       along_rows(x) times along_rows(W):          k is C, and runs along the rows of both
+//   dx   (N,C) = dout W      along_rows(dout) times along_columns(W):    k is F, and each row of W belongs to one k
+//   dW   (F,C) = dout^T x    along_columns(dout) times along_columns(x): k is N
 typedef struct Operand {
     const real *p;
     size_t ld;
@@ -1072,7 +1075,7 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N,
     }
 }
 
-// dx (N,C) += , dw (C) += . With y = x*rstd: dx = rstd * (g - y * mean(g*y)), g = dout*w. partial (chunks of N, C).
+// dx (N,C) += , dw (C) += . With y = x*rstd: dx = rstd * (dout*w - y * mean(dout*w*y)). partial (chunks of N, C).
 void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *rstd, const real *w, int N, int C,
                       real *partial) {
     int chunks = div_up(N, CHUNK);
@@ -1160,7 +1163,7 @@ void attention_forward(real *out, real *lse, const real *qkv, int B, int T, int 
     }
 }
 
-// Writes dqkv (B,T,(H+2KV)*D). With P the probabilities: dV = P^T dout, dP = dout V^T, dS = P * (dP - rowsum(P * dP)),
+// Writes dqkv (B,T,(H+2KV)*D). With P the probabilities: dV = P^T dout, dP = dout V^T, dS = P * (dP - rowsum(P * dP)) / sqrt(D),
 // where rowsum(P * dP) = dout . out; dQ = dS K, dK = dS^T Q. One task owns one key/value head, so it alone adds to it.
 void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv, int B, int T, int H,
                         int KV, int D, real *scratch) {
@@ -1419,8 +1422,9 @@ void activation_forward(real *act, const real *hidden, int rows, int F, int acti
     }
 }
 
-// Given dact (rows,F), the gradient by act if each row's weight were 1, and weight (rows; NULL: all 1), writes
-//   dweight (rows; may be NULL) = dact . act: an answer is weight * (act W_out^T), so its slope by the weight needs no
+// Given dact (rows,F), the gradient by act if each row's weight were 1, and weight (N*K, by choice; NULL: all 1; choice[r]
+// is the choice of row r), writes
+//   dweight (N*K, by choice; may be NULL) = dact . act: an answer is weight * (act W_out^T), so its slope by the weight needs no
 //                                 copy of the answer;
 //   dhidden (rows,2F or F), in which the weight is counted;
 //   dact    = weight * act, computed anew, which is what W_out's gradient wants.
@@ -1626,7 +1630,8 @@ void count_parameters(const Config *c, double *total, double *active) {
     free(list);
 }
 
-// Multiply-adds of a training step, counted as two operations each, per token: forward, and twice that backward.
+// Operations of a training step per token, a multiply-add counted as two: forward, and twice that backward. 6*L*T*C is
+// attention: two products of (T,T) with (T,D), of which causality leaves half, three times.
 double flops_per_token(const Config *c) {
     double total, active;
     count_parameters(c, &total, &active);
@@ -1880,6 +1885,7 @@ void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, in
     combine(dh, m->rows, NULL, plan->slot, N, K, C);
 
     // the router: from the weights and the balance loss to p, through the softmax to its logits
+    // dlogit = p * (dp - sum(dp * p)); the z-loss adds 2 * lse * p / N
     real *dp = m->dp;
     memset(dp, 0, (size_t)N * E * sizeof(real));
     gate_backward(dp, m->dweight, s->weight, s->p, plan->expert, N, E, K, c->gate);
@@ -1898,7 +1904,7 @@ void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, in
         apply_jitter(m->router_in, s->h2, N, C, c->jitter, stream, m->jitter_token);
         product(dw->router, by_token, along_columns(m->router_in, C, NULL), E, C, N, 1);
         product(m->router_in, dlogits, along_columns(w->router, C, NULL), N, C, E, 0);
-        apply_jitter(m->router_in, m->router_in, N, C, c->jitter, stream, m->jitter_token);
+        apply_jitter(m->router_in, m->router_in, N, C, c->jitter, stream, m->jitter_token); // d(x * j)/dx = the same j
         for (size_t i = 0; i < (size_t)N * C; i++)
             dh[i] += m->router_in[i];
     } else {

@@ -97,6 +97,7 @@ typedef struct {
 
 static const World worlds[] = {
     {"sea", {
+        [NAME] = {"Finn/Marina", "Sandy/Shelly"},
         [KIND] = {"fish", "crab", "seahorse", "octopus", "starfish"},
         [ELDER] = {"Grandpa Turtle/Grandma Turtle", "Uncle Whale/Aunt Whale"},
         [HOME] = {"in the warm blue sea", "in a cave under the waves"},
@@ -130,6 +131,7 @@ static const World worlds[] = {
         [CRY] = {"Fins and bubbles"},
     }},
     {"forest", {
+        [NAME] = {"Rusty/Hazel", "Chip/Fern"},
         [KIND] = {"squirrel", "rabbit", "hedgehog", "fox"},
         [ELDER] = {"Grandpa Bear/Grandma Bear", "Uncle Moose/Aunt Moose"},
         [HOME] = {"in the deep green forest", "in a small house under an oak tree"},
@@ -163,6 +165,7 @@ static const World worlds[] = {
         [SHELTER] = {"in a hollow log", "under a giant mushroom"}, [CRY] = {"Nuts and berries"},
     }},
     {"farm", {
+        [NAME] = {"Billy/Molly", "Toby/Betsy"},
         [KIND] = {"lamb", "calf", "piglet", "pony", "duckling"},
         [ELDER] = {"Grandpa Horse/Grandma Horse", "Uncle Bull/Aunt Cow"},
         [HOME] = {"on a big farm", "in a warm red barn"},
@@ -196,6 +199,7 @@ static const World worlds[] = {
         [SHELTER] = {"in the henhouse", "under the hay cart"}, [CRY] = {"Hay and oats"},
     }},
     {"castle", {
+        [NAME] = {"Leo/Rosa", "Arthur/Bella"},
         [KIND] = {"prince/princess", "knight", "dragon", "wizard/witch", "unicorn"},
         [ELDER] = {"King Otto/Queen Emma", "Grandpa Giant/Grandma Giant"},
         [HOME] = {"in a tall stone castle", "in a tower with a golden roof"},
@@ -229,6 +233,7 @@ static const World worlds[] = {
         [SHELTER] = {"under the throne", "in a small tower"}, [CRY] = {"Crowns and drums"},
     }},
     {"space", {
+        [NAME] = {"Zip/Luna", "Neo/Nova"},
         [KIND] = {"robot", "alien", "astronaut", "moon mouse", "space cat"},
         [ELDER] = {"Captain Bolt/Captain Star", "Doctor Mars/Doctor Venus"},
         [HOME] = {"on a small round moon", "in a silver space ship"},
@@ -263,6 +268,7 @@ static const World worlds[] = {
         [SHELTER] = {"in an old rocket", "under a metal dome"}, [CRY] = {"Stars and moons"},
     }},
     {"snow", {
+        [NAME] = {"Boris/Nika", "Igor/Anya"},
         [KIND] = {"penguin", "seal", "white bear", "reindeer", "snow fox"},
         [ELDER] = {"Grandpa Walrus/Grandma Walrus", "Uncle Yeti/Aunt Yeti"},
         [HOME] = {"in the land of ice and snow", "in a round house of ice"},
@@ -296,6 +302,7 @@ static const World worlds[] = {
         [CRY] = {"Ice and snow"},
     }},
     {"kitchen", {
+        [NAME] = {"Basil/Olive", "Crumbs/Candy"},
         [KIND] = {"mouse", "elf", "gingerbread boy/gingerbread girl", "beetle"},
         [ELDER] = {"Grandpa Rat/Grandma Rat", "Uncle Hamster/Aunt Hamster"},
         [HOME] = {"in a big warm kitchen", "in a drawer full of spoons"},
@@ -330,6 +337,7 @@ static const World worlds[] = {
         [SHELTER] = {"in a tea pot", "in a bread box"}, [CRY] = {"Sugar and salt"},
     }},
     {"garden", {
+        [NAME] = {"Twig/Daisy", "Sprout/Lily"},
         [KIND] = {"ladybug", "ant", "beetle", "grasshopper", "caterpillar"},
         [ELDER] = {"Grandpa Toad/Grandma Toad", "Uncle Snail/Aunt Snail"},
         [HOME] = {"in a garden full of roses", "under a pumpkin leaf"},
@@ -364,6 +372,7 @@ static const World worlds[] = {
         [SHELTER] = {"under a mushroom", "in a flower pot"}, [CRY] = {"Bees and roses"},
     }},
     {"toyshop", {
+        [NAME] = {"Jack/Polly", "Tom/Tilly"},
         [KIND] = {"teddy bear", "doll", "toy soldier", "puppet"},
         [ELDER] = {"Grandpa Giraffe/Grandma Giraffe", "Uncle Clown/Aunt Clown"},
         [HOME] = {"on a shelf in the toyshop", "in a big toyshop"},
@@ -399,6 +408,7 @@ static const World worlds[] = {
         [SHELTER] = {"in a doll house", "under a big book"}, [CRY] = {"Tops and drums"},
     }},
     {"jungle", {
+        [NAME] = {"Bongo/Kiki", "Raja/Tara"},
         [KIND] = {"monkey", "tiger", "panda", "lion"},
         [ELDER] = {"Grandpa Elephant/Grandma Elephant", "Uncle Hippo/Aunt Hippo"},
         [HOME] = {"in the hot green jungle", "in a hut of leaves by a wide river"},
@@ -440,7 +450,6 @@ enum { WORLDS = sizeof(worlds) / sizeof(worlds[0]) };
 // ---------------------------------------------------------------------------------------------------------------
 
 static const World everywhere = {"everywhere", {
-    [NAME] = {"Tom/Lily", "Ben/Mia", "Leo/Rosa", "Max/Anna", "Sam/Lucy", "Jack/Bella"}, // few, so that each is met often
     [PARENT] = {"Papa/Mama", "Dad/Mom"},
     [HE] = {"he/she"},
     [HIM] = {"him/her"},
@@ -758,7 +767,8 @@ static void expand(Story *s, const char *t, const char *end) {
 
 static void make_story(Story *s, uint64_t seed, uint64_t index) {
     s->rng = mix(mix(seed) + index); // mixed again: neighbours must not walk through each other's numbers
-    s->world = &worlds[below(&s->rng, WORLDS)];
+    int world = below(&s->rng, WORLDS);
+    s->world = &worlds[world];
     const char *plot = plots[below(&s->rng, PLOTS)];
     for (int t = 0; t < TABLES; t++) {
         s->rows[t] = s->world->rows[t][0] ? s->world->rows[t] : everywhere.rows[t];
@@ -773,6 +783,12 @@ static void make_story(Story *s, uint64_t seed, uint64_t index) {
     for (int i = 0; i < PEOPLE; i++) {
         s->girl[i] = below(&s->rng, 2);
     }
+    // Every world has one hero and one friend, as picture books have: a boy and a girl, the first names of the table. With
+    // a new name in each story, a model that has seen five thousand of them still calls the hero by any name it knows.
+    s->order[NAME][0] = 0;
+    s->order[NAME][1] = 1;
+    s->girl[0] = world % 2;
+    s->girl[1] = !s->girl[0];
     s->length = 0;
     s->capital = s->article = 0;
     expand(s, plot, plot + strlen(plot));
