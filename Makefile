@@ -113,7 +113,7 @@ dev/bench: dev/bench.c train_moe.c data/unicode.h
 
 ##bench: peak, products, layers and steps, and the mixture's tax, in one run
 bench: dev/bench
-	dev/bench --layers 4 --dim 256 --heads 8 --ffn 512
+	dev/bench --layers 4 --dim 256 --heads 8 --ffn 512 --batch 8
 
 dev/logits: dev/logits.c train_moe.c data/unicode.h
 	$(BUILD) $(OPENMP) dev/logits.c -o $@ $(LIBS)
