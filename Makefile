@@ -58,11 +58,11 @@ endef
 
 TEST_BUILD = $(CC) -std=gnu11 -O2 -g $(WARN) $(ARCH) -ffp-contract=fast
 
-dev/test_moe: test_moe.c train_moe.c dev/golden.h data/unicode.h
+dev/test_moe: test_moe.c train_moe.c dev/golden.h dev/recipes.h data/unicode.h
 	$(GET_CMOCKA)
 	$(TEST_BUILD) $(OPENMP) test_moe.c -o $@ -lcmocka $(LIBS)
 
-dev/test_moe_double: test_moe.c train_moe.c dev/golden.h data/unicode.h
+dev/test_moe_double: test_moe.c train_moe.c dev/golden.h dev/recipes.h data/unicode.h
 	$(GET_CMOCKA)
 	$(TEST_BUILD) $(OPENMP) -DREAL=double test_moe.c -o $@ -lcmocka $(LIBS)
 

@@ -19,6 +19,7 @@ extern "C" {
 }
 #endif
 #include "dev/golden.h"
+#include "dev/recipes.h"
 
 #define IS_DOUBLE (sizeof(real) == 8)
 
@@ -97,34 +98,42 @@ double inner(const real *a, const real *b, size_t n) {
     return sum;
 }
 
-// The small model of dev/golden.py.
-Config small_config(const char *recipe) {
-    Config c;
-    config_defaults(&c);
-    config_recipe(&c, recipe);
-    c.layers = 2;
-    c.dim = 16;
-    c.heads = 4;
-    c.kv_heads = 2;
-    c.experts = 4;
-    c.topk = strcmp(recipe, "switch") ? 2 : 1;
-    c.ffn = 12;
-    c.seq = 8;
-    c.batch = 2;
-    c.vocab = 50;
-    c.threads = 1;
-    config_check(&c);
-    return c;
-}
-
 // Applies "--name value --name value ...".
-void set_options(Config *c, const char *text) {
+void apply_options(Config *c, const char *text) {
     char name[64], value[64];
     for (int used = 0; sscanf(text, " --%63s %63s%n", name, value, &used) == 2; text += used) {
         assert_true(find_option(name) >= 0);
         set_option(c, &options[find_option(name)], keep_text(value), NULL);
     }
+}
+
+void set_options(Config *c, const char *text) {
+    apply_options(c, text);
     config_check(c);
+}
+
+// Sizes of recipes that do not go with 4 experts of which 2 are chosen.
+const char *small_sizes(const char *recipe) {
+    static const char *const sizes[][2] = {{"switch", "--topk 1"}, {"jacobs", "--topk 4"}, {"shazeer", "--experts 5"},
+        {"hierarchical", "--experts 12 --topk 4"}, {"deepseekmoe", "--experts 7 --topk 3"}, {"deepseek-v2", "--experts 8 --topk 3"},
+        {"deepseek-v3", "--experts 8 --topk 3"}, {"multirouter", "--topk 4"}, {"st-moe", "--moe-every 2"}, {"olmoe", "--experts 9 --topk 3"},
+        {"qwen3", "--experts 9 --topk 3"}, {"hash", "--topk 1"}, {"base", "--topk 1"}, {"rmoe", "--recurrent 6"}};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        if (!strcmp(sizes[i][0], recipe))
+            return sizes[i][1];
+    }
+    return "";
+}
+
+// The small model of dev/golden.py.
+Config small_config(const char *recipe) {
+    Config c;
+    config_defaults(&c);
+    config_recipe(&c, recipe);
+    apply_options(&c, "--layers 2 --dim 16 --heads 4 --kv-heads 2 --experts 4 --topk 2 --ffn 12 --seq 8 --batch 2 --threads 1");
+    c.vocab = 50;
+    set_options(&c, small_sizes(recipe));
+    return c;
 }
 
 // Weights larger than for training, so that nothing is near zero.
@@ -134,6 +143,10 @@ void randomize_weights(Model *m) {
         real *w = m->memory[WEIGHTS] + m->tensors[t].offset;
         for (size_t i = 0; i < m->tensors[t].size; i++)
             w[i] = (real)(0.3 * random_normal(stream, m->tensors[t].offset + i) + tensor_is_norm(&m->tensors[t]));
+        for (size_t i = 0; i < m->tensors[t].size && m->tensors[t].kind == TABLE; i++)
+            w[i] = (real)(hash64(i) % (uint64_t)m->config.experts);
+        for (size_t i = 0; i < m->tensors[t].size && m->tensors[t].kind == LEVEL; i++)
+            w[i] = (real)((0.5 + random_uniform(stream, i)) / m->config.experts);
     }
 }
 
@@ -323,6 +336,71 @@ void test_golden(void **state) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// One layer of experts of every recipe: what dev/recipes.py computed with NumPy from the papers' formulas
+
+void fill_values(real *x, size_t n, int seed, double scale, double shift) {
+    for (size_t i = 0; i < n; i++)
+        x[i] = (real)(scale * (golden_hash((uint32_t)seed * 1000003u + (uint32_t)i) / 4294967296.0 - 0.5) + shift);
+}
+
+void check_recipe(const RecipeGolden *g) {
+    double tolerance = IS_DOUBLE ? 1e-12 : 1e-5;
+    static const int seeds[KINDS] = {0, 0, 0, 0, 2, 3, 4, 15, 16, 5, 6, 7, 12, 13, 14, 0, 0, 0, 0, 8, 9, 10, 11}; // by kind
+    Config c;
+    config_defaults(&c);
+    config_recipe(&c, g->recipe);
+    apply_options(&c, "--dim 16 --heads 2 --seq 6 --batch 2 --ffn 6 --moe-every 1 --dense-first 0 --layers 2");
+    c.vocab = 50;
+    set_options(&c, g->options);
+    int N = 12, tokens[12], places = g->M * g->K, l = g->layer;
+    for (int n = 0; n < N; n++)
+        tokens[n] = (int)(golden_hash(18u * 1000003u + (uint32_t)n) % 50);
+    Model *m = model_allocate(&c, N, 1, NULL);
+    for (int t = 0; t < m->tensor_count; t++) {
+        const Tensor *tensor = &m->tensors[t];
+        real *w = m->memory[WEIGHTS] + tensor->offset;
+        int kind = tensor->kind, seed = seeds[kind] + (tensor->layer > 0 ? 100 * tensor->layer : 0);
+        fill_values(w, tensor->size, seed, kind == BIAS ? 1 : kind == LEVEL ? 0.1 : 2, kind == BIAS ? g->bias_shift : kind == LEVEL ? 0.1 : 0);
+        for (size_t v = 0; kind == TABLE && v < tensor->size; v++)
+            w[v] = (real)(golden_hash(17u * 1000003u + (uint32_t)v) % (uint32_t)c.experts);
+    }
+    m->tokens = tokens;
+    m->step = 1;
+    real *out = take_reals((size_t)N * c.dim), *v = take_reals(c.dim);
+    fill_values(v, c.dim, 99, 1, 0);
+    for (int layer = 0; layer <= l; layer++) {
+        fill_values(m->layers[layer].h2, (size_t)N * c.dim, g->x_seed, 4, 0);
+        fill(out, (size_t)N * c.dim, 0);
+        ffn_forward(m, layer, &m->layers[layer], out, N, 6, g->train ? TRAIN_MODE : EVAL_MODE);
+    }
+    const Plan *plan = &m->layers[l].plan;
+    assert_int_equal(plan->N, g->M);
+    assert_int_equal(plan->K, g->K);
+    for (int i = 0; i < places; i++) {
+        if (plan->expert[i] != g->expert[i] || plan->key[i] != g->key[i])
+            fail_msg("%s %s, %s: choice %d is expert %d, key %d; expected %d, %d", g->recipe, g->options, g->train ? "training" : "evaluation",
+                     i, plan->expert[i], plan->key[i], g->expert[i], g->key[i]);
+        if (!(fabs((double)m->layers[l].weight[i] - g->weight[i]) <= tolerance * 4))
+            fail_msg("%s %s: choice %d has weight %g; expected %g", g->recipe, g->options, i, (double)m->layers[l].weight[i], g->weight[i]);
+    }
+    if (g->train && !(fabs(m->layers[l].aux - g->aux) <= tolerance * (1 + fabs(g->aux))))
+        fail_msg("%s %s: the balance losses are %.15g; expected %.15g", g->recipe, g->options, m->layers[l].aux, g->aux);
+    for (int n = 0; n < N; n++) {
+        double dot = inner(out + n * c.dim, v, c.dim);
+        if (!(fabs(dot - g->out[n]) <= tolerance * 20 * (1 + fabs(g->out[n]))))
+            fail_msg("%s %s: token %d's answer is %.15g; expected %.15g", g->recipe, g->options, n, dot, g->out[n]);
+    }
+    model_free(m);
+    free_taken();
+}
+
+void test_recipes(void **state) {
+    (void)state;
+    for (size_t i = 0; i < sizeof(recipe_golden) / sizeof(recipe_golden[0]); i++)
+        check_recipe(&recipe_golden[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Finite differences
 
 uint64_t decided; // a hash of the discrete decisions of the last objective; 0 where there are none
@@ -365,8 +443,16 @@ uint64_t decisions(const Model *m) {
     int N = m->B * m->T;
     for (int l = 0; l < m->config.layers; l++) {
         const LayerState *s = &m->layers[l];
+        const Config *c = &m->config;
+        int more[16], K = s->gate.K + c->noise, two = c->select == HIERARCHICAL; // noise: the load looks at the best one not chosen, too
+        for (int row = 0; is_moe(c, l) && (c->noise || c->balance == UNBIASED) && row < N * (s->gate.per + two); row++) {
+            const Gate *g = row < N * s->gate.per ? &s->gate : &s->groups;
+            select_topk(more, g->p + (size_t)(g == &s->gate ? row : row - N * s->gate.per) * g->E, 1, g->E, K);
+            for (int k = 0; k < K; k++)
+                h = hash64(h ^ (uint64_t)more[k]);
+        }
         if (is_moe(&m->config, l)) {
-            for (int i = 0; i < N * s->plan.K; i++)
+            for (int i = 0; i < s->plan.N * s->plan.K; i++)
                 h = hash64(h ^ (uint64_t)(uint32_t)(s->plan.expert[i] * 1000 + s->plan.key[i] + 1));
         }
         if (m->config.activation == RELU) {
@@ -411,6 +497,8 @@ void check_gradients(const char *what, const Config *config, int B, int T, int s
     for (int t = 0; t < k.m->tensor_count; t++) {
         const Tensor *tensor = &k.m->tensors[t];
         char name[256];
+        if (tensor_is_buffer(tensor))
+            continue;
         snprintf(name, sizeof(name), "%s, %s", what, tensor->name);
         skipped += check_slopes(name, k.m->memory[WEIGHTS] + tensor->offset, tensor->size, grads + tensor->offset,
                                 objective, &k, samples);
@@ -496,6 +584,7 @@ void test_gradient_scale(void **state) {
 
 typedef struct Layer { // what one of the layers below works on; its objective is inner(out, g), g random
     int B, T, N, C, H, KV, D, E, K, F, V, activation, gated, gate, group, head_rows, everyone[2];
+    int width[8], kind[8]; // of each expert
     real *x, *w, *w2, *out, *g, *rstd, *scratch, *hidden, *act, *weight, *rows, *angles, *nll;
     int *index, *targets;
     Plan plan;
@@ -656,7 +745,7 @@ void test_attention(void **state) {
 double activation_objective(void *arg) { // sum of weight[choice[r]] * inner(act[r], g[r])
     Layer *l = (Layer *)arg;
     double sum = 0;
-    activation_forward(l->act, l->hidden, l->N, l->F, l->activation, l->gated);
+    activation_forward(l->act, l->hidden, l->N, l->F, l->activation);
     for (int r = 0; r < l->N; r++)
         sum += (l->weight ? (double)l->weight[l->index[r]] : 1) * inner(l->act + r * l->F, l->g + r * l->F, l->F);
     return sum;
@@ -671,8 +760,9 @@ double naive_activation(int activation, double x) {
     return 0.5 * x * (1 + erf(x / sqrt(2.0)));
 }
 
-void check_activation(int activation, int gated, int weighted) {
+void check_activation(int activation, int weighted) {
     Layer l = empty_layer;
+    int gated = is_gated(activation);
     char what[64];
     l.N = 19;
     l.F = 21;
@@ -691,8 +781,7 @@ void check_activation(int activation, int gated, int weighted) {
     real *dhidden = take_filled(in, (real)NAN), *dweight = take_filled(l.N, (real)NAN), *dact = take_reals(size);
     memcpy(dact, l.g, size * sizeof(real));
     activation_objective(&l);
-    activation_backward(dhidden, weighted ? dweight : NULL, dact, l.hidden, l.weight, l.index, l.N, l.F, activation,
-                        gated);
+    activation_backward(dhidden, weighted ? dweight : NULL, dact, l.hidden, l.weight, l.index, l.N, l.F, activation);
     for (int r = 0; r < l.N; r++) {
         for (int j = 0; j < l.F; j++) {
             const real *h = l.hidden + (size_t)r * l.F * (1 + gated);
@@ -712,26 +801,24 @@ void check_activation(int activation, int gated, int weighted) {
 void test_activation(void **state) {
     (void)state;
     for (int activation = SWIGLU; activation <= GELU; activation++) {
-        for (int how = 0; how < 4; how++)
-            check_activation(activation, how & 1, how >> 1);
+        for (int weighted = 0; weighted < 2; weighted++)
+            check_activation(activation, weighted);
     }
 }
 
 // A plan whose arrays live until free_taken().
-Plan take_plan(int N, int E, int K, int groups) {
+Plan take_plan(int N, int E, int K) {
     size_t choices = (size_t)N * K;
-    Plan p = {N,
-              E,
-              K,
-              take_ints(choices),
-              take_ints(choices),
-              take_ints(choices),
-              take_ints(choices),
-              take_ints(choices),
-              take_ints((size_t)E + 1),
-              take_ints((size_t)groups * E),
-              0};
+    Plan p = {N, E, K, take_ints(choices), take_ints(choices), take_ints(choices), take_ints(choices), take_ints(choices),
+              take_ints((size_t)E + 1), 0};
     return p;
+}
+
+// What follows from plan->expert where first choices are served first.
+void make_plan(Plan *plan, int group_tokens, double factor) {
+    memcpy(plan->key, plan->expert, (size_t)plan->N * plan->K * sizeof(int));
+    plan_capacity(plan, group_tokens, factor, plan->E, BY_CHOICE, NULL, NULL, NULL);
+    plan_sort(plan);
 }
 
 double experts_objective(void *arg) { // of all answers, weighted and summed by token
@@ -739,13 +826,14 @@ double experts_objective(void *arg) { // of all answers, weighted and summed by 
     const Plan *p = &l->plan;
     size_t size = (size_t)l->N * l->C;
     memset(l->out, 0, size * sizeof(real));
-    experts_forward(l->rows, l->hidden, l->act, l->x, l->w, l->w2, p->token, p->offset, l->E, l->C, l->F, l->activation,
-                    l->gated, 0);
+    Experts experts = {l->E, l->C, l->width, l->kind, l->w, l->w2, p->offset, p->token};
+    experts_forward(l->rows, l->hidden, l->act, l->x, &experts, 0);
     combine(l->out, l->rows, l->weight, p->slot, l->N, l->K, l->C);
     return inner(l->out, l->g, size);
 }
 
-void check_experts(int activation, int gated, uint64_t seed) {
+// mixed: the experts' widths and activations differ.
+void check_experts(int activation, int mixed, uint64_t seed) {
     Layer l = empty_layer;
     char what[64];
     l.N = 23;
@@ -753,40 +841,45 @@ void check_experts(int activation, int gated, uint64_t seed) {
     l.K = 2;
     l.C = 10;
     l.F = 7;
-    l.activation = activation;
-    l.gated = gated;
-    l.plan = take_plan(l.N, l.E, l.K, 1);
+    size_t in = 0, out = 0, first = 0;
+    for (int e = 0; e < l.E; e++) {
+        l.width[e] = mixed ? l.F - e % 3 : l.F;
+        l.kind[e] = mixed ? e % 4 : activation;
+        in += (size_t)l.width[e] * (1 + is_gated(l.kind[e])) * l.C;
+        out += (size_t)l.width[e] * l.C;
+        first = e ? first : in;
+    }
+    l.plan = take_plan(l.N, l.E, l.K);
     for (int n = 0; n < l.N; n++) { // none goes to expert 1, most to expert 2
         l.plan.expert[2 * n] = n % 6 ? 2 : 0;
         l.plan.expert[2 * n + 1] = n % 5 ? 4 : 3;
     }
-    plan_capacity(&l.plan, l.N, 2.0);
-    plan_sort(&l.plan);
+    make_plan(&l.plan, l.N, 2.0);
     assert_true(l.plan.dropped == 0 && l.plan.offset[1] == l.plan.offset[2]);
-    size_t slots = (size_t)l.N * l.K, in = (size_t)l.F * (1 + gated);
+    size_t slots = (size_t)l.N * l.K;
     l.x = take_normal((size_t)l.N * l.C, seed);
-    l.w = take_normal(l.E * in * l.C, seed + 1);
-    l.w2 = take_normal((size_t)l.E * l.C * l.F, seed + 2);
+    l.w = take_normal(in, seed + 1);
+    l.w2 = take_normal(out, seed + 2);
     l.g = take_normal((size_t)l.N * l.C, seed + 3);
     l.weight = take_normal(slots, seed + 4);
     l.out = take_reals((size_t)l.N * l.C);
     l.rows = take_filled(slots * l.C, (real)NAN);
-    l.hidden = take_filled(slots * in, (real)NAN);
+    l.hidden = take_filled(slots * 2 * l.F, (real)NAN);
     l.act = take_filled(slots * l.F, (real)NAN);
     real *dx = take_reals((size_t)l.N * l.C), *drows = take_filled(slots * l.C, (real)NAN),
          *dweight = take_reals(slots);
-    real *dw = take_reals(l.E * in * l.C), *dw2 = take_reals((size_t)l.E * l.C * l.F);
-    real *dact = take_filled(slots * l.F, (real)NAN), *dhidden = take_filled(slots * in, (real)NAN);
+    real *dw = take_reals(in), *dw2 = take_reals(out);
+    real *dact = take_filled(slots * l.F, (real)NAN), *dhidden = take_filled(slots * 2 * l.F, (real)NAN);
+    Experts experts = {l.E, l.C, l.width, l.kind, l.w, l.w2, l.plan.offset, l.plan.token};
     experts_objective(&l);
-    experts_backward(drows, dw, dw2, dweight, l.g, l.x, l.hidden, l.w, l.w2, l.weight, l.plan.choice, l.plan.token,
-                     l.plan.offset, dact, dhidden, l.E, l.C, l.F, activation, gated, 0);
+    experts_backward(drows, dw, dw2, dweight, l.g, l.x, l.hidden, l.weight, l.plan.choice, dact, dhidden, &experts, 0);
     combine(dx, drows, NULL, l.plan.slot, l.N, l.K, l.C);
-    for (size_t i = 0; i < in * l.C; i++)
-        assert_true(dw[in * l.C + i] == 0); // nobody came
-    snprintf(what, sizeof(what), "experts, %s, gated %d", activation_names[activation], gated);
+    for (int i = 0; i < l.width[1] * l.C; i++)
+        assert_true(dw[first + i] == 0); // nobody came to expert 1
+    snprintf(what, sizeof(what), "experts, %s", mixed ? "mixed" : activation_names[activation]);
     check_slopes(what, l.x, (size_t)l.N * l.C, dx, experts_objective, &l, 30);
-    check_slopes(what, l.w, l.E * in * l.C, dw, experts_objective, &l, 30);
-    check_slopes(what, l.w2, (size_t)l.E * l.C * l.F, dw2, experts_objective, &l, 30);
+    check_slopes(what, l.w, in, dw, experts_objective, &l, 30);
+    check_slopes(what, l.w2, out, dw2, experts_objective, &l, 30);
     check_slopes(what, l.weight, slots, dweight, experts_objective, &l, 20);
     free_taken();
 }
@@ -794,14 +887,15 @@ void check_experts(int activation, int gated, uint64_t seed) {
 void test_experts(void **state) {
     (void)state;
     for (int activation = SWIGLU; activation <= GELU; activation++)
-        check_experts(activation, activation <= GEGLU, activation == RELU ? 200 : 100);
+        check_experts(activation, 0, activation == RELU ? 200 : 100);
+    check_experts(SWIGLU, 1, 300);
 }
 
 double dense_objective(void *arg) { // one expert with all tokens, added to what is there
     Layer *l = (Layer *)arg;
     fill(l->out, (size_t)l->N * l->C, 1);
-    experts_forward(l->out, l->hidden, l->act, l->x, l->w, l->w2, NULL, l->everyone, 1, l->C, l->F, l->activation, 1,
-                    1);
+    Experts experts = {1, l->C, &l->F, &l->activation, l->w, l->w2, l->everyone, NULL};
+    experts_forward(l->out, l->hidden, l->act, l->x, &experts, 1);
     return inner(l->out, l->g, (size_t)l->N * l->C);
 }
 
@@ -823,8 +917,8 @@ void test_dense(void **state) {
     real *dx = take_filled(size, 1), *dw = take_filled(w_size, 1), *dw2 = take_filled(w_size / 2, 1);
     real *dact = take_filled((size_t)l.N * l.F, (real)NAN), *dhidden = take_filled((size_t)l.N * 2 * l.F, (real)NAN);
     dense_objective(&l);
-    experts_backward(dx, dw, dw2, NULL, l.g, l.x, l.hidden, l.w, l.w2, NULL, NULL, NULL, l.everyone, dact, dhidden, 1,
-                     l.C, l.F, SWIGLU, 1, 1);
+    Experts experts = {1, l.C, &l.F, &l.activation, l.w, l.w2, l.everyone, NULL};
+    experts_backward(dx, dw, dw2, NULL, l.g, l.x, l.hidden, NULL, NULL, dact, dhidden, &experts, 1);
     subtract_one(dx, size); // all three were added to
     subtract_one(dw, w_size);
     subtract_one(dw2, w_size / 2);
@@ -836,7 +930,7 @@ void test_dense(void **state) {
 
 double gate_objective(void *arg) {
     Layer *l = (Layer *)arg;
-    gate_forward(l->weight, l->x, l->index, l->N, l->E, l->K, l->gate);
+    gate_forward(l->weight, l->x, l->index, l->N, l->E, l->K, l->gate, 2.5);
     return inner(l->weight, l->g, (size_t)l->N * l->K);
 }
 
@@ -859,8 +953,8 @@ void test_gate(void **state) {
         real *dx = take_filled((size_t)l.N * l.E, 1);
         gate_objective(&l);
         for (int n = 0; n < l.N && gate == RENORMALIZED; n++)
-            assert_near((double)(l.weight[n * 3] + l.weight[n * 3 + 1] + l.weight[n * 3 + 2]), 1, 1e-6);
-        gate_backward(dx, l.g, l.weight, l.x, l.index, l.N, l.E, l.K, gate);
+            assert_near((double)(l.weight[n * 3] + l.weight[n * 3 + 1] + l.weight[n * 3 + 2]), 2.5, 3e-6);
+        gate_backward(dx, l.g, l.weight, l.x, l.index, l.N, l.E, l.K, gate, 2.5);
         subtract_one(dx, (size_t)l.N * l.E);
         check_slopes(gate_names[gate], l.x, (size_t)l.N * l.E, dx, gate_objective, &l, 63);
         free_taken();
@@ -934,9 +1028,23 @@ void test_embedding(void **state) {
     free_taken();
 }
 
+// The Switch form over groups of tokens, of choices as counted.
+double switch_form(const real *p, const int *count, int N, int E, int group, real *dp, double scale) {
+    Gate g = {1, E, 1, 0, (real *)p, NULL, NULL, NULL};
+    double slope[64] = {0}, counts[64];
+    assert_true(N / group * E <= 64);
+    for (int i = 0; i < N / group * E; i++)
+        counts[i] = count[i];
+    for (int i = 0; i < N / group; i++)
+        add_balance(slope + i * E, counts + i * E, NULL, E, 1);
+    if (dp)
+        balance_backward(dp, &g, slope, N, group, SOFTMAX, scale);
+    return balance_forward(&g, slope, N, group, SOFTMAX);
+}
+
 double balance_objective(void *arg) {
     Layer *l = (Layer *)arg;
-    return 0.7 * balance_forward(l->x, l->index, l->N, l->E, l->K, l->group);
+    return 0.7 * switch_form(l->x, l->index, l->N, l->E, l->group, NULL, 0);
 }
 
 void test_balance_backward(void **state) {
@@ -945,14 +1053,13 @@ void test_balance_backward(void **state) {
         Layer l = empty_layer;
         l.N = 12;
         l.E = 5;
-        l.K = 2;
         l.group = group;
         l.x = take_normal((size_t)l.N * l.E, 1);
         l.index = take_ints((size_t)l.N / group * l.E);
         for (int i = 0; i < l.N / group * l.E; i++)
             l.index[i] = i * i % 7;
         real *dx = take_filled((size_t)l.N * l.E, 1);
-        balance_backward(dx, l.index, l.N, l.E, l.K, group, 0.7);
+        switch_form(l.x, l.index, l.N, l.E, group, dx, 0.7);
         subtract_one(dx, (size_t)l.N * l.E);
         check_slopes("balance", l.x, (size_t)l.N * l.E, dx, balance_objective, &l, 60);
         free_taken();
@@ -1176,14 +1283,13 @@ void test_select_topk(void **state) {
 void check_plan(const Plan *plan, int group_tokens, double factor) {
     int N = plan->N, E = plan->E, K = plan->K, dropped = 0, slots = 0, groups = N / group_tokens;
     int capacity = factor > 0 ? (int)fmin(ceil(factor * K * group_tokens / E - 1e-9), N * K) : N * K;
-    int *kept = take_ints((size_t)groups * E), *wanted = take_ints((size_t)groups * E), *load = take_ints(E);
+    int *kept = take_ints((size_t)groups * E), *load = take_ints(E);
     for (int group = 0; group < groups; group++) {
         for (int place = 0; place < K * group_tokens; place++) { // first choices before second ones, early tokens first
             int choice = (group * group_tokens + place % group_tokens) * K + place / group_tokens;
             int e = plan->expert[choice], takes = e >= 0 && kept[group * E + e] < capacity;
             assert_int_equal(plan->key[choice], takes ? e : -1);
             if (e >= 0) {
-                wanted[group * E + e]++;
                 kept[group * E + e] += takes;
                 load[e] += takes;
                 dropped += !takes;
@@ -1193,7 +1299,6 @@ void check_plan(const Plan *plan, int group_tokens, double factor) {
             assert_in_range(kept[group * E + e], 0, capacity);
     }
     assert_int_equal(plan->dropped, dropped);
-    assert_memory_equal(plan->count, wanted, (size_t)groups * E * sizeof(int));
     assert_int_equal(plan->offset[0], 0);
     for (int e = 0; e < E; e++) {
         assert_int_equal(plan->offset[e + 1] - plan->offset[e], load[e]);
@@ -1219,12 +1324,11 @@ void test_plan(void **state) {
         int group_tokens = draw(&random, 1, 20), groups = draw(&random, 1, 4), N = groups * group_tokens;
         int E = draw(&random, 1, 12), K = draw(&random, 1, E);
         double factor = factors[draw(&random, 0, 7)];
-        Plan plan = take_plan(N, E, K, groups);
+        Plan plan = take_plan(N, E, K);
         select_topk(plan.expert, take_scores(N, E, random), N, E, K);
         for (int i = 0; round % 3 == 0 && i < N * K; i += 7)
             plan.expert[i] = -1; // no choice
-        plan_capacity(&plan, group_tokens, factor);
-        plan_sort(&plan);
+        make_plan(&plan, group_tokens, factor);
         check_plan(&plan, group_tokens, factor);
         free_taken();
     }
@@ -1240,17 +1344,15 @@ void assert_ints(const int *found, const int *wanted, int n) {
 void test_plan_by_hand(void **state) {
     (void)state;
     const int expert[6] = {0, 1, 1, 0, 0, 1}, key[6] = {0, 1, 1, -1, 0, -1}, slot[6] = {0, 2, 3, -1, 1, -1};
-    const int choice[4] = {0, 4, 1, 2}, token[4] = {0, 2, 0, 1}, offset[3] = {0, 2, 4}, count[2] = {3, 3};
-    Plan plan = take_plan(3, 2, 2, 1);
+    const int choice[4] = {0, 4, 1, 2}, token[4] = {0, 2, 0, 1}, offset[3] = {0, 2, 4};
+    Plan plan = take_plan(3, 2, 2);
     memcpy(plan.expert, expert, sizeof(expert));
-    plan_capacity(&plan, 3, 0.5);
-    plan_sort(&plan);
+    make_plan(&plan, 3, 0.5);
     assert_ints(plan.key, key, 6);
     assert_ints(plan.slot, slot, 6);
     assert_ints(plan.choice, choice, 4);
     assert_ints(plan.token, token, 4);
     assert_ints(plan.offset, offset, 3);
-    assert_ints(plan.count, count, 2);
     assert_int_equal(plan.dropped, 2);
     free_taken();
 }
@@ -1259,10 +1361,9 @@ void test_plan_by_hand(void **state) {
 void test_capacity_of_groups(void **state) {
     (void)state;
     const int expert[8] = {0, 0, 0, 0, 1, 1, 0, 1}, key[8] = {0, 0, -1, -1, 1, 1, 0, -1};
-    Plan plan = take_plan(8, 2, 1, 2);
+    Plan plan = take_plan(8, 2, 1);
     memcpy(plan.expert, expert, sizeof(expert));
-    plan_capacity(&plan, 4, 1);
-    plan_sort(&plan);
+    make_plan(&plan, 4, 1);
     assert_ints(plan.key, key, 8);
     assert_int_equal(plan.dropped, 3);
     check_plan(&plan, 4, 1);
@@ -1299,7 +1400,7 @@ void test_balance(void **state) {
     for (int groups = 1; groups <= 3; groups++) { // perfect balance
         for (int i = 0; i < groups * E; i++)
             count[i] = N / groups * K / E;
-        assert_near(balance_forward(p, count, N, E, K, N / groups), 1, 1e-6);
+        assert_near(switch_form(p, count, N, E, N / groups, NULL, 0), 1, 1e-6);
     }
     fill(p, (size_t)N * E, 0); // all to expert 2 with probability 1
     memset(count, 0, (size_t)N * E * sizeof(int));
@@ -1308,15 +1409,15 @@ void test_balance(void **state) {
     for (int groups = 1; groups <= 3; groups++) {
         for (int group = 0; group < groups; group++)
             count[group * E + 2] = N / groups;
-        assert_near(balance_forward(p, count, N, E, 1, N / groups), E, 1e-6);
+        assert_near(switch_form(p, count, N, E, N / groups, NULL, 0), E, 1e-6);
     }
     // Two experts, K 1, two groups of two tokens. First: both to expert 0, mean p = (0.7, 0.3): 2 * (1*0.7 + 0*0.3)
     // = 1.4. Second: one each, mean p = (0.5, 0.5): 1. The mean of both: 1.2. As one group: f = (3/4, 1/4), P = (0.6,
     // 0.4): 1.1.
     const real hand[8] = {(real)0.8, (real)0.2, (real)0.6, (real)0.4, (real)0.9, (real)0.1, (real)0.1, (real)0.9};
     const int apart[4] = {2, 0, 1, 1}, together[2] = {3, 1};
-    assert_near(balance_forward(hand, apart, 4, 2, 1, 2), 1.2, 1e-6);
-    assert_near(balance_forward(hand, together, 4, 2, 1, 4), 1.1, 1e-6);
+    assert_near(switch_form(hand, apart, 4, 2, 2, NULL, 0), 1.2, 1e-6);
+    assert_near(switch_form(hand, together, 4, 2, 4, NULL, 0), 1.1, 1e-6);
     free_taken();
 }
 
@@ -1400,6 +1501,7 @@ void test_generation(void **state) {
     for (int i = 0; i < recipe_count * 6; i++) {
         Config c = small_config(recipes[i / 6].name);
         set_options(&c, variants[i % 6]);
+        set_options(&c, "--eval-capacity-factor 0"); // st-moe's looks at a whole sequence at once
         check_generation(&c);
     }
 }
@@ -1432,13 +1534,15 @@ void test_generation_forgets(void **state) {
 // The weights after a few steps; the batch is large enough for every parallel loop to be one. To be freed.
 real *train_some(const char *recipe, int threads, int seed, size_t *size) {
     Config c = small_config(recipe);
-    set_options(&c, "--dim 32 --ffn 40 --seq 70 --batch 3 --capacity-factor 1 --lr 0.01");
+    set_options(&c, "--dim 32 --ffn 40 --seq 70 --batch 3 --lr 0.01");
+    if (c.select == TOP_K)
+        set_options(&c, "--capacity-factor 1");
     c.vocab = 700; // more weights than UPDATE_CHUNK
     c.seed = seed;
     int inputs[210], targets[210];
     set_threads(threads);
     Model *m = model_allocate(&c, 210, 1, NULL);
-    model_init(m);
+    model_init(m, NULL);
     for (int step = 1; step <= 4; step++) {
         random_tokens(inputs, 210, 300, (uint64_t)(2 * step));
         random_tokens(targets, 210, 300, (uint64_t)(2 * step + 1));
@@ -1599,7 +1703,7 @@ void test_init_schemes(void **state) {
         c.vocab = 200;
         c.init_scheme = scheme;
         Model *m = model_allocate(&c, 16, 0, NULL);
-        model_init(m);
+        model_init(m, NULL);
         for (int t = 0; t < m->tensor_count; t++) {
             const Tensor *tensor = &m->tensors[t];
             const real *w = m->memory[WEIGHTS] + tensor->offset;
@@ -1950,17 +2054,20 @@ void need_program(void) {
 // --prompt.
 const char *command_line(const char *out, const char *more) {
     static char line[2048];
-    const char *program = getenv("TRAIN_MOE");
+    const char *program = getenv("TRAIN_MOE"), *recipe = strstr(more, "--recipe ");
+    char name[64] = "";
     if (!strncmp(more, "--prompt", 8)) {
         snprintf(line, sizeof(line), "%s --out %s --tokens 8 --threads 1 %s", program ? program : "./train_moe",
                  scratch(out), more);
         return line;
     }
+    if (recipe)
+        sscanf(recipe + 9, "%63s", name);
     snprintf(
         line, sizeof(line),
         "%s --data %s --out %s --layers 2 --dim 32 --heads 2 --ffn 32 --experts 4 --seq 32 --batch 2 --eval-batches 1 "
-        "--tokens 8 --threads 1 --log-every 1 --warmup 2 --steps 12 --save-every 6 %s",
-        program ? program : "./train_moe", scratch("data"), scratch(out), more);
+        "--tokens 8 --threads 1 --log-every 1 --warmup 2 --steps 12 --save-every 6 %s %s",
+        program ? program : "./train_moe", scratch("data"), scratch(out), small_sizes(name), more);
     return line;
 }
 
@@ -2121,8 +2228,7 @@ void check_resume(const char *recipe) {
     snprintf(halves, sizeof(halves), "halves-%s", recipe);
     snprintf(path, sizeof(path), "%s/log.jsonl", halves);
     // the validation in step 7, of the whole file, takes long enough to be killed in
-    snprintf(options, sizeof(options), "--recipe %s --topk %d --eval-every 7 --eval-batches 0 --accum 2", recipe,
-             strcmp(recipe, "switch") ? 2 : 1);
+    snprintf(options, sizeof(options), "--recipe %s --eval-every 7 --eval-batches 0 --accum 2", recipe);
     expect(run_tiny(whole, options), 0, "What next");
     for (int attempt = 0, status = 0; !WIFSIGNALED(status); attempt++) {
         assert_true(attempt < 5); // it was always done before it could be killed
@@ -2139,7 +2245,8 @@ void check_resume(const char *recipe) {
     expect(run_tiny(halves, options), 0, "What next");
     assert_latest(halves, "checkpoint-12");
     assert_same_weights(whole, halves);
-    int routers = !strcmp(recipe, "mixtral") ? 2 : !strcmp(recipe, "switch") ? 1 : 0;
+    Config c = small_config(recipe);
+    int last, routers = moe_layers(&c, &last);
     assert_log(whole, 12, routers);
     assert_log(halves, 12, routers);
     for (int step = 1; step <= 12; step++)
@@ -2250,15 +2357,17 @@ void test_init(void **state) {
     for (int r = 0; r < recipe_count; r++) {
         char first[64], options[512];
         snprintf(first, sizeof(first), "first-%s", recipes[r].name);
-        snprintf(options, sizeof(options), "--recipe %s --topk %d --steps 5 --lr 0.01", recipes[r].name,
-                 r == 1 ? 1 : 2);
+        snprintf(options, sizeof(options), "--recipe %s --steps 5 --lr 0.01", recipes[r].name);
         expect(run_tiny(first, options), 0, NULL);
-        snprintf(options, sizeof(options), "--init %s/latest --steps 1 --lr 0 --eval-every 1 --recipe %s --topk %d",
-                 scratch(first), recipes[r].name, r == 1 ? 1 : 2);
+        snprintf(options, sizeof(options), "--init %s/latest --steps 1 --lr 0 --eval-every 1 --recipe %s",
+                 scratch(first), recipes[r].name);
         char again[64];
         snprintf(again, sizeof(again), "again-%s", recipes[r].name);
         expect(run_tiny(again, options), 0, NULL);
-        assert_true(logged(first, "eval", 5, "val_loss") == logged(again, "eval", 1, "val_loss"));
+        double before = logged(first, "eval", 5, "val_loss"), after = logged(again, "eval", 1, "val_loss");
+        int moves = strstr(recipes[r].choices, "--bias-rate") || strstr(recipes[r].choices, "expert-choice") ||
+                    strstr(recipes[r].choices, "--history-decay"); // buffers, which --lr does not hold
+        assert_true(moves ? fabs(before - after) < 0.02 : before == after);
         assert_true(logged(first, "eval", 5, "val_loss") < 5.55); // it had learned something
     }
     char options[512];
@@ -2341,8 +2450,8 @@ void test_same_run(void **state) {
         char out[4][64], options[256];
         for (int i = 0; i < 4; i++) {
             snprintf(out[i], sizeof(out[i]), "same-%s-%d", recipes[r].name, i);
-            snprintf(options, sizeof(options), "--recipe %s --topk %d --steps 10 --batch 3 --seq 70 --ffn 50 %s",
-                     recipes[r].name, r == 1 ? 1 : 2, differ[i]);
+            snprintf(options, sizeof(options), "--recipe %s --steps 10 --batch 3 --seq 70 --ffn 50 %s", recipes[r].name,
+                     differ[i]);
             expect(run_tiny(out[i], options), 0, NULL);
         }
         assert_same_weights(out[0], out[1]);
@@ -2364,8 +2473,7 @@ void test_float_against_double(void **state) {
         skip();
     for (int r = 0; r < recipe_count; r++) {
         char options[200], out[2][64], line[2200];
-        snprintf(options, sizeof(options), "--steps 20 --recipe %s --topk %d --jitter 0", recipes[r].name,
-                 r == 1 ? 1 : 2);
+        snprintf(options, sizeof(options), "--steps 20 --recipe %s --jitter 0", recipes[r].name);
         snprintf(out[0], sizeof(out[0]), "float-%s", recipes[r].name);
         snprintf(out[1], sizeof(out[1]), "double-%s", recipes[r].name);
         expect(run_tiny(out[0], options), 0, NULL);
@@ -2373,7 +2481,7 @@ void test_float_against_double(void **state) {
         expect(shell(said, sizeof(said), "%s %s", other, strchr(line, ' ')), 0, NULL);
         for (int step = 1; step <= 20; step++) {
             double a = logged(out[0], "step", step, "loss"), b = logged(out[1], "step", step, "loss");
-            if (!(fabs(a - b) <= 1e-4 * b))
+            if (!(fabs(a - b) <= (step <= 10 ? 1e-4 : 1e-2) * b)) // sooner or later a near-tie in a router falls the other way
                 fail_msg("%s, step %d: %.9g in float, %.9g in double", recipes[r].name, step, a, b);
         }
     }
@@ -2426,7 +2534,7 @@ void test_bad_options(void **state) {
         {NULL, "--dim 30", 2, "even width"},
         {NULL, "--kv-heads 3", 2, "not divisible by --kv-heads 3"},
         {NULL, "--heads 64", 2, "not divisible by --heads 64"},
-        {NULL, "--topk 5", 2, "--topk 5 is more than --experts 4"},
+        {NULL, "--topk 5", 2, "--experts 4 --topk 5: a token cannot have more experts"},
         {NULL, "--topk 1", 2, "--gate probability"},
         {NULL, "--activation tanh", 2, "one of: swiglu, geglu, relu, gelu"},
         {NULL, "--schedule linear", 2, "one of: cosine, wsd, constant"},
@@ -3492,7 +3600,7 @@ void test_tokenize_no_permission(void **state) {
 int main(void) {
     set_threads(1); // small models are slower with more
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden),
+        cmocka_unit_test(test_golden), cmocka_unit_test(test_recipes),
         cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_gradients_of_variants),
         cmocka_unit_test(test_gradient_scale),

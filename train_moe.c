@@ -77,26 +77,44 @@ typedef REAL real;
 // option, its help, its check, and its entry in the log and the checkpoints. A recipe is a router of the literature,
 // written as a row of such options; what the command line says comes after it and so overrides it.
 
-enum { SWIGLU, GEGLU, RELU, GELU };
+enum { SWIGLU, GEGLU, RELU, GELU, SAME };
+enum { SOFTMAX, SIGMOID };
+enum { TOP_K, HIERARCHICAL, THRESHOLD, EXPERT_CHOICE, BALANCED, HASH };
 enum { PROBABILITY, RENORMALIZED };
-enum { SEQUENCE, BATCH };
+enum { BEST, BEST_TWO };
+enum { SEQUENCE, BATCH, STEP };
+enum { ONE_EXPERT, EXPERT_GROUP };
+enum { BY_CHOICE, BY_SCORE, BY_TOKEN };
+enum { SKIP, NEXT };
+enum { SWITCH, GSHARD, UNBIASED, WIDTH, CV2, VARIANCE };
 enum { NORMAL, TRUNCATED };
 enum { COSINE, WSD, CONSTANT };
 const char *const activation_names[] = {"swiglu", "geglu", "relu", "gelu", NULL};
+const char *const dense_names[] = {"swiglu", "geglu", "relu", "gelu", "same", NULL};
+const char *const score_names[] = {"softmax", "sigmoid", NULL};
+const char *const select_names[] = {"topk", "hierarchical", "threshold", "expert-choice", "balanced", "hash", NULL};
 const char *const gate_names[] = {"probability", "renormalized", NULL};
-const char *const group_names[] = {"sequence", "batch", NULL};
+const char *const group_score_names[] = {"best", "top2", NULL};
+const char *const group_names[] = {"sequence", "batch", "step", NULL};
+const char *const unit_names[] = {"expert", "group", NULL};
+const char *const order_names[] = {"choice", "score", "token", NULL};
+const char *const overflow_names[] = {"skip", "next", NULL};
+const char *const balance_names[] = {"switch", "gshard", "unbiased", "width", "cv2", "variance", NULL};
 const char *const init_names[] = {"normal", "truncated", NULL};
 const char *const schedule_names[] = {"cosine", "wsd", "constant", NULL};
 
-#define MAX_OPTIONS 80
+#define MAX_OPTIONS 120
 
 typedef struct Config {
     const char *recipe, *data, *out, *init, *tokenizer;
     int layers, dim, heads, kv_heads, seq, untied;
     double norm_eps, rope_theta;
-    int experts, topk, shared, ffn, moe_every, dense_first;
-    int activation, gate, group, init_scheme;
-    double capacity_factor, jitter, aux_weight, z_weight;
+    int experts, topk, shared, ffn, moe_every, dense_first, activation, dense_activation, mixed, init_scheme;
+    int score, select, gate, noise, routers, subtokens, recurrent, groups, group_topk, group_score, max_active;
+    double scale, threshold, second_threshold, jitter, history_decay;
+    int balance, group, capacity_unit, drop_order, overflow;
+    double aux_weight, load_weight, device_weight, comm_weight, z_weight, sparsity_weight, bias_rate;
+    double capacity_factor, eval_capacity_factor, drop_exempt;
     int batch, accum, steps, warmup, schedule;
     double lr, min_lr, weight_decay, beta1, beta2, clip;
     int eval_every, eval_batches, save_every, sample_every, log_every, keep;
@@ -152,7 +170,7 @@ const Option options[] = {
     FLAG("untied", untied, MODEL, "give the output its own matrix instead of the embedding's"),
     NUMBER("norm-eps", norm_eps, "1e-5", 0, 1, MODEL, "epsilon inside RMSNorm's root"),
     NUMBER("rope-theta", rope_theta, "10000", 1, 1e12, MODEL, "base of the rotary position frequencies"),
-    HEADING("Mixture of experts"),
+    HEADING("Experts"),
     INTEGER("experts", experts, "8", 1, 4096, MODEL, "routed experts (E)"),
     INTEGER("topk", topk, "2", 1, 256, MODEL, "routed experts chosen for each token (K)"),
     INTEGER("shared", shared, "0", 0, 256, MODEL, "shared experts, which see every token (S)"),
@@ -160,13 +178,43 @@ const Option options[] = {
     INTEGER("moe-every", moe_every, "1", 0, 1000, MODEL, "every n-th layer has experts, the others are dense; 0: none has"),
     INTEGER("dense-first", dense_first, "0", 0, 1000, MODEL, "this many first layers are dense"),
     WORD("activation", activation, "swiglu", activation_names, MODEL, "of the experts"),
-    WORD("gate", gate, "renormalized", gate_names, MODEL, "weight of a chosen expert: its probability, or that over the chosen ones' sum"),
+    WORD("dense-activation", dense_activation, "same", dense_names, MODEL, "of dense layers; same: that of the experts"),
+    FLAG("mixed", mixed, MODEL, "experts differ: widths F/2, F, F, 3F/2; SwiGLU and GELU by turns; first weights 0.5 to 1.5 times as large"),
+    WORD("init-scheme", init_scheme, "normal", init_names, TRAIN, "first weights: N(0,0.02), or truncated N(0,0.1/fan-in)"),
+    HEADING("Router: scores"),
+    WORD("score", score, "softmax", score_names, MODEL, "what makes scores p of logits"),
+    FLAG("noise", noise, MODEL, "in training the logits get Gaussian noise, whose size the router learns for each token"),
+    NUMBER("jitter", jitter, "0", 0, 0.999, TRAIN, "in training the router's input is multiplied by 1 +- this"),
+    INTEGER("routers", routers, "1", 1, 64, MODEL, "so many routers choose K/R experts each; their answers are averaged"),
+    INTEGER("subtokens", subtokens, "1", 1, 256, MODEL, "a token is split into so many, which are routed apart"),
+    INTEGER("recurrent", recurrent, "0", 0, 4096, MODEL, "the router reads a GRU of this width that runs through the layers; 0: none"),
+    HEADING("Router: choice and weight"),
+    WORD("select", select, "topk", select_names, MODEL, "how experts are chosen"),
+    INTEGER("groups", groups, "1", 1, 1024, MODEL, "experts form this many groups (D)"),
+    INTEGER("group-topk", group_topk, "0", 0, 1024, MODEL, "choose only within this many groups (M); 0: within all"),
+    WORD("group-score", group_score, "best", group_score_names, MODEL, "a group counts as its best score, or the sum of its two best"),
+    NUMBER("threshold", threshold, "0", 0, 1, MODEL, "with --select threshold: every expert with p above this; 0: above 1/E"),
+    INTEGER("max-active", max_active, "0", 0, 4096, MODEL, "and at most so many experts a token; 0: half of them"),
+    NUMBER("bias-rate", bias_rate, "0", 0, 1, MODEL, "choose by p + b; b moves by this after a step, against the load; 0: no b"),
+    NUMBER("history-decay", history_decay, "0", 0, 0.999999, MODEL, "choose by a moving average of the router; 0: by the router"),
+    WORD("gate", gate, "renormalized", gate_names, MODEL, "weight of a chosen expert: its p, or that over the chosen ones' sum"),
+    NUMBER("scale", scale, "1", 0, 1000, MODEL, "all weights times this"),
+    NUMBER("second-threshold", second_threshold, "0", 0, 1, TRAIN, "in training a second choice of weight w is kept with probability w/this; 0: always"),
+    HEADING("Router: balance"),
+    WORD("balance", balance, "switch", balance_names, TRAIN, "form of the balance loss"),
+    NUMBER("aux-weight", aux_weight, "0.01", 0, 1e6, TRAIN, "weight of the balance loss, which is 1 at balance"),
+    NUMBER("load-weight", load_weight, "0", 0, 1e6, TRAIN, "weight of the smooth load's loss; needs --noise"),
+    NUMBER("device-weight", device_weight, "0", 0, 1e6, TRAIN, "weight of the loss that balances groups of experts"),
+    NUMBER("comm-weight", comm_weight, "0", 0, 1e6, TRAIN, "weight of the loss that balances tokens sent to groups"),
+    NUMBER("z-weight", z_weight, "0", 0, 1e6, TRAIN, "weight of the router's z-loss"),
+    NUMBER("sparsity-weight", sparsity_weight, "0", 0, 1e6, TRAIN, "weight of the mean share of experts chosen; a count, so it has no gradient"),
     WORD("group", group, "batch", group_names, TRAIN, "the tokens over which loads, capacities and losses are taken"),
     NUMBER("capacity-factor", capacity_factor, "0", 0, 1e6, TRAIN, "an expert takes at most this times its fair share; 0: all that comes"),
-    NUMBER("jitter", jitter, "0", 0, 0.999, TRAIN, "the router's input is multiplied by 1 +- this in training"),
-    NUMBER("aux-weight", aux_weight, "0.01", 0, 1e6, TRAIN, "weight of the balance loss, which is 1 at balance"),
-    NUMBER("z-weight", z_weight, "0", 0, 1e6, TRAIN, "weight of the router's z-loss"),
-    WORD("init-scheme", init_scheme, "normal", init_names, TRAIN, "first weights: N(0,0.02), or truncated N(0,0.1/fan-in)"),
+    NUMBER("eval-capacity-factor", eval_capacity_factor, "0", 0, 1e6, TRAIN, "the same at evaluation"),
+    WORD("capacity-unit", capacity_unit, "expert", unit_names, TRAIN, "what has a capacity: each expert, or each group of experts"),
+    WORD("drop-order", drop_order, "choice", order_names, TRAIN, "served first: first choices, high weights, or early tokens"),
+    NUMBER("drop-exempt", drop_exempt, "0", 0, 1, TRAIN, "this share of sequences loses nothing"),
+    WORD("overflow", overflow, "skip", overflow_names, TRAIN, "a refused token passes by, or goes to its next best expert with room"),
     HEADING("Training"),
     INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "micro-steps in a step"),
@@ -207,20 +255,85 @@ const int option_count = (int)(sizeof(options) / sizeof(options[0]));
 typedef struct Recipe {
     const char *name;
     int year;
+    double load; // the largest load over the mean one that goes without a warning, once trained a little; 0: any
     const char *summary, *choices, *paper;
 } Recipe;
 
+// What a row does not say is as in the defaults above, which are mixtral's.
 const Recipe recipes[] = {
-    {"mixtral", 2024, "top-2 of 8 SwiGLU experts, weights renormalised over the two, no token dropped",
+    {"mixtral", 2024, 2.5, "top-2 of 8 SwiGLU experts, weights renormalised over the two, no token dropped",
      "--activation swiglu --gate renormalized --group batch --aux-weight 0.01", "Jiang et al., Mixtral of Experts"},
-    {"switch", 2021, "top-1, weight is the probability, full experts pass tokens by; every other layer",
-     "--topk 1 --activation relu --gate probability --group sequence --capacity-factor 1.25 --jitter 0.01 --aux-weight 0.01 "
-     "--moe-every 2 --init-scheme truncated",
+    {"jacobs", 1991, 0, "every expert answers, weighted by a softmax gate",
+     "--topk 8 --ffn 64 --gate probability --aux-weight 0", "Jacobs, Jordan, Nowlan, Hinton, Adaptive Mixtures of Local Experts"},
+    {"shazeer", 2017, 2.5, "noisy top-4; losses on importance and on a smooth count of the load",
+     "--topk 4 --ffn 128 --activation relu --noise 1 --balance cv2 --aux-weight 0.1 --load-weight 0.1",
+     "Shazeer et al., Outrageously Large Neural Networks"},
+    {"hierarchical", 2017, 3, "noisy top-2 of 4 groups, then noisy top-2 of each group's 4 experts",
+     "--experts 16 --topk 4 --ffn 128 --activation relu --select hierarchical --groups 4 --group-topk 2 --noise 1 --balance cv2 "
+     "--aux-weight 0.1 --load-weight 0.1",
+     "Shazeer et al., Outrageously Large Neural Networks, appendix B"},
+    {"gshard", 2020, 2.5, "top-2, the second at random by its weight; full experts pass tokens by; every other layer",
+     "--activation relu --group sequence --balance gshard --capacity-factor 1 --second-threshold 0.5 --moe-every 2",
+     "Lepikhin et al., GShard"},
+    {"switch", 2021, 2.5, "top-1, weight is the probability, full experts pass tokens by; every other layer",
+     "--topk 1 --ffn 512 --activation relu --gate probability --group sequence --capacity-factor 1.25 --jitter 0.01 --moe-every 2 "
+     "--init-scheme truncated",
      "Fedus, Zoph, Shazeer, Switch Transformers"},
-    {"dense", 2017, "no router: one feed-forward of width K*F, the same work per token as K experts",
+    {"glam", 2021, 2.5, "gshard without chance; the dense layers between have a gated GELU",
+     "--activation relu --dense-activation geglu --group sequence --balance gshard --capacity-factor 1 --moe-every 2",
+     "Du et al., GLaM"},
+    {"deepseekmoe", 2024, 3, "many narrow experts, one of them shared by all tokens; balance of experts and of their groups",
+     "--experts 31 --topk 7 --shared 1 --ffn 64 --gate probability --groups 4 --device-weight 0.05 --dense-first 1",
+     "Dai et al., DeepSeekMoE"},
+    {"deepseek-v2", 2024, 3, "deepseekmoe within the best 2 of 4 groups; three balance losses; a full group drops the lowest weights",
+     "--experts 32 --topk 6 --shared 2 --ffn 64 --gate probability --groups 4 --group-topk 2 --group sequence --aux-weight 0.003 "
+     "--device-weight 0.05 --comm-weight 0.02 --capacity-factor 1 --capacity-unit group --drop-order score --drop-exempt 0.1 "
+     "--dense-first 1",
+     "DeepSeek-AI, DeepSeek-V2"},
+    {"deepseek-v3", 2024, 3, "sigmoid scores; a bias that follows the load chooses, the score alone weighs",
+     "--experts 32 --topk 7 --shared 1 --ffn 64 --score sigmoid --scale 2.5 --group-score top2 --bias-rate 0.001 --group sequence "
+     "--balance unbiased --aux-weight 0.0001 --dense-first 1",
+     "DeepSeek-AI, DeepSeek-V3"},
+    {"cmoe", 2024, 3, "top-2 of experts that differ in width, activation and scale; balance weighed by width",
+     "--mixed 1 --balance width", "a custom mixture of the source documents"},
+    {"multirouter", 2024, 2.5, "two routers choose two experts each; the answers are averaged",
+     "--routers 2 --topk 4 --ffn 128", "multi-head routing of the source documents"},
+    {"history", 2022, 2.5, "chosen by a moving average of the router, weighed by the router of now",
+     "--history-decay 0.99", "cf. Dai et al., StableMoE"},
+    {"threshold", 2024, 3, "every expert above 1/E, and always the best: a varying number of experts",
+     "--select threshold --gate probability --sparsity-weight 0.01", "sparse(p, epsilon) of the source documents"},
+    {"variance", 2024, 2.5, "mixtral with the variance of the weights as its balance loss",
+     "--balance variance", "the loss of simple introductions"},
+    {"dense", 2017, 0, "no router: one feed-forward of width K*F, the same work per token as K experts",
      "--moe-every 0", "Vaswani et al., Attention Is All You Need"},
+    {"st-moe", 2022, 2.5, "top-2, a weak second at random; z-loss; room for 1.25 N/E tokens (2 N/E at evaluation); every fourth layer",
+     "--layers 4 --activation geglu --balance gshard --second-threshold 0.2 --capacity-factor 0.625 --eval-capacity-factor 1 "
+     "--z-weight 0.001 --moe-every 4",
+     "Zoph et al., ST-MoE"},
+    {"olmoe", 2024, 3.5, "top-8 of 64 narrow experts, weights as they are; z-loss",
+     "--experts 64 --topk 8 --ffn 64 --gate probability --z-weight 0.001", "Muennighoff et al., OLMoE"},
+    {"qwen3", 2025, 3.5, "top-8 of 64 narrow experts, renormalised; balanced over the whole step",
+     "--experts 64 --topk 8 --ffn 64 --group step --aux-weight 0.008", "Qwen team, Qwen3; Qiu et al., Demons in the Detail"},
+    {"expert-choice", 2022, 1.5, "each expert chooses its tokens; K is how many experts a token gets on average",
+     "--select expert-choice --gate probability --aux-weight 0", "Zhou et al., Mixture-of-Experts with Expert Choice Routing"},
+    {"hash", 2021, 2.5, "no router: the expert of a word is fixed, by a table that evens out their frequencies",
+     "--select hash --topk 1 --ffn 512 --gate probability --aux-weight 0", "Roller et al., Hash Layers"},
+    {"base", 2021, 1.5, "the best assignment that gives each expert as many tokens; greedy at evaluation",
+     "--select balanced --topk 1 --ffn 512 --score sigmoid --gate probability --aux-weight 0", "Lewis et al., BASE Layers"},
+    {"mh-moe", 2024, 2.5, "each token is split into four, which are routed apart and merged again",
+     "--subtokens 4", "Wu et al., Multi-Head Mixture-of-Experts"},
+    {"rmoe", 2024, 2.5, "the router reads a GRU that runs through the layers, so it knows what was chosen below",
+     "--recurrent 64", "Qiu et al., Layerwise Recurrent Router for Mixture-of-Experts"},
 };
 const int recipe_count = (int)(sizeof(recipes) / sizeof(recipes[0]));
+
+int min_int(int a, int b) {
+    return a < b ? a : b;
+}
+
+int max_int(int a, int b) {
+    return a > b ? a : b;
+}
 
 int is_moe(const Config *c, int layer) {
     return c->moe_every > 0 && layer >= c->dense_first && (layer - c->dense_first + 1) % c->moe_every == 0;
@@ -239,13 +352,35 @@ int moe_layers(const Config *c, int *last) {
     return count;
 }
 
-int is_gated(const Config *c) {
-    return c->activation == SWIGLU || c->activation == GEGLU;
+int is_gated(int activation) {
+    return activation == SWIGLU || activation == GEGLU;
 }
 
 // Width of the feed-forward that every token of this layer passes: the shared experts' together, or a dense layer's.
 int dense_width(const Config *c, int layer) {
     return (is_moe(c, layer) ? c->shared : c->topk + c->shared) * c->ffn;
+}
+
+int dense_activation(const Config *c, int layer) {
+    return is_moe(c, layer) || c->dense_activation == SAME ? c->activation : c->dense_activation;
+}
+
+int expert_width(const Config *c, int e) {
+    return !c->mixed || e % 4 % 3 ? c->ffn : e % 4 ? c->ffn * 3 / 2 : c->ffn / 2;
+}
+
+int expert_activation(const Config *c, int e) {
+    return !c->mixed ? c->activation : e % 2 ? GELU : SWIGLU;
+}
+
+// Rows of a layer's router, without those of the noise: the groups' where groups are chosen first, then the experts'.
+int router_width(const Config *c) {
+    return c->select == HASH ? 0 : c->routers * c->experts + (c->select == HIERARCHICAL ? c->groups : 0);
+}
+
+// Experts that one token can have at most.
+int places(const Config *c) {
+    return c->select == EXPERT_CHOICE ? c->experts : c->select != THRESHOLD ? c->topk : c->max_active ? c->max_active : max_int(1, c->experts / 2);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -357,14 +492,6 @@ int thread_number(void) {
 #endif
 }
 
-int min_int(int a, int b) {
-    return a < b ? a : b;
-}
-
-int max_int(int a, int b) {
-    return a > b ? a : b;
-}
-
 // A bijection of 64-bit numbers in which every input bit moves every output bit (SplitMix64's finaliser, Steele 2014).
 uint64_t hash64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
@@ -373,7 +500,7 @@ uint64_t hash64(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-enum { RANDOM_INIT, RANDOM_ORDER, RANDOM_JITTER, RANDOM_SAMPLE }; // what a random number is for
+enum { RANDOM_INIT, RANDOM_ORDER, RANDOM_JITTER, RANDOM_SAMPLE, RANDOM_NOISE, RANDOM_SECOND, RANDOM_EXEMPT }; // what a random number is for
 
 // A stream of random numbers: one for each (seed, purpose, a, b), a and b being a step and a layer, say.
 uint64_t random_stream(uint64_t seed, int purpose, uint64_t a, uint64_t b) {
@@ -706,6 +833,62 @@ void config_recipe(Config *config, const char *name) {
     free(text);
 }
 
+// A router's choices that do not go together are refused, each with its reason.
+void config_check_router(Config *c) {
+    int E = c->experts, K = c->topk, D = c->groups, M = c->group_topk, topk = c->select == TOP_K, each = K / c->routers;
+    int bounded = c->capacity_factor > 0 || c->eval_capacity_factor > 0;
+    const struct {
+        int wrong;
+        const char *reason;
+    } rules[] = {
+        {K > E * c->routers || c->max_active > E, "a token cannot have more experts than there are"},
+        {K % c->routers, "--topk must be divisible by --routers"},
+        {c->gate == RENORMALIZED && each == 1 && E > 1 && (topk || c->select == HIERARCHICAL),
+         "--topk 1 with --gate renormalized (for each router): the weight is always 1, so the router would never learn; use --gate "
+         "probability"},
+        {c->routers > 1 && (!topk || c->noise || D > 1 || c->bias_rate > 0 || c->score == SIGMOID || c->balance == UNBIASED ||
+                            c->overflow == NEXT || c->second_threshold > 0),
+         "--routers goes with plain top-k of softmax scores only"},
+        {D > E || M > D || (M && K > M * (E / D)), "--groups and --group-topk must leave at least --topk experts to choose from"},
+        {M && !topk && c->select != HIERARCHICAL, "--group-topk goes with --select topk or hierarchical"},
+        {c->select == HIERARCHICAL && (M < 1 || E % D || K % M || c->gate != RENORMALIZED || c->score == SIGMOID || c->jitter > 0 ||
+                                       c->bias_rate > 0 || c->history_decay > 0 || c->z_weight > 0 || c->device_weight > 0 ||
+                                       c->comm_weight > 0 || (c->aux_weight > 0 && c->balance != CV2 && c->balance != VARIANCE)),
+         "--select hierarchical needs --group-topk, --experts divisible by --groups, --topk by --group-topk, --gate renormalized, and "
+         "balances by --balance cv2 or variance and by --load-weight only"},
+        {c->noise && (c->score == SIGMOID || (!topk && c->select != HIERARCHICAL) || c->history_decay > 0 ||
+                      (c->select == HIERARCHICAL ? K / max_int(1, M) >= E / D || M >= D : K >= E)),
+         "--noise needs --score softmax, --select topk or hierarchical, and fewer chosen than there are to choose from"},
+        {c->load_weight > 0 && !c->noise, "--load-weight needs --noise, without which the load has no gradient"},
+        {c->load_weight > 0 && M && topk, "--load-weight does not know --group-topk"},
+        {(c->device_weight > 0 || c->comm_weight > 0 || c->capacity_unit == EXPERT_GROUP) && D == 1,
+         "--device-weight, --comm-weight and --capacity-unit group need --groups"},
+        {c->comm_weight > 0 && !M, "--comm-weight needs --group-topk"},
+        {c->z_weight > 0 && c->score == SIGMOID, "--z-weight is of softmax scores"},
+        {(c->bias_rate > 0 || c->history_decay > 0) && !topk, "--bias-rate and --history-decay go with --select topk"},
+        {c->bias_rate > 0 && c->history_decay > 0, "--bias-rate or --history-decay: give one of them"},
+        {c->balance == UNBIASED && !topk, "--balance unbiased goes with --select topk"},
+        {c->second_threshold > 0 && (K != 2 || c->gate != RENORMALIZED || !topk),
+         "--second-threshold needs two experts a token, --gate renormalized and --select topk"},
+        {c->overflow == NEXT && (!topk || !c->capacity_factor || c->capacity_unit == EXPERT_GROUP || c->drop_order == BY_SCORE),
+         "--overflow next needs --capacity-factor, --select topk, --capacity-unit expert and --drop-order choice"},
+        {c->select == EXPERT_CHOICE && (bounded || c->aux_weight > 0 || c->gate == RENORMALIZED || c->score == SIGMOID),
+         "with --select expert-choice the experts are full by construction: no capacity, no --aux-weight, softmax, --gate probability"},
+        {c->select == BALANCED && (K != 1 || bounded || c->aux_weight > 0 || c->gate == RENORMALIZED),
+         "--select balanced gives each token one expert and each expert its share: --topk 1, --gate probability, no capacity, no "
+         "--aux-weight"},
+        {c->select == HASH && (K != 1 || c->aux_weight + c->z_weight + c->jitter > 0 || c->gate == RENORMALIZED || c->recurrent ||
+                               c->subtokens > 1),
+         "--select hash has no router: --topk 1, --gate probability, and nothing that trains one"},
+        {c->subtokens > 1 && (c->dim % c->subtokens || c->recurrent), "--subtokens must divide --dim, and does not go with --recurrent"},
+        {c->mixed && (c->ffn % 2 || E % 4), "--mixed needs an even --ffn and --experts divisible by 4"},
+    };
+    for (int i = 0; i < (int)(sizeof(rules) / sizeof(rules[0])); i++) {
+        if (rules[i].wrong)
+            usage_fail("--experts %d --topk %d: %s", E, K, rules[i].reason);
+    }
+}
+
 // Fills in what follows from other fields and refuses what does not go together.
 void config_check(Config *c) {
     if (!c->kv_heads)
@@ -720,11 +903,8 @@ void config_check(Config *c) {
     if (c->moe_every && !moe_layers(c, &last))
         usage_fail("--moe-every %d with --dense-first %d leaves none of %d layers with experts; --recipe dense says so openly",
                    c->moe_every, c->dense_first, c->layers);
-    if (c->moe_every && c->topk > c->experts)
-        usage_fail("--topk %d is more than --experts %d", c->topk, c->experts);
-    if (c->moe_every && c->gate == RENORMALIZED && c->topk == 1 && c->experts > 1)
-        usage_fail("--topk 1 with --gate renormalized: the weight is always 1, so the router would never learn; use --gate "
-                   "probability");
+    if (c->moe_every)
+        config_check_router(c);
     double tokens = (double)c->batch * c->seq, widest = fmax(3.0 * c->dim, 2.0 * (c->topk + c->shared) * c->ffn);
     if (tokens * fmax(widest, c->experts) > INT_MAX)
         usage_fail("--batch %d times --seq %d tokens at once is too much for this width; take a smaller batch and --accum", c->batch,
@@ -1253,13 +1433,15 @@ void embedding_backward(real *dembedding, const real *dx, const int *tokens, int
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. The router and the experts
 //
-// The mixture of experts (Shazeer et al. 2017), in the order in which it happens:
+// The mixture of experts (Shazeer et al. 2017), in the order in which it happens. Every recipe is a way through these
+// few steps; for mixtral they are what stands on the right.
 //
-//   scores   p (N,E) = softmax(h W_g^T): how much each token wants each expert
-//   select   the K experts with the highest p, for each token
-//   gate     the weight with which each chosen expert's answer will count
-//   capacity in training, an expert may refuse tokens beyond its share (only if the recipe says so)
+//   scores   how much each token wants each expert              p (N,E) = softmax(h W_g^T)
+//   select   which experts each token gets                      the K highest
+//   gate     the weight with which each answer will count       p over the sum of the chosen ones
+//   capacity who is refused by an expert that is full           nobody
 //   plan     choices sorted by expert, so that an expert's tokens are rows offset[e]..offset[e+1] of one array
+//   balance  losses that keep the load even                     Switch form
 //   experts  each a small feed-forward over its own rows
 //   combine  each token adds up its experts' answers, weighted
 //
@@ -1270,14 +1452,152 @@ void embedding_backward(real *dembedding, const real *dx, const int *tokens, int
 typedef struct Plan {
     int N, E, K;
     int *expert;  // (N*K) expert of each choice, best first; -1: no choice
-    int *key;     // (N*K) the same, or -1 where the expert was full
+    int *key;     // (N*K) the same, or -1 where it is not followed: declined by chance, or the expert was full
     int *slot;    // (N*K) slot of each choice, -1 where it has none
     int *choice;  // (N*K) choice of each slot, sorted by expert and then by token
     int *token;   // (N*K) token of each slot
     int *offset;  // (E+1) first slot of each expert; offset[E] slots in all
-    int *count;   // (groups*E) choices of each expert in each group, before capacity
-    int dropped;  // choices without a slot
+    int dropped;  // choices refused for want of room
 } Plan;
+
+// A gate: rows of E scores, of which K are chosen. Mostly a token has one row; with several routers it has one for each,
+// and where a group is chosen first, one for each group.
+typedef struct Gate {
+    int per, E, K;   // per: rows of a token
+    int column;      // of the logits (N,W): where a token's first row begins, row r's is E further for each
+    real *p;         // (N*per, E) scores
+    real *lse;       // (N*per) log of the sum of exp of the logits
+    real *weight;    // (N*per, K) of the chosen
+    int *expert;     // (N*per, K) the chosen, best first
+} Gate;
+
+// ---- scores
+
+// to (N,C) = from times random numbers from 1-jitter to 1+jitter (Fedus et al. 2021, appendix C). first is the place of
+// the first number in the whole batch of the step.
+void apply_jitter(real *to, const real *from, size_t size, double jitter, uint64_t stream, uint64_t first) {
+#pragma omp parallel for if (size > 1000)
+    for (size_t i = 0; i < size; i++)
+        to[i] = from[i] * (real)(1 + jitter * (2 * random_uniform(stream, first + i) - 1));
+}
+
+double noise_size(real raw) { // softplus, and a little so that it is never zero
+    return fmax((double)raw, 0) + log1p(exp(-fabs((double)raw))) + 0.01;
+}
+
+double noise_slope(real raw) {
+    return 1 / (1 + exp(-(double)raw));
+}
+
+// noisy (N,W) = logits + n * noise_size(raw), n standard normal: Shazeer et al. 2017, equation 4. logits (N,2W): W logits, then W raw
+// sizes. train 0: no noise. first is the place of the first token in the whole batch of the step.
+void noise_forward(real *noisy, const real *logits, int N, int W, int train, uint64_t stream, uint64_t first) {
+    for (int n = 0; n < N; n++) {
+        for (int j = 0; j < W; j++) {
+            size_t i = (size_t)n * 2 * W + j;
+            double draw = train ? random_normal(stream, (first + n) * W + j) : 0;
+            noisy[(size_t)n * W + j] = logits[i] + (real)(draw * noise_size(logits[i + W]));
+        }
+    }
+}
+
+// dlogits (N,2W) +=
+void noise_backward(real *dlogits, const real *dnoisy, const real *logits, int N, int W, uint64_t stream, uint64_t first) {
+    for (int n = 0; n < N; n++) {
+        for (int j = 0; j < W; j++) {
+            size_t i = (size_t)n * 2 * W + j;
+            real d = dnoisy[(size_t)n * W + j];
+            dlogits[i] += d;
+            dlogits[i + W] += d * (real)(random_normal(stream, (first + n) * W + j) * noise_slope(logits[i + W]));
+        }
+    }
+}
+
+// p of the gate from logits (N,W): softmax of each row, or the sigmoid of each number.
+void scores_forward(Gate *g, const real *logits, int N, int W, int score) {
+#pragma omp parallel for if (N > 64)
+    for (int row = 0; row < N * g->per; row++) {
+        real *p = g->p + (size_t)row * g->E;
+        memcpy(p, logits + (size_t)(row / g->per) * W + g->column + row % g->per * g->E, (size_t)g->E * sizeof(real));
+        if (score == SOFTMAX)
+            g->lse[row] = softmax(p, g->E);
+        for (int e = 0; score == SIGMOID && e < g->E; e++)
+            p[e] = (real)(1 / (1 + exp(-(double)p[e])));
+    }
+}
+
+// dlogits (N,W) += . Softmax: p * (dp - sum(dp * p)), and z * 2 lse p of the z-loss (z: its weight over the rows); sigmoid: dp * p * (1-p).
+void scores_backward(real *dlogits, const real *dp, const Gate *g, int N, int W, int score, double z) {
+#pragma omp parallel for if (N > 64)
+    for (int row = 0; row < N * g->per; row++) {
+        const real *d = dp + (size_t)row * g->E, *p = g->p + (size_t)row * g->E;
+        real *to = dlogits + (size_t)(row / g->per) * W + g->column + row % g->per * g->E;
+        real sum = 0, slope = score == SOFTMAX ? (real)(2 * z) * g->lse[row] : 0;
+        for (int e = 0; e < g->E; e++)
+            sum += d[e] * p[e];
+        for (int e = 0; e < g->E; e++)
+            to[e] += score == SOFTMAX ? p[e] * (d[e] - sum + slope) : d[e] * p[e] * (1 - p[e]);
+    }
+}
+
+// A gated recurrent unit (Cho et al. 2014, in PyTorch's form): with a = x W_x^T + b_x and b = h W_h^T + b_h, three blocks of R each,
+//   r = sigmoid(a_0 + b_0)   z = sigmoid(a_1 + b_1)   n = tanh(a_2 + r * b_2)   next = (1-z) * n + z * h
+// x, h, next (N,R), h NULL: zeros; W (3R,R), b (3R). keep (N,4R): r, z, n and b_2 for the way back. room (N,6R).
+void gru_forward(real *next, real *keep, const real *x, const real *h, const real *W_x, const real *W_h, const real *b_x, const real *b_h,
+                 int N, int R, real *room) {
+    real *a = room, *b = room + (size_t)N * 3 * R;
+    product(a, along_rows(x, R, NULL), along_rows(W_x, R, NULL), N, 3 * R, R, 0);
+    if (h)
+        product(b, along_rows(h, R, NULL), along_rows(W_h, R, NULL), N, 3 * R, R, 0);
+    else
+        memset(b, 0, (size_t)N * 3 * R * sizeof(real));
+    for (int n = 0; n < N; n++) {
+        const real *an = a + (size_t)n * 3 * R, *bn = b + (size_t)n * 3 * R;
+        real *kn = keep + (size_t)n * 4 * R;
+        for (int j = 0; j < R; j++) {
+            int J = j + R, K = J + R;
+            double r = 1 / (1 + exp(-(double)(an[j] + b_x[j] + bn[j] + b_h[j]))), z = 1 / (1 + exp(-(double)(an[J] + b_x[J] + bn[J] + b_h[J])));
+            double hidden = (double)(bn[K] + b_h[K]), fresh = tanh((double)(an[K] + b_x[K]) + r * hidden);
+            next[(size_t)n * R + j] = (real)((1 - z) * fresh + (h ? z * (double)h[(size_t)n * R + j] : 0));
+            kn[j] = (real)r;
+            kn[J] = (real)z;
+            kn[K] = (real)fresh;
+            kn[K + R] = (real)hidden;
+        }
+    }
+}
+
+// dx (N,R) =, dh (N,R) = (where h is not NULL), the weights' gradients +=
+void gru_backward(real *dx, real *dh, real *dW_x, real *dW_h, real *db_x, real *db_h, const real *dnext, const real *keep,
+                  const real *x, const real *h, const real *W_x, const real *W_h, int N, int R, real *room) {
+    real *da = room, *db = room + (size_t)N * 3 * R;
+    for (int n = 0; n < N; n++) {
+        for (int j = 0; j < R; j++) {
+            const real *k = keep + (size_t)n * 4 * R;
+            real *an = da + (size_t)n * 3 * R, *bn = db + (size_t)n * 3 * R;
+            real r = k[j], z = k[R + j], fresh = k[2 * R + j], d = dnext[(size_t)n * R + j];
+            real dfresh = d * (1 - z) * (1 - fresh * fresh);
+            an[j] = bn[j] = dfresh * k[3 * R + j] * r * (1 - r);
+            an[R + j] = bn[R + j] = d * ((h ? h[(size_t)n * R + j] : 0) - fresh) * z * (1 - z);
+            an[2 * R + j] = dfresh;
+            bn[2 * R + j] = dfresh * r;
+            if (h)
+                dh[(size_t)n * R + j] = d * z;
+            for (int i = j; i < 3 * R; i += R) {
+                db_x[i] += an[i];
+                db_h[i] += bn[i];
+            }
+        }
+    }
+    product(dx, along_rows(da, 3 * R, NULL), along_columns(W_x, R, NULL), N, R, 3 * R, 0);
+    product(dW_x, along_columns(da, 3 * R, NULL), along_columns(x, R, NULL), 3 * R, R, N, 1);
+    if (h) {
+        product(dh, along_rows(db, 3 * R, NULL), along_columns(W_h, R, NULL), N, R, 3 * R, 1);
+        product(dW_h, along_columns(db, 3 * R, NULL), along_columns(h, R, NULL), 3 * R, R, N, 1);
+    }
+}
+
+// ---- select
 
 // expert (N,K): the K largest of each row of p (N,E), largest first; of equals the lower index.
 void select_topk(int *expert, const real *p, int N, int E, int K) {
@@ -1297,24 +1617,297 @@ void select_topk(int *expert, const real *p, int N, int E, int K) {
     }
 }
 
-// An expert takes at most capacity = ceil(factor * K * n / E) of a group's n tokens: first choices before second ones,
-// earlier tokens before later ones; the rest are dropped (Fedus et al. 2021, section 2.2). factor 0: no limit.
-void plan_capacity(Plan *plan, int group_tokens, double factor) {
-    int N = plan->N, E = plan->E, K = plan->K, capacity = N * K;
-    if (factor > 0)
-        capacity = (int)fmin(ceil(factor * K * group_tokens / E - 1e-9), (double)N * K);
-    memset(plan->count, 0, (size_t)(N / group_tokens) * E * sizeof(int));
-    plan->dropped = 0;
-    for (int group = 0; group < N / group_tokens; group++) {
-        int *count = plan->count + (size_t)group * E;
+int group_of(int expert, int E, int D) {
+    return expert * D / E;
+}
+
+// Experts outside the token's M best groups get a score of -infinity (0 would beat negative scores). A group counts as
+// its best score (DeepSeek-V2) or the sum of its two best (DeepSeek-V3). score (N,E)
+void mask_groups(real *score, int N, int E, int D, int M, int by) {
+    real *value = allocate_reals(D);
+    int *chosen = (int *)allocate(M, sizeof(int));
+    for (int n = 0; n < N; n++) {
+        real *row = score + (size_t)n * E;
+        for (int d = 0; d < D; d++) {
+            real best = (real)-INFINITY, second = (real)-INFINITY;
+            for (int e = 0; e < E; e++) {
+                real s = group_of(e, E, D) == d ? row[e] : (real)-INFINITY;
+                second = s > best ? best : s > second ? s : second;
+                best = s > best ? s : best;
+            }
+            value[d] = by == BEST_TWO && second > (real)-INFINITY ? best + second : best;
+        }
+        select_topk(chosen, value, 1, D, M);
+        for (int e = 0; e < E; e++) {
+            int in = 0;
+            for (int k = 0; k < M; k++)
+                in |= chosen[k] == group_of(e, E, D);
+            row[e] = in ? row[e] : (real)-INFINITY;
+        }
+    }
+    free(chosen);
+    free(value);
+}
+
+// Of each token's experts, best first, only those with p above level[e] (above `all` where level is NULL) stay, and the best one if keep_best.
+void select_above(int *expert, const real *p, int N, int E, int K, const real *level, double all, int keep_best) {
+    for (int n = 0; n < N; n++) {
+        int *chosen = expert + (size_t)n * K, kept = 0;
         for (int k = 0; k < K; k++) {
-            for (int n = group * group_tokens; n < (group + 1) * group_tokens; n++) {
-                int e = plan->expert[n * K + k];
-                plan->key[n * K + k] = e >= 0 && count[e]++ < capacity ? e : -1;
-                plan->dropped += e >= 0 && count[e] > capacity;
+            int e = chosen[k];
+            if ((keep_best && k == 0) || (double)p[(size_t)n * E + e] > (level ? (double)level[e] : all))
+                chosen[kept++] = e;
+        }
+        for (; kept < K; kept++)
+            chosen[kept] = -1;
+    }
+}
+
+typedef struct Ranked {
+    double score;
+    int index;
+} Ranked;
+
+int compare_ranked(const void *a, const void *b) { // highest first, of equals the lower index
+    const Ranked *x = (const Ranked *)a, *y = (const Ranked *)b;
+    return x->score != y->score ? (x->score < y->score ? 1 : -1) : x->index - y->index;
+}
+
+// Each expert takes its `take` best of the n tokens: Zhou et al. 2022. expert (n,E): those that took a token, best first, then -1.
+// lowest (E) += the lowest score that each expert took.
+void select_by_experts(int *expert, double *lowest, const real *p, int n, int E, int take) {
+    unsigned char *taken = (unsigned char *)allocate((size_t)n * E, 1);
+#pragma omp parallel for
+    for (int e = 0; e < E; e++) {
+        Ranked *list = (Ranked *)allocate(n, sizeof(Ranked));
+        for (int i = 0; i < n; i++) {
+            list[i].score = (double)p[(size_t)i * E + e];
+            list[i].index = i;
+        }
+        qsort(list, n, sizeof(Ranked), compare_ranked);
+        for (int i = 0; i < take; i++)
+            taken[(size_t)list[i].index * E + e] = 1;
+        lowest[e] += list[take - 1].score;
+        free(list);
+    }
+    select_topk(expert, p, n, E, E);
+    for (int i = 0; i < n; i++) {
+        int *chosen = expert + (size_t)i * E, kept = 0;
+        for (int k = 0; k < E; k++) {
+            if (taken[(size_t)i * E + chosen[k]])
+                chosen[kept++] = chosen[k];
+        }
+        for (; kept < E; kept++)
+            chosen[kept] = -1;
+    }
+    free(taken);
+}
+
+// expert (n): the assignment with the largest sum of score (n,E) in which expert e has n/E tokens, and one more where e < n % E: the
+// problem of Lewis et al. 2021, BASE Layers, solved exactly. Each token begins at its best expert; then, while an expert has too
+// many, one token moves along the cheapest chain of experts that leads from any such to one with room: token t of a
+// goes to b, one of b's goes on to c, ... (successive shortest paths; Bellman and Ford's algorithm over the E experts).
+void select_balanced(int *expert, const real *score, int n, int E) {
+    double *cost = (double *)allocate((size_t)E * E, sizeof(double)), *far = (double *)allocate(E, sizeof(double));
+    int *mover = (int *)allocate((size_t)E * E, sizeof(int)), *from = (int *)allocate(E, sizeof(int));
+    int *excess = (int *)allocate(E, sizeof(int)), *stale = (int *)allocate(E, sizeof(int));
+    select_topk(expert, score, n, E, 1);
+    for (int e = 0; e < E; e++) {
+        excess[e] = -(n / E) - (e < n % E);
+        stale[e] = 1;
+    }
+    for (int t = 0; t < n; t++)
+        excess[expert[t]]++;
+    for (;;) {
+        int left = 0, end = -1;
+        for (int a = 0; a < E; a++) { // cost[a][b]: what is lost by moving a's best token for it to b
+            left += max_int(0, excess[a]);
+            for (int b = 0; stale[a] && b < E; b++)
+                cost[a * E + b] = INFINITY;
+        }
+        if (!left)
+            break;
+        for (int t = 0; t < n; t++) {
+            int a = expert[t];
+            for (int b = 0; stale[a] && b < E; b++) {
+                double loss = (double)score[(size_t)t * E + a] - (double)score[(size_t)t * E + b];
+                if (loss < cost[a * E + b]) {
+                    cost[a * E + b] = loss;
+                    mover[a * E + b] = t;
+                }
+            }
+        }
+        memset(stale, 0, (size_t)E * sizeof(int));
+        for (int e = 0; e < E; e++) {
+            far[e] = excess[e] > 0 ? 0 : INFINITY;
+            from[e] = -1;
+        }
+        for (int again = 1, round = 0; again && round < E; round++) {
+            again = 0;
+            for (int a = 0; a < E; a++) {
+                for (int b = 0; isfinite(far[a]) && b < E; b++) {
+                    if (a != b && far[a] + cost[a * E + b] < far[b] - 1e-12) { // or rounding could go in circles
+                        far[b] = far[a] + cost[a * E + b];
+                        from[b] = a;
+                        again = 1;
+                    }
+                }
+            }
+        }
+        for (int e = 0; e < E; e++) {
+            if (excess[e] < 0 && isfinite(far[e]) && (end < 0 || far[e] < far[end]))
+                end = e;
+        }
+        if (end < 0) // only where a score is NaN
+            break;
+        excess[end]++;
+        for (; from[end] >= 0; end = from[end]) {
+            expert[mover[from[end] * E + end]] = end;
+            stale[end] = stale[from[end]] = 1;
+        }
+        excess[end]--;
+    }
+    free(cost), free(far), free(mover), free(from), free(excess), free(stale);
+}
+
+// A table from words to experts under which the experts' shares of the text are even (Roller et al. 2021, "balanced"):
+// the most frequent word first, each goes to the expert with the least so far. frequency (V), NULL: all equal. The order
+// differs a little from layer to layer, so that other words meet. table (V)
+void balance_table(real *table, const double *frequency, int V, int E, uint64_t stream) {
+    Ranked *list = (Ranked *)allocate(V, sizeof(Ranked));
+    double *load = (double *)allocate(E, sizeof(double));
+    for (int v = 0; v < V; v++) {
+        list[v].score = (frequency ? frequency[v] : 1) * (0.8 + 0.2 * random_uniform(stream, (uint64_t)v));
+        list[v].index = v;
+    }
+    qsort(list, V, sizeof(Ranked), compare_ranked);
+    for (int i = 0; i < V; i++) {
+        int best = 0, v = list[i].index;
+        for (int e = 1; e < E; e++)
+            best = load[e] < load[best] ? e : best;
+        table[v] = (real)best;
+        load[best] += frequency ? frequency[v] + 1e-9 : 1;
+    }
+    free(load);
+    free(list);
+}
+
+// ---- gate
+
+// weight (N,K) of the chosen experts: p as it is, or divided by the sum of the chosen ones' p; times scale.
+void gate_forward(real *weight, const real *p, const int *expert, int N, int E, int K, int gate, double scale) {
+    for (int n = 0; n < N; n++) {
+        real sum = 0;
+        for (int k = 0; k < K; k++) {
+            int e = expert[n * K + k];
+            weight[n * K + k] = e < 0 ? 0 : (real)scale * p[(size_t)n * E + e];
+            sum += e < 0 ? 0 : p[(size_t)n * E + e];
+        }
+        for (int k = 0; gate == RENORMALIZED && k < K; k++)
+            weight[n * K + k] /= sum;
+    }
+}
+
+// dp (N,E) += . With w_k = scale * p_k / s, s the sum over the chosen: dp_k = (scale * dw_k - sum_j dw_j w_j) / s.
+void gate_backward(real *dp, const real *dweight, const real *weight, const real *p, const int *expert, int N, int E, int K,
+                   int gate, double scale) {
+    for (int n = 0; n < N; n++) {
+        real sum = 0, mean = 0;
+        for (int k = 0; k < K; k++) {
+            int e = expert[n * K + k];
+            sum += e < 0 ? 0 : p[(size_t)n * E + e];
+            mean += dweight[n * K + k] * weight[n * K + k];
+        }
+        for (int k = 0; k < K; k++) {
+            int e = expert[n * K + k];
+            real d = dweight[n * K + k] * (real)scale;
+            if (e >= 0)
+                dp[(size_t)n * E + e] += gate == RENORMALIZED ? (d - mean) / sum : d;
+        }
+    }
+}
+
+// Two levels (Shazeer et al. 2017, appendix B): the experts j that a token's chosen groups i chose, with the product of the weights.
+// groups: (N rows of D, M chosen); inner: (N*D rows of E/D, K/M chosen). expert (N,K), weight (N,K)
+void join_gates_forward(int *expert, real *weight, const Gate *groups, const Gate *inner, int N) {
+    int M = groups->K, each = inner->K, D = inner->per;
+    for (int i = 0; i < N * M * each; i++) {
+        int n = i / (M * each), m = n * M + i / each % M, row = n * D + groups->expert[m], k = row * each + i % each;
+        expert[i] = groups->expert[m] * inner->E + inner->expert[k];
+        weight[i] = groups->weight[m] * inner->weight[k];
+    }
+}
+
+// dgroups (N,M) =, dinner (N*D,K/M) = : gradients by the two gates' weights
+void join_gates_backward(real *dgroups, real *dinner, const real *dweight, const Gate *groups, const Gate *inner, int N) {
+    int M = groups->K, each = inner->K, D = inner->per;
+    memset(dgroups, 0, (size_t)N * M * sizeof(real));
+    memset(dinner, 0, (size_t)N * D * each * sizeof(real));
+    for (int i = 0; i < N * M * each; i++) {
+        int n = i / (M * each), m = n * M + i / each % M, row = n * D + groups->expert[m], k = row * each + i % each;
+        dgroups[m] += dweight[i] * inner->weight[k];
+        dinner[k] += dweight[i] * groups->weight[m];
+    }
+}
+
+// ---- plan
+
+// A second choice is followed with probability weight / threshold (Lepikhin et al. 2020: 0.5; Zoph et al. 2022: 0.2). key,
+// weight (N,2); the weights are renormalised ones times scale.
+void decline_second(int *key, const real *weight, int N, double threshold, double scale, uint64_t stream, uint64_t first) {
+    for (int n = 0; n < N; n++) {
+        if (random_uniform(stream, first + n) * threshold * scale >= (double)weight[2 * n + 1])
+            key[2 * n + 1] = -1;
+    }
+}
+
+// A unit - an expert, or a group of experts - takes at most ceil(factor * K * n / units) of the choices of a group of n tokens; the
+// key of a refused one becomes -1. Served first are, BY_CHOICE, first choices before second ones and early tokens before
+// late ones (Fedus et al. 2021, section 2.2); BY_SCORE, high weights (DeepSeek-V2); BY_TOKEN, early tokens with all their choices, so that no later token
+// decides an earlier one's fate. exempt (N): tokens that lose nothing, NULL: none. p (N,E): a refused token goes to its best
+// expert with room instead; NULL: it passes by. factor 0: no limit.
+void plan_capacity(Plan *plan, int group_tokens, double factor, int units, int order, const real *weight,
+                   const unsigned char *exempt, const real *p) {
+    int E = plan->E, K = plan->K, choices = group_tokens * K;
+    int capacity = (int)fmin(ceil(factor * K * group_tokens / units - 1e-9), (double)choices);
+    plan->dropped = 0;
+    if (factor <= 0)
+        return;
+    int *taken = (int *)allocate(units, sizeof(int));
+    Ranked *list = (Ranked *)allocate(choices, sizeof(Ranked));
+    for (int first = 0; first < plan->N; first += group_tokens) {
+        memset(taken, 0, (size_t)units * sizeof(int));
+        for (int i = 0; i < choices; i++) {
+            list[i].index = first * K + (order == BY_CHOICE ? i % group_tokens * K + i / group_tokens : i);
+            list[i].score = order == BY_SCORE ? (double)weight[list[i].index] : 0;
+        }
+        if (order == BY_SCORE)
+            qsort(list, choices, sizeof(Ranked), compare_ranked);
+        for (int i = 0; i < choices; i++) {
+            int choice = list[i].index, n = choice / K, e = plan->key[choice], best = -1;
+            if (e < 0)
+                continue;
+            if (taken[group_of(e, E, units)] < capacity || (exempt && exempt[n])) {
+                taken[group_of(e, E, units)]++;
+                continue;
+            }
+            for (int other = 0; p && other < E; other++) {
+                int is_chosen = 0;
+                for (int k = 0; k < K; k++)
+                    is_chosen |= plan->expert[n * K + k] == other;
+                if (!is_chosen && taken[other] < capacity && (best < 0 || p[(size_t)n * E + other] > p[(size_t)n * E + best]))
+                    best = other;
+            }
+            plan->key[choice] = best;
+            plan->dropped += best < 0;
+            if (best >= 0) {
+                plan->expert[choice] = best;
+                taken[best]++;
             }
         }
     }
+    free(list);
+    free(taken);
 }
 
 // Sorts what has a place by expert.
@@ -1328,61 +1921,146 @@ void plan_sort(Plan *plan) {
     }
 }
 
-// weight (N,K) of the chosen experts: p as it is, or divided by the sum of the chosen ones' p.
-void gate_forward(real *weight, const real *p, const int *expert, int N, int E, int K, int gate) {
-    for (int n = 0; n < N; n++) {
-        real sum = 0;
-        for (int k = 0; k < K; k++) {
-            int e = expert[n * K + k];
-            weight[n * K + k] = e < 0 ? 0 : p[(size_t)n * E + e];
-            sum += weight[n * K + k];
-        }
-        for (int k = 0; gate == RENORMALIZED && k < K; k++)
-            weight[n * K + k] /= sum;
-    }
-}
+// ---- balance
+//
+// Nearly all losses of the literature have one form: a sum over tokens and experts of p times a slope that depends on counts only,
+// and counts carry no gradient. So each loss adds its slopes to one table, slope (groups of tokens, E), and one
+// function each takes the sum and its gradient. Each is 1 at perfect balance.
 
-// dp (N,E) += . With w_k = p_k / s, s the sum over the chosen: dp_k = (dw_k - sum_j dw_j w_j) / s.
-void gate_backward(real *dp, const real *dweight, const real *weight, const real *p, const int *expert, int N, int E, int K,
-                   int gate) {
-    for (int n = 0; n < N; n++) {
-        real sum = 0, mean = 0;
-        for (int k = 0; k < K; k++) {
-            int e = expert[n * K + k];
-            sum += e < 0 ? 0 : p[(size_t)n * E + e];
-            mean += dweight[n * K + k] * weight[n * K + k];
-        }
-        for (int k = 0; k < K; k++) {
-            int e = expert[n * K + k];
-            if (e >= 0)
-                dp[(size_t)n * E + e] += gate == RENORMALIZED ? (dweight[n * K + k] - mean) / sum : dweight[n * K + k];
+// count (groups*per, E): how often each expert stands among the first `first` of the K choices of each row. A gate with several rows a
+// token (per) has counts for each of them. group_rows: rows of a group of tokens.
+void count_choices(double *count, const int *choice, int rows, int E, int K, int first, int group_rows, int per) {
+    memset(count, 0, (size_t)(rows / group_rows) * per * E * sizeof(double));
+    for (int row = 0; row < rows; row++) {
+        double *c = count + ((size_t)(row / group_rows) * per + row % per) * E;
+        for (int k = 0; k < first; k++) {
+            if (choice[(size_t)row * K + k] >= 0)
+                c[choice[(size_t)row * K + k]] += 1;
         }
     }
 }
 
-// The balance loss of Switch Transformers: E * sum_e f_e P_e, averaged over groups of tokens; f_e is the share of the
-// group's choices that went to e (before capacity, no gradient), P_e the mean of p_e. It is 1 when both are even.
-double balance_forward(const real *p, const int *count, int N, int E, int K, int group_tokens) {
+// slope (E) += weight * E * f_e: the loss of Switch Transformers, E * sum_e f_e P_e, f_e the share of count, P_e the mean of p_e.
+// width (E): a choice counts as much as its expert is wide; NULL: as 1.
+void add_balance(double *slope, const double *count, const int *width, int E, double weight) {
+    double total = 0;
+    for (int e = 0; e < E; e++)
+        total += count[e] * (width ? width[e] : 1);
+    for (int e = 0; e < E && total > 0; e++)
+        slope[e] += weight * E * count[e] * (width ? width[e] : 1) / total;
+}
+
+// slope (E) += : the device-level loss of Dai et al. 2024, DeepSeekMoE, sum over groups of experts of f'_g P'_g: f' is the
+// mean of E * f in the group, P' the sum of P.
+void add_device_balance(double *slope, const double *count, int E, int D, double weight) {
+    double total = 0;
+    for (int e = 0; e < E; e++)
+        total += count[e];
+    for (int first = 0, end; first < E; first = end) {
+        double sum = 0;
+        for (end = first; end < E && group_of(end, E, D) == group_of(first, E, D); end++)
+            sum += count[end];
+        for (int e = first; e < end; e++)
+            slope[e] += weight * E * sum / total / (end - first);
+    }
+}
+
+// slope (E) += : the communication loss of DeepSeek-V2, sum of f''_g P'_g with f''_g = D / (M n) * tokens sent to group g. expert (n,K)
+void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight) {
+    double *sent = (double *)allocate(D, sizeof(double));
+    for (int i = 0; i < n * K; i++) {
+        int seen = expert[i] < 0;
+        for (int j = i / K * K; j < i && !seen; j++) // a token is sent to a group once
+            seen = expert[j] >= 0 && group_of(expert[j], E, D) == group_of(expert[i], E, D);
+        if (!seen)
+            sent[group_of(expert[i], E, D)] += 1;
+    }
+    for (int e = 0; e < E; e++)
+        slope[e] += weight * D / ((double)M * n) * sent[group_of(e, E, D)];
+    free(sent);
+}
+
+// The sum over rows of slope . p / rows; sigmoid scores are divided by their sum first.
+double balance_forward(const Gate *g, const double *slope, int rows, int group_rows, int score) {
     double loss = 0;
-    for (int n = 0; n < N; n++) {
-        const int *c = count + (size_t)(n / group_tokens) * E;
-        double dot = 0;
-        for (int e = 0; e < E; e++)
-            dot += (double)c[e] * (double)p[(size_t)n * E + e];
-        loss += dot;
+    for (int row = 0; row < rows; row++) {
+        const double *c = slope + ((size_t)(row / group_rows) * g->per + row % g->per) * g->E;
+        double dot = 0, sum = 0;
+        for (int e = 0; e < g->E; e++) {
+            dot += c[e] * (double)g->p[(size_t)row * g->E + e];
+            sum += (double)g->p[(size_t)row * g->E + e];
+        }
+        loss += score == SIGMOID ? dot / sum : dot;
     }
-    return loss * E / ((double)group_tokens * K * N);
+    return loss / rows;
 }
 
-// dp (N,E) += scale * d(balance loss)/dp
-void balance_backward(real *dp, const int *count, int N, int E, int K, int group_tokens, double scale) {
-    double factor = scale * E / ((double)group_tokens * K * N);
-    for (int n = 0; n < N; n++) {
-        const int *c = count + (size_t)(n / group_tokens) * E;
-        for (int e = 0; e < E; e++)
-            dp[(size_t)n * E + e] += (real)(factor * c[e]);
+// dp (rows,E) += scale * its gradient
+void balance_backward(real *dp, const Gate *g, const double *slope, int rows, int group_rows, int score, double scale) {
+    for (int row = 0; row < rows; row++) {
+        const double *c = slope + ((size_t)(row / group_rows) * g->per + row % g->per) * g->E;
+        double dot = 0, sum = 0;
+        for (int e = 0; score == SIGMOID && e < g->E; e++) {
+            dot += c[e] * (double)g->p[(size_t)row * g->E + e];
+            sum += (double)g->p[(size_t)row * g->E + e];
+        }
+        for (int e = 0; e < g->E; e++)
+            dp[(size_t)row * g->E + e] += (real)(scale / rows * (score == SIGMOID ? (c[e] - dot / sum) / sum : c[e]));
     }
 }
+
+// 1 + the squared coefficient of variation of v (n): variance over mean^2, so 1 where all are equal. slope (n) = weight * its
+// slope. mean: a mean known beforehand, to be taken as a constant; 0: that of v.
+double cv_squared(const double *v, double *slope, int n, double mean, double weight) {
+    double average = 0, variance = 0, fixed = mean;
+    for (int i = 0; i < n; i++)
+        average += v[i] / n;
+    for (int i = 0; i < n; i++)
+        variance += (v[i] - average) * (v[i] - average) / n;
+    mean = fixed > 0 ? fixed : average;
+    for (int i = 0; i < n; i++)
+        slope[i] = weight * 2 / (n * mean * mean) * (v[i] - average - (fixed > 0 ? 0 : variance / mean));
+    return 1 + variance / (mean * mean);
+}
+
+// How sure a noisy gate's choices are (Shazeer et al. 2017, appendix A): with new noise at (row, e), expert e would be among the K
+// with probability Phi((logit - t) / size), t being the K-th highest of the other noisy logits. load (per,E) += these over
+// the rows of n tokens from `first` on. live (N*per): rows that count, NULL: all. With dload (per,E) not NULL the slopes instead:
+// dnoisy (N,W) +=, by t; dlogits (N,2W) +=, by logit and size.
+void smooth_load(double *load, const double *dload, real *dnoisy, real *dlogits, const Gate *g, const real *noisy, const real *logits, int W, int first,
+                 int n, const unsigned char *live) {
+    for (int row = first * g->per; row < (first + n) * g->per; row++) {
+        if (live && !live[row])
+            continue;
+        size_t at = (size_t)(row / g->per) * W + g->column + row % g->per * g->E, raw = at + (size_t)(row / g->per) * W;
+        const real *h = noisy + at;
+        const int *chosen = g->expert + (size_t)row * g->K;
+        int next = -1; // the best of those not chosen
+        for (int e = 0; e < g->E; e++) {
+            int is_chosen = 0;
+            for (int k = 0; k < g->K; k++)
+                is_chosen |= chosen[k] == e;
+            if (!is_chosen && (next < 0 || h[e] > h[next]))
+                next = e;
+        }
+        for (int e = 0; e < g->E; e++) {
+            int i = row % g->per * g->E + e, t = chosen[g->K - 1];
+            for (int k = 0; k < g->K; k++)
+                t = chosen[k] == e ? next : t;
+            double size = noise_size(logits[raw + W + e]), v = ((double)logits[raw + e] - (double)h[t]) / size;
+            if (!dload) {
+                load[i] += 0.5 * (1 + erf(v * 0.7071067811865476));
+                continue;
+            }
+            double slope = dload[i] * exp(-0.5 * v * v) * 0.3989422804014327 / size;
+            dlogits[raw + e] += (real)slope;
+            dnoisy[at + t] -= (real)slope;
+            dlogits[raw + W + e] -= (real)(slope * v * noise_slope(logits[raw + W + e]));
+        }
+    }
+}
+
+// ---- experts
 
 // The activation function f of one vector, and its slope f'.
 void activate(int activation, vec x, vec *value, vec *slope) {
@@ -1407,9 +2085,11 @@ void activate(int activation, vec x, vec *value, vec *slope) {
     }
 }
 
-// act (rows,F) = f(gate) * up with hidden (rows,2F): F of gate, then F of up; ungated f(hidden) with hidden (rows,F).
-void activation_forward(real *act, const real *hidden, int rows, int F, int activation, int gated) {
-#pragma omp parallel for if (rows > 16)
+// act (rows,F) = f(gate) * up with hidden (rows,2F): F of gate, then F of up; ungated f(hidden) with hidden (rows,F). To be
+// called by all threads of a team, or by one.
+void activation_forward(real *act, const real *hidden, int rows, int F, int activation) {
+    int gated = is_gated(activation);
+#pragma omp for nowait
     for (int r = 0; r < rows; r++) {
         const real *h = hidden + (size_t)r * F * (1 + gated), *up = h + F;
         for (int j = 0; j < F; j += LANES) {
@@ -1429,8 +2109,9 @@ void activation_forward(real *act, const real *hidden, int rows, int F, int acti
 //   dhidden (rows,2F or F), in which the weight is counted;
 //   dact    = weight * act, computed anew, which is what W_out's gradient wants.
 void activation_backward(real *dhidden, real *dweight, real *dact, const real *hidden, const real *weight, const int *choice,
-                         int rows, int F, int activation, int gated) {
-#pragma omp parallel for
+                         int rows, int F, int activation) {
+    int gated = is_gated(activation);
+#pragma omp for nowait
     for (int r = 0; r < rows; r++) {
         const real *h = hidden + (size_t)r * F * (1 + gated), *up = h + F;
         real *dh = dhidden + (size_t)r * F * (1 + gated), *d = dact + (size_t)r * F;
@@ -1452,70 +2133,109 @@ void activation_backward(real *dhidden, real *dweight, real *dact, const real *h
     }
 }
 
-// The feed-forwards of E experts, each over its own rows. x (N,C); row r, one of offset[e]..offset[e+1], is of token[r]
-// (or token r where token is NULL). w_in (E,2F,C) or (E,F,C), w_out (E,C,F); hidden (rows,2F or F), act (rows,F);
-// out (rows,C) = or += act w_out^T. A dense layer is one expert with all tokens.
-void experts_forward(real *out, real *hidden, real *act, const real *x, const real *w_in, const real *w_out, const int *token,
-                     const int *offset, int E, int C, int F, int activation, int gated, int accumulate) {
-    size_t H = (size_t)F * (1 + gated);
+// The feed-forwards of a layer, and who passes them. A dense layer is one expert with all tokens.
+typedef struct Experts {
+    int E, C;
+    const int *width, *activation; // (E): F and f of each; H = 2F where f is gated, else F
+    const real *w_in, *w_out;      // each expert's (H,C), one after another; each one's (C,F)
+    const int *offset;             // (E+1): expert e has rows offset[e]..offset[e+1]
+    const int *token;              // (rows): the token of each row; NULL: row r is token r
+} Experts;
+
+typedef struct Block { // one expert's share: rows, and where its numbers begin
+    int rows, F, H, activation;
+    const int *token;
+    size_t slot, act, hidden, in, out; // its first row; in act and hidden; in w_in and w_out
+} Block;
+
+Block *expert_blocks(const Experts *x) { // (E), to be freed
+    Block *list = (Block *)allocate(x->E + 1, sizeof(Block));
+    for (int e = 0; e < x->E; e++) {
+        Block *b = &list[e], *next = b + 1;
+        b->rows = x->offset[e + 1] - x->offset[e];
+        b->F = x->width[e];
+        b->activation = x->activation[e];
+        b->H = b->F * (1 + is_gated(b->activation));
+        b->token = x->token ? x->token + b->slot : NULL;
+        next->slot = b->slot + (size_t)b->rows;
+        next->act = b->act + (size_t)b->rows * b->F;
+        next->hidden = b->hidden + (size_t)b->rows * b->H;
+        next->in = b->in + (size_t)b->H * x->C;
+        next->out = b->out + (size_t)b->F * x->C;
+    }
+    return list;
+}
+
+Operand block_rows(const Block *b, const real *x, int C) { // of x (N,C), the rows of the expert's tokens
+    return along_rows(b->token ? x : x + b->slot * C, C, b->token);
+}
+
+Operand transposed(Operand o) {
+    o.row_is_k = !o.row_is_k;
+    return o;
+}
+
+// x (N,C); hidden (rows,H), act (rows,F), block after block; out (rows,C) = or += act w_out^T.
+void experts_forward(real *out, real *hidden, real *act, const real *x, const Experts *experts, int accumulate) {
+    int E = experts->E, C = experts->C;
+    Block *blocks = expert_blocks(experts);
     Product *list = (Product *)allocate(E, sizeof(Product));
     for (int e = 0; e < E; e++) {
-        size_t first = (size_t)offset[e];
-        int rows = offset[e + 1] - offset[e];
-        Operand from = token ? along_rows(x, C, token + first) : along_rows(x + first * C, C, NULL);
-        Product p = {hidden + first * H, H, from, along_rows(w_in + e * H * C, C, NULL), rows, (int)H, C};
+        const Block *b = &blocks[e];
+        Product p = {hidden + b->hidden, (size_t)b->H, block_rows(b, x, C), along_rows(experts->w_in + b->in, C, NULL), b->rows, b->H, C};
         list[e] = p;
     }
     products(list, E, 0);
-    activation_forward(act, hidden, offset[E], F, activation, gated);
+#pragma omp parallel if (experts->offset[E] > 16)
+    for (int e = 0; e < E; e++)
+        activation_forward(act + blocks[e].act, hidden + blocks[e].hidden, blocks[e].rows, blocks[e].F, blocks[e].activation);
     for (int e = 0; e < E; e++) {
-        size_t first = (size_t)offset[e];
-        int rows = offset[e + 1] - offset[e];
-        Product p = {out + first * C, (size_t)C, along_rows(act + first * F, F, NULL),
-                     along_rows(w_out + (size_t)e * C * F, F, NULL), rows, C, F};
+        const Block *b = &blocks[e];
+        Product p = {out + b->slot * C, (size_t)C, along_rows(act + b->act, b->F, NULL),
+                     along_rows(experts->w_out + b->out, b->F, NULL), b->rows, C, b->F};
         list[e] = p;
     }
     products(list, E, accumulate);
     free(list);
+    free(blocks);
 }
 
 // dx (rows,C) = or +=, dw_in += , dw_out += , dweight (choices) =; dout (N,C) is by token, unweighted. dact (rows,F) and
-// dhidden (rows,2F or F) are scratch. With weight NULL rows count as they are.
+// dhidden (rows,H) are scratch. With weight NULL rows count as they are.
 void experts_backward(real *dx, real *dw_in, real *dw_out, real *dweight, const real *dout, const real *x, const real *hidden,
-                      const real *w_in, const real *w_out, const real *weight, const int *choice, const int *token,
-                      const int *offset, real *dact, real *dhidden, int E, int C, int F, int activation, int gated,
-                      int accumulate) {
-    size_t H = (size_t)F * (1 + gated);
+                      const real *weight, const int *choice, real *dact, real *dhidden, const Experts *experts, int accumulate) {
+    int E = experts->E, C = experts->C;
+    Block *blocks = expert_blocks(experts);
     Product *list = (Product *)allocate(2 * E, sizeof(Product));
     for (int e = 0; e < E; e++) { // dact = dout W_out
-        size_t first = (size_t)offset[e];
-        int rows = offset[e + 1] - offset[e];
-        Operand from = token ? along_rows(dout, C, token + first) : along_rows(dout + first * C, C, NULL);
-        Product p = {dact + first * F, (size_t)F, from, along_columns(w_out + (size_t)e * C * F, F, NULL), rows, F, C};
+        const Block *b = &blocks[e];
+        Product p = {dact + b->act, (size_t)b->F, block_rows(b, dout, C), along_columns(experts->w_out + b->out, b->F, NULL), b->rows, b->F, C};
         list[e] = p;
     }
     products(list, E, 0);
-    activation_backward(dhidden, dweight, dact, hidden, weight, choice, offset[E], F, activation, gated);
+#pragma omp parallel if (experts->offset[E] > 16)
+    for (int e = 0; e < E; e++) {
+        const Block *b = &blocks[e];
+        activation_backward(dhidden + b->hidden, dweight, dact + b->act, hidden + b->hidden, weight, choice ? choice + b->slot : NULL,
+                            b->rows, b->F, b->activation);
+    }
     for (int e = 0; e < E; e++) { // dW_out += dout^T act, dW_in += dhidden^T x
-        size_t first = (size_t)offset[e];
-        int rows = offset[e + 1] - offset[e];
-        Operand g = token ? along_columns(dout, C, token + first) : along_columns(dout + first * C, C, NULL);
-        Operand from = token ? along_columns(x, C, token + first) : along_columns(x + first * C, C, NULL);
-        Product to_out = {dw_out + (size_t)e * C * F, (size_t)F, g, along_columns(dact + first * F, F, NULL), C, F, rows};
-        Product to_in = {dw_in + e * H * C, (size_t)C, along_columns(dhidden + first * H, H, NULL), from, (int)H, C, rows};
+        const Block *b = &blocks[e];
+        Product to_out = {dw_out + b->out, (size_t)b->F, transposed(block_rows(b, dout, C)), along_columns(dact + b->act, b->F, NULL), C, b->F, b->rows};
+        Product to_in = {dw_in + b->in, (size_t)C, along_columns(dhidden + b->hidden, b->H, NULL), transposed(block_rows(b, x, C)), b->H, C, b->rows};
         list[2 * e] = to_out;
         list[2 * e + 1] = to_in;
     }
     products(list, 2 * E, 1);
     for (int e = 0; e < E; e++) { // dx = dhidden W_in
-        size_t first = (size_t)offset[e];
-        int rows = offset[e + 1] - offset[e];
-        Product p = {dx + first * C, (size_t)C, along_rows(dhidden + first * H, H, NULL),
-                     along_columns(w_in + e * H * C, C, NULL), rows, C, (int)H};
+        const Block *b = &blocks[e];
+        Product p = {dx + b->slot * C, (size_t)C, along_rows(dhidden + b->hidden, b->H, NULL),
+                     along_columns(experts->w_in + b->in, C, NULL), b->rows, C, b->H};
         list[e] = p;
     }
     products(list, E, accumulate);
     free(list);
+    free(blocks);
 }
 
 // out (N,C) += sum over k of weight[n,k] * rows[slot[n,k]], in the order of k; weight NULL: all 1. rows (slots,C)
@@ -1533,43 +2253,42 @@ void combine(real *out, const real *rows, const real *weight, const int *slot, i
     }
 }
 
-// to (N,C) = from times random numbers from 1-jitter to 1+jitter (Fedus et al. 2021, appendix C). first is the place of
-// the first token in the whole batch of the step.
-void apply_jitter(real *to, const real *from, int N, int C, double jitter, uint64_t stream, uint64_t first) {
-#pragma omp parallel for if (N > 16)
-    for (int n = 0; n < N; n++) {
-        for (int c = 0; c < C; c++) {
-            size_t i = (size_t)n * C + c;
-            to[i] = from[i] * (real)(1 + jitter * (2 * random_uniform(stream, first * C + i) - 1));
-        }
-    }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. The whole model: weights, activations, forward and backward
 
-typedef struct LayerWeights { // all real *, in this order: tensor_names names them
+typedef struct LayerWeights { // all real *, in the order of the kinds below
     real *norm1;              // (C)
     real *qkv;                // ((H+2KV)*D, C): rows of all query heads, then keys, then values
     real *proj;               // (C, H*D)
     real *norm2;              // (C)
-    real *router;             // (E, C)       only in layers with experts
+    real *router;             // (W, C)       what follows up to w_out only in layers with experts, C being C/h with h sub-tokens;
+                              //              W: see router_width(); with noise (2W, C)
     real *w_in;               // (E, 2F, C)   each expert: F rows of gate, then F of up; (E, F, C) where not gated
     real *w_out;              // (E, C, F)
     real *dense_in;           // (2W, C)      the dense layer's, or the shared experts', together W wide
     real *dense_out;          // (C, W)
+    real *split, *merge;      // (C, C)       of sub-tokens
+    real *project;            // (R, C)       into the recurrent router
+    real *bias, *slow;        // (E), (W, C)  buffers from here on: not trained, but saved. For the choice alone: added to p; router's average
+    real *level, *table;      // (E), (V)     expert choice: p from which on evaluation chooses; hash: the expert of each word
 } LayerWeights;
-enum { NORM1, QKV, PROJ, NORM2, ROUTER, W_IN, W_OUT, DENSE_IN, DENSE_OUT, LAYER_TENSORS, EMBED = LAYER_TENSORS, NORM, HEAD };
-const char *const tensor_names[] = {"norm1", "qkv", "proj", "norm2", "router", "w_in", "w_out", "dense_in", "dense_out"};
 
 typedef struct Weights {
-    real *embed, *norm, *head; // (V,C), (C), (V,C); head is embed where tied
-    LayerWeights *layer;       // (L)
+    real *embed, *norm, *head;              // (V,C), (C), (V,C); head is embed where tied
+    real *gru_x, *gru_h, *gru_bx, *gru_bh;  // (3R,R), (3R,R), (3R), (3R): the recurrent router's, one for all layers
+    LayerWeights *layer;                    // (L)
 } Weights;
+
+enum {
+    NORM1, QKV, PROJ, NORM2, ROUTER, W_IN, W_OUT, DENSE_IN, DENSE_OUT, SPLIT, MERGE, PROJECT, BIAS, SLOW, LEVEL, TABLE, LAYER_TENSORS,
+    EMBED = LAYER_TENSORS, NORM, HEAD, GRU_X, GRU_H, GRU_BX, GRU_BH, KINDS
+};
+const char *const tensor_names[] = {"norm1", "qkv", "proj", "norm2", "router", "w_in", "w_out", "dense_in", "dense_out", "split", "merge",
+                                    "project", "bias", "slow", "level", "table", "embed", "norm", "head", "gru_x", "gru_h", "gru_bx", "gru_bh"};
 
 typedef struct Tensor { // one row of the model's table of weights
     char name[40];
-    int layer, kind;   // layer -1: EMBED, NORM, HEAD
+    int layer, kind;   // layer -1: EMBED and what follows
     int shape[3];      // padded with 1 in front
     size_t offset, size;
 } Tensor;
@@ -1578,54 +2297,75 @@ int tensor_is_norm(const Tensor *t) {
     return t->kind == NORM1 || t->kind == NORM2 || t->kind == NORM;
 }
 
+int tensor_is_buffer(const Tensor *t) {
+    return t->kind >= BIAS && t->kind <= TABLE;
+}
+
+int tensor_is_vector(const Tensor *t) { // one dimension, and no weight decay
+    return tensor_is_norm(t) || t->kind == BIAS || t->kind == LEVEL || t->kind == TABLE || t->kind == GRU_BX || t->kind == GRU_BH;
+}
+
 // Appends a tensor of a x b x c numbers, if it has any.
-void add_tensor(Tensor *list, int *count, size_t *offset, int layer, int kind, int a, int b, int c) {
-    size_t size = (size_t)a * (size_t)b * (size_t)c;
+void add_tensor(Tensor *list, int *count, size_t *offset, int layer, int kind, const int shape[3]) {
+    size_t size = (size_t)shape[0] * (size_t)shape[1] * (size_t)shape[2];
     if (!size)
         return;
     Tensor *t = &list[(*count)++];
     t->layer = layer;
     t->kind = kind;
-    t->shape[0] = a;
-    t->shape[1] = b;
-    t->shape[2] = c;
+    memcpy(t->shape, shape, sizeof(t->shape));
     t->offset = *offset;
     t->size = size;
     if (layer < 0)
-        snprintf(t->name, sizeof(t->name), "%s", kind == EMBED ? "embed" : kind == NORM ? "norm" : "head");
+        snprintf(t->name, sizeof(t->name), "%s", tensor_names[kind]);
     else
         snprintf(t->name, sizeof(t->name), "layer%d.%s", layer, tensor_names[kind]);
     *offset += size;
 }
 
-// The table of all weights, in the order in which they lie in memory. list has room for LAYER_TENSORS*L + 3.
+// The table of all weights, in the order in which they lie in memory. list has room for LAYER_TENSORS*L + KINDS.
 int model_tensors(const Config *c, Tensor *list) {
-    int count = 0, C = c->dim, D = C / c->heads, F = c->ffn, in = 1 + is_gated(c);
+    int count = 0, last, C = c->dim, D = C / c->heads, F = c->ffn, R = c->recurrent, moe = moe_layers(c, &last);
     size_t offset = 0;
-    add_tensor(list, &count, &offset, -1, EMBED, 1, c->vocab, C);
+    const int embed[3] = {1, c->vocab, C};
+    add_tensor(list, &count, &offset, -1, EMBED, embed);
     for (int l = 0; l < c->layers; l++) {
-        int E = is_moe(c, l) ? c->experts : 0, W = dense_width(c, l);
-        int shapes[][3] = {{1, 1, C}, {1, (c->heads + 2 * c->kv_heads) * D, C}, {1, C, C}, {1, 1, C}, {1, E, C},
-                           {E, in * F, C}, {E, C, F}, {1, in * W, C}, {1, C, W}};
+        int has = is_moe(c, l), E = has ? c->experts : 0, W = has ? router_width(c) : 0, width = dense_width(c, l), c1 = C / c->subtokens;
+        int in = 1 + is_gated(dense_activation(c, l)), rows = 0;
+        for (int e = 0; e < E; e++)
+            rows += expert_width(c, e) * (1 + is_gated(expert_activation(c, e)));
+        const int split = has && c->subtokens > 1 ? C : 0, mixed = c->mixed && E;
+        const int shapes[][3] = {{1, 1, C}, {1, (c->heads + 2 * c->kv_heads) * D, C}, {1, C, C}, {1, 1, C}, {1, W * (1 + c->noise), R ? R : c1},
+                                 {mixed ? 1 : E, mixed ? rows : E ? rows / E : 0, c1}, {E, c1, F}, {1, in * width, C}, {1, C, width},
+                                 {1, split, C}, {1, split, C}, {1, has ? R : 0, C}, {1, 1, c->bias_rate > 0 ? E : 0},
+                                 {1, c->history_decay > 0 ? W : 0, R ? R : c1}, {1, 1, c->select == EXPERT_CHOICE ? E : 0},
+                                 {1, 1, c->select == HASH && E ? c->vocab : 0}};
         for (int kind = 0; kind < LAYER_TENSORS; kind++)
-            add_tensor(list, &count, &offset, l, kind, shapes[kind][0], shapes[kind][1], shapes[kind][2]);
+            add_tensor(list, &count, &offset, l, kind, shapes[kind]);
     }
-    add_tensor(list, &count, &offset, -1, NORM, 1, 1, C);
-    add_tensor(list, &count, &offset, -1, HEAD, 1, c->untied ? c->vocab : 0, C);
+    R = moe ? R : 0;
+    const int shapes[][3] = {{1, 1, C}, {1, c->untied ? c->vocab : 0, C}, {1, 3 * R, R}, {1, 3 * R, R}, {1, 1, 3 * R}, {1, 1, 3 * R}};
+    for (int kind = NORM; kind < KINDS; kind++)
+        add_tensor(list, &count, &offset, -1, kind, shapes[kind - NORM]);
     return count;
 }
 
-// Weights that one token uses, all of them counted where not MoE; the embedding once, as the output matrix.
+// All weights, and those that one token uses: the embedding once, as the output matrix; what a token passes several times
+// (experts by its sub-tokens, the recurrent router in each layer) so often.
 void count_parameters(const Config *c, double *total, double *active) {
-    Tensor *list = (Tensor *)allocate((size_t)c->layers * LAYER_TENSORS + 3, sizeof(Tensor));
-    int count = model_tensors(c, list);
+    Tensor *list = (Tensor *)allocate((size_t)c->layers * LAYER_TENSORS + KINDS, sizeof(Tensor));
+    int count = model_tensors(c, list), last, moe = moe_layers(c, &last);
     *total = *active = 0;
     for (int i = 0; i < count; i++) {
-        int expert = list[i].kind == W_IN || list[i].kind == W_OUT;
-        *total += (double)list[i].size;
-        *active += (double)list[i].size * (expert ? (double)c->topk / c->experts : 1);
-        if (list[i].kind == HEAD)
-            *active -= (double)list[i].size;
+        const Tensor *t = &list[i];
+        double uses = t->kind == W_IN || t->kind == W_OUT ? (double)c->topk / c->experts * c->subtokens
+                      : t->kind == ROUTER                 ? c->subtokens
+                      : t->kind >= GRU_X                  ? moe
+                                                          : t->kind != HEAD;
+        if (tensor_is_buffer(t))
+            continue;
+        *total += (double)t->size;
+        *active += (double)t->size * uses;
     }
     free(list);
 }
@@ -1638,21 +2378,32 @@ double flops_per_token(const Config *c) {
     return 6 * active + 6.0 * c->layers * c->seq * c->dim;
 }
 
-// What one layer keeps of its forward pass for its backward pass.
+// What one layer keeps of its forward pass for its backward pass. n: N tokens, or N*h sub-tokens; c: C or C/h; R routers.
 typedef struct LayerState {
-    real *x, *h1, *rstd1;     // (N,C), (N,C), (N): input, its norm
-    real *qkv, *att, *lse;    // (N,(H+2KV)*D), (N,H*D), (B,H,T)
-    real *mid, *h2, *rstd2;   // (N,C), (N,C), (N): after attention, its norm
-    real *p, *p_lse, *weight; // (N,E), (N), (N,K): router
+    real *x, *h1, *rstd1;        // (N,C), (N,C), (N): input, its norm
+    real *qkv, *att, *lse;       // (N,(H+2KV)*D), (N,H*D), (B,H,T)
+    real *mid, *h2, *rstd2;      // (N,C), (N,C), (N): after attention, its norm
+    real *dense_hidden;          // (N, 2W) or (N, W)
+    real *sub, *merged;          // (n,c): sub-tokens, and the experts' answers to them
+    real *jittered;              // (n,c): the router's input in training, where it has jitter
+    real *projected, *gru, *state; // (N,R), (N,4R), (N,R): of the recurrent router
+    real *logits, *noisy;        // (n,W) or with noise (n,2W); (n,W)
+    Gate gate, groups;           // the experts' gate; that of their groups where they are chosen first
+    real *weight;                // (n,K) of each choice
+    double *slope, *weight_slope; // (groups of tokens * R, E): of the balance losses by p; by the weights
+    double *load_slope;          // (groups of tokens, E) and, behind them, (groups of tokens, D): of the smooth load
+    real *hidden;                // (n*K, 2F) or (n*K, F): the experts' first products
     Plan plan;
-    real *hidden;             // (N*K, 2F) or (N*K, F): the experts' first products
-    real *dense_hidden;       // (N, 2W) or (N, W)
-    double balance, z;        // losses, unweighted
+    double aux;                  // all balance losses, weighted
 } LayerState;
 
-typedef struct RouterStats { // sums since model_clear_stats(), of training
+typedef struct RouterStats { // of training, since the step began
     double *count;           // (E) choices
-    double entropy, dropped, tokens; // entropy of p in nats, summed over tokens
+    double *lowest;          // (E) sum of the lowest scores that each expert took (expert choice)
+    double entropy, dropped, active, tokens; // entropy of p in nats, summed over tokens; choices dropped, followed
+    double passes;           // sums in `lowest`
+    double *recent;          // (E) load, averaged over about the last 50 steps
+    int *idle;               // (E) steps since an expert had a token
 } RouterStats;
 
 typedef struct Model {
@@ -1663,20 +2414,27 @@ typedef struct Model {
     size_t size;     // numbers of all weights
     real *memory[4]; // weights, gradients, AdamW's two moments: (size) each
     Weights weights, grads;
+    int *expert_width, *expert_activation; // (E)
     LayerState *layers;            // (L)
     real *x, *h, *rstd;            // (N,C), (N,C), (N): last layer's output, its norm
-    real *dx, *dh, *dmid;          // (N,C): gradients flowing back; dh also by the head, in forward
+    real *dx, *dh;                 // (N,C): gradients flowing back; dh also by the head, in forward
     real *dqkv, *datt;             // (N,(H+2KV)*D), (N,H*D)
-    real *rows, *act, *dhidden;    // (N*K or N, C), (.., F or W), (.., 2F or 2W): the experts' scratch
-    real *router_in, *dp, *dweight; // (N,C), (N,E), (N,K)
+    real *rows, *act, *dhidden;    // (n*K or N, C), (.., F or W), (.., 2F or 2W): the experts' scratch
+    real *choice_score;            // (n,W): what decides, where it is not p
+    real *dlogits, *dnoisy, *dp, *dgroups, *dweight, *dgate, *dgroup_weight; // of the gates
+    real *drouter, *dsub, *dmerged; // (n,c): by the router's input, by sub-tokens, by the experts' answers
+    real *dstate, *dprojected, *gru_room; // (N,R), (N,R), (N,6R); dstate also from the layer above
+    double *counts;                // (groups of tokens * R, E)
+    unsigned char *marks;          // (n*D)
+    int *unbiased;                 // (n,K)
     real *logits, *nll;            // (head_rows,V), (N)
     real *partial, *attention, *angles; // norms' partial sums; attention's scratch; (seq, D/2, 2)
     int head_rows;
-    int *order, *offset; // (N), (V+1): embedding's sort; offset also serves as {0, N} of a dense layer
+    int *order, *offset; // (N), (V+1): embedding's sort
     const int *tokens;   // of the last forward
     int B, T;
     double grad_scale;
-    uint64_t jitter_step, jitter_token;
+    uint64_t step, first_token; // of the last forward: they choose the random numbers
     RouterStats *stats; // (L)
     void **owned;       // every allocation above, for model_free
     int owned_count;
@@ -1703,34 +2461,52 @@ void point_weights(Model *m, Weights *w, real *memory) {
     w->layer = (LayerWeights *)own(m, m->config.layers, sizeof(LayerWeights));
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
-        real *p = memory + t->offset;
-        if (t->layer >= 0)
-            ((real **)&w->layer[t->layer])[t->kind] = p;
-        else
-            *(t->kind == EMBED ? &w->embed : t->kind == NORM ? &w->norm : &w->head) = p;
+        real **pointers = t->layer >= 0 ? (real **)&w->layer[t->layer] : (real **)w - EMBED;
+        pointers[t->kind] = memory + t->offset;
     }
     if (!w->head)
         w->head = w->embed;
 }
 
-// The standard deviation of a weight's first value. normal: 0.02, and 1/sqrt(2L) of it for what is added to the residual
-// stream (Radford et al. 2019). truncated: sqrt(0.1/fan-in), nothing beyond two of them (Fedus et al. 2021).
-void model_init(Model *m) {
+// Which expert the number at `place` of w_in or w_out belongs to.
+int expert_of(const Model *m, int kind, size_t place) {
+    int e = 0;
+    for (size_t size; e < m->config.experts - 1; e++, place -= size) {
+        size = (size_t)m->config.dim / m->config.subtokens * m->expert_width[e] * (kind == W_IN ? 1 + is_gated(m->expert_activation[e]) : 1);
+        if (place < size)
+            break;
+    }
+    return e;
+}
+
+// The weights of step 0. Their standard deviation: normal: 0.02, and 1/sqrt(2L) of it for what is added to the residual
+// stream (Radford et al. 2019); truncated: sqrt(0.1/fan-in), nothing beyond two of them (Fedus et al. 2021). A noisy router begins at 0 (Shazeer
+// et al. 2017). frequency (V) of each word in the training text, NULL: not known.
+void model_init(Model *m, const double *frequency) {
     const Config *c = &m->config;
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_INIT, (uint64_t)i, 0);
         real *w = m->memory[WEIGHTS] + t->offset;
-        int residual = t->kind == PROJ || t->kind == W_OUT || t->kind == DENSE_OUT;
-        int truncated = c->init_scheme == TRUNCATED && t->kind != EMBED;
-        double std = truncated ? sqrt(0.1 / t->shape[2]) : residual ? 0.02 / sqrt(2.0 * c->layers) : 0.02;
+        int residual = t->kind == PROJ || t->kind == W_OUT || t->kind == DENSE_OUT, by_fan = t->kind == SPLIT || t->kind == MERGE || t->kind == GRU_X || t->kind == GRU_H;
+        int truncated = c->init_scheme == TRUNCATED && t->kind != EMBED, expert = t->kind == W_IN || t->kind == W_OUT;
+        double std = truncated ? sqrt(0.1 / t->shape[2]) : by_fan ? sqrt(0.5 / t->shape[2]) : residual ? 0.02 / sqrt(2.0 * c->layers) : 0.02;
+        if (tensor_is_vector(t) || tensor_is_buffer(t) || (t->kind == ROUTER && c->noise))
+            std = 0;
 #pragma omp parallel for
         for (size_t j = 0; j < t->size; j++) {
             double z = random_normal(stream, j);
             for (uint64_t again = 1; truncated && fabs(z) > 2; again++)
                 z = random_normal(stream, j + again * t->size);
-            w[j] = tensor_is_norm(t) ? 1 : (real)(std * z);
+            double own_scale = c->mixed && expert ? 0.5 + expert_of(m, t->kind, j) / (c->experts - 1.0) : 1;
+            w[j] = (real)(std * own_scale * z + tensor_is_norm(t));
         }
+        if (t->kind == SLOW)
+            memcpy(w, m->weights.layer[t->layer].router, t->size * sizeof(real));
+        for (size_t e = 0; t->kind == LEVEL && e < t->size; e++)
+            w[e] = (real)(1.0 / c->experts);
+        if (t->kind == TABLE)
+            balance_table(w, frequency, c->vocab, c->experts, stream);
     }
 }
 
@@ -1744,24 +2520,73 @@ void rope_angles(real *angles, int first, int count, int D, double theta) {
     }
 }
 
+void own_gate(Model *m, Gate *g, int n, int per, int E, int K, int column) {
+    Gate gate = {per, E, K, column, NULL, NULL, NULL, NULL};
+    size_t rows = (size_t)n * per;
+    gate.p = own_reals(m, rows * E);
+    gate.lse = own_reals(m, rows);
+    gate.weight = own_reals(m, rows * K);
+    gate.expert = (int *)own(m, rows * K, sizeof(int));
+    *g = gate;
+}
+
+// What the experts of one layer keep.
+void allocate_experts(Model *m, int l, int N) {
+    const Config *c = &m->config;
+    LayerState *s = &m->layers[l];
+    int E = c->experts, K = places(c), R = c->routers, D = c->groups, W = router_width(c), n = N * c->subtokens, two = c->select == HIERARCHICAL;
+    size_t nK = (size_t)n * K, C = (size_t)c->dim, widest = (size_t)(c->mixed ? 3 * c->ffn / 2 : c->ffn);
+    own_gate(m, &s->gate, n, two ? D : R, two ? E / D : E, two ? K / c->group_topk : K / R, two ? D : 0);
+    if (two)
+        own_gate(m, &s->groups, n, 1, D, c->group_topk, 0);
+    s->sub = c->subtokens > 1 ? own_reals(m, N * C) : NULL;
+    s->merged = c->subtokens > 1 ? own_reals(m, N * C) : NULL;
+    s->jittered = c->jitter > 0 ? own_reals(m, N * C) : NULL;
+    s->projected = own_reals(m, (size_t)N * c->recurrent);
+    s->gru = own_reals(m, (size_t)N * 4 * c->recurrent);
+    s->state = own_reals(m, (size_t)N * c->recurrent);
+    s->logits = own_reals(m, (size_t)n * W * (1 + c->noise));
+    s->noisy = c->noise ? own_reals(m, (size_t)n * W) : s->logits;
+    s->weight = two ? own_reals(m, nK) : s->gate.weight;
+    s->slope = (double *)own(m, (size_t)n * R * E, sizeof(double)); // a group of tokens may be one token
+    s->weight_slope = (double *)own(m, (size_t)n * E, sizeof(double));
+    s->load_slope = (double *)own(m, (size_t)n * (E + D), sizeof(double));
+    s->hidden = own_reals(m, nK * widest * 2);
+    int *ints = (int *)own(m, nK * 5 + E + 1, sizeof(int));
+    Plan plan = {n, E, K, two ? ints : s->gate.expert, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
+    s->plan = plan;
+    RouterStats *stats = &m->stats[l];
+    stats->count = (double *)own(m, (size_t)E * 3, sizeof(double));
+    stats->lowest = stats->count + E;
+    stats->recent = stats->count + 2 * E;
+    stats->idle = (int *)own(m, E, sizeof(int));
+}
+
 // Buffers for N tokens. train 0: no gradients, no moments. weights: those of another model, or NULL for its own.
 Model *model_allocate(const Config *config, int N, int train, real *weights) {
     Model *m = (Model *)allocate(1, sizeof(Model));
     const Config *c = &m->config;
     m->config = *config;
     m->max_tokens = N;
-    int L = c->layers, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, E = c->experts, K = c->topk, F = c->ffn;
-    int in = 1 + is_gated(c), Q = (H + 2 * KV) * D, rows = N, width = 0, hidden = 0;
-    m->tensors = (Tensor *)own(m, (size_t)L * LAYER_TENSORS + 3, sizeof(Tensor));
+    int L = c->layers, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, E = c->experts, R = c->recurrent, last, Q = (H + 2 * KV) * D;
+    int n = N * c->subtokens, W = router_width(c);
+    size_t moe = moe_layers(c, &last) > 0, rows = N, width = 0, nK = moe * n * places(c);
+    m->tensors = (Tensor *)own(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor));
     m->tensor_count = model_tensors(c, m->tensors);
     m->size = m->tensors[m->tensor_count - 1].offset + m->tensors[m->tensor_count - 1].size;
     m->memory[WEIGHTS] = weights ? weights : own_reals(m, m->size);
     point_weights(m, &m->weights, m->memory[WEIGHTS]);
+    m->expert_width = (int *)own(m, (size_t)2 * E, sizeof(int));
+    m->expert_activation = m->expert_width + E;
+    for (int e = 0; e < E; e++) {
+        m->expert_width[e] = expert_width(c, e);
+        m->expert_activation[e] = expert_activation(c, e);
+    }
     m->layers = (LayerState *)own(m, L, sizeof(LayerState));
     m->stats = (RouterStats *)own(m, L, sizeof(RouterStats));
     for (int l = 0; l < L; l++) {
         LayerState *s = &m->layers[l];
-        int W = dense_width(c, l);
+        size_t dense = (size_t)N * dense_width(c, l);
         s->x = own_reals(m, (size_t)N * C);
         s->h1 = own_reals(m, (size_t)N * C);
         s->rstd1 = own_reals(m, N);
@@ -1771,29 +2596,26 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
         s->mid = own_reals(m, (size_t)N * C);
         s->h2 = own_reals(m, (size_t)N * C);
         s->rstd2 = own_reals(m, N);
-        s->dense_hidden = own_reals(m, (size_t)N * W * in);
-        width = max_int(width, N * W);
-        if (is_moe(c, l)) {
-            s->p = own_reals(m, (size_t)N * E);
-            s->p_lse = own_reals(m, N);
-            s->weight = own_reals(m, (size_t)N * K);
-            s->hidden = own_reals(m, (size_t)N * K * F * in);
-            size_t NK = (size_t)N * K;
-            int *ints = (int *)own(m, NK * 5 + E + 1 + (size_t)N * E, sizeof(int));
-            Plan plan = {N, E, K, ints, ints + NK, ints + NK * 2, ints + NK * 3, ints + NK * 4, ints + NK * 5, ints + NK * 5 + E + 1, 0};
-            s->plan = plan;
-            rows = N * K;
-            width = max_int(width, N * K * F);
-            m->stats[l].count = (double *)own(m, E, sizeof(double));
-        }
+        s->dense_hidden = own_reals(m, dense * 2);
+        if (is_moe(c, l))
+            allocate_experts(m, l, N);
+        width = dense > width ? dense : width;
     }
-    hidden = width * in;
+    if (moe) {
+        size_t experts = nK * (c->mixed ? 3 * c->ffn / 2 : c->ffn);
+        rows = nK > rows ? nK : rows;
+        width = experts > width ? experts : width;
+    }
     m->x = own_reals(m, (size_t)N * C);
     m->h = own_reals(m, (size_t)N * C);
     m->rstd = own_reals(m, N);
-    m->rows = own_reals(m, (size_t)rows * C);
+    m->rows = own_reals(m, rows * C);
     m->act = own_reals(m, width);
-    m->router_in = own_reals(m, (size_t)N * C);
+    m->choice_score = own_reals(m, moe * n * W);
+    m->counts = (double *)own(m, moe * n * c->routers * E, sizeof(double));
+    m->marks = (unsigned char *)own(m, moe * n * c->groups, 1);
+    m->unbiased = (int *)own(m, nK, sizeof(int));
+    m->gru_room = own_reals(m, moe * N * 6 * R);
     m->head_rows = max_int(1, min_int(N, (1 << 24) / c->vocab)); // 64 MiB of float logits at most
     m->logits = own_reals(m, (size_t)m->head_rows * c->vocab);
     m->nll = own_reals(m, N);
@@ -1810,9 +2632,19 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
         m->dh = own_reals(m, (size_t)N * C);
         m->datt = own_reals(m, (size_t)N * C);
         m->dqkv = own_reals(m, (size_t)N * Q);
-        m->dhidden = own_reals(m, hidden);
-        m->dp = own_reals(m, (size_t)N * E);
-        m->dweight = own_reals(m, (size_t)N * K);
+        m->dhidden = own_reals(m, width * 2);
+        m->dlogits = own_reals(m, moe * n * W * 2);
+        m->dnoisy = own_reals(m, moe * n * W);
+        m->dp = own_reals(m, moe * n * W);
+        m->dgroups = own_reals(m, moe * n * c->groups);
+        m->dweight = own_reals(m, nK);
+        m->dgate = own_reals(m, nK * c->groups);
+        m->dgroup_weight = own_reals(m, nK);
+        m->drouter = own_reals(m, (size_t)N * C);
+        m->dsub = own_reals(m, (size_t)N * C);
+        m->dmerged = own_reals(m, (size_t)N * C);
+        m->dstate = own_reals(m, moe * N * R * 2);
+        m->dprojected = own_reals(m, moe * N * R);
         m->partial = own_reals(m, (size_t)div_up(N, CHUNK) * C);
     }
     return m;
@@ -1827,114 +2659,388 @@ void model_free(Model *m) {
     free(m);
 }
 
+// The numbers of tokens and of rows in a group of tokens, of n tokens in sequences of T.
+int group_size(const Config *c, int n, int T) {
+    return c->group == SEQUENCE ? T : n;
+}
+
+// The layer of experts below l, NULL where there is none: where the recurrent router comes from.
+LayerState *experts_below(Model *m, int l) {
+    while (--l >= 0 && !is_moe(&m->config, l))
+        ;
+    return l < 0 ? NULL : &m->layers[l];
+}
+
+uint64_t layer_stream(const Model *m, int purpose, int l) {
+    return random_stream((uint64_t)m->config.seed, purpose, m->step, (uint64_t)l);
+}
+
+// Which experts each token gets: fills plan->expert, and the weights.
+void choose(Model *m, int l, LayerState *s, const real *router_in, int n, int group_tokens, int mode) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l];
+    Gate *g = &s->gate;
+    Plan *plan = &s->plan;
+    int rows = n * g->per, E = c->experts, W = router_width(c), C = (int)(c->recurrent ? c->recurrent : c->dim / c->subtokens);
+    const real *score = g->p;
+    if (w->slow) { // highest logits are highest scores
+        product(m->choice_score, along_rows(router_in, C, NULL), along_rows(w->slow, C, NULL), n, W, C, 0);
+        score = m->choice_score;
+    } else if (w->bias || (c->select == TOP_K && c->group_topk)) {
+        for (size_t i = 0; i < (size_t)n * E; i++)
+            m->choice_score[i] = g->p[i] + (w->bias ? w->bias[i % E] : 0);
+        score = m->choice_score;
+    }
+    if (c->select == TOP_K && c->group_topk)
+        mask_groups(m->choice_score, n, E, c->groups, c->group_topk, c->group_score);
+    if (c->select == EXPERT_CHOICE && mode == TRAIN_MODE) {
+        int take = max_int(1, (int)((double)group_tokens * c->topk / E));
+        for (int first = 0; first < n; first += group_tokens, m->stats[l].passes += 1)
+            select_by_experts(g->expert + (size_t)first * E, m->stats[l].lowest, g->p + (size_t)first * E, group_tokens, E, take);
+    } else if (c->select == BALANCED && mode == TRAIN_MODE) {
+        for (int first = 0; first < n; first += group_tokens)
+            select_balanced(g->expert + first, s->logits + (size_t)first * E, group_tokens, E);
+    } else {
+        select_topk(g->expert, score, rows, g->E, g->K);
+    }
+    if (c->select == THRESHOLD || (c->select == EXPERT_CHOICE && mode == EVAL_MODE))
+        select_above(g->expert, g->p, n, E, g->K, w->level, c->threshold > 0 ? c->threshold : 1.0 / E, c->select == THRESHOLD);
+    gate_forward(g->weight, g->p, g->expert, rows, g->E, g->K, c->gate, c->scale / c->routers);
+    if (c->select == HIERARCHICAL) {
+        select_topk(s->groups.expert, s->groups.p, n, c->groups, c->group_topk);
+        gate_forward(s->groups.weight, s->groups.p, s->groups.expert, n, c->groups, c->group_topk, c->gate, 1);
+        join_gates_forward(plan->expert, s->weight, &s->groups, g, n);
+    }
+}
+
+// m->marks (n,D): which groups of experts each token chose; all where groups are not chosen first.
+void mark_groups(Model *m, const LayerState *s, int n) {
+    const Config *c = &m->config;
+    int D = c->groups, M = c->group_topk, two = c->select == HIERARCHICAL;
+    memset(m->marks, !two, (size_t)n * D);
+    for (int i = 0; two && i < n * M; i++)
+        m->marks[i / M * D + s->groups.expert[i]] = 1;
+}
+
+// The losses of the smooth load, 1 + CV^2 for each group of tokens, and their slopes. Where groups of experts are chosen first, an expert's load
+// is that of its group times its share of the tokens sent there (Shazeer et al. 2017, appendix B).
+double load_losses(Model *m, LayerState *s, int n, int group_tokens) {
+    const Config *c = &m->config;
+    int E = c->experts, D = c->groups, two = c->select == HIERARCHICAL, W = router_width(c);
+    double loss = 0, weight = c->load_weight * group_tokens / n;
+    double *inner = (double *)allocate((size_t)2 * (E + D), sizeof(double)), *load = inner + E, *outer = load + E, *sent = outer + D;
+    mark_groups(m, s, n);
+    for (int first = 0; first < n; first += group_tokens) {
+        double *slope = s->load_slope + (size_t)(first / group_tokens) * (E + D);
+        memset(inner, 0, (size_t)2 * (E + D) * sizeof(double));
+        smooth_load(inner, NULL, NULL, NULL, &s->gate, s->noisy, s->logits, W, first, group_tokens, m->marks);
+        if (two)
+            smooth_load(outer, NULL, NULL, NULL, &s->groups, s->noisy, s->logits, W, first, group_tokens, NULL);
+        for (int i = first * D; two && i < (first + group_tokens) * D; i++)
+            sent[i % D] += m->marks[i];
+        for (int e = 0; e < E; e++) {
+            int d = group_of(e, E, D);
+            load[e] = !two ? inner[e] : sent[d] > 0 ? outer[d] * inner[e] / sent[d] : 0;
+        }
+        loss += weight * cv_squared(load, slope, E, 0, weight);
+        memset(slope + E, 0, (size_t)D * sizeof(double));
+        for (int e = 0; two && e < E; e++) {
+            int d = group_of(e, E, D);
+            slope[E + d] += sent[d] > 0 ? slope[e] * inner[e] / sent[d] : 0;
+            slope[e] *= sent[d] > 0 ? outer[d] / sent[d] : 0;
+        }
+    }
+    free(inner);
+    return loss;
+}
+
+// All balance losses of a layer, weighted, into s->aux, and their slopes.
+void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
+    const Config *c = &m->config;
+    Gate *g = &s->gate;
+    const Plan *plan = &s->plan;
+    int E = c->experts, K = plan->K, R = c->routers, rows = n * R, groups = n / group_tokens, group_rows = group_tokens * R;
+    double *counts = m->counts;
+    s->aux = 0;
+    memset(s->weight_slope, 0, (size_t)groups * E * sizeof(double));
+    for (int row = 0; c->z_weight > 0 && row < n * g->per; row++)
+        s->aux += c->z_weight * (double)g->lse[row] * (double)g->lse[row] / (n * g->per);
+    for (int i = 0; c->sparsity_weight > 0 && i < n * K; i++)
+        s->aux += plan->expert[i] >= 0 ? c->sparsity_weight / n / E : 0;
+    if (c->load_weight > 0)
+        s->aux += load_losses(m, s, n, group_tokens);
+    if (c->balance == CV2 || c->balance == VARIANCE) { // of the weights given to each expert
+        memset(counts, 0, (size_t)groups * E * sizeof(double));
+        double mean = c->balance == VARIANCE ? (double)group_tokens / E : 0, weight = c->aux_weight / groups;
+        for (int i = 0; i < n * K; i++) {
+            if (plan->expert[i] >= 0)
+                counts[(size_t)(i / K / group_tokens) * E + plan->expert[i]] += (double)s->weight[i];
+        }
+        for (int i = 0; i < groups && c->aux_weight > 0; i++)
+            s->aux += weight * cv_squared(counts + (size_t)i * E, s->weight_slope + (size_t)i * E, E, mean, weight);
+        if (c->select == HIERARCHICAL)
+            return;
+    }
+    const int *chosen = plan->key;
+    if (c->balance == UNBIASED)
+        select_topk(m->unbiased, g->p, n, E, K);
+    if (c->balance == UNBIASED)
+        chosen = m->unbiased;
+    count_choices(counts, chosen, rows, E, K / R, c->balance == GSHARD ? 1 : K / R, group_rows, R);
+    memset(s->slope, 0, (size_t)groups * R * E * sizeof(double));
+    for (int i = 0; i < groups * R; i++) {
+        double *slope = s->slope + (size_t)i * E, *count = c->group == STEP ? m->stats[l].count : counts + (size_t)i * E;
+        if (c->balance <= WIDTH && c->aux_weight > 0)
+            add_balance(slope, count, c->balance == WIDTH ? m->expert_width : NULL, E, c->aux_weight);
+        if (c->device_weight > 0)
+            add_device_balance(slope, count, E, c->groups, c->device_weight);
+        if (c->comm_weight > 0)
+            add_communication_balance(slope, plan->key + (size_t)i * group_tokens * K, group_tokens, E, K, c->groups, c->group_topk, c->comm_weight);
+    }
+    s->aux += balance_forward(g, s->slope, rows, group_rows, c->score);
+}
+
+// What the log shows of a layer's routing in training, and what some recipes steer by.
+void add_router_stats(Model *m, int l, LayerState *s) {
+    const Config *c = &m->config;
+    RouterStats *stats = &m->stats[l];
+    const Gate *g = &s->gate;
+    int n = s->plan.N, choices = n * s->plan.K;
+    for (int i = 0; i < choices; i++) {
+        if (s->plan.key[i] >= 0) {
+            stats->count[s->plan.key[i]] += 1;
+            stats->active += 1;
+        }
+    }
+    stats->tokens += n;
+    for (int row = 0; row < n * g->per && c->select != HASH; row++) {
+        double share = c->select == HIERARCHICAL ? (double)s->groups.p[row] : 1.0 / g->per, sum = 0;
+        for (int e = 0; c->score == SIGMOID && e < g->E; e++)
+            sum += (double)g->p[(size_t)row * g->E + e];
+        for (int e = 0; e < g->E; e++) {
+            double p = (double)g->p[(size_t)row * g->E + e] / (c->score == SIGMOID ? sum : 1);
+            stats->entropy -= p > 0 ? share * p * log(c->select == HIERARCHICAL ? p * share : p) : 0;
+        }
+    }
+}
+
+// Routes n tokens x (n,C) in sequences of T: fills s->plan, s->weight and the balance losses.
+void router_forward(Model *m, int l, LayerState *s, const real *x, int n, int C, int T, int mode) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l];
+    Plan *plan = &s->plan;
+    int train = mode == TRAIN_MODE, W = router_width(c), R = c->recurrent, group_tokens = group_size(c, n, T);
+    uint64_t first = m->first_token * (uint64_t)c->subtokens;
+    plan->N = n;
+    if (c->select == HASH) {
+        for (int i = 0; i < n; i++) {
+            plan->expert[i] = (int)w->table[m->tokens[i]];
+            s->weight[i] = (real)c->scale;
+        }
+    } else {
+        if (train && c->jitter > 0) {
+            apply_jitter(s->jittered, x, (size_t)n * C, c->jitter, layer_stream(m, RANDOM_JITTER, l), first * C);
+            x = s->jittered;
+        }
+        if (R) {
+            LayerState *below = experts_below(m, l);
+            product(s->projected, along_rows(x, C, NULL), along_rows(w->project, C, NULL), n, R, C, 0);
+            gru_forward(s->state, s->gru, s->projected, below ? below->state : NULL, m->weights.gru_x, m->weights.gru_h,
+                        m->weights.gru_bx, m->weights.gru_bh, n, R, m->gru_room);
+            x = s->state;
+            C = R;
+        }
+        product(s->logits, along_rows(x, C, NULL), along_rows(w->router, C, NULL), n, W * (1 + c->noise), C, 0);
+        if (c->noise)
+            noise_forward(s->noisy, s->logits, n, W, train, layer_stream(m, RANDOM_NOISE, l), first);
+        scores_forward(&s->gate, s->noisy, n, W, c->score);
+        if (c->select == HIERARCHICAL)
+            scores_forward(&s->groups, s->noisy, n, W, c->score);
+        choose(m, l, s, x, n, group_tokens, mode);
+    }
+    memcpy(plan->key, plan->expert, (size_t)n * plan->K * sizeof(int));
+    if (train && c->second_threshold > 0)
+        decline_second(plan->key, s->weight, n, c->second_threshold, c->scale, layer_stream(m, RANDOM_SECOND, l), first);
+    if (train) {
+        add_router_stats(m, l, s);
+        if (c->select != HASH)
+            balance_losses(m, l, s, n, group_tokens);
+        for (int i = 0; i < n && c->drop_exempt > 0; i++)
+            m->marks[i] = random_uniform(random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->step, 0), (first + i) / T) < c->drop_exempt;
+    }
+    plan_capacity(plan, group_tokens, train ? c->capacity_factor : c->eval_capacity_factor, c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts,
+                  train ? c->drop_order : BY_TOKEN, s->weight, train && c->drop_exempt > 0 ? m->marks : NULL,
+                  c->overflow == NEXT ? s->gate.p : NULL);
+    if (c->overflow == NEXT)
+        gate_forward(s->weight, s->gate.p, plan->expert, n, plan->E, plan->K, c->gate, c->scale);
+    m->stats[l].dropped += train ? plan->dropped : 0;
+    plan_sort(plan);
+}
+
+// Given m->dweight, the gradient by each choice's weight, adds to dx (n,C) and to the router's gradients.
+void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, int n, int C, int T) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
+    Gate *g = &s->gate;
+    Plan *plan = &s->plan;
+    int E = c->experts, K = plan->K, W = router_width(c), WW = W * (1 + c->noise), R = c->recurrent, group_tokens = group_size(c, n, T), rows = n * g->per;
+    int two = c->select == HIERARCHICAL;
+    double scale = m->grad_scale;
+    uint64_t first = m->first_token * (uint64_t)c->subtokens;
+    if (c->select == HASH)
+        return;
+    real *dlogits = m->dlogits, *dnoisy = c->noise ? m->dnoisy : dlogits; // by the logits, by the noisy ones
+    memset(dlogits, 0, (size_t)n * WW * sizeof(real));
+    memset(dnoisy, 0, (size_t)n * W * sizeof(real));
+    memset(m->dp, 0, (size_t)n * W * sizeof(real));
+    for (int i = 0; i < n * K; i++) { // importance
+        if (plan->expert[i] >= 0)
+            m->dweight[i] += (real)(scale * s->weight_slope[(size_t)(i / K / group_tokens) * E + plan->expert[i]]);
+    }
+    const real *dgate = m->dweight;
+    if (two) {
+        join_gates_backward(m->dgroup_weight, m->dgate, m->dweight, &s->groups, g, n);
+        memset(m->dgroups, 0, (size_t)n * c->groups * sizeof(real));
+        gate_backward(m->dgroups, m->dgroup_weight, s->groups.weight, s->groups.p, s->groups.expert, n, c->groups, c->group_topk, c->gate, 1);
+        scores_backward(dnoisy, m->dgroups, &s->groups, n, W, c->score, 0);
+        dgate = m->dgate;
+    }
+    gate_backward(m->dp, dgate, g->weight, g->p, g->expert, rows, g->E, g->K, c->gate, c->scale / c->routers);
+    if (!two)
+        balance_backward(m->dp, g, s->slope, rows, group_tokens * c->routers, c->score, scale);
+    scores_backward(dnoisy, m->dp, g, n, W, c->score, c->z_weight * scale / rows);
+    mark_groups(m, s, n);
+    for (int from = 0; c->load_weight > 0 && from < n; from += group_tokens) {
+        double *slope = s->load_slope + (size_t)(from / group_tokens) * (E + c->groups);
+        for (int e = 0; e < E + c->groups; e++)
+            slope[e] *= scale;
+        smooth_load(NULL, slope, dnoisy, dlogits, g, s->noisy, s->logits, W, from, group_tokens, m->marks);
+        if (two)
+            smooth_load(NULL, slope + E, dnoisy, dlogits, &s->groups, s->noisy, s->logits, W, from, group_tokens, NULL);
+    }
+    if (c->noise)
+        noise_backward(dlogits, dnoisy, s->logits, n, W, layer_stream(m, RANDOM_NOISE, l), first);
+
+    // from the logits back to the router's input
+    const real *input = c->jitter > 0 ? s->jittered : x, *read = R ? s->state : input;
+    int width = R ? R : C;
+    real *target = c->jitter > 0 ? m->drouter : dx;
+    product(dw->router, along_columns(dlogits, WW, NULL), along_columns(read, width, NULL), WW, width, n, 1);
+    if (R) {
+        LayerState *below = experts_below(m, l);
+        int last;
+        moe_layers(c, &last);
+        product(m->dstate, along_rows(dlogits, WW, NULL), along_columns(w->router, R, NULL), n, R, WW, l != last);
+        memcpy(m->dstate + (size_t)n * R, m->dstate, (size_t)n * R * sizeof(real));
+        gru_backward(m->dprojected, m->dstate, m->grads.gru_x, m->grads.gru_h, m->grads.gru_bx, m->grads.gru_bh, m->dstate + (size_t)n * R,
+                     s->gru, s->projected, below ? below->state : NULL, m->weights.gru_x, m->weights.gru_h, n, R, m->gru_room);
+        product(dw->project, along_columns(m->dprojected, R, NULL), along_columns(input, C, NULL), R, C, n, 1);
+        product(target, along_rows(m->dprojected, R, NULL), along_columns(w->project, C, NULL), n, C, R, target == dx);
+    } else {
+        product(target, along_rows(dlogits, WW, NULL), along_columns(w->router, C, NULL), n, C, WW, target == dx);
+    }
+    if (c->jitter > 0) { // d(x * j)/dx = the same j
+        apply_jitter(m->drouter, m->drouter, (size_t)n * C, c->jitter, layer_stream(m, RANDOM_JITTER, l), first * C);
+        for (size_t i = 0; i < (size_t)n * C; i++)
+            dx[i] += m->drouter[i];
+    }
+}
+
+Experts layer_experts(const Model *m, const LayerWeights *w, const Plan *plan, int C) {
+    Experts x = {plan->E, C, m->expert_width, m->expert_activation, w->w_in, w->w_out, plan->offset, plan->token};
+    return x;
+}
+
 // One layer's feed-forward: out (N,C) += dense part + mixture of experts, of s->h2 (N,C).
 void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T, int mode) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
-    int C = c->dim, F = c->ffn, E = c->experts, K = c->topk, gated = is_gated(c);
+    int C = c->dim, h = c->subtokens;
     if (w->dense_in) {
-        int everyone[2] = {0, N};
-        experts_forward(out, s->dense_hidden, m->act, s->h2, w->dense_in, w->dense_out, NULL, everyone, 1, C,
-                        dense_width(c, l), c->activation, gated, 1);
+        int everyone[2] = {0, N}, width = dense_width(c, l), activation = dense_activation(c, l);
+        Experts dense = {1, C, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
+        experts_forward(out, s->dense_hidden, m->act, s->h2, &dense, 1);
     }
     if (!is_moe(c, l))
         return;
-    Plan *plan = &s->plan;
-    plan->N = N;
-    int group_tokens = c->group == SEQUENCE ? T : N;
-    const real *router_in = s->h2;
-    if (mode == TRAIN_MODE && c->jitter > 0) {
-        apply_jitter(m->router_in, s->h2, N, C, c->jitter,
-                     random_stream((uint64_t)c->seed, RANDOM_JITTER, m->jitter_step, (uint64_t)l), m->jitter_token);
-        router_in = m->router_in;
+    const real *x = s->h2;
+    real *to = out;
+    if (h > 1) { // sub-tokens: Wu et al. 2024
+        product(s->sub, along_rows(s->h2, C, NULL), along_rows(w->split, C, NULL), N, C, C, 0);
+        memset(s->merged, 0, (size_t)N * C * sizeof(real));
+        x = s->sub;
+        to = s->merged;
     }
-    product(s->p, along_rows(router_in, C, NULL), along_rows(w->router, C, NULL), N, E, C, 0);
-    s->z = 0;
-    for (int n = 0; n < N; n++) {
-        s->p_lse[n] = softmax(s->p + (size_t)n * E, E);
-        s->z += (double)s->p_lse[n] * (double)s->p_lse[n] / N;
-    }
-    select_topk(plan->expert, s->p, N, E, K);
-    gate_forward(s->weight, s->p, plan->expert, N, E, K, c->gate);
-    plan_capacity(plan, group_tokens, mode == TRAIN_MODE ? c->capacity_factor : 0);
-    plan_sort(plan);
-    experts_forward(m->rows, s->hidden, m->act, s->h2, w->w_in, w->w_out, plan->token, plan->offset, E, C, F, c->activation,
-                    gated, 0);
-    combine(out, m->rows, s->weight, plan->slot, N, K, C);
-    s->balance = balance_forward(s->p, plan->count, N, E, K, group_tokens);
+    router_forward(m, l, s, x, N * h, C / h, T * h, mode);
+    Experts experts = layer_experts(m, w, &s->plan, C / h);
+    experts_forward(m->rows, s->hidden, m->act, x, &experts, 0);
+    combine(to, m->rows, s->weight, s->plan.slot, N * h, s->plan.K, C / h);
+    if (h > 1)
+        product(out, along_rows(s->merged, C, NULL), along_rows(w->merge, C, NULL), N, C, C, 1);
 }
 
 // Given dout (N,C), writes dh (N,C), the gradient by s->h2, and adds to the weights' gradients.
 void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
-    int C = c->dim, F = c->ffn, E = c->experts, K = c->topk, gated = is_gated(c);
+    int C = c->dim, h = c->subtokens;
     memset(dh, 0, (size_t)N * C * sizeof(real));
     if (w->dense_in) {
-        int everyone[2] = {0, N};
-        experts_backward(dh, dw->dense_in, dw->dense_out, NULL, dout, s->h2, s->dense_hidden, w->dense_in, w->dense_out, NULL,
-                         NULL, NULL, everyone, m->act, m->dhidden, 1, C, dense_width(c, l), c->activation, gated, 1);
+        int everyone[2] = {0, N}, width = dense_width(c, l), activation = dense_activation(c, l);
+        Experts dense = {1, C, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
+        experts_backward(dh, dw->dense_in, dw->dense_out, NULL, dout, s->h2, s->dense_hidden, NULL, NULL, m->act, m->dhidden, &dense, 1);
     }
     if (!is_moe(c, l))
         return;
+    const real *x = h > 1 ? s->sub : s->h2;
+    real *dx = h > 1 ? m->dsub : dh;
+    if (h > 1) {
+        product(m->dmerged, along_rows(dout, C, NULL), along_columns(w->merge, C, NULL), N, C, C, 0);
+        product(dw->merge, along_columns(dout, C, NULL), along_columns(s->merged, C, NULL), C, C, N, 1);
+        memset(m->dsub, 0, (size_t)N * C * sizeof(real));
+        dout = m->dmerged;
+    }
     Plan *plan = &s->plan;
-    int group_tokens = c->group == SEQUENCE ? T : N;
-    memset(m->dweight, 0, (size_t)N * K * sizeof(real)); // dropped choices get none
-    experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, s->h2, s->hidden, w->w_in, w->w_out, s->weight,
-                     plan->choice, plan->token, plan->offset, m->act, m->dhidden, E, C, F, c->activation, gated, 0);
-    combine(dh, m->rows, NULL, plan->slot, N, K, C);
-
-    // the router: from the weights and the balance loss to p, through the softmax to its logits
-    // dlogit = p * (dp - sum(dp * p)); the z-loss adds 2 * lse * p / N
-    real *dp = m->dp;
-    memset(dp, 0, (size_t)N * E * sizeof(real));
-    gate_backward(dp, m->dweight, s->weight, s->p, plan->expert, N, E, K, c->gate);
-    balance_backward(dp, plan->count, N, E, K, group_tokens, c->aux_weight * m->grad_scale);
-    for (int n = 0; n < N; n++) {
-        real *d = dp + (size_t)n * E, *p = s->p + (size_t)n * E, dot = 0;
-        real z = (real)(2 * c->z_weight * m->grad_scale / N) * s->p_lse[n]; // of the z-loss, mean(lse^2)
-        for (int e = 0; e < E; e++)
-            dot += d[e] * p[e];
-        for (int e = 0; e < E; e++)
-            d[e] = p[e] * (d[e] - dot + z);
-    }
-    Operand dlogits = along_rows(dp, E, NULL), by_token = along_columns(dp, E, NULL);
-    if (c->jitter > 0) {
-        uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_JITTER, m->jitter_step, (uint64_t)l);
-        apply_jitter(m->router_in, s->h2, N, C, c->jitter, stream, m->jitter_token);
-        product(dw->router, by_token, along_columns(m->router_in, C, NULL), E, C, N, 1);
-        product(m->router_in, dlogits, along_columns(w->router, C, NULL), N, C, E, 0);
-        apply_jitter(m->router_in, m->router_in, N, C, c->jitter, stream, m->jitter_token); // d(x * j)/dx = the same j
-        for (size_t i = 0; i < (size_t)N * C; i++)
-            dh[i] += m->router_in[i];
-    } else {
-        product(dw->router, by_token, along_columns(s->h2, C, NULL), E, C, N, 1);
-        product(dh, dlogits, along_columns(w->router, C, NULL), N, C, E, 1);
+    memset(m->dweight, 0, (size_t)plan->N * plan->K * sizeof(real)); // dropped choices get none
+    Experts experts = layer_experts(m, w, plan, C / h);
+    experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, x, s->hidden, s->weight, plan->choice, m->act, m->dhidden, &experts, 0);
+    combine(dx, m->rows, NULL, plan->slot, plan->N, plan->K, C / h);
+    router_backward(m, l, s, dx, x, plan->N, C / h, T * h);
+    if (h > 1) {
+        product(dh, along_rows(m->dsub, C, NULL), along_columns(w->split, C, NULL), N, C, C, 1);
+        product(dw->split, along_columns(m->dsub, C, NULL), along_columns(s->h2, C, NULL), C, C, N, 1);
     }
 }
 
-// Adds what the last forward pass routed to the sums that the log shows.
-void add_router_stats(Model *m) {
-    for (int l = 0; l < m->config.layers; l++) {
-        LayerState *s = &m->layers[l];
-        RouterStats *stats = &m->stats[l];
-        if (!is_moe(&m->config, l))
-            continue;
-        for (int i = 0; i < s->plan.N * s->plan.K; i++)
-            stats->count[s->plan.expert[i]] += 1;
-        for (int i = 0; i < s->plan.N * s->plan.E; i++)
-            stats->entropy -= s->p[i] > 0 ? (double)s->p[i] * log((double)s->p[i]) : 0;
-        stats->dropped += s->plan.dropped;
-        stats->tokens += s->plan.N;
-    }
-}
-
-void model_clear_stats(Model *m) {
+// A step of training begins.
+void clear_router_stats(Model *m) {
     for (int l = 0; l < m->config.layers; l++) {
         RouterStats *s = &m->stats[l];
         if (s->count)
-            memset(s->count, 0, (size_t)m->config.experts * sizeof(double));
-        s->entropy = s->dropped = s->tokens = 0;
+            memset(s->count, 0, (size_t)2 * m->config.experts * sizeof(double)); // and lowest
+        s->entropy = s->dropped = s->active = s->tokens = s->passes = 0;
+    }
+}
+
+// What follows a step without a gradient: the buffers of the recipes that have some, and who has had tokens of late.
+void router_update(Model *m) {
+    const Config *c = &m->config;
+    for (int l = 0; l < c->layers; l++) {
+        LayerWeights *w = &m->weights.layer[l];
+        RouterStats *s = &m->stats[l];
+        int E = is_moe(c, l) ? c->experts : 0;
+        double mean = s->active / c->experts;
+        for (int e = 0; e < E; e++) {
+            s->idle[e] = s->count[e] > 0 ? 0 : s->idle[e] + 1;
+            s->recent[e] += 0.02 * (s->count[e] / fmax(mean, 1e-9) - s->recent[e]);
+            if (w->bias) // DeepSeek-V3: against the sign of what is too much
+                w->bias[e] += (real)(c->bias_rate * ((mean > s->count[e]) - (mean < s->count[e])));
+            if (w->level && s->passes > 0)
+                w->level[e] += (real)(0.1 * (s->lowest[e] / s->passes - (double)w->level[e]));
+        }
+        size_t size = w->slow ? (size_t)router_width(c) * (c->recurrent ? c->recurrent : c->dim / c->subtokens) : 0;
+        for (size_t i = 0; i < size; i++)
+            w->slow[i] += (real)(1 - c->history_decay) * (w->router[i] - w->slow[i]);
     }
 }
 
@@ -1975,8 +3081,10 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
     m->B = B;
     m->T = T;
     m->grad_scale = grad_scale;
-    m->jitter_step = (uint64_t)step;
-    m->jitter_token = (uint64_t)first_token;
+    m->step = (uint64_t)step;
+    m->first_token = (uint64_t)first_token;
+    if (mode == TRAIN_MODE && first_token == 0)
+        clear_router_stats(m);
     embedding_forward(m->layers[0].x, m->weights.embed, tokens, N, C);
     for (int l = 0; l < L; l++) {
         LayerState *s = &m->layers[l];
@@ -1999,8 +3107,6 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
     double loss = 0;
     for (int n = 0; n < N; n++)
         loss += (double)m->nll[n];
-    if (train)
-        add_router_stats(m);
     return loss / N;
 }
 
@@ -2008,7 +3114,7 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
 double model_aux(const Model *m) {
     double aux = 0;
     for (int l = 0; l < m->config.layers; l++)
-        aux += m->config.aux_weight * m->layers[l].balance + m->config.z_weight * m->layers[l].z;
+        aux += m->layers[l].aux;
     return aux;
 }
 
@@ -2076,9 +3182,11 @@ void model_update(Model *m, int step, double lr, double norm) {
     real rate = (real)lr, eps = (real)1e-8;
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
+        if (tensor_is_buffer(t))
+            continue;
         real *w = m->memory[WEIGHTS] + t->offset, *g = m->memory[GRADS] + t->offset;
         real *m1 = m->memory[MOMENT1] + t->offset, *m2 = m->memory[MOMENT2] + t->offset;
-        real keep = (real)(tensor_is_norm(t) ? 1 : 1 - lr * c->weight_decay);
+        real keep = (real)(tensor_is_vector(t) ? 1 : 1 - lr * c->weight_decay);
 #pragma omp parallel for if (t->size > UPDATE_CHUNK)
         for (size_t j = 0; j < t->size; j++) {
             real grad = g[j] * scale;
@@ -2088,6 +3196,7 @@ void model_update(Model *m, int step, double lr, double norm) {
             g[j] = 0;
         }
     }
+    router_update(m);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2708,6 +3817,17 @@ double data_fingerprint(const Data *d) {
     return (double)(h >> 12); // exact in JSON
 }
 
+// How often each of the first tokens comes, up to ten million of them. (vocab), to be freed.
+double *data_frequency(const Data *d, int vocab) {
+    double *frequency = (double *)allocate(vocab, sizeof(double));
+    int left = 10000000;
+    for (int i = 0; i < d->shard_count; i++) {
+        for (int k = 0; k < d->shards[i].count && left-- > 0; k++)
+            frequency[min_int(d->shards[i].tokens[k], vocab - 1)] += 1;
+    }
+    return frequency;
+}
+
 void data_close(Data *d) {
     for (int i = 0; i < d->shard_count; i++) {
         munmap(d->shards[i].map, d->shards[i].map_size);
@@ -2772,57 +3892,77 @@ typedef struct Part { // a slice of a weight under its Hugging Face name
     int rows, cols; // rows 0: one dimension
 } Part;
 
-// What Mixtral's and Llama's files call each kind of tensor, and its row blocks where they store these apart.
+// What Mixtral's and Llama's files call each kind of tensor, and its row blocks where they store these apart. Weights that
+// these have not get names in their manner.
 const char *const part_names[][3] = {
-    {"input_layernorm"},
-    {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
-    {"self_attn.o_proj"},
-    {"post_attention_layernorm"},
-    {"block_sparse_moe.gate"},
-    {"block_sparse_moe.experts.%d.w1", "block_sparse_moe.experts.%d.w3"},
-    {"block_sparse_moe.experts.%d.w2"},
-    {"mlp.gate_proj", "mlp.up_proj"},
-    {"mlp.down_proj"},
-    {"model.embed_tokens"},
-    {"model.norm"},
-    {"lm_head"},
+    {"input_layernorm.weight"},
+    {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"},
+    {"self_attn.o_proj.weight"},
+    {"post_attention_layernorm.weight"},
+    {"block_sparse_moe.gate.weight"},
+    {"block_sparse_moe.experts.%d.w1.weight", "block_sparse_moe.experts.%d.w3.weight"},
+    {"block_sparse_moe.experts.%d.w2.weight"},
+    {"mlp.gate_proj.weight", "mlp.up_proj.weight"},
+    {"mlp.down_proj.weight"},
+    {"block_sparse_moe.split.weight"},
+    {"block_sparse_moe.merge.weight"},
+    {"block_sparse_moe.project.weight"},
+    {"block_sparse_moe.gate.e_score_correction_bias"},
+    {"block_sparse_moe.gate.moving_average"},
+    {"block_sparse_moe.gate.level"},
+    {"block_sparse_moe.table"},
+    {"model.embed_tokens.weight"},
+    {"model.norm.weight"},
+    {"lm_head.weight"},
+    {"model.router_gru.weight_ih"},
+    {"model.router_gru.weight_hh"},
+    {"model.router_gru.bias_ih"},
+    {"model.router_gru.bias_hh"},
 };
+
+void add_part(Part **list, int *count, const Tensor *t, const char *format, int expert, size_t *offset, int rows, int cols) {
+    if (*count % 256 == 0)
+        *list = (Part *)reallocate(*list, (size_t)*count + 256, sizeof(Part));
+    Part *part = &(*list)[(*count)++];
+    char name[72];
+    snprintf(name, sizeof(name), format, expert);
+    if (t->layer < 0)
+        snprintf(part->name, sizeof(part->name), "%s", name);
+    else
+        snprintf(part->name, sizeof(part->name), "model.layers.%d.%s", t->layer, name);
+    part->offset = *offset;
+    part->rows = tensor_is_vector(t) ? 0 : rows;
+    part->cols = cols;
+    *offset += (size_t)rows * (size_t)cols;
+}
 
 // All weights of a model as Hugging Face files hold them.
 Part *model_parts(const Config *c, int *count) {
-    Tensor *tensors = (Tensor *)allocate((size_t)c->layers * LAYER_TENSORS + 3, sizeof(Tensor));
+    Tensor *tensors = (Tensor *)allocate((size_t)c->layers * LAYER_TENSORS + KINDS, sizeof(Tensor));
     int n = model_tensors(c, tensors), D = c->dim / c->heads;
     Part *list = NULL;
     *count = 0;
     for (int i = 0; i < n; i++) {
         const Tensor *t = &tensors[i];
+        const char *const *names = part_names[t->kind];
+        int expert = t->kind == W_IN || t->kind == W_OUT, dense = t->kind == DENSE_IN || t->kind == DENSE_OUT;
         size_t offset = t->offset;
-        for (int e = 0; e < t->shape[0]; e++) {
-            int in = t->kind == W_IN || t->kind == DENSE_IN, halves = in && is_gated(c);
-            int piece = t->kind == DENSE_IN && !halves; // an ungated dense layer's matrix is its up_proj
-            for (int left = t->shape[1]; left > 0; piece++) {
-                Part part;
-                memset(&part, 0, sizeof(part));
-                int rows = t->kind == QKV ? (piece ? c->kv_heads : c->heads) * D : halves ? t->shape[1] / 2 : left;
-                char name[64], format[64];
-                const char *base = part_names[t->kind][piece];
-                if (t->kind >= DENSE_IN && t->kind <= DENSE_OUT && is_moe(c, t->layer))
-                    snprintf(format, sizeof(format), "mlp.shared_experts.%s", base + 4);
-                else
-                    snprintf(format, sizeof(format), "%s", base);
-                snprintf(name, sizeof(name), format, e);
-                if (t->layer < 0)
-                    snprintf(part.name, sizeof(part.name), "%s.weight", name);
-                else
-                    snprintf(part.name, sizeof(part.name), "model.layers.%d.%s.weight", t->layer, name);
-                part.offset = offset;
-                part.rows = tensor_is_norm(t) ? 0 : rows;
-                part.cols = t->shape[2];
-                if (*count % 256 == 0)
-                    list = (Part *)reallocate(list, (size_t)*count + 256, sizeof(Part));
-                list[(*count)++] = part;
-                offset += (size_t)rows * (size_t)t->shape[2];
-                left -= rows;
+        for (int e = 0; e < (expert ? c->experts : 1); e++) {
+            int F = expert_width(c, e), rows = t->shape[1], cols = t->shape[2], blocks = 1;
+            if (t->kind == W_IN || t->kind == DENSE_IN) {
+                blocks += is_gated(t->kind == W_IN ? expert_activation(c, e) : dense_activation(c, t->layer));
+                rows = t->kind == W_IN ? F : rows / blocks;
+            } else if (t->kind == W_OUT) {
+                cols = F;
+            } else if (t->kind == QKV) {
+                blocks = 3;
+            }
+            for (int block = 0; block < blocks; block++) {
+                char format[80];
+                const char *name = names[block + (t->kind == DENSE_IN && blocks == 1)]; // an ungated dense layer's is its up_proj
+                snprintf(format, sizeof(format), "%s%s", dense && is_moe(c, t->layer) ? "mlp.shared_experts." : "",
+                         name + (dense && is_moe(c, t->layer) ? 4 : 0));
+                add_part(&list, count, t, format, e, &offset, t->kind == QKV ? (block ? c->kv_heads : c->heads) * D : rows, cols);
             }
         }
     }
@@ -2987,9 +4127,11 @@ int read_tensor(const Safetensors *s, const char *name, int rows, int cols, int 
 // The class of transformers that computes what this configuration does, or "" where there is none.
 const char *matching_class(const Config *c) {
     int last, moe = moe_layers(c, &last), plain = c->activation == SWIGLU;
-    if (plain && moe == 0)
-        return "LlamaForCausalLM";
-    return plain && moe == c->layers && !c->shared && c->gate == RENORMALIZED ? "MixtralForCausalLM" : "";
+    if (moe == 0)
+        return dense_activation(c, 0) == SWIGLU ? "LlamaForCausalLM" : "";
+    plain &= !c->shared && !c->mixed && c->score == SOFTMAX && c->select == TOP_K && !c->group_topk && c->routers == 1 && c->scale == 1;
+    plain &= !c->noise && c->subtokens == 1 && !c->recurrent && !c->history_decay && !c->bias_rate && !c->eval_capacity_factor;
+    return plain && moe == c->layers && c->gate == RENORMALIZED ? "MixtralForCausalLM" : "";
 }
 
 // "name":value for every option but those of this call alone.
@@ -3217,6 +4359,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
     int seen = min_int(position + 1, c->seq), slot = position % c->seq;
     real *scores = one->attention, scale = (real)(1 / sqrt((double)D)); // (seen)
     rope_angles(one->angles, position, 1, D, c->rope_theta);
+    one->tokens = &token;
     embedding_forward(one->x, m->weights.embed, &token, 1, C);
     for (int l = 0; l < L; l++, s++) {
         const LayerWeights *w = &m->weights.layer[l];
@@ -3246,35 +4389,25 @@ void model_generate(Model *m, int token, int position, real *logits) {
     product(logits, along_rows(one->h, C, NULL), along_rows(m->weights.head, C, NULL), 1, c->vocab, C, 0);
 }
 
-typedef struct RankedToken {
-    double logit;
-    int id;
-} RankedToken;
-
-int compare_ranked(const void *a, const void *b) { // likeliest first, of equals the lower id
-    const RankedToken *x = (const RankedToken *)a, *y = (const RankedToken *)b;
-    return x->logit != y->logit ? (x->logit < y->logit ? 1 : -1) : x->id - y->id;
-}
-
 // Draws one of n tokens: logits divided by temperature, of these the top_k likeliest, of these as few of the likeliest as
 // hold top_p of the probability (Holtzman et al. 2020). u is uniform in [0,1). temperature 0: the likeliest.
 int sample(const real *logits, int n, double temperature, int top_k, double top_p, double u) {
-    RankedToken *list = (RankedToken *)allocate((size_t)n, sizeof(RankedToken));
+    Ranked *list = (Ranked *)allocate((size_t)n, sizeof(Ranked));
     for (int i = 0; i < n; i++) {
-        list[i].logit = (double)logits[i];
-        list[i].id = i;
+        list[i].score = (double)logits[i];
+        list[i].index = i;
     }
-    qsort(list, (size_t)n, sizeof(RankedToken), compare_ranked);
+    qsort(list, (size_t)n, sizeof(Ranked), compare_ranked);
     int kept = temperature == 0 ? 1 : top_k > 0 ? min_int(top_k, n) : n, chosen = 0;
-    double total = 0, sum = 0, top = list[0].logit;
-    for (int i = 0; i < kept; i++) // from here on logit holds the probability, not yet divided by the sum
-        total += list[i].logit = kept == 1 ? 1 : exp((list[i].logit - top) / temperature);
+    double total = 0, sum = 0, top = list[0].score;
+    for (int i = 0; i < kept; i++) // from here on score holds the probability, not yet divided by the sum
+        total += list[i].score = kept == 1 ? 1 : exp((list[i].score - top) / temperature);
     int nucleus = 0;
     while (nucleus < kept && (nucleus == 0 || sum < top_p * total))
-        sum += list[nucleus++].logit;
-    for (double part = list[0].logit; chosen < nucleus - 1 && part <= u * sum; part += list[chosen].logit)
+        sum += list[nucleus++].score;
+    for (double part = list[0].score; chosen < nucleus - 1 && part <= u * sum; part += list[chosen].score)
         chosen++;
-    int id = list[chosen].id;
+    int id = list[chosen].index;
     free(list);
     return id;
 }
@@ -3289,7 +4422,7 @@ typedef struct Backend {
     const char *name;
     Model *(*create)(const Config *config, int tokens, int train, real *weights); // buffers for that many tokens
     void (*release)(Model *model);
-    void (*init)(Model *model);
+    void (*init)(Model *model, const double *frequency);
     double (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, int mode, double grad_scale, long step,
                       long first_token);
     double (*aux)(const Model *model);
@@ -3298,7 +4431,6 @@ typedef struct Backend {
     void (*update)(Model *model, int step, double lr, double norm);
     void (*generate)(Model *model, int token, int position, real *logits);
     const RouterStats *(*stats)(const Model *model, int layer);
-    void (*clear_stats)(Model *model);
     const Plan *(*plan)(const Model *model, int layer); // of the last forward pass
     real *(*fetch)(Model *model, int what); // WEIGHTS, GRADS, MOMENT1 or MOMENT2: all numbers, in the host's memory
     void (*store)(Model *model, int what);  // takes over what was changed there
@@ -3351,8 +4483,8 @@ double measured_peak(void) {
 }
 
 const Backend cpu_backend = {"cpu",        model_allocate, model_free,  model_init,        model_forward, model_aux,
-                             model_backward, gradient_norm, model_update, model_generate,    model_stats,   model_clear_stats,
-                             model_plan,   model_fetch,    model_store, measured_peak};
+                             model_backward, gradient_norm, model_update, model_generate,    model_stats,   model_plan,
+                               model_fetch,    model_store, measured_peak};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 14. A run: its directory, log, checkpoints and progress
@@ -3368,9 +4500,14 @@ typedef struct Run {
     FILE *log;
     int step;          // steps done
     double peak;       // operations per second
-    double val_loss, val_bpb;
+    double val_loss, val_bpb, fluctuation;
     double flops;      // per token
+    int trained;       // steps since this process began
+    unsigned char *warned; // (L) what a warning was printed of: 1 a dead expert, 2 an uneven load
+    int *probe;        // (L, choices) of the first validation batch at the last evaluation, NULL before the first
 } Run;
+
+#define IDLE_STEPS 100 // without a token, after which an expert is called dead
 
 volatile sig_atomic_t stop_asked = 0;
 
@@ -3530,6 +4667,40 @@ void cut_log(const char *path, int step) {
     free(text);
 }
 
+// The share of tokens whose chosen experts are not the set that they were at the evaluation before, averaged over the
+// layers; -1 at the first one (Dai et al. 2022, StableMoE, call it routing fluctuation).
+double routing_fluctuation(Run *run) {
+    const Config *c = &run->config;
+    int last, moe = moe_layers(c, &last), first = !run->probe;
+    double changed = 0, tokens = 0;
+    if (!moe)
+        return -1;
+    size_t room = (size_t)c->batch * c->seq * c->subtokens * c->experts;
+    if (first)
+        run->probe = (int *)allocate(room * c->layers, sizeof(int));
+    for (int l = 0; l < c->layers; l++) {
+        const Plan *plan = run->backend->plan(run->model, l);
+        int *before = run->probe + room * l;
+        for (int n = 0; is_moe(c, l) && n < plan->N; n++) {
+            int *had = before + (size_t)n * c->experts, differ = 0;
+            for (int sign = 1; sign >= -1; sign -= 2) { // now adds what is chosen, then takes what was
+                for (int k = 0; k < plan->K; k++) {
+                    int e = plan->expert[n * plan->K + k];
+                    if (e >= 0 && sign > 0)
+                        had[e] += 2;
+                }
+                for (int e = 0; e < c->experts && sign < 0; e++) {
+                    differ |= had[e] == 1 || had[e] == 2;
+                    had[e] = had[e] >= 2;
+                }
+            }
+            changed += differ;
+            tokens += 1;
+        }
+    }
+    return first ? -1 : changed / tokens;
+}
+
 // Validation: windows spread evenly over the validation files, always the same ones.
 void evaluate(Run *run) {
     const Config *c = &run->config;
@@ -3546,6 +4717,8 @@ void evaluate(Run *run) {
                         run->targets + at);
         }
         nats += run->backend->forward(run->model, run->inputs, run->targets, rows, T, EVAL_MODE, 1, 0, 0) * rows * T;
+        if (first == 0)
+            run->fluctuation = routing_fluctuation(run);
         for (int i = 0; i < rows * T; i++) {
             if (run->targets[i] != run->tokenizer->eot && run->targets[i] < run->tokenizer->vocab)
                 bytes += run->tokenizer->length[run->targets[i]];
@@ -3630,11 +4803,14 @@ void show_experts(Run *run) {
         run->backend->forward(run->model, run->inputs, run->targets, c->batch, c->seq, EVAL_MODE, 1, 0, 0);
         const Plan *plan = run->backend->plan(run->model, l);
         for (int n = 0; n < plan->N; n++) {
-            if (run->inputs[n] >= V) // of a model whose vocabulary is padded
+            int token = run->inputs[n / c->subtokens];
+            if (token >= V) // of a model whose vocabulary is padded
                 continue;
-            seen[run->inputs[n]] += 1;
-            for (int k = 0; k < plan->K; k++)
-                taken[(size_t)run->inputs[n] * E + plan->expert[n * plan->K + k]] += 1;
+            seen[token] += 1;
+            for (int k = 0; k < plan->K; k++) {
+                if (plan->key[n * plan->K + k] >= 0)
+                    taken[(size_t)token * E + plan->key[n * plan->K + k]] += 1;
+            }
         }
     }
     printf("What the experts of layer %d like to read, and how much of it they take:\n", l + 1);
@@ -3679,21 +4855,50 @@ double expert_load(const RouterStats *s, int E, double *share) {
 }
 
 void log_router(Run *run) {
-    int E = run->config.experts, K = run->config.topk;
+    const Config *c = &run->config;
+    int E = c->experts;
     double *share = (double *)allocate((size_t)E, sizeof(double));
-    for (int l = 0; l < run->config.layers; l++) {
-        if (!is_moe(&run->config, l))
+    for (int l = 0; l < c->layers; l++) {
+        if (!is_moe(c, l))
             continue;
         const RouterStats *s = run->backend->stats(run->model, l);
-        double top = expert_load(s, E, share);
+        double top = expert_load(s, E, share), chosen = s->active;
+        int dead = 0;
+        for (int e = 0; e < E; e++)
+            dead += s->idle[e] >= IDLE_STEPS;
         fprintf(run->log, "{\"type\":\"router\",\"step\":%d,\"layer\":%d,\"load\":[", run->step, l);
         for (int e = 0; e < E; e++)
             fprintf(run->log, "%s%.6g", e ? "," : "", share[e]);
-        fprintf(run->log, "],\"max_over_mean\":%.6g,\"entropy\":%.6g,\"dropped\":%.6g}\n", top, s->entropy / s->tokens,
-                s->dropped / (s->tokens * K));
+        fprintf(run->log, "],\"max_over_mean\":%.6g,\"entropy\":%.6g,\"dropped\":%.6g,\"active\":%.6g,\"dead\":%d}\n", top,
+                s->entropy / s->tokens, s->dropped / fmax(chosen, 1), chosen / s->tokens, dead);
     }
     free(share);
     check_log(run);
+}
+
+// A line on the terminal, once for each layer, where an expert has had no token for IDLE_STEPS steps, or where the load of about the
+// last 50 steps is beyond what the recipe is known for.
+void warn_of_routing(Run *run) {
+    const Config *c = &run->config;
+    for (int l = 0; l < c->layers; l++) {
+        const RouterStats *s = run->backend->stats(run->model, l);
+        int idle = 0, top = 0;
+        for (int e = 0; is_moe(c, l) && e < c->experts; e++) {
+            idle = s->idle[e] > s->idle[idle] ? e : idle;
+            top = s->recent[e] > s->recent[top] ? e : top;
+        }
+        double limit = find_recipe(c->recipe)->load;
+        int dead = is_moe(c, l) && s->idle[idle] >= IDLE_STEPS;
+        int uneven = is_moe(c, l) && limit > 0 && run->trained >= 2 * IDLE_STEPS && s->recent[top] > limit;
+        const char *begin = isatty(1) ? "\r\033[K" : "";
+        if (dead && !(run->warned[l] & 1))
+            printf("%swarning: step %d: expert %d of layer %d has had no token for %d steps; a higher --aux-weight may wake it\n", begin,
+                   run->step, idle, l + 1, s->idle[idle]);
+        if (uneven && !(run->warned[l] & 2))
+            printf("%swarning: step %d: expert %d of layer %d takes %.1f times its share; %s is known to stay below %.1f\n", begin, run->step,
+                   top, l + 1, s->recent[top], c->recipe, limit);
+        run->warned[l] |= (unsigned char)(dead | uneven << 1);
+    }
 }
 
 // How the last step went: on a terminal one line that is written over and over, else a line each time.
@@ -3728,7 +4933,10 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
 }
 
 void show_evaluation(Run *run) {
-    log_line(run, "eval", "\"step\":%d,\"val_loss\":%.9g,\"val_bpb\":%.9g", run->step, run->val_loss, run->val_bpb);
+    char changed[48] = "";
+    if (run->fluctuation >= 0)
+        snprintf(changed, sizeof(changed), ",\"fluctuation\":%.6g", run->fluctuation);
+    log_line(run, "eval", "\"step\":%d,\"val_loss\":%.9g,\"val_bpb\":%.9g%s", run->step, run->val_loss, run->val_bpb, changed);
     printf("%sstep %d: validation loss %.4f nats per token, %.4f bits per byte%s\n", isatty(1) ? "\r" : "", run->step,
            run->val_loss, run->val_bpb, isatty(1) ? "\033[K" : "");
 }
@@ -3754,7 +4962,6 @@ int train(Run *run) {
     while (run->step < c->steps && !stop_asked) {
         int step = run->step + 1;
         double loss = 0, aux = 0;
-        backend->clear_stats(run->model);
         for (int micro = 0; micro < c->accum; micro++) {
             long first = (long)micro * B;
             data_batch(run->train, (long)run->step * c->accum * B + first, B, run->inputs, run->targets);
@@ -3770,6 +4977,8 @@ int train(Run *run) {
                  step, loss, norm, run->out);
         backend->update(run->model, step, lr, norm);
         run->step = step;
+        run->trained++;
+        warn_of_routing(run);
         int last = step == c->steps || stop_asked, evaluated = due(step, c->eval_every) || step == c->steps;
         if (due(step, c->log_every) || step == 1 || last) {
             double ms = (seconds() - timed) * 1000 / (step - timed_step), rate = (double)c->accum * B * T / ms * 1000;
@@ -4030,8 +5239,11 @@ int open_run(Run *run, const Config *asked) {
     } else if (c->init[0]) {
         load_weights(run, c->init, 0);
     } else {
-        run->backend->init(run->model);
+        double *frequency = data_frequency(run->train, c->vocab);
+        run->backend->init(run->model, frequency);
+        free(frequency);
     }
+    run->warned = (unsigned char *)allocate(c->layers, 1);
     make_directories(run->out);
     snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
     run->log = fopen(path, "ab");
@@ -4051,6 +5263,8 @@ void close_run(Run *run) {
     data_close(run->val);
     free(run->inputs);
     free(run->targets);
+    free(run->warned);
+    free(run->probe);
 }
 
 // The processor's name, as far as the system tells.

@@ -144,7 +144,7 @@ void call_head(void *arg) {
 double bench_model(Config *c) {
     int N = c->batch * c->seq, D = c->dim / c->heads;
     model = model_allocate(c, N, 1, NULL);
-    model_init(model);
+    model_init(model, NULL);
     inputs = (int *)allocate((size_t)N, sizeof(int));
     targets = (int *)allocate((size_t)N, sizeof(int));
     for (int i = 0; i < N; i++) {
@@ -157,7 +157,7 @@ double bench_model(Config *c) {
     printf("  step %8.1f ms  %7.0f tokens/s  %6.1f GFLOP/s  %3.0f%% of peak: forward and head %.1f, backward %.1f, update %.1f ms\n",
            step * 1e3, N / step, N * flops / step / 1e9, 100 * N * flops / step / peak, forward * 1e3, backward * 1e3, update * 1e3);
     // operations of one layer, forward
-    double attention = 2.0 * N * c->seq * c->dim, ffn = 2.0 * N * c->dim * (1 + is_gated(c) + 1) * (c->topk + c->shared) * c->ffn;
+    double attention = 2.0 * N * c->seq * c->dim, ffn = 2.0 * N * c->dim * (1 + is_gated(c->activation) + 1) * (c->topk + c->shared) * c->ffn;
     const struct {
         const char *name;
         void (*call)(void *);
