@@ -2076,12 +2076,21 @@ void activate(int activation, vec x, vec *value, vec *slope) {
             (*slope)[i] = x[i] > 0 ? 1 : 0;
         }
     } else { // GELU: x * Phi(x), Phi the normal distribution function
-        *value = *slope = zero;
-        for (int i = 0; i < LANES; i++) {
-            double v = (double)x[i], phi = 0.5 * (1 + erf(v * 0.7071067811865476));
-            (*value)[i] = (real)(v * phi);
-            (*slope)[i] = (real)(phi + v * exp(-0.5 * v * v) * 0.3989422804014327);
+        vec bell = vec_exp(x * x * (real)-0.5), phi = zero;
+        if (sizeof(real) == 8) {
+            for (int i = 0; i < LANES; i++)
+                phi[i] = 0.5 * (1 + erf(x[i] * 0.7071067811865476));
+        } else { // to 8e-8: Abramowitz and Stegun 1964, 7.1.26, is erfc(|x| / sqrt(2)) / bell as a polynomial
+            vec size = zero, t;
+            for (int i = 0; i < LANES; i++)
+                size[i] = x[i] < 0 ? -x[i] : x[i];
+            t = (real)1 / ((real)1 + (real)0.23164189 * size);
+            t = t * bell * ((real)0.127414796 + t * ((real)-0.142248368 + t * ((real)0.7107068705 + t * ((real)-0.7265760135 + t * (real)0.5307027145))));
+            for (int i = 0; i < LANES; i++)
+                phi[i] = x[i] < 0 ? t[i] : 1 - t[i];
         }
+        *value = x * phi;
+        *slope = phi + x * bell * (real)0.3989422804014327;
     }
 }
 
