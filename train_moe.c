@@ -2080,7 +2080,7 @@ void activate(int activation, vec x, vec *value, vec *slope) {
         if (sizeof(real) == 8) {
             for (int i = 0; i < LANES; i++)
                 phi[i] = 0.5 * (1 + erf(x[i] * 0.7071067811865476));
-        } else { // to 8e-8: Abramowitz and Stegun 1964, 7.1.26, is erfc(|x| / sqrt(2)) / bell as a polynomial
+        } else { // to 8e-8: Abramowitz and Stegun 1964, 26.2.17: 1 - Phi(|x|) is bell times a polynomial
             vec size = zero, t;
             for (int i = 0; i < LANES; i++)
                 size[i] = x[i] < 0 ? -x[i] : x[i];
