@@ -371,7 +371,8 @@ void check_recipe(const RecipeGolden *g) {
     for (int layer = 0; layer <= l; layer++) {
         fill_values(m->layers[layer].h2, (size_t)N * c.dim, g->x_seed, 4, 0);
         fill(out, (size_t)N * c.dim, 0);
-        ffn_forward(m, layer, &m->layers[layer], out, N, 6, g->train ? TRAIN_MODE : EVAL_MODE);
+        m->mode = g->train ? TRAIN_MODE : EVAL_MODE;
+        ffn_forward(m, layer, &m->layers[layer], out, N, 6);
     }
     const Plan *plan = &m->layers[l].plan;
     assert_int_equal(plan->N, g->M);
@@ -468,18 +469,18 @@ uint64_t decisions(const Model *m) {
 
 typedef struct Check {
     Model *m;
-    int inputs[64], targets[64], B, T;
+    int inputs[64], targets[64], B, T, mode;
 } Check;
 
 double objective(void *arg) {
     Check *k = (Check *)arg;
-    double loss = model_forward(k->m, k->inputs, k->targets, k->B, k->T, TRAIN_MODE, 1, 1, 0);
+    double loss = model_forward(k->m, k->inputs, k->targets, k->B, k->T, k->mode, 1, 1, 0);
     decided = decisions(k->m);
     return loss + model_aux(k->m);
 }
 
 // The gradient of loss + aux by every tensor of a model.
-void check_gradients(const char *what, const Config *config, int B, int T, int samples) {
+void check_gradients(const char *what, const Config *config, int B, int T, int samples, int mode) {
     if (!IS_DOUBLE)
         return;
     Check k;
@@ -487,6 +488,7 @@ void check_gradients(const char *what, const Config *config, int B, int T, int s
     k.m = model_allocate(config, B * T, 1, NULL);
     k.B = B;
     k.T = T;
+    k.mode = mode;
     randomize_weights(k.m);
     random_tokens(k.inputs, B * T, config->vocab, 1);
     random_tokens(k.targets, B * T, config->vocab, 2);
@@ -516,7 +518,10 @@ void test_gradients(void **state) {
     (void)state;
     for (int r = 0; r < recipe_count; r++) {
         Config c = small_config(recipes[r].name);
-        check_gradients(recipes[r].name, &c, 2, 8, is_slow() ? 1 : 12);
+        char what[64];
+        snprintf(what, sizeof(what), "%s at evaluation", recipes[r].name);
+        check_gradients(recipes[r].name, &c, 2, 8, is_slow() ? 1 : 12, TRAIN_MODE);
+        check_gradients(what, &c, 2, 8, is_slow() ? 1 : 12, CHECK_MODE);
     }
 }
 
@@ -553,7 +558,7 @@ void test_gradients_of_variants(void **state) {
         char what[128];
         set_options(&c, variants[i][1]);
         snprintf(what, sizeof(what), "%s %s", variants[i][0], variants[i][1]);
-        check_gradients(what, &c, 2, c.seq, 6);
+        check_gradients(what, &c, 2, c.seq, 6, TRAIN_MODE);
     }
 }
 

@@ -1502,13 +1502,13 @@ void noise_forward(real *noisy, const real *logits, int N, int W, int train, uin
 }
 
 // dlogits (N,2W) +=
-void noise_backward(real *dlogits, const real *dnoisy, const real *logits, int N, int W, uint64_t stream, uint64_t first) {
+void noise_backward(real *dlogits, const real *dnoisy, const real *logits, int N, int W, int train, uint64_t stream, uint64_t first) {
     for (int n = 0; n < N; n++) {
         for (int j = 0; j < W; j++) {
             size_t i = (size_t)n * 2 * W + j;
-            real d = dnoisy[(size_t)n * W + j];
-            dlogits[i] += d;
-            dlogits[i + W] += d * (real)(random_normal(stream, (first + n) * W + j) * noise_slope(logits[i + W]));
+            double d = (double)dnoisy[(size_t)n * W + j], draw = train ? random_normal(stream, (first + n) * W + j) : 0;
+            dlogits[i] += (real)d;
+            dlogits[i + W] += (real)(d * draw * noise_slope(logits[i + W]));
         }
     }
 }
@@ -2441,7 +2441,7 @@ typedef struct Model {
     int head_rows;
     int *order, *offset; // (N), (V+1): embedding's sort
     const int *tokens;   // of the last forward
-    int B, T;
+    int B, T, mode;
     double grad_scale;
     uint64_t step, first_token; // of the last forward: they choose the random numbers
     RouterStats *stats; // (L)
@@ -2452,7 +2452,8 @@ typedef struct Model {
 } Model;
 
 enum { WEIGHTS, GRADS, MOMENT1, MOMENT2 };
-enum { TRAIN_MODE, EVAL_MODE };
+// Training; evaluation: no chance, no capacity but eval-capacity-factor; and that with gradients, for whoever checks them.
+enum { TRAIN_MODE, EVAL_MODE, CHECK_MODE };
 
 // Zeroed memory that lives as long as the model.
 void *own(Model *m, size_t count, size_t size) {
@@ -2685,7 +2686,7 @@ uint64_t layer_stream(const Model *m, int purpose, int l) {
 }
 
 // Which experts each token gets: fills plan->expert, and the weights.
-void choose(Model *m, int l, LayerState *s, const real *router_in, int n, int group_tokens, int mode) {
+void choose(Model *m, int l, LayerState *s, const real *router_in, int n, int group_tokens) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
     Gate *g = &s->gate;
@@ -2702,17 +2703,17 @@ void choose(Model *m, int l, LayerState *s, const real *router_in, int n, int gr
     }
     if (c->select == TOP_K && c->group_topk)
         mask_groups(m->choice_score, n, E, c->groups, c->group_topk, c->group_score);
-    if (c->select == EXPERT_CHOICE && mode == TRAIN_MODE) {
+    if (c->select == EXPERT_CHOICE && m->mode == TRAIN_MODE) {
         int take = max_int(1, (int)((double)group_tokens * c->topk / E));
         for (int first = 0; first < n; first += group_tokens, m->stats[l].passes += 1)
             select_by_experts(g->expert + (size_t)first * E, m->stats[l].lowest, g->p + (size_t)first * E, group_tokens, E, take);
-    } else if (c->select == BALANCED && mode == TRAIN_MODE) {
+    } else if (c->select == BALANCED && m->mode == TRAIN_MODE) {
         for (int first = 0; first < n; first += group_tokens)
             select_balanced(g->expert + first, s->logits + (size_t)first * E, group_tokens, E);
     } else {
         select_topk(g->expert, score, rows, g->E, g->K);
     }
-    if (c->select == THRESHOLD || (c->select == EXPERT_CHOICE && mode == EVAL_MODE))
+    if (c->select == THRESHOLD || (c->select == EXPERT_CHOICE && m->mode != TRAIN_MODE))
         select_above(g->expert, g->p, n, E, g->K, w->level, c->threshold > 0 ? c->threshold : 1.0 / E, c->select == THRESHOLD);
     gate_forward(g->weight, g->p, g->expert, rows, g->E, g->K, c->gate, c->scale / c->routers);
     if (c->select == HIERARCHICAL) {
@@ -2834,11 +2835,11 @@ void add_router_stats(Model *m, int l, LayerState *s) {
 }
 
 // Routes n tokens x (n,C) in sequences of T: fills s->plan, s->weight and the balance losses.
-void router_forward(Model *m, int l, LayerState *s, const real *x, int n, int C, int T, int mode) {
+void router_forward(Model *m, int l, LayerState *s, const real *x, int n, int C, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
     Plan *plan = &s->plan;
-    int train = mode == TRAIN_MODE, W = router_width(c), R = c->recurrent, group_tokens = group_size(c, n, T);
+    int train = m->mode == TRAIN_MODE, W = router_width(c), R = c->recurrent, group_tokens = group_size(c, n, T);
     uint64_t first = m->first_token * (uint64_t)c->subtokens;
     plan->N = n;
     if (c->select == HASH) {
@@ -2865,15 +2866,16 @@ void router_forward(Model *m, int l, LayerState *s, const real *x, int n, int C,
         scores_forward(&s->gate, s->noisy, n, W, c->score);
         if (c->select == HIERARCHICAL)
             scores_forward(&s->groups, s->noisy, n, W, c->score);
-        choose(m, l, s, x, n, group_tokens, mode);
+        choose(m, l, s, x, n, group_tokens);
     }
     memcpy(plan->key, plan->expert, (size_t)n * plan->K * sizeof(int));
     if (train && c->second_threshold > 0)
         decline_second(plan->key, s->weight, n, c->second_threshold, c->scale, layer_stream(m, RANDOM_SECOND, l), first);
-    if (train) {
+    if (train)
         add_router_stats(m, l, s);
-        if (c->select != HASH)
-            balance_losses(m, l, s, n, group_tokens);
+    if (m->mode != EVAL_MODE && c->select != HASH)
+        balance_losses(m, l, s, n, group_tokens);
+    if (train) {
         for (int i = 0; i < n && c->drop_exempt > 0; i++)
             m->marks[i] = random_uniform(random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->step, 0), (first + i) / T) < c->drop_exempt;
     }
@@ -2928,12 +2930,13 @@ void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, in
             smooth_load(NULL, slope + E, dnoisy, dlogits, &s->groups, s->noisy, s->logits, W, from, group_tokens, NULL);
     }
     if (c->noise)
-        noise_backward(dlogits, dnoisy, s->logits, n, W, layer_stream(m, RANDOM_NOISE, l), first);
+        noise_backward(dlogits, dnoisy, s->logits, n, W, m->mode == TRAIN_MODE, layer_stream(m, RANDOM_NOISE, l), first);
 
     // from the logits back to the router's input
-    const real *input = c->jitter > 0 ? s->jittered : x, *read = R ? s->state : input;
+    int jitter = m->mode == TRAIN_MODE && c->jitter > 0;
+    const real *input = jitter ? s->jittered : x, *read = R ? s->state : input;
     int width = R ? R : C;
-    real *target = c->jitter > 0 ? m->drouter : dx;
+    real *target = jitter ? m->drouter : dx;
     product(dw->router, along_columns(dlogits, WW, NULL), along_columns(read, width, NULL), WW, width, n, 1);
     if (R) {
         LayerState *below = experts_below(m, l);
@@ -2948,7 +2951,7 @@ void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, in
     } else {
         product(target, along_rows(dlogits, WW, NULL), along_columns(w->router, C, NULL), n, C, WW, target == dx);
     }
-    if (c->jitter > 0) { // d(x * j)/dx = the same j
+    if (jitter) { // d(x * j)/dx = the same j
         apply_jitter(m->drouter, m->drouter, (size_t)n * C, c->jitter, layer_stream(m, RANDOM_JITTER, l), first * C);
         for (size_t i = 0; i < (size_t)n * C; i++)
             dx[i] += m->drouter[i];
@@ -2961,7 +2964,7 @@ Experts layer_experts(const Model *m, const LayerWeights *w, const Plan *plan, i
 }
 
 // One layer's feed-forward: out (N,C) += dense part + mixture of experts, of s->h2 (N,C).
-void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T, int mode) {
+void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
     int C = c->dim, h = c->subtokens;
@@ -2980,7 +2983,7 @@ void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T, int mo
         x = s->sub;
         to = s->merged;
     }
-    router_forward(m, l, s, x, N * h, C / h, T * h, mode);
+    router_forward(m, l, s, x, N * h, C / h, T * h);
     Experts experts = layer_experts(m, w, &s->plan, C / h);
     experts_forward(m->rows, s->hidden, m->act, x, &experts, 0);
     combine(to, m->rows, s->weight, s->plan.slot, N * h, s->plan.K, C / h);
@@ -3089,6 +3092,7 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
     m->tokens = tokens;
     m->B = B;
     m->T = T;
+    m->mode = mode;
     m->grad_scale = grad_scale;
     m->step = (uint64_t)step;
     m->first_token = (uint64_t)first_token;
@@ -3107,10 +3111,10 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
         product(s->mid, along_rows(s->att, C, NULL), along_rows(w->proj, C, NULL), N, C, C, 1);
         rmsnorm_forward(s->h2, s->rstd2, s->mid, w->norm2, N, C, c->norm_eps);
         memcpy(out, s->mid, (size_t)N * C * sizeof(real));
-        ffn_forward(m, l, s, out, N, T, mode);
+        ffn_forward(m, l, s, out, N, T);
     }
     rmsnorm_forward(m->h, m->rstd, m->x, m->weights.norm, N, C, c->norm_eps);
-    int train = mode == TRAIN_MODE;
+    int train = mode != EVAL_MODE;
     head_loss(m->nll, train ? m->dh : NULL, train ? m->grads.head : NULL, m->h, m->weights.head, targets, N, C, c->vocab,
               grad_scale / N, m->logits, m->head_rows);
     double loss = 0;
@@ -3127,7 +3131,7 @@ double model_aux(const Model *m) {
     return aux;
 }
 
-// Adds the gradients of grad_scale * (loss + aux) of the last forward pass, which was in TRAIN_MODE.
+// Adds the gradients of grad_scale * (loss + aux) of the last forward pass, which was not in EVAL_MODE.
 void model_backward(Model *m) {
     const Config *c = &m->config;
     int B = m->B, T = m->T, N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
@@ -4369,6 +4373,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
     real *scores = one->attention, scale = (real)(1 / sqrt((double)D)); // (seen)
     rope_angles(one->angles, position, 1, D, c->rope_theta);
     one->tokens = &token;
+    one->mode = EVAL_MODE;
     embedding_forward(one->x, m->weights.embed, &token, 1, C);
     for (int l = 0; l < L; l++, s++) {
         const LayerWeights *w = &m->weights.layer[l];
@@ -4392,7 +4397,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
         }
         product(one->x, along_rows(s->att, C, NULL), along_rows(w->proj, C, NULL), 1, C, C, 1);
         rmsnorm_forward(s->h2, s->rstd2, one->x, w->norm2, 1, C, c->norm_eps);
-        ffn_forward(one, l, s, one->x, 1, 1, EVAL_MODE);
+        ffn_forward(one, l, s, one->x, 1, 1);
     }
     rmsnorm_forward(one->h, one->rstd, one->x, m->weights.norm, 1, C, c->norm_eps);
     product(logits, along_rows(one->h, C, NULL), along_rows(m->weights.head, C, NULL), 1, c->vocab, C, 0);
