@@ -83,13 +83,15 @@ sanitize: data/stories/tokenizer.json
 	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan_double
 
 # valgrind 3.19 does not know AVX-512, hence another ARCH; one thread, since libgomp is not made for it.
-##tsan: a short training under ThreadSanitizer (clang and its OpenMP runtime, with Archer, which knows OpenMP's barriers)
+##tsan: short trainings under ThreadSanitizer (clang and its OpenMP runtime, with Archer, which knows OpenMP's barriers)
 ARCHER := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 tsan: data/stories/tokenizer.json
 	clang -std=gnu11 -O1 -g $(WARN) $(ARCH) -fsanitize=thread -fopenmp train_moe.c -o dev/train_moe_tsan $(LIBS)
 	rm -rf dev/tsan_run
+	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe; do rm -rf dev/tsan_run; \
 	OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" dev/train_moe_tsan --threads 4 \
-	    --out dev/tsan_run --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-batches 2 --tokens 20
+	    --out dev/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-batches 2 \
+	    --tokens 20 || exit 1; done
 	rm -rf dev/tsan_run
 
 ##valgrind: a short training and the tests under valgrind

@@ -142,6 +142,7 @@ typedef struct Option {
     const char *help;
 } Option;
 
+// clang-format off
 #define HEADING(text) {text, '-', 0, NULL, 0, 0, NULL, RUN, NULL}
 #define INTEGER(name, field, standard, low, high, when, help)                                                          \
     {name, 'i', offsetof(Config, field), standard, low, high, NULL, when, help}
@@ -250,16 +251,18 @@ const Option options[] = {
 #undef WORD
 #undef TEXT
 #undef FLAG
+// clang-format on
 const int option_count = (int)(sizeof(options) / sizeof(options[0]));
 
 typedef struct Recipe {
     const char *name;
-    int year;
+    int year;    // 0: no paper of its own
     double load; // the largest load over the mean one that goes without a warning, once trained a little; 0: any
     const char *summary, *choices, *paper;
 } Recipe;
 
 // What a row does not say is as in the defaults above, which are mixtral's.
+// clang-format off
 const Recipe recipes[] = {
     {"mixtral", 2024, 2.5, "top-2 of 8 SwiGLU experts, weights renormalised over the two, no token dropped",
      "--activation swiglu --gate renormalized --group batch --aux-weight 0.01", "Jiang et al., Mixtral of Experts"},
@@ -294,15 +297,15 @@ const Recipe recipes[] = {
      "--experts 32 --topk 7 --shared 1 --ffn 64 --score sigmoid --scale 2.5 --group-score top2 --bias-rate 0.001 --group sequence "
      "--balance unbiased --aux-weight 0.0001 --dense-first 1",
      "DeepSeek-AI, DeepSeek-V3"},
-    {"cmoe", 2024, 3, "top-2 of experts that differ in width, activation and scale; balance weighed by width",
+    {"cmoe", 0, 3, "top-2 of experts that differ in width, activation and scale; balance weighed by width",
      "--mixed 1 --balance width", "a custom mixture of the source documents"},
-    {"multirouter", 2024, 2.5, "two routers choose two experts each; the answers are averaged",
+    {"multirouter", 0, 2.5, "two routers choose two experts each; the answers are averaged",
      "--routers 2 --topk 4 --ffn 128", "multi-head routing of the source documents"},
     {"history", 2022, 2.5, "chosen by a moving average of the router, weighed by the router of now",
      "--history-decay 0.99", "cf. Dai et al., StableMoE"},
-    {"threshold", 2024, 3, "every expert above 1/E, and always the best: a varying number of experts",
+    {"threshold", 0, 3, "every expert above 1/E, and always the best: a varying number of experts",
      "--select threshold --gate probability --sparsity-weight 0.01", "sparse(p, epsilon) of the source documents"},
-    {"variance", 2024, 2.5, "mixtral with the variance of the weights as its balance loss",
+    {"variance", 0, 2.5, "mixtral with the variance of the weights as its balance loss",
      "--balance variance", "the loss of simple introductions"},
     {"dense", 2017, 0, "no router: one feed-forward of width K*F, the same work per token as K experts",
      "--moe-every 0", "Vaswani et al., Attention Is All You Need"},
@@ -325,6 +328,7 @@ const Recipe recipes[] = {
     {"rmoe", 2024, 2.5, "the router reads a GRU that runs through the layers, so it knows what was chosen below",
      "--recurrent 64", "Qiu et al., Layerwise Recurrent Router for Mixture-of-Experts"},
 };
+// clang-format on
 const int recipe_count = (int)(sizeof(recipes) / sizeof(recipes[0]));
 
 int min_int(int a, int b) {
@@ -844,21 +848,26 @@ void config_check_router(Config *c) {
         {K > E * c->routers || c->max_active > E, "a token cannot have more experts than there are"},
         {K % c->routers, "--topk must be divisible by --routers"},
         {c->gate == RENORMALIZED && each == 1 && E > 1 && (topk || c->select == HIERARCHICAL),
-         "--topk 1 with --gate renormalized (for each router): the weight is always 1, so the router would never learn; use --gate "
+         "--topk 1 with --gate renormalized (for each router): the weight is always 1, so the router would never "
+         "learn; use --gate "
          "probability"},
-        {c->routers > 1 && (!topk || c->noise || D > 1 || c->bias_rate > 0 || c->score == SIGMOID || c->balance == UNBIASED ||
-                            c->overflow == NEXT || c->second_threshold > 0),
+        {c->routers > 1 && (!topk || c->noise || D > 1 || c->bias_rate > 0 || c->score == SIGMOID ||
+                            c->balance == UNBIASED || c->overflow == NEXT || c->second_threshold > 0),
          "--routers goes with plain top-k of softmax scores only"},
-        {D > E || M > D || (M && K > M * (E / D)), "--groups and --group-topk must leave at least --topk experts to choose from"},
+        {D > E || M > D || (M && K > M * (E / D)),
+         "--groups and --group-topk must leave at least --topk experts to choose from"},
         {M && !topk && c->select != HIERARCHICAL, "--group-topk goes with --select topk or hierarchical"},
-        {c->select == HIERARCHICAL && (M < 1 || E % D || K % M || c->gate != RENORMALIZED || c->score == SIGMOID || c->jitter > 0 ||
-                                       c->bias_rate > 0 || c->history_decay > 0 || c->z_weight > 0 || c->device_weight > 0 ||
-                                       c->comm_weight > 0 || (c->aux_weight > 0 && c->balance != CV2 && c->balance != VARIANCE)),
-         "--select hierarchical needs --group-topk, --experts divisible by --groups, --topk by --group-topk, --gate renormalized, and "
+        {c->select == HIERARCHICAL &&
+             (M < 1 || E % D || K % M || c->gate != RENORMALIZED || c->score == SIGMOID || c->jitter > 0 ||
+              c->bias_rate > 0 || c->history_decay > 0 || c->z_weight > 0 || c->device_weight > 0 ||
+              c->comm_weight > 0 || (c->aux_weight > 0 && c->balance != CV2 && c->balance != VARIANCE)),
+         "--select hierarchical needs --group-topk, --experts divisible by --groups, --topk by --group-topk, --gate "
+         "renormalized, and "
          "balances by --balance cv2 or variance and by --load-weight only"},
         {c->noise && (c->score == SIGMOID || (!topk && c->select != HIERARCHICAL) || c->history_decay > 0 ||
                       (c->select == HIERARCHICAL ? K / max_int(1, M) >= E / D || M >= D : K >= E)),
-         "--noise needs --score softmax, --select topk or hierarchical, and fewer chosen than there are to choose from"},
+         "--noise needs --score softmax, --select topk or hierarchical, and fewer chosen than there are to choose "
+         "from"},
         {c->load_weight > 0 && !c->noise, "--load-weight needs --noise, without which the load has no gradient"},
         {c->load_weight > 0 && M && topk, "--load-weight does not know --group-topk"},
         {(c->device_weight > 0 || c->comm_weight > 0 || c->capacity_unit == EXPERT_GROUP) && D == 1,
@@ -870,17 +879,21 @@ void config_check_router(Config *c) {
         {c->balance == UNBIASED && !topk, "--balance unbiased goes with --select topk"},
         {c->second_threshold > 0 && (K != 2 || c->gate != RENORMALIZED || !topk),
          "--second-threshold needs two experts a token, --gate renormalized and --select topk"},
-        {c->overflow == NEXT && (!topk || !c->capacity_factor || c->capacity_unit == EXPERT_GROUP || c->drop_order == BY_SCORE),
+        {c->overflow == NEXT &&
+             (!topk || !c->capacity_factor || c->capacity_unit == EXPERT_GROUP || c->drop_order == BY_SCORE),
          "--overflow next needs --capacity-factor, --select topk, --capacity-unit expert and --drop-order choice"},
         {c->select == EXPERT_CHOICE && (bounded || c->aux_weight > 0 || c->gate == RENORMALIZED || c->score == SIGMOID),
-         "with --select expert-choice the experts are full by construction: no capacity, no --aux-weight, softmax, --gate probability"},
+         "with --select expert-choice the experts are full by construction: no capacity, no --aux-weight, softmax, "
+         "--gate probability"},
         {c->select == BALANCED && (K != 1 || bounded || c->aux_weight > 0 || c->gate == RENORMALIZED),
-         "--select balanced gives each token one expert and each expert its share: --topk 1, --gate probability, no capacity, no "
+         "--select balanced gives each token one expert and each expert its share: --topk 1, --gate probability, no "
+         "capacity, no "
          "--aux-weight"},
-        {c->select == HASH && (K != 1 || c->aux_weight + c->z_weight + c->jitter > 0 || c->gate == RENORMALIZED || c->recurrent ||
-                               c->subtokens > 1),
+        {c->select == HASH && (K != 1 || c->aux_weight + c->z_weight + c->jitter > 0 || c->gate == RENORMALIZED ||
+                               c->recurrent || c->subtokens > 1),
          "--select hash has no router: --topk 1, --gate probability, and nothing that trains one"},
-        {c->subtokens > 1 && (c->dim % c->subtokens || c->recurrent), "--subtokens must divide --dim, and does not go with --recurrent"},
+        {c->subtokens > 1 && (c->dim % c->subtokens || c->recurrent),
+         "--subtokens must divide --dim, and does not go with --recurrent"},
         {c->mixed && (c->ffn % 2 || E % 4), "--mixed needs an even --ffn and --experts divisible by 4"},
     };
     for (int i = 0; i < (int)(sizeof(rules) / sizeof(rules[0])); i++) {
@@ -901,8 +914,9 @@ void config_check(Config *c) {
         usage_fail("--heads %d is not divisible by --kv-heads %d", c->heads, c->kv_heads);
     int last;
     if (c->moe_every && !moe_layers(c, &last))
-        usage_fail("--moe-every %d with --dense-first %d leaves none of %d layers with experts; --recipe dense says so openly",
-                   c->moe_every, c->dense_first, c->layers);
+        usage_fail(
+            "--moe-every %d with --dense-first %d leaves none of %d layers with experts; --recipe dense says so openly",
+            c->moe_every, c->dense_first, c->layers);
     if (c->moe_every)
         config_check_router(c);
     double tokens = (double)c->batch * c->seq, widest = fmax(3.0 * c->dim, 2.0 * (c->topk + c->shared) * c->ffn);
@@ -1448,7 +1462,8 @@ void embedding_backward(real *dembedding, const real *dx, const int *tokens, int
 // Choosing is not differentiable, so the router learns in two ways only: through the weights of the experts it did
 // choose, and through the balance losses, without which it soon sends everything to a few favourites.
 
-// The integers of one layer's routing. A "choice" is n*K + k: token n's k-th expert. A "slot" is a row of the sorted order.
+// The integers of one layer's routing. A "choice" is n*K + k: token n's k-th expert. A "slot" is a row of the sorted
+// order.
 typedef struct Plan {
     int N, E, K;
     int *expert;  // (N*K) expert of each choice, best first; -1: no choice
@@ -1460,8 +1475,8 @@ typedef struct Plan {
     int dropped;  // choices refused for want of room
 } Plan;
 
-// A gate: rows of E scores, of which K are chosen. Mostly a token has one row; with several routers it has one for each,
-// and where a group is chosen first, one for each group.
+// A gate: rows of E scores, of which K are chosen. Mostly a token has one row; with several routers it has one for
+// each, and where a group is chosen first, one for each group.
 typedef struct Gate {
     int per, E, K;   // per: rows of a token
     int column;      // of the logits (N,W): where a token's first row begins, row r's is E further for each
@@ -1489,8 +1504,8 @@ double noise_slope(real raw) {
     return 1 / (1 + exp(-(double)raw));
 }
 
-// noisy (N,W) = logits + n * noise_size(raw), n standard normal: Shazeer et al. 2017, equation 4. logits (N,2W): W logits, then W raw
-// sizes. train 0: no noise. first is the place of the first token in the whole batch of the step.
+// noisy (N,W) = logits + n * noise_size(raw), n standard normal: Shazeer et al. 2017, equation 4. logits (N,2W): W
+// logits, then W raw sizes. train 0: no noise. first is the place of the first token in the whole batch of the step.
 void noise_forward(real *noisy, const real *logits, int N, int W, int train, uint64_t stream, uint64_t first) {
     for (int n = 0; n < N; n++) {
         for (int j = 0; j < W; j++) {
@@ -1502,7 +1517,8 @@ void noise_forward(real *noisy, const real *logits, int N, int W, int train, uin
 }
 
 // dlogits (N,2W) +=
-void noise_backward(real *dlogits, const real *dnoisy, const real *logits, int N, int W, int train, uint64_t stream, uint64_t first) {
+void noise_backward(real *dlogits, const real *dnoisy, const real *logits, int N, int W, int train, uint64_t stream,
+                    uint64_t first) {
     for (int n = 0; n < N; n++) {
         for (int j = 0; j < W; j++) {
             size_t i = (size_t)n * 2 * W + j;
@@ -1526,7 +1542,8 @@ void scores_forward(Gate *g, const real *logits, int N, int W, int score) {
     }
 }
 
-// dlogits (N,W) += . Softmax: p * (dp - sum(dp * p)), and z * 2 lse p of the z-loss (z: its weight over the rows); sigmoid: dp * p * (1-p).
+// dlogits (N,W) += . Softmax: p * (dp - sum(dp * p)), and z * 2 lse p of the z-loss (z: its weight over the rows);
+// sigmoid: dp * p * (1-p).
 void scores_backward(real *dlogits, const real *dp, const Gate *g, int N, int W, int score, double z) {
 #pragma omp parallel for if (N > 64)
     for (int row = 0; row < N * g->per; row++) {
@@ -1540,11 +1557,12 @@ void scores_backward(real *dlogits, const real *dp, const Gate *g, int N, int W,
     }
 }
 
-// A gated recurrent unit (Cho et al. 2014, in PyTorch's form): with a = x W_x^T + b_x and b = h W_h^T + b_h, three blocks of R each,
+// A gated recurrent unit (Cho et al. 2014, in PyTorch's form): with a = x W_x^T + b_x and b = h W_h^T + b_h, three
+// blocks of R each,
 //   r = sigmoid(a_0 + b_0)   z = sigmoid(a_1 + b_1)   n = tanh(a_2 + r * b_2)   next = (1-z) * n + z * h
 // x, h, next (N,R), h NULL: zeros; W (3R,R), b (3R). keep (N,4R): r, z, n and b_2 for the way back. room (N,6R).
-void gru_forward(real *next, real *keep, const real *x, const real *h, const real *W_x, const real *W_h, const real *b_x, const real *b_h,
-                 int N, int R, real *room) {
+void gru_forward(real *next, real *keep, const real *x, const real *h, const real *W_x, const real *W_h,
+                 const real *b_x, const real *b_h, int N, int R, real *room) {
     real *a = room, *b = room + (size_t)N * 3 * R;
     product(a, along_rows(x, R, NULL), along_rows(W_x, R, NULL), N, 3 * R, R, 0);
     if (h)
@@ -1556,7 +1574,8 @@ void gru_forward(real *next, real *keep, const real *x, const real *h, const rea
         real *kn = keep + (size_t)n * 4 * R;
         for (int j = 0; j < R; j++) {
             int J = j + R, K = J + R;
-            double r = 1 / (1 + exp(-(double)(an[j] + b_x[j] + bn[j] + b_h[j]))), z = 1 / (1 + exp(-(double)(an[J] + b_x[J] + bn[J] + b_h[J])));
+            double r = 1 / (1 + exp(-(double)(an[j] + b_x[j] + bn[j] + b_h[j]))),
+                   z = 1 / (1 + exp(-(double)(an[J] + b_x[J] + bn[J] + b_h[J])));
             double hidden = (double)(bn[K] + b_h[K]), fresh = tanh((double)(an[K] + b_x[K]) + r * hidden);
             next[(size_t)n * R + j] = (real)((1 - z) * fresh + (h ? z * (double)h[(size_t)n * R + j] : 0));
             kn[j] = (real)r;
@@ -1568,8 +1587,9 @@ void gru_forward(real *next, real *keep, const real *x, const real *h, const rea
 }
 
 // dx (N,R) =, dh (N,R) = (where h is not NULL), the weights' gradients +=
-void gru_backward(real *dx, real *dh, real *dW_x, real *dW_h, real *db_x, real *db_h, const real *dnext, const real *keep,
-                  const real *x, const real *h, const real *W_x, const real *W_h, int N, int R, real *room) {
+void gru_backward(real *dx, real *dh, real *dW_x, real *dW_h, real *db_x, real *db_h, const real *dnext,
+                  const real *keep, const real *x, const real *h, const real *W_x, const real *W_h, int N, int R,
+                  real *room) {
     real *da = room, *db = room + (size_t)N * 3 * R;
     for (int n = 0; n < N; n++) {
         for (int j = 0; j < R; j++) {
@@ -1649,7 +1669,8 @@ void mask_groups(real *score, int N, int E, int D, int M, int by) {
     free(value);
 }
 
-// Of each token's experts, best first, only those with p above level[e] (above `all` where level is NULL) stay, and the best one if keep_best.
+// Of each token's experts, best first, only those with p above level[e] (above `all` where level is NULL) stay, and the
+// best one if keep_best.
 void select_above(int *expert, const real *p, int N, int E, int K, const real *level, double all, int keep_best) {
     for (int n = 0; n < N; n++) {
         int *chosen = expert + (size_t)n * K, kept = 0;
@@ -1673,8 +1694,8 @@ int compare_ranked(const void *a, const void *b) { // highest first, of equals t
     return x->score != y->score ? (x->score < y->score ? 1 : -1) : x->index - y->index;
 }
 
-// Each expert takes its `take` best of the n tokens: Zhou et al. 2022. expert (n,E): those that took a token, best first, then -1.
-// lowest (E) += the lowest score that each expert took.
+// Each expert takes its `take` best of the n tokens: Zhou et al. 2022. expert (n,E): those that took a token, best
+// first, then -1. lowest (E) += the lowest score that each expert took.
 void select_by_experts(int *expert, double *lowest, const real *p, int n, int E, int take) {
     unsigned char *taken = (unsigned char *)allocate((size_t)n * E, 1);
 #pragma omp parallel for
@@ -1703,10 +1724,11 @@ void select_by_experts(int *expert, double *lowest, const real *p, int n, int E,
     free(taken);
 }
 
-// expert (n): the assignment with the largest sum of score (n,E) in which expert e has n/E tokens, and one more where e < n % E: the
-// problem of Lewis et al. 2021, BASE Layers, solved exactly. Each token begins at its best expert; then, while an expert has too
-// many, one token moves along the cheapest chain of experts that leads from any such to one with room: token t of a
-// goes to b, one of b's goes on to c, ... (successive shortest paths; Bellman and Ford's algorithm over the E experts).
+// expert (n): the assignment with the largest sum of score (n,E) in which expert e has n/E tokens, and one more where e
+// < n % E: the problem of Lewis et al. 2021, BASE Layers, solved exactly. Each token begins at its best expert; then,
+// while an expert has too many, one token moves along the cheapest chain of experts that leads from any such to one
+// with room: token t of a goes to b, one of b's goes on to c, ... (successive shortest paths; Bellman and Ford's
+// algorithm over the E experts).
 void select_balanced(int *expert, const real *score, int n, int E) {
     double *cost = (double *)allocate((size_t)E * E, sizeof(double)), *far = (double *)allocate(E, sizeof(double));
     int *mover = (int *)allocate((size_t)E * E, sizeof(int)), *from = (int *)allocate(E, sizeof(int));
@@ -1771,8 +1793,8 @@ void select_balanced(int *expert, const real *score, int n, int E) {
 }
 
 // A table from words to experts under which the experts' shares of the text are even (Roller et al. 2021, "balanced"):
-// the most frequent word first, each goes to the expert with the least so far. frequency (V), NULL: all equal. The order
-// differs a little from layer to layer, so that other words meet. table (V)
+// the most frequent word first, each goes to the expert with the least so far. frequency (V), NULL: all equal. The
+// order differs a little from layer to layer, so that other words meet. table (V)
 void balance_table(real *table, const double *frequency, int V, int E, uint64_t stream) {
     Ranked *list = (Ranked *)allocate(V, sizeof(Ranked));
     double *load = (double *)allocate(E, sizeof(double));
@@ -1809,8 +1831,8 @@ void gate_forward(real *weight, const real *p, const int *expert, int N, int E, 
 }
 
 // dp (N,E) += . With w_k = scale * p_k / s, s the sum over the chosen: dp_k = (scale * dw_k - sum_j dw_j w_j) / s.
-void gate_backward(real *dp, const real *dweight, const real *weight, const real *p, const int *expert, int N, int E, int K,
-                   int gate, double scale) {
+void gate_backward(real *dp, const real *dweight, const real *weight, const real *p, const int *expert, int N, int E,
+                   int K, int gate, double scale) {
     for (int n = 0; n < N; n++) {
         real sum = 0, mean = 0;
         for (int k = 0; k < K; k++) {
@@ -1827,8 +1849,8 @@ void gate_backward(real *dp, const real *dweight, const real *weight, const real
     }
 }
 
-// Two levels (Shazeer et al. 2017, appendix B): the experts j that a token's chosen groups i chose, with the product of the weights.
-// groups: (N rows of D, M chosen); inner: (N*D rows of E/D, K/M chosen). expert (N,K), weight (N,K)
+// Two levels (Shazeer et al. 2017, appendix B): the experts j that a token's chosen groups i chose, with the product of
+// the weights. groups: (N rows of D, M chosen); inner: (N*D rows of E/D, K/M chosen). expert (N,K), weight (N,K)
 void join_gates_forward(int *expert, real *weight, const Gate *groups, const Gate *inner, int N) {
     int M = groups->K, each = inner->K, D = inner->per;
     for (int i = 0; i < N * M * each; i++) {
@@ -1839,7 +1861,8 @@ void join_gates_forward(int *expert, real *weight, const Gate *groups, const Gat
 }
 
 // dgroups (N,M) =, dinner (N*D,K/M) = : gradients by the two gates' weights
-void join_gates_backward(real *dgroups, real *dinner, const real *dweight, const Gate *groups, const Gate *inner, int N) {
+void join_gates_backward(real *dgroups, real *dinner, const real *dweight, const Gate *groups, const Gate *inner,
+                         int N) {
     int M = groups->K, each = inner->K, D = inner->per;
     memset(dgroups, 0, (size_t)N * M * sizeof(real));
     memset(dinner, 0, (size_t)N * D * each * sizeof(real));
@@ -1852,20 +1875,22 @@ void join_gates_backward(real *dgroups, real *dinner, const real *dweight, const
 
 // ---- plan
 
-// A second choice is followed with probability weight / threshold (Lepikhin et al. 2020: 0.5; Zoph et al. 2022: 0.2). key,
-// weight (N,2); the weights are renormalised ones times scale.
-void decline_second(int *key, const real *weight, int N, double threshold, double scale, uint64_t stream, uint64_t first) {
+// A second choice is followed with probability weight / threshold (Lepikhin et al. 2020: 0.5; Zoph et al. 2022: 0.2).
+// key, weight (N,2); the weights are renormalised ones times scale.
+void decline_second(int *key, const real *weight, int N, double threshold, double scale, uint64_t stream,
+                    uint64_t first) {
     for (int n = 0; n < N; n++) {
         if (random_uniform(stream, first + n) * threshold * scale >= (double)weight[2 * n + 1])
             key[2 * n + 1] = -1;
     }
 }
 
-// A unit - an expert, or a group of experts - takes at most ceil(factor * K * n / units) of the choices of a group of n tokens; the
-// key of a refused one becomes -1. Served first are, BY_CHOICE, first choices before second ones and early tokens before
-// late ones (Fedus et al. 2021, section 2.2); BY_SCORE, high weights (DeepSeek-V2); BY_TOKEN, early tokens with all their choices, so that no later token
-// decides an earlier one's fate. exempt (N): tokens that lose nothing, NULL: none. p (N,E): a refused token goes to its best
-// expert with room instead; NULL: it passes by. factor 0: no limit.
+// A unit - an expert, or a group of experts - takes at most ceil(factor * K * n / units) of the choices of a group of n
+// tokens; the key of a refused one becomes -1. Served first are, BY_CHOICE, first choices before second ones and early
+// tokens before late ones (Fedus et al. 2021, section 2.2); BY_SCORE, high weights (DeepSeek-V2); BY_TOKEN, early
+// tokens with all their choices, so that no later token decides an earlier one's fate. exempt (N): tokens that lose
+// nothing, NULL: none. p (N,E): a refused token goes to its best expert with room instead; NULL: it passes by. factor
+// 0: no limit.
 void plan_capacity(Plan *plan, int group_tokens, double factor, int units, int order, const real *weight,
                    const unsigned char *exempt, const real *p) {
     int E = plan->E, K = plan->K, choices = group_tokens * K;
@@ -1895,7 +1920,8 @@ void plan_capacity(Plan *plan, int group_tokens, double factor, int units, int o
                 int is_chosen = 0;
                 for (int k = 0; k < K; k++)
                     is_chosen |= plan->expert[n * K + k] == other;
-                if (!is_chosen && taken[other] < capacity && (best < 0 || p[(size_t)n * E + other] > p[(size_t)n * E + best]))
+                if (!is_chosen && taken[other] < capacity &&
+                    (best < 0 || p[(size_t)n * E + other] > p[(size_t)n * E + best]))
                     best = other;
             }
             plan->key[choice] = best;
@@ -1923,12 +1949,12 @@ void plan_sort(Plan *plan) {
 
 // ---- balance
 //
-// Nearly all losses of the literature have one form: a sum over tokens and experts of p times a slope that depends on counts only,
-// and counts carry no gradient. So each loss adds its slopes to one table, slope (groups of tokens, E), and one
-// function each takes the sum and its gradient. Each is 1 at perfect balance.
+// Nearly all losses of the literature have one form: a sum over tokens and experts of p times a slope that depends on
+// counts only, and counts carry no gradient. So each loss adds its slopes to one table, slope (groups of tokens, E),
+// and one function each takes the sum and its gradient. Each is 1 at perfect balance.
 
-// count (groups*per, E): how often each expert stands among the first `first` of the K choices of each row. A gate with several rows a
-// token (per) has counts for each of them. group_rows: rows of a group of tokens.
+// count (groups*per, E): how often each expert stands among the first `first` of the K choices of each row. A gate with
+// several rows a token (per) has counts for each of them. group_rows: rows of a group of tokens.
 void count_choices(double *count, const int *choice, int rows, int E, int K, int first, int group_rows, int per) {
     memset(count, 0, (size_t)(rows / group_rows) * per * E * sizeof(double));
     for (int row = 0; row < rows; row++) {
@@ -1940,8 +1966,8 @@ void count_choices(double *count, const int *choice, int rows, int E, int K, int
     }
 }
 
-// slope (E) += weight * E * f_e: the loss of Switch Transformers, E * sum_e f_e P_e, f_e the share of count, P_e the mean of p_e.
-// width (E): a choice counts as much as its expert is wide; NULL: as 1.
+// slope (E) += weight * E * f_e: the loss of Switch Transformers, E * sum_e f_e P_e, f_e the share of count, P_e the
+// mean of p_e. width (E): a choice counts as much as its expert is wide; NULL: as 1.
 void add_balance(double *slope, const double *count, const int *width, int E, double weight) {
     double total = 0;
     for (int e = 0; e < E; e++)
@@ -1950,8 +1976,8 @@ void add_balance(double *slope, const double *count, const int *width, int E, do
         slope[e] += weight * E * count[e] * (width ? width[e] : 1) / total;
 }
 
-// slope (E) += : the device-level loss of Dai et al. 2024, DeepSeekMoE, sum over groups of experts of f'_g P'_g: f' is the
-// mean of E * f in the group, P' the sum of P.
+// slope (E) += : the device-level loss of Dai et al. 2024, DeepSeekMoE, sum over groups of experts of f'_g P'_g: f' is
+// the mean of E * f in the group, P' the sum of P.
 void add_device_balance(double *slope, const double *count, int E, int D, double weight) {
     double total = 0;
     for (int e = 0; e < E; e++)
@@ -1965,7 +1991,8 @@ void add_device_balance(double *slope, const double *count, int E, int D, double
     }
 }
 
-// slope (E) += : the communication loss of DeepSeek-V2, sum of f''_g P'_g with f''_g = D / (M n) * tokens sent to group g. expert (n,K)
+// slope (E) += : the communication loss of DeepSeek-V2, sum of f''_g P'_g with f''_g = D / (M n) * tokens sent to group
+// g. expert (n,K)
 void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight) {
     double *sent = (double *)allocate(D, sizeof(double));
     for (int i = 0; i < n * K; i++) {
@@ -2009,8 +2036,8 @@ void balance_backward(real *dp, const Gate *g, const double *slope, int rows, in
     }
 }
 
-// 1 + the squared coefficient of variation of v (n): variance over mean^2, so 1 where all are equal. slope (n) = weight * its
-// slope. mean: a mean known beforehand, to be taken as a constant; 0: that of v.
+// 1 + the squared coefficient of variation of v (n): variance over mean^2, so 1 where all are equal. slope (n) = weight
+// * its slope. mean: a mean known beforehand, to be taken as a constant; 0: that of v.
 double cv_squared(const double *v, double *slope, int n, double mean, double weight) {
     double average = 0, variance = 0, fixed = mean;
     for (int i = 0; i < n; i++)
@@ -2023,12 +2050,12 @@ double cv_squared(const double *v, double *slope, int n, double mean, double wei
     return 1 + variance / (mean * mean);
 }
 
-// How sure a noisy gate's choices are (Shazeer et al. 2017, appendix A): with new noise at (row, e), expert e would be among the K
-// with probability Phi((logit - t) / size), t being the K-th highest of the other noisy logits. load (per,E) += these over
-// the rows of n tokens from `first` on. live (N*per): rows that count, NULL: all. With dload (per,E) not NULL the slopes instead:
-// dnoisy (N,W) +=, by t; dlogits (N,2W) +=, by logit and size.
-void smooth_load(double *load, const double *dload, real *dnoisy, real *dlogits, const Gate *g, const real *noisy, const real *logits, int W, int first,
-                 int n, const unsigned char *live) {
+// How sure a noisy gate's choices are (Shazeer et al. 2017, appendix A): with new noise at (row, e), expert e would be
+// among the K with probability Phi((logit - t) / size), t being the K-th highest of the other noisy logits. load
+// (per,E) += these over the rows of n tokens from `first` on. live (N*per): rows that count, NULL: all. With dload
+// (per,E) not NULL the slopes instead: dnoisy (N,W) +=, by t; dlogits (N,2W) +=, by logit and size.
+void smooth_load(double *load, const double *dload, real *dnoisy, real *dlogits, const Gate *g, const real *noisy,
+                 const real *logits, int W, int first, int n, const unsigned char *live) {
     for (int row = first * g->per; row < (first + n) * g->per; row++) {
         if (live && !live[row])
             continue;
@@ -2085,7 +2112,9 @@ void activate(int activation, vec x, vec *value, vec *slope) {
             for (int i = 0; i < LANES; i++)
                 size[i] = x[i] < 0 ? -x[i] : x[i];
             t = (real)1 / ((real)1 + (real)0.23164189 * size);
-            t = t * bell * ((real)0.127414796 + t * ((real)-0.142248368 + t * ((real)0.7107068705 + t * ((real)-0.7265760135 + t * (real)0.5307027145))));
+            vec sum = (real)-0.7265760135 + t * (real)0.5307027145;
+            sum = (real)-0.142248368 + t * ((real)0.7107068705 + t * sum);
+            t = t * bell * ((real)0.127414796 + t * sum);
             for (int i = 0; i < LANES; i++)
                 phi[i] = x[i] < 0 ? t[i] : 1 - t[i];
         }
@@ -2094,8 +2123,8 @@ void activate(int activation, vec x, vec *value, vec *slope) {
     }
 }
 
-// act (rows,F) = f(gate) * up with hidden (rows,2F): F of gate, then F of up; ungated f(hidden) with hidden (rows,F). To be
-// called by all threads of a team, or by one.
+// act (rows,F) = f(gate) * up with hidden (rows,2F): F of gate, then F of up; ungated f(hidden) with hidden (rows,F).
+// To be called by all threads of a team, or by one.
 void activation_forward(real *act, const real *hidden, int rows, int F, int activation) {
     int gated = is_gated(activation);
 #pragma omp for nowait
@@ -2111,14 +2140,15 @@ void activation_forward(real *act, const real *hidden, int rows, int F, int acti
     }
 }
 
-// Given dact (rows,F), the gradient by act if each row's weight were 1, and weight (N*K, by choice; NULL: all 1; choice[r]
-// is the choice of row r), writes
-//   dweight (N*K, by choice; may be NULL) = dact . act: an answer is weight * (act W_out^T), so its slope by the weight needs no
+// Given dact (rows,F), the gradient by act if each row's weight were 1, and weight (N*K, by choice; NULL: all 1;
+// choice[r] is the choice of row r), writes
+//   dweight (N*K, by choice; may be NULL) = dact . act: an answer is weight * (act W_out^T), so its slope by the weight
+//   needs no
 //                                 copy of the answer;
 //   dhidden (rows,2F or F), in which the weight is counted;
 //   dact    = weight * act, computed anew, which is what W_out's gradient wants.
-void activation_backward(real *dhidden, real *dweight, real *dact, const real *hidden, const real *weight, const int *choice,
-                         int rows, int F, int activation) {
+void activation_backward(real *dhidden, real *dweight, real *dact, const real *hidden, const real *weight,
+                         const int *choice, int rows, int F, int activation) {
     int gated = is_gated(activation);
 #pragma omp for nowait
     for (int r = 0; r < rows; r++) {
@@ -2191,17 +2221,19 @@ void experts_forward(real *out, real *hidden, real *act, const real *x, const Ex
     Product *list = (Product *)allocate(E, sizeof(Product));
     for (int e = 0; e < E; e++) {
         const Block *b = &blocks[e];
-        Product p = {hidden + b->hidden, (size_t)b->H, block_rows(b, x, C), along_rows(experts->w_in + b->in, C, NULL), b->rows, b->H, C};
+        Operand rows = block_rows(b, x, C), w = along_rows(experts->w_in + b->in, C, NULL);
+        Product p = {hidden + b->hidden, (size_t)b->H, rows, w, b->rows, b->H, C};
         list[e] = p;
     }
     products(list, E, 0);
 #pragma omp parallel if (experts->offset[E] > 16)
     for (int e = 0; e < E; e++)
-        activation_forward(act + blocks[e].act, hidden + blocks[e].hidden, blocks[e].rows, blocks[e].F, blocks[e].activation);
+        activation_forward(act + blocks[e].act, hidden + blocks[e].hidden, blocks[e].rows, blocks[e].F,
+                           blocks[e].activation);
     for (int e = 0; e < E; e++) {
         const Block *b = &blocks[e];
-        Product p = {out + b->slot * C, (size_t)C, along_rows(act + b->act, b->F, NULL),
-                     along_rows(experts->w_out + b->out, b->F, NULL), b->rows, C, b->F};
+        Operand rows = along_rows(act + b->act, b->F, NULL), w = along_rows(experts->w_out + b->out, b->F, NULL);
+        Product p = {out + b->slot * C, (size_t)C, rows, w, b->rows, C, b->F};
         list[e] = p;
     }
     products(list, E, accumulate);
@@ -2209,37 +2241,41 @@ void experts_forward(real *out, real *hidden, real *act, const real *x, const Ex
     free(blocks);
 }
 
-// dx (rows,C) = or +=, dw_in += , dw_out += , dweight (choices) =; dout (N,C) is by token, unweighted. dact (rows,F) and
-// dhidden (rows,H) are scratch. With weight NULL rows count as they are.
-void experts_backward(real *dx, real *dw_in, real *dw_out, real *dweight, const real *dout, const real *x, const real *hidden,
-                      const real *weight, const int *choice, real *dact, real *dhidden, const Experts *experts, int accumulate) {
+// dx (rows,C) = or +=, dw_in += , dw_out += , dweight (choices) =; dout (N,C) is by token, unweighted. dact (rows,F)
+// and dhidden (rows,H) are scratch. With weight NULL rows count as they are.
+void experts_backward(real *dx, real *dw_in, real *dw_out, real *dweight, const real *dout, const real *x,
+                      const real *hidden, const real *weight, const int *choice, real *dact, real *dhidden,
+                      const Experts *experts, int accumulate) {
     int E = experts->E, C = experts->C;
     Block *blocks = expert_blocks(experts);
     Product *list = (Product *)allocate(2 * E, sizeof(Product));
     for (int e = 0; e < E; e++) { // dact = dout W_out
         const Block *b = &blocks[e];
-        Product p = {dact + b->act, (size_t)b->F, block_rows(b, dout, C), along_columns(experts->w_out + b->out, b->F, NULL), b->rows, b->F, C};
+        Operand rows = block_rows(b, dout, C), w = along_columns(experts->w_out + b->out, b->F, NULL);
+        Product p = {dact + b->act, (size_t)b->F, rows, w, b->rows, b->F, C};
         list[e] = p;
     }
     products(list, E, 0);
 #pragma omp parallel if (experts->offset[E] > 16)
     for (int e = 0; e < E; e++) {
         const Block *b = &blocks[e];
-        activation_backward(dhidden + b->hidden, dweight, dact + b->act, hidden + b->hidden, weight, choice ? choice + b->slot : NULL,
-                            b->rows, b->F, b->activation);
+        activation_backward(dhidden + b->hidden, dweight, dact + b->act, hidden + b->hidden, weight,
+                            choice ? choice + b->slot : NULL, b->rows, b->F, b->activation);
     }
     for (int e = 0; e < E; e++) { // dW_out += dout^T act, dW_in += dhidden^T x
         const Block *b = &blocks[e];
-        Product to_out = {dw_out + b->out, (size_t)b->F, transposed(block_rows(b, dout, C)), along_columns(dact + b->act, b->F, NULL), C, b->F, b->rows};
-        Product to_in = {dw_in + b->in, (size_t)C, along_columns(dhidden + b->hidden, b->H, NULL), transposed(block_rows(b, x, C)), b->H, C, b->rows};
+        Operand g = transposed(block_rows(b, dout, C)), y = along_columns(dact + b->act, b->F, NULL);
+        Operand dh = along_columns(dhidden + b->hidden, b->H, NULL), rows = transposed(block_rows(b, x, C));
+        Product to_out = {dw_out + b->out, (size_t)b->F, g, y, C, b->F, b->rows};
+        Product to_in = {dw_in + b->in, (size_t)C, dh, rows, b->H, C, b->rows};
         list[2 * e] = to_out;
         list[2 * e + 1] = to_in;
     }
     products(list, 2 * E, 1);
     for (int e = 0; e < E; e++) { // dx = dhidden W_in
         const Block *b = &blocks[e];
-        Product p = {dx + b->slot * C, (size_t)C, along_rows(dhidden + b->hidden, b->H, NULL),
-                     along_columns(experts->w_in + b->in, C, NULL), b->rows, C, b->H};
+        Operand rows = along_rows(dhidden + b->hidden, b->H, NULL), w = along_columns(experts->w_in + b->in, C, NULL);
+        Product p = {dx + b->slot * C, (size_t)C, rows, w, b->rows, C, b->H};
         list[e] = p;
     }
     products(list, E, accumulate);
@@ -2265,21 +2301,24 @@ void combine(real *out, const real *rows, const real *weight, const int *slot, i
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. The whole model: weights, activations, forward and backward
 
+// clang-format off
 typedef struct LayerWeights { // all real *, in the order of the kinds below
     real *norm1;              // (C)
     real *qkv;                // ((H+2KV)*D, C): rows of all query heads, then keys, then values
     real *proj;               // (C, H*D)
     real *norm2;              // (C)
-    real *router;             // (W, C)       what follows up to w_out only in layers with experts, C being C/h with h sub-tokens;
-                              //              W: see router_width(); with noise (2W, C)
+    real *router;             // (W, C), W from router_width(), or with noise (2W, C); like w_in and w_out only in layers
+                              // with experts, and C/h wide with h sub-tokens
     real *w_in;               // (E, 2F, C)   each expert: F rows of gate, then F of up; (E, F, C) where not gated
     real *w_out;              // (E, C, F)
     real *dense_in;           // (2W, C)      the dense layer's, or the shared experts', together W wide
     real *dense_out;          // (C, W)
     real *split, *merge;      // (C, C)       of sub-tokens
     real *project;            // (R, C)       into the recurrent router
-    real *bias, *slow;        // (E), (W, C)  buffers from here on: not trained, but saved. For the choice alone: added to p; router's average
-    real *level, *table;      // (E), (V)     expert choice: p from which on evaluation chooses; hash: the expert of each word
+    real *bias;               // (E)          added to p for the choice. From here on: buffers, not trained but saved
+    real *slow;               // (W, C)       moving average of router
+    real *level;              // (E)          expert choice: the p above which evaluation chooses
+    real *table;              // (V)          hash: the expert of each word
 } LayerWeights;
 
 typedef struct Weights {
@@ -2289,11 +2328,14 @@ typedef struct Weights {
 } Weights;
 
 enum {
-    NORM1, QKV, PROJ, NORM2, ROUTER, W_IN, W_OUT, DENSE_IN, DENSE_OUT, SPLIT, MERGE, PROJECT, BIAS, SLOW, LEVEL, TABLE, LAYER_TENSORS,
-    EMBED = LAYER_TENSORS, NORM, HEAD, GRU_X, GRU_H, GRU_BX, GRU_BH, KINDS
+    NORM1, QKV, PROJ, NORM2, ROUTER, W_IN, W_OUT, DENSE_IN, DENSE_OUT, SPLIT, MERGE, PROJECT, BIAS, SLOW, LEVEL, TABLE,
+    LAYER_TENSORS, EMBED = LAYER_TENSORS, NORM, HEAD, GRU_X, GRU_H, GRU_BX, GRU_BH, KINDS
 };
-const char *const tensor_names[] = {"norm1", "qkv", "proj", "norm2", "router", "w_in", "w_out", "dense_in", "dense_out", "split", "merge",
-                                    "project", "bias", "slow", "level", "table", "embed", "norm", "head", "gru_x", "gru_h", "gru_bx", "gru_bh"};
+const char *const tensor_names[] = {
+    "norm1", "qkv", "proj", "norm2", "router", "w_in", "w_out", "dense_in", "dense_out", "split", "merge", "project", "bias",
+    "slow", "level", "table", "embed", "norm", "head", "gru_x", "gru_h", "gru_bx", "gru_bh"};
+
+// clang-format on
 
 typedef struct Tensor { // one row of the model's table of weights
     char name[40];
@@ -2311,7 +2353,8 @@ int tensor_is_buffer(const Tensor *t) {
 }
 
 int tensor_is_vector(const Tensor *t) { // one dimension, and no weight decay
-    return tensor_is_norm(t) || t->kind == BIAS || t->kind == LEVEL || t->kind == TABLE || t->kind == GRU_BX || t->kind == GRU_BH;
+    return tensor_is_norm(t) || t->kind == BIAS || t->kind == LEVEL || t->kind == TABLE || t->kind == GRU_BX ||
+           t->kind == GRU_BH;
 }
 
 // Appends a tensor of a x b x c numbers, if it has any.
@@ -2339,28 +2382,33 @@ int model_tensors(const Config *c, Tensor *list) {
     const int embed[3] = {1, c->vocab, C};
     add_tensor(list, &count, &offset, -1, EMBED, embed);
     for (int l = 0; l < c->layers; l++) {
-        int has = is_moe(c, l), E = has ? c->experts : 0, W = has ? router_width(c) : 0, width = dense_width(c, l), c1 = C / c->subtokens;
+        int has = is_moe(c, l), E = has ? c->experts : 0, W = has ? router_width(c) : 0, width = dense_width(c, l);
+        int c1 = C / c->subtokens, read = R ? R : c1; // what experts and router read
         int in = 1 + is_gated(dense_activation(c, l)), rows = 0;
         for (int e = 0; e < E; e++)
             rows += expert_width(c, e) * (1 + is_gated(expert_activation(c, e)));
         const int split = has && c->subtokens > 1 ? C : 0, mixed = c->mixed && E;
-        const int shapes[][3] = {{1, 1, C}, {1, (c->heads + 2 * c->kv_heads) * D, C}, {1, C, C}, {1, 1, C}, {1, W * (1 + c->noise), R ? R : c1},
-                                 {mixed ? 1 : E, mixed ? rows : E ? rows / E : 0, c1}, {E, c1, F}, {1, in * width, C}, {1, C, width},
-                                 {1, split, C}, {1, split, C}, {1, has ? R : 0, C}, {1, 1, c->bias_rate > 0 ? E : 0},
-                                 {1, c->history_decay > 0 ? W : 0, R ? R : c1}, {1, 1, c->select == EXPERT_CHOICE ? E : 0},
-                                 {1, 1, c->select == HASH && E ? c->vocab : 0}};
+        // clang-format off
+        const int shapes[][3] = {
+            {1, 1, C}, {1, (c->heads + 2 * c->kv_heads) * D, C}, {1, C, C}, {1, 1, C},
+            {1, W * (1 + c->noise), read}, {mixed ? 1 : E, mixed ? rows : E ? rows / E : 0, c1}, {E, c1, F},
+            {1, in * width, C}, {1, C, width}, {1, split, C}, {1, split, C}, {1, has ? R : 0, C},
+            {1, 1, c->bias_rate > 0 ? E : 0}, {1, c->history_decay > 0 ? W : 0, read},
+            {1, 1, c->select == EXPERT_CHOICE ? E : 0}, {1, 1, c->select == HASH && E ? c->vocab : 0}};
+        // clang-format on
         for (int kind = 0; kind < LAYER_TENSORS; kind++)
             add_tensor(list, &count, &offset, l, kind, shapes[kind]);
     }
     R = moe ? R : 0;
-    const int shapes[][3] = {{1, 1, C}, {1, c->untied ? c->vocab : 0, C}, {1, 3 * R, R}, {1, 3 * R, R}, {1, 1, 3 * R}, {1, 1, 3 * R}};
+    const int shapes[][3] = {
+        {1, 1, C}, {1, c->untied ? c->vocab : 0, C}, {1, 3 * R, R}, {1, 3 * R, R}, {1, 1, 3 * R}, {1, 1, 3 * R}};
     for (int kind = NORM; kind < KINDS; kind++)
         add_tensor(list, &count, &offset, -1, kind, shapes[kind - NORM]);
     return count;
 }
 
-// All weights, and those that one token uses: the embedding once, as the output matrix; what a token passes several times
-// (experts by its sub-tokens, the recurrent router in each layer) so often.
+// All weights, and those that one token uses: the embedding once, as the output matrix; what a token passes several
+// times (experts by its sub-tokens, the recurrent router in each layer) so often.
 void count_parameters(const Config *c, double *total, double *active) {
     Tensor *list = (Tensor *)allocate((size_t)c->layers * LAYER_TENSORS + KINDS, sizeof(Tensor));
     int count = model_tensors(c, list), last, moe = moe_layers(c, &last);
@@ -2387,7 +2435,8 @@ double flops_per_token(const Config *c) {
     return 6 * active + 6.0 * c->layers * c->seq * c->dim;
 }
 
-// What one layer keeps of its forward pass for its backward pass. n: N tokens, or N*h sub-tokens; c: C or C/h; R routers.
+// What one layer keeps of its forward pass for its backward pass. n: N tokens, or N*h sub-tokens; c: C or C/h; R
+// routers.
 typedef struct LayerState {
     real *x, *h1, *rstd1;        // (N,C), (N,C), (N): input, its norm
     real *qkv, *att, *lse;       // (N,(H+2KV)*D), (N,H*D), (B,H,T)
@@ -2452,7 +2501,8 @@ typedef struct Model {
 } Model;
 
 enum { WEIGHTS, GRADS, MOMENT1, MOMENT2 };
-// Training; evaluation: no chance, no capacity but eval-capacity-factor; and that with gradients, for whoever checks them.
+// Training; evaluation: no chance, no capacity but eval-capacity-factor; and that with gradients, for whoever checks
+// them.
 enum { TRAIN_MODE, EVAL_MODE, CHECK_MODE };
 
 // Zeroed memory that lives as long as the model.
@@ -2482,7 +2532,8 @@ void point_weights(Model *m, Weights *w, real *memory) {
 int expert_of(const Model *m, int kind, size_t place) {
     int e = 0;
     for (size_t size; e < m->config.experts - 1; e++, place -= size) {
-        size = (size_t)m->config.dim / m->config.subtokens * m->expert_width[e] * (kind == W_IN ? 1 + is_gated(m->expert_activation[e]) : 1);
+        size = (size_t)m->config.dim / m->config.subtokens * m->expert_width[e] *
+               (kind == W_IN ? 1 + is_gated(m->expert_activation[e]) : 1);
         if (place < size)
             break;
     }
@@ -2490,17 +2541,21 @@ int expert_of(const Model *m, int kind, size_t place) {
 }
 
 // The weights of step 0. Their standard deviation: normal: 0.02, and 1/sqrt(2L) of it for what is added to the residual
-// stream (Radford et al. 2019); truncated: sqrt(0.1/fan-in), nothing beyond two of them (Fedus et al. 2021). A noisy router begins at 0 (Shazeer
-// et al. 2017). frequency (V) of each word in the training text, NULL: not known.
+// stream (Radford et al. 2019); truncated: sqrt(0.1/fan-in), nothing beyond two of them (Fedus et al. 2021). A noisy
+// router begins at 0 (Shazeer et al. 2017). frequency (V) of each word in the training text, NULL: not known.
 void model_init(Model *m, const double *frequency) {
     const Config *c = &m->config;
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_INIT, (uint64_t)i, 0);
         real *w = m->memory[WEIGHTS] + t->offset;
-        int residual = t->kind == PROJ || t->kind == W_OUT || t->kind == DENSE_OUT, by_fan = t->kind == SPLIT || t->kind == MERGE || t->kind == GRU_X || t->kind == GRU_H;
+        int residual = t->kind == PROJ || t->kind == W_OUT || t->kind == DENSE_OUT;
+        int by_fan = t->kind == SPLIT || t->kind == MERGE || t->kind == GRU_X || t->kind == GRU_H;
         int truncated = c->init_scheme == TRUNCATED && t->kind != EMBED, expert = t->kind == W_IN || t->kind == W_OUT;
-        double std = truncated ? sqrt(0.1 / t->shape[2]) : by_fan ? sqrt(0.5 / t->shape[2]) : residual ? 0.02 / sqrt(2.0 * c->layers) : 0.02;
+        double std = truncated  ? sqrt(0.1 / t->shape[2])
+                     : by_fan   ? sqrt(0.5 / t->shape[2])
+                     : residual ? 0.02 / sqrt(2.0 * c->layers)
+                                : 0.02;
         if (tensor_is_vector(t) || tensor_is_buffer(t) || (t->kind == ROUTER && c->noise))
             std = 0;
 #pragma omp parallel for
@@ -2544,7 +2599,8 @@ void own_gate(Model *m, Gate *g, int n, int per, int E, int K, int column) {
 void allocate_experts(Model *m, int l, int N) {
     const Config *c = &m->config;
     LayerState *s = &m->layers[l];
-    int E = c->experts, K = places(c), R = c->routers, D = c->groups, W = router_width(c), n = N * c->subtokens, two = c->select == HIERARCHICAL;
+    int E = c->experts, K = places(c), R = c->routers, D = c->groups, W = router_width(c), n = N * c->subtokens,
+        two = c->select == HIERARCHICAL;
     size_t nK = (size_t)n * K, C = (size_t)c->dim, widest = (size_t)(c->mixed ? 3 * c->ffn / 2 : c->ffn);
     own_gate(m, &s->gate, n, two ? D : R, two ? E / D : E, two ? K / c->group_topk : K / R, two ? D : 0);
     if (two)
@@ -2563,7 +2619,8 @@ void allocate_experts(Model *m, int l, int N) {
     s->load_slope = (double *)own(m, (size_t)n * (E + D), sizeof(double));
     s->hidden = own_reals(m, nK * widest * 2);
     int *ints = (int *)own(m, nK * 5 + E + 1, sizeof(int));
-    Plan plan = {n, E, K, two ? ints : s->gate.expert, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
+    Plan plan = {
+        n, E, K, two ? ints : s->gate.expert, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
     s->plan = plan;
     RouterStats *stats = &m->stats[l];
     stats->count = (double *)own(m, (size_t)E * 3, sizeof(double));
@@ -2578,7 +2635,8 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     const Config *c = &m->config;
     m->config = *config;
     m->max_tokens = N;
-    int L = c->layers, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, E = c->experts, R = c->recurrent, last, Q = (H + 2 * KV) * D;
+    int L = c->layers, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, E = c->experts, R = c->recurrent, last,
+        Q = (H + 2 * KV) * D;
     int n = N * c->subtokens, W = router_width(c);
     size_t moe = moe_layers(c, &last) > 0, rows = N, width = 0, nK = moe * n * places(c);
     m->tensors = (Tensor *)own(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor));
@@ -2691,7 +2749,8 @@ void choose(Model *m, int l, LayerState *s, const real *router_in, int n, int gr
     const LayerWeights *w = &m->weights.layer[l];
     Gate *g = &s->gate;
     Plan *plan = &s->plan;
-    int rows = n * g->per, E = c->experts, W = router_width(c), C = (int)(c->recurrent ? c->recurrent : c->dim / c->subtokens);
+    int rows = n * g->per, E = c->experts, W = router_width(c),
+        C = (int)(c->recurrent ? c->recurrent : c->dim / c->subtokens);
     const real *score = g->p;
     if (w->slow) { // highest logits are highest scores
         product(m->choice_score, along_rows(router_in, C, NULL), along_rows(w->slow, C, NULL), n, W, C, 0);
@@ -2706,7 +2765,8 @@ void choose(Model *m, int l, LayerState *s, const real *router_in, int n, int gr
     if (c->select == EXPERT_CHOICE && m->mode == TRAIN_MODE) {
         int take = max_int(1, (int)((double)group_tokens * c->topk / E));
         for (int first = 0; first < n; first += group_tokens, m->stats[l].passes += 1)
-            select_by_experts(g->expert + (size_t)first * E, m->stats[l].lowest, g->p + (size_t)first * E, group_tokens, E, take);
+            select_by_experts(g->expert + (size_t)first * E, m->stats[l].lowest, g->p + (size_t)first * E, group_tokens,
+                              E, take);
     } else if (c->select == BALANCED && m->mode == TRAIN_MODE) {
         for (int first = 0; first < n; first += group_tokens)
             select_balanced(g->expert + first, s->logits + (size_t)first * E, group_tokens, E);
@@ -2714,7 +2774,8 @@ void choose(Model *m, int l, LayerState *s, const real *router_in, int n, int gr
         select_topk(g->expert, score, rows, g->E, g->K);
     }
     if (c->select == THRESHOLD || (c->select == EXPERT_CHOICE && m->mode != TRAIN_MODE))
-        select_above(g->expert, g->p, n, E, g->K, w->level, c->threshold > 0 ? c->threshold : 1.0 / E, c->select == THRESHOLD);
+        select_above(g->expert, g->p, n, E, g->K, w->level, c->threshold > 0 ? c->threshold : 1.0 / E,
+                     c->select == THRESHOLD);
     gate_forward(g->weight, g->p, g->expert, rows, g->E, g->K, c->gate, c->scale / c->routers);
     if (c->select == HIERARCHICAL) {
         select_topk(s->groups.expert, s->groups.p, n, c->groups, c->group_topk);
@@ -2732,13 +2793,15 @@ void mark_groups(Model *m, const LayerState *s, int n) {
         m->marks[i / M * D + s->groups.expert[i]] = 1;
 }
 
-// The losses of the smooth load, 1 + CV^2 for each group of tokens, and their slopes. Where groups of experts are chosen first, an expert's load
-// is that of its group times its share of the tokens sent there (Shazeer et al. 2017, appendix B).
+// The losses of the smooth load, 1 + CV^2 for each group of tokens, and their slopes. Where groups of experts are
+// chosen first, an expert's load is that of its group times its share of the tokens sent there (Shazeer et al. 2017,
+// appendix B).
 double load_losses(Model *m, LayerState *s, int n, int group_tokens) {
     const Config *c = &m->config;
     int E = c->experts, D = c->groups, two = c->select == HIERARCHICAL, W = router_width(c);
     double loss = 0, weight = c->load_weight * group_tokens / n;
-    double *inner = (double *)allocate((size_t)2 * (E + D), sizeof(double)), *load = inner + E, *outer = load + E, *sent = outer + D;
+    double *inner = (double *)allocate((size_t)2 * (E + D), sizeof(double)), *load = inner + E, *outer = load + E,
+           *sent = outer + D;
     mark_groups(m, s, n);
     for (int first = 0; first < n; first += group_tokens) {
         double *slope = s->load_slope + (size_t)(first / group_tokens) * (E + D);
@@ -2769,7 +2832,8 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
     const Config *c = &m->config;
     Gate *g = &s->gate;
     const Plan *plan = &s->plan;
-    int E = c->experts, K = plan->K, R = c->routers, rows = n * R, groups = n / group_tokens, group_rows = group_tokens * R;
+    int E = c->experts, K = plan->K, R = c->routers, rows = n * R, groups = n / group_tokens,
+        group_rows = group_tokens * R;
     double *counts = m->counts;
     s->aux = 0;
     memset(s->weight_slope, 0, (size_t)groups * E * sizeof(double));
@@ -2799,13 +2863,15 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
     count_choices(counts, chosen, rows, E, K / R, c->balance == GSHARD ? 1 : K / R, group_rows, R);
     memset(s->slope, 0, (size_t)groups * R * E * sizeof(double));
     for (int i = 0; i < groups * R; i++) {
-        double *slope = s->slope + (size_t)i * E, *count = c->group == STEP ? m->stats[l].count : counts + (size_t)i * E;
+        double *slope = s->slope + (size_t)i * E,
+               *count = c->group == STEP ? m->stats[l].count : counts + (size_t)i * E;
         if (c->balance <= WIDTH && c->aux_weight > 0)
             add_balance(slope, count, c->balance == WIDTH ? m->expert_width : NULL, E, c->aux_weight);
         if (c->device_weight > 0)
             add_device_balance(slope, count, E, c->groups, c->device_weight);
         if (c->comm_weight > 0)
-            add_communication_balance(slope, plan->key + (size_t)i * group_tokens * K, group_tokens, E, K, c->groups, c->group_topk, c->comm_weight);
+            add_communication_balance(slope, plan->key + (size_t)i * group_tokens * K, group_tokens, E, K, c->groups,
+                                      c->group_topk, c->comm_weight);
     }
     s->aux += balance_forward(g, s->slope, rows, group_rows, c->score);
 }
@@ -2870,18 +2936,21 @@ void router_forward(Model *m, int l, LayerState *s, const real *x, int n, int C,
     }
     memcpy(plan->key, plan->expert, (size_t)n * plan->K * sizeof(int));
     if (train && c->second_threshold > 0)
-        decline_second(plan->key, s->weight, n, c->second_threshold, c->scale, layer_stream(m, RANDOM_SECOND, l), first);
+        decline_second(plan->key, s->weight, n, c->second_threshold, c->scale, layer_stream(m, RANDOM_SECOND, l),
+                       first);
     if (train)
         add_router_stats(m, l, s);
     if (m->mode != EVAL_MODE && c->select != HASH)
         balance_losses(m, l, s, n, group_tokens);
     if (train) {
         for (int i = 0; i < n && c->drop_exempt > 0; i++)
-            m->marks[i] = random_uniform(random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->step, 0), (first + i) / T) < c->drop_exempt;
+            m->marks[i] = random_uniform(random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->step, 0), (first + i) / T) <
+                          c->drop_exempt;
     }
-    plan_capacity(plan, group_tokens, train ? c->capacity_factor : c->eval_capacity_factor, c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts,
-                  train ? c->drop_order : BY_TOKEN, s->weight, train && c->drop_exempt > 0 ? m->marks : NULL,
-                  c->overflow == NEXT ? s->gate.p : NULL);
+    double factor = train ? c->capacity_factor : c->eval_capacity_factor;
+    plan_capacity(plan, group_tokens, factor * c->topk / plan->K,
+                  c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts, train ? c->drop_order : BY_TOKEN,
+                  s->weight, train && c->drop_exempt > 0 ? m->marks : NULL, c->overflow == NEXT ? s->gate.p : NULL);
     if (c->overflow == NEXT)
         gate_forward(s->weight, s->gate.p, plan->expert, n, plan->E, plan->K, c->gate, c->scale);
     m->stats[l].dropped += train ? plan->dropped : 0;
@@ -2894,7 +2963,8 @@ void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, in
     const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
     Gate *g = &s->gate;
     Plan *plan = &s->plan;
-    int E = c->experts, K = plan->K, W = router_width(c), WW = W * (1 + c->noise), R = c->recurrent, group_tokens = group_size(c, n, T), rows = n * g->per;
+    int E = c->experts, K = plan->K, W = router_width(c), WW = W * (1 + c->noise), R = c->recurrent,
+        group_tokens = group_size(c, n, T), rows = n * g->per;
     int two = c->select == HIERARCHICAL;
     double scale = m->grad_scale;
     uint64_t first = m->first_token * (uint64_t)c->subtokens;
@@ -2912,7 +2982,8 @@ void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, in
     if (two) {
         join_gates_backward(m->dgroup_weight, m->dgate, m->dweight, &s->groups, g, n);
         memset(m->dgroups, 0, (size_t)n * c->groups * sizeof(real));
-        gate_backward(m->dgroups, m->dgroup_weight, s->groups.weight, s->groups.p, s->groups.expert, n, c->groups, c->group_topk, c->gate, 1);
+        gate_backward(m->dgroups, m->dgroup_weight, s->groups.weight, s->groups.p, s->groups.expert, n, c->groups,
+                      c->group_topk, c->gate, 1);
         scores_backward(dnoisy, m->dgroups, &s->groups, n, W, c->score, 0);
         dgate = m->dgate;
     }
@@ -2930,7 +3001,8 @@ void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, in
             smooth_load(NULL, slope + E, dnoisy, dlogits, &s->groups, s->noisy, s->logits, W, from, group_tokens, NULL);
     }
     if (c->noise)
-        noise_backward(dlogits, dnoisy, s->logits, n, W, m->mode == TRAIN_MODE, layer_stream(m, RANDOM_NOISE, l), first);
+        noise_backward(dlogits, dnoisy, s->logits, n, W, m->mode == TRAIN_MODE, layer_stream(m, RANDOM_NOISE, l),
+                       first);
 
     // from the logits back to the router's input
     int jitter = m->mode == TRAIN_MODE && c->jitter > 0;
@@ -2944,8 +3016,9 @@ void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, in
         moe_layers(c, &last);
         product(m->dstate, along_rows(dlogits, WW, NULL), along_columns(w->router, R, NULL), n, R, WW, l != last);
         memcpy(m->dstate + (size_t)n * R, m->dstate, (size_t)n * R * sizeof(real));
-        gru_backward(m->dprojected, m->dstate, m->grads.gru_x, m->grads.gru_h, m->grads.gru_bx, m->grads.gru_bh, m->dstate + (size_t)n * R,
-                     s->gru, s->projected, below ? below->state : NULL, m->weights.gru_x, m->weights.gru_h, n, R, m->gru_room);
+        gru_backward(m->dprojected, m->dstate, m->grads.gru_x, m->grads.gru_h, m->grads.gru_bx, m->grads.gru_bh,
+                     m->dstate + (size_t)n * R, s->gru, s->projected, below ? below->state : NULL, m->weights.gru_x,
+                     m->weights.gru_h, n, R, m->gru_room);
         product(dw->project, along_columns(m->dprojected, R, NULL), along_columns(input, C, NULL), R, C, n, 1);
         product(target, along_rows(m->dprojected, R, NULL), along_columns(w->project, C, NULL), n, C, R, target == dx);
     } else {
@@ -3000,7 +3073,8 @@ void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, in
     if (w->dense_in) {
         int everyone[2] = {0, N}, width = dense_width(c, l), activation = dense_activation(c, l);
         Experts dense = {1, C, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
-        experts_backward(dh, dw->dense_in, dw->dense_out, NULL, dout, s->h2, s->dense_hidden, NULL, NULL, m->act, m->dhidden, &dense, 1);
+        experts_backward(dh, dw->dense_in, dw->dense_out, NULL, dout, s->h2, s->dense_hidden, NULL, NULL, m->act,
+                         m->dhidden, &dense, 1);
     }
     if (!is_moe(c, l))
         return;
@@ -3015,7 +3089,8 @@ void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, in
     Plan *plan = &s->plan;
     memset(m->dweight, 0, (size_t)plan->N * plan->K * sizeof(real)); // dropped choices get none
     Experts experts = layer_experts(m, w, plan, C / h);
-    experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, x, s->hidden, s->weight, plan->choice, m->act, m->dhidden, &experts, 0);
+    experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, x, s->hidden, s->weight, plan->choice, m->act,
+                     m->dhidden, &experts, 0);
     combine(dx, m->rows, NULL, plan->slot, plan->N, plan->K, C / h);
     router_backward(m, l, s, dx, x, plan->N, C / h, T * h);
     if (h > 1) {
@@ -3062,8 +3137,8 @@ void router_update(Model *m) {
 // The cross-entropy of N rows of hidden states h (N,C) against targets: nll (N), in nats. The logits of a few rows at a
 // time are all that is ever in memory; so, with dh (N,C) and dhead (V,C) not NULL, their gradients are taken here and
 // now, while the logits are there: dh =, dhead +=, both of scale * sum(nll). logits (head_rows,V) is scratch.
-void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head, const int *targets, int N, int C, int V,
-               double scale, real *logits, int head_rows) {
+void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head, const int *targets, int N, int C,
+               int V, double scale, real *logits, int head_rows) {
     for (int first = 0; first < N; first += head_rows) {
         int rows = min_int(head_rows, N - first);
         product(logits, along_rows(h + (size_t)first * C, C, NULL), along_rows(head, C, NULL), rows, V, C, 0);
@@ -3077,7 +3152,8 @@ void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head
         }
         if (dh) {
             product(dh + (size_t)first * C, along_rows(logits, V, NULL), along_columns(head, C, NULL), rows, C, V, 0);
-            product(dhead, along_columns(logits, V, NULL), along_columns(h + (size_t)first * C, C, NULL), V, C, rows, 1);
+            product(dhead, along_columns(logits, V, NULL), along_columns(h + (size_t)first * C, C, NULL), V, C, rows,
+                    1);
         }
     }
 }
@@ -3085,8 +3161,8 @@ void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head
 // Runs B sequences of T tokens. Returns the mean cross-entropy per token; m->nll (N) holds each token's. In TRAIN_MODE
 // capacity and jitter are on and the head's gradients are taken, scaled by grad_scale (1 / micro-steps); step, and the
 // place of the first token in the step's whole batch, choose the random numbers.
-double model_forward(Model *m, const int *tokens, const int *targets, int B, int T, int mode, double grad_scale, long step,
-                     long first_token) {
+double model_forward(Model *m, const int *tokens, const int *targets, int B, int T, int mode, double grad_scale,
+                     long step, long first_token) {
     const Config *c = &m->config;
     int N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, L = c->layers;
     m->tokens = tokens;
@@ -3115,8 +3191,8 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
     }
     rmsnorm_forward(m->h, m->rstd, m->x, m->weights.norm, N, C, c->norm_eps);
     int train = mode != EVAL_MODE;
-    head_loss(m->nll, train ? m->dh : NULL, train ? m->grads.head : NULL, m->h, m->weights.head, targets, N, C, c->vocab,
-              grad_scale / N, m->logits, m->head_rows);
+    head_loss(m->nll, train ? m->dh : NULL, train ? m->grads.head : NULL, m->h, m->weights.head, targets, N, C,
+              c->vocab, grad_scale / N, m->logits, m->head_rows);
     double loss = 0;
     for (int n = 0; n < N; n++)
         loss += (double)m->nll[n];
@@ -3972,10 +4048,12 @@ Part *model_parts(const Config *c, int *count) {
             }
             for (int block = 0; block < blocks; block++) {
                 char format[80];
-                const char *name = names[block + (t->kind == DENSE_IN && blocks == 1)]; // an ungated dense layer's is its up_proj
+                const char *name =
+                    names[block + (t->kind == DENSE_IN && blocks == 1)]; // an ungated dense layer's is its up_proj
                 snprintf(format, sizeof(format), "%s%s", dense && is_moe(c, t->layer) ? "mlp.shared_experts." : "",
                          name + (dense && is_moe(c, t->layer) ? 4 : 0));
-                add_part(&list, count, t, format, e, &offset, t->kind == QKV ? (block ? c->kv_heads : c->heads) * D : rows, cols);
+                add_part(&list, count, t, format, e, &offset,
+                         t->kind == QKV ? (block ? c->kv_heads : c->heads) * D : rows, cols);
             }
         }
     }
@@ -4010,7 +4088,8 @@ void write_safetensors(const char *dir, const char *name, const Part *parts, int
         for (int i = 0; i < count; i++) {
             const Part *p = &parts[i];
             size_t bytes = (size_t)max_int(p->rows, 1) * (size_t)p->cols * sizeof(real);
-            fprintf(text, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", prefix[copy], p->name, sizeof(real) == 8 ? "F64" : "F32");
+            fprintf(text, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", prefix[copy], p->name,
+                    sizeof(real) == 8 ? "F64" : "F32");
             if (p->rows)
                 fprintf(text, "%d,", p->rows);
             fprintf(text, "%d],\"data_offsets\":[%zu,%zu]}", p->cols, at, at + bytes);
@@ -4030,7 +4109,8 @@ void write_safetensors(const char *dir, const char *name, const Part *parts, int
     fwrite(header, 1, size, file);
     for (int copy = 0; copy < copies; copy++) {
         for (int i = 0; i < count; i++)
-            fwrite(memory[copy] + parts[i].offset, sizeof(real), (size_t)max_int(parts[i].rows, 1) * (size_t)parts[i].cols, file);
+            fwrite(memory[copy] + parts[i].offset, sizeof(real),
+                   (size_t)max_int(parts[i].rows, 1) * (size_t)parts[i].cols, file);
     }
     free(header);
     close_written(file, dir, name);
@@ -4058,7 +4138,8 @@ void safetensors_open(Safetensors *s, const char *path) {
     uint64_t length;
     memcpy(&length, s->map, 8);
     if (length > s->size - 8)
-        fail("%s: damaged: its header should have %llu bytes, the whole file has %zu", path, (unsigned long long)length, s->size);
+        fail("%s: damaged: its header should have %llu bytes, the whole file has %zu", path, (unsigned long long)length,
+             s->size);
     s->header = json_parse(s->map + 8, (size_t)length, path);
     s->data = s->map + 8 + length;
     s->data_size = s->size - 8 - (size_t)length;
@@ -4109,7 +4190,8 @@ int read_tensor(const Safetensors *s, const char *name, int rows, int cols, int 
     const int sizes[] = {8, 4, 2, 2};
     int type = dtype && dtype->type == 's' ? find_word(types, dtype->text) : -1;
     if (type < 0)
-        fail("%s: %s has type %s; expected F64, F32, F16 or BF16", s->path, name, dtype && dtype->text ? dtype->text : "none");
+        fail("%s: %s has type %s; expected F64, F32, F16 or BF16", s->path, name,
+             dtype && dtype->text ? dtype->text : "none");
     char found[128] = "no shape";
     double found_rows = 1, found_cols = 0;
     for (const Json *d = shape ? shape->child : NULL; d; d = d->next) {
@@ -4142,8 +4224,10 @@ const char *matching_class(const Config *c) {
     int last, moe = moe_layers(c, &last), plain = c->activation == SWIGLU;
     if (moe == 0)
         return dense_activation(c, 0) == SWIGLU ? "LlamaForCausalLM" : "";
-    plain &= !c->shared && !c->mixed && c->score == SOFTMAX && c->select == TOP_K && !c->group_topk && c->routers == 1 && c->scale == 1;
-    plain &= !c->noise && c->subtokens == 1 && !c->recurrent && !c->history_decay && !c->bias_rate && !c->eval_capacity_factor;
+    plain &= !c->shared && !c->mixed && c->score == SOFTMAX && c->select == TOP_K && !c->group_topk &&
+             c->routers == 1 && c->scale == 1;
+    plain &= !c->noise && c->subtokens == 1 && !c->recurrent && !c->history_decay && !c->bias_rate &&
+             !c->eval_capacity_factor;
     return plain && moe == c->layers && c->gate == RENORMALIZED ? "MixtralForCausalLM" : "";
 }
 
@@ -4172,7 +4256,8 @@ void write_config(const char *dir, const Config *c, int eot) {
     fprintf(f, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", *name ? name : "TrainMoeForCausalLM",
             moe ? "mixtral" : dense ? "llama" : "train_moe");
     if (!*name)
-        fprintf(f, "  \"comment\": \"no class of transformers has this router; the object train_moe says what it computes\",\n");
+        fprintf(f, "  \"comment\": \"no class of transformers has this router; the object train_moe says what it "
+                   "computes\",\n");
     fprintf(f, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n", c->vocab, c->dim,
             dense ? dense_width(c, 0) : c->ffn);
     fprintf(f, "  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n", c->layers,
@@ -4180,13 +4265,14 @@ void write_config(const char *dir, const Config *c, int eot) {
     fprintf(f, "  \"head_dim\": %d,\n  \"hidden_act\": \"%s\",\n  \"max_position_embeddings\": %d,\n", c->dim / c->heads,
             c->activation == SWIGLU ? "silu" : c->activation == RELU ? "relu" : "gelu", c->seq);
     char a[64], b[64];
-    fprintf(f, "  \"rms_norm_eps\": %s,\n  \"rope_theta\": %s,\n", number_text(c->norm_eps, a), number_text(c->rope_theta, b));
+    fprintf(f, "  \"rms_norm_eps\": %s,\n  \"rope_theta\": %s,\n", number_text(c->norm_eps, a),
+            number_text(c->rope_theta, b));
     if (moe) // transformers' balance loss is K at balance, ours 1
-        fprintf(f, "  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n  \"router_aux_loss_coef\": %s,\n", c->experts,
-                c->topk, number_text(c->aux_weight / c->topk, a));
+        fprintf(f, "  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n  \"router_aux_loss_coef\": %s,\n",
+                c->experts, c->topk, number_text(c->aux_weight / c->topk, a));
     const char *type = sizeof(real) == 8 ? "float64" : "float32";
-    fprintf(f, "  \"tie_word_embeddings\": %s,\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", c->untied ? "false" : "true",
-            eot, eot);
+    fprintf(f, "  \"tie_word_embeddings\": %s,\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n",
+            c->untied ? "false" : "true", eot, eot);
     fprintf(f, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\",\n", type, type); // the newer and the older name
     fprintf(f, "  \"train_moe\": {");
     write_options(f, c);
@@ -4238,10 +4324,10 @@ void config_from_directory(Config *c, const char *dir) {
             fail("%s: model_type is %s; expected mixtral, llama, or a checkpoint of train_moe", path, type->text);
         memset(c->given, 0, sizeof(c->given));
         config_recipe(c, moe ? "mixtral" : "dense");
-        const char *const names[][2] = {{"hidden_size", "dim"}, {"num_hidden_layers", "layers"}, {"num_attention_heads", "heads"},
-                                        {"num_key_value_heads", "kv-heads"}, {"intermediate_size", "ffn"},
-                                        {"max_position_embeddings", "seq"}, {"num_local_experts", "experts"},
-                                        {"num_experts_per_tok", "topk"}};
+        const char *const names[][2] = {{"hidden_size", "dim"},           {"num_hidden_layers", "layers"},
+                                        {"num_attention_heads", "heads"}, {"num_key_value_heads", "kv-heads"},
+                                        {"intermediate_size", "ffn"},     {"max_position_embeddings", "seq"},
+                                        {"num_local_experts", "experts"}, {"num_experts_per_tok", "topk"}};
         c->topk = 1; // a dense layer is K*F wide
         c->shared = 0;
         for (int i = 0; i < (moe ? 8 : 6); i++) {
@@ -4437,8 +4523,8 @@ typedef struct Backend {
     Model *(*create)(const Config *config, int tokens, int train, real *weights); // buffers for that many tokens
     void (*release)(Model *model);
     void (*init)(Model *model, const double *frequency);
-    double (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, int mode, double grad_scale, long step,
-                      long first_token);
+    double (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, int mode, double grad_scale,
+                      long step, long first_token);
     double (*aux)(const Model *model);
     void (*backward)(Model *model);
     double (*gradient_norm)(const Model *model);
@@ -4518,7 +4604,7 @@ typedef struct Run {
     double flops;      // per token
     int trained;       // steps since this process began
     unsigned char *warned; // (L) what a warning was printed of: 1 a dead expert, 2 an uneven load
-    int *probe;        // (L, choices) of the first validation batch at the last evaluation, NULL before the first
+    uint64_t *probe;   // (L, tokens) the sets of experts chosen for the first validation batch at the last evaluation
 } Run;
 
 #define IDLE_STEPS 100 // without a token, after which an expert is called dead
@@ -4612,11 +4698,12 @@ void save_checkpoint(Run *run) {
     write_text(dir, "tokenizer.json", run->tokenizer->json, run->tokenizer->json_size);
     char text[512];
     const char *const eot = "<|endoftext|>";
-    int n = snprintf(text, sizeof(text),
-                     "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"bos_token\": \"%s\",\n  \"eos_token\": \"%s\",\n"
-                     "  \"unk_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
-                     "  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n  \"model_max_length\": %d\n}\n",
-                     eot, eot, eot, c->seq);
+    int n = snprintf(
+        text, sizeof(text),
+        "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"bos_token\": \"%s\",\n  \"eos_token\": \"%s\",\n"
+        "  \"unk_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
+        "  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n  \"model_max_length\": %d\n}\n",
+        eot, eot, eot, c->seq);
     write_text(dir, "tokenizer_config.json", text, (size_t)n);
     n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
                  run->tokenizer->eot, run->tokenizer->eot, run->tokenizer->eot);
@@ -4686,33 +4773,21 @@ void cut_log(const char *path, int step) {
 double routing_fluctuation(Run *run) {
     const Config *c = &run->config;
     int last, moe = moe_layers(c, &last), first = !run->probe;
+    size_t room = (size_t)c->batch * c->seq * c->subtokens;
     double changed = 0, tokens = 0;
-    if (!moe)
-        return -1;
-    size_t room = (size_t)c->batch * c->seq * c->subtokens * c->experts;
     if (first)
-        run->probe = (int *)allocate(room * c->layers, sizeof(int));
+        run->probe = (uint64_t *)allocate(room * c->layers, sizeof(uint64_t));
     for (int l = 0; l < c->layers; l++) {
         const Plan *plan = run->backend->plan(run->model, l);
-        int *before = run->probe + room * l;
-        for (int n = 0; is_moe(c, l) && n < plan->N; n++) {
-            int *had = before + (size_t)n * c->experts, differ = 0;
-            for (int sign = 1; sign >= -1; sign -= 2) { // now adds what is chosen, then takes what was
-                for (int k = 0; k < plan->K; k++) {
-                    int e = plan->expert[n * plan->K + k];
-                    if (e >= 0 && sign > 0)
-                        had[e] += 2;
-                }
-                for (int e = 0; e < c->experts && sign < 0; e++) {
-                    differ |= had[e] == 1 || had[e] == 2;
-                    had[e] = had[e] >= 2;
-                }
-            }
-            changed += differ;
-            tokens += 1;
+        for (int n = 0; is_moe(c, l) && n < plan->N; n++, tokens++) {
+            uint64_t *before = run->probe + room * l + n, set = 0; // a sum of hashes: the same in any order
+            for (int k = 0; k < plan->K; k++)
+                set += hash64((uint64_t)plan->expert[n * plan->K + k]);
+            changed += *before != set;
+            *before = set;
         }
     }
-    return first ? -1 : changed / tokens;
+    return moe && !first ? changed / tokens : -1;
 }
 
 // Validation: windows spread evenly over the validation files, always the same ones.
@@ -4890,8 +4965,8 @@ void log_router(Run *run) {
     check_log(run);
 }
 
-// A line on the terminal, once for each layer, where an expert has had no token for IDLE_STEPS steps, or where the load of about the
-// last 50 steps is beyond what the recipe is known for.
+// A line on the terminal, once for each layer, where an expert has had no token for IDLE_STEPS steps, or where the load
+// of about the last 50 steps is beyond what the recipe is known for.
 void warn_of_routing(Run *run) {
     const Config *c = &run->config;
     for (int l = 0; l < c->layers; l++) {
@@ -4906,11 +4981,13 @@ void warn_of_routing(Run *run) {
         int uneven = is_moe(c, l) && limit > 0 && run->trained >= 2 * IDLE_STEPS && s->recent[top] > limit;
         const char *begin = isatty(1) ? "\r\033[K" : "";
         if (dead && !(run->warned[l] & 1))
-            printf("%swarning: step %d: expert %d of layer %d has had no token for %d steps; a higher --aux-weight may wake it\n", begin,
-                   run->step, idle, l + 1, s->idle[idle]);
+            printf("%swarning: step %d: expert %d of layer %d has had no token for %d steps; a higher --aux-weight may "
+                   "wake it\n",
+                   begin, run->step, idle, l + 1, s->idle[idle]);
         if (uneven && !(run->warned[l] & 2))
-            printf("%swarning: step %d: expert %d of layer %d takes %.1f times its share; %s is known to stay below %.1f\n", begin, run->step,
-                   top, l + 1, s->recent[top], c->recipe, limit);
+            printf("%swarning: step %d: expert %d of layer %d takes %.1f times its share; %s is known to stay below "
+                   "%.1f\n",
+                   begin, run->step, top, l + 1, s->recent[top], c->recipe, limit);
         run->warned[l] |= (unsigned char)(dead | uneven << 1);
     }
 }
@@ -4920,7 +4997,8 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
     const Config *c = &run->config;
     char time_left[32], bars[256] = "";
     long rest = (long)fmin(left, 1e9);
-    snprintf(time_left, sizeof(time_left), rest >= 3600 ? "%ld:%02ld:%02ld" : "%.0ld%ld:%02ld", rest / 3600, rest / 60 % 60, rest % 60);
+    snprintf(time_left, sizeof(time_left), rest >= 3600 ? "%ld:%02ld:%02ld" : "%.0ld%ld:%02ld", rest / 3600,
+             rest / 60 % 60, rest % 60);
     int l;
     if (moe_layers(c, &l)) { // the last layer's load: full height is twice the fair share
         double *share = (double *)allocate((size_t)c->experts, sizeof(double));
@@ -4940,8 +5018,8 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
         printf("\r[%s] %d/%d  loss %.3f  %.0f tokens/s  left %s%s\033[K", done, run->step, c->steps, loss, tokens_per_second,
                time_left, bars);
     } else {
-        printf("step %d/%d  loss %.4f  lr %.2e  norm %.2f  %.0f tokens/s  %.0f%% of peak  left %s%s\n", run->step, c->steps, loss,
-               lr, norm, tokens_per_second, 100 * sol, time_left, bars);
+        printf("step %d/%d  loss %.4f  lr %.2e  norm %.2f  %.0f tokens/s  %.0f%% of peak  left %s%s\n", run->step,
+               c->steps, loss, lr, norm, tokens_per_second, 100 * sol, time_left, bars);
     }
     fflush(stdout);
 }
@@ -4950,7 +5028,8 @@ void show_evaluation(Run *run) {
     char changed[48] = "";
     if (run->fluctuation >= 0)
         snprintf(changed, sizeof(changed), ",\"fluctuation\":%.6g", run->fluctuation);
-    log_line(run, "eval", "\"step\":%d,\"val_loss\":%.9g,\"val_bpb\":%.9g%s", run->step, run->val_loss, run->val_bpb, changed);
+    log_line(run, "eval", "\"step\":%d,\"val_loss\":%.9g,\"val_bpb\":%.9g%s", run->step, run->val_loss, run->val_bpb,
+             changed);
     printf("%sstep %d: validation loss %.4f nats per token, %.4f bits per byte%s\n", isatty(1) ? "\r" : "", run->step,
            run->val_loss, run->val_bpb, isatty(1) ? "\033[K" : "");
 }
@@ -4979,14 +5058,16 @@ int train(Run *run) {
         for (int micro = 0; micro < c->accum; micro++) {
             long first = (long)micro * B;
             data_batch(run->train, (long)run->step * c->accum * B + first, B, run->inputs, run->targets);
-            loss += backend->forward(run->model, run->inputs, run->targets, B, T, TRAIN_MODE, 1.0 / c->accum, step, first * T) /
+            loss += backend->forward(run->model, run->inputs, run->targets, B, T, TRAIN_MODE, 1.0 / c->accum, step,
+                                     first * T) /
                     c->accum;
             aux += backend->aux(run->model) / c->accum;
             backend->backward(run->model);
         }
         double norm = backend->gradient_norm(run->model), lr = learning_rate(c, step);
         if (!isfinite(loss) || !isfinite(norm))
-            fail("step %d: the loss is %g and the gradient's norm %g; training stops here, and the last checkpoint in %s is as it "
+            fail("step %d: the loss is %g and the gradient's norm %g; training stops here, and the last checkpoint in "
+                 "%s is as it "
                  "was. A lower --lr or a longer --warmup may help",
                  step, loss, norm, run->out);
         backend->update(run->model, step, lr, norm);
@@ -4997,7 +5078,8 @@ int train(Run *run) {
         if (due(step, c->log_every) || step == 1 || last) {
             double ms = (seconds() - timed) * 1000 / (step - timed_step), rate = (double)c->accum * B * T / ms * 1000;
             log_line(run, "step",
-                     "\"step\":%d,\"tokens\":%.0f,\"loss\":%.9g,\"aux\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%.4g,\"tok_s\":%.6g,"
+                     "\"step\":%d,\"tokens\":%.0f,\"loss\":%.9g,\"aux\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%."
+                     "4g,\"tok_s\":%.6g,"
                      "\"gflops\":%.4g,\"sol\":%.4g",
                      step, (double)step * c->accum * B * T, loss, aux, norm, lr, ms, rate, rate * run->flops / 1e9,
                      rate * run->flops / run->peak);
@@ -5043,7 +5125,11 @@ void print_options(void) {
         }
         char left[256];
         int n = snprintf(left, sizeof(left), "--%s%s", o->name,
-                         o->kind == 'f' ? "" : o->kind == 's' ? " TEXT" : o->kind == 'd' ? " X" : o->kind == 'i' ? " N" : " ");
+                         o->kind == 'f'   ? ""
+                         : o->kind == 's' ? " TEXT"
+                         : o->kind == 'd' ? " X"
+                         : o->kind == 'i' ? " N"
+                                          : " ");
         for (int w = 0; o->kind == 'e' && o->words[w]; w++)
             n += snprintf(left + n, sizeof(left) - (size_t)n, "%s%s", w ? "|" : "", o->words[w]);
         printf("  %-26s %s", left, o->help);
@@ -5053,10 +5139,15 @@ void print_options(void) {
 }
 
 void print_recipes(void) {
-    printf("Recipes: each is a row of options, which come before those of the command line.\n");
-    for (int i = 0; i < recipe_count; i++)
-        printf("\n%s (%d): %s\n    %s\n    %s\n", recipes[i].name, recipes[i].year, recipes[i].summary, recipes[i].choices,
-               recipes[i].paper);
+    printf("Recipes: each is a row of options over the defaults, which are mixtral's; later options override it.\n"
+           "Each stands with its year, what it chooses, and its paper; doc/recipes.md explains them.\n");
+    for (int i = 0; i < recipe_count; i++) {
+        const Recipe *r = &recipes[i];
+        char year[16] = "no paper";
+        if (r->year)
+            snprintf(year, sizeof(year), "%d", r->year);
+        printf("\n%s (%s): %s\n    %s\n    %s\n", r->name, year, r->summary, r->choices, r->paper);
+    }
 }
 
 // What the command line asks for, over the recipe, over the defaults.
@@ -5182,7 +5273,8 @@ void compare_tokenizers(const Run *run, const char *dir) {
         return;
     Tokenizer *other = tokenizer_load(path);
     for (int i = 0; i < mine->vocab; i++) {
-        if (i >= other->vocab || mine->length[i] != other->length[i] || memcmp(mine->text[i], other->text[i], mine->length[i]))
+        if (i >= other->vocab || mine->length[i] != other->length[i] ||
+            memcmp(mine->text[i], other->text[i], mine->length[i]))
             fail("%s: token %d is not that of the data in %s; make the data with data/tokenize --tokenizer %s", path, i,
                  run->config.data, path);
     }
@@ -5223,7 +5315,8 @@ int open_run(Run *run, const Config *asked) {
         load_tokenizer(run, checkpoint);
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
         if (data_fingerprint(run->train) != fingerprint)
-            fail("%s: these are not the training tokens that the run in %s began with, and they may not change", c->data, run->out);
+            fail("%s: these are not the training tokens that the run in %s began with, and they may not change",
+                 c->data, run->out);
         compare_tokenizers(run, checkpoint);
         json_free(state);
         free(text);
@@ -5304,14 +5397,15 @@ void announce(Run *run) {
     run->peak = run->backend->peak();
     fprintf(run->log, "{\"type\":\"run\",");
     write_options(run->log, c);
-    fprintf(run->log, ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,\"threads\":%d,\"ranks\":1,",
+    fprintf(run->log,
+            ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,\"threads\":%d,\"ranks\":1,",
             c->vocab, total, active, run->flops, thread_count());
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,\"device\":", run->step, run->peak / 1e9);
     json_write_string(run->log, device, strlen(device));
     fprintf(run->log, "}\n");
     int last, moe = moe_layers(c, &last);
-    printf("%s: %d layers of width %d, %d of them with %d experts of which a token sees %d\n", c->recipe, c->layers, c->dim, moe,
-           moe ? c->experts : 0, moe ? c->topk + c->shared : 0);
+    printf("%s: %d layers of width %d, %d of them with %d experts of which a token sees %d\n", c->recipe, c->layers,
+           c->dim, moe, moe ? c->experts : 0, moe ? c->topk + c->shared : 0);
     printf("%.2f million weights, %.2f million at work for each token; vocabulary %d\n", total / 1e6, active / 1e6, c->vocab);
     printf("data %s: %.2f million tokens, %ld windows of %d; a step takes %d of them\n", c->data, run->train->tokens / 1e6,
            run->train->windows, c->seq, c->batch * c->accum);
@@ -5353,7 +5447,8 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
     int interrupted = train(&run);
     const char *name = program_name;
     if (interrupted) {
-        printf("\nstopped after step %d of %d; go on with\n  ./%s --out %s --resume\n", run.step, run.config.steps, name, run.out);
+        printf("\nstopped after step %d of %d; go on with\n  ./%s --out %s --resume\n", run.step, run.config.steps,
+               name, run.out);
     } else {
         show_experts(&run);
         printf("The run is in %s: log.jsonl, and in %s/latest the model, which Hugging Face's transformers %s.\n"
@@ -5361,8 +5456,8 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
                "  ./%s --out %s --prompt \"Once upon a time\"\n"
                "  ./%s --out %s --resume --steps %d\n"
                "  data/tinystories.sh && ./%s        (real stories; see README.md)\n",
-               run.out, run.out, *matching_class(&run.config) ? "opens as it is" : "has no class for", name, run.out, name, run.out,
-               run.config.steps * 2, name);
+               run.out, run.out, *matching_class(&run.config) ? "opens as it is" : "has no class for", name, run.out,
+               name, run.out, run.config.steps * 2, name);
     }
     close_run(&run);
     return interrupted ? 130 : 0;
