@@ -2643,7 +2643,7 @@ void test_bad_checkpoints(void **state) {
         {"echo '{}' > latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
         {"sed -i 's/\"step\":2/\"step\":\"2\"/' latest/trainer_state.json", r, 1, "a whole number \"step\""},
         {"sed -i 's/\"step\":2/\"step\":-2/' latest/trainer_state.json", r, 1, "step"},
-        {"sed -i 's/\"lr\":[^,]*/\"lr\":-5/' latest/trainer_state.json", r, 1, "lr is '-5'"},
+        {"sed -i 's/\"lr\":[^,]*/\"lr\":-5/' latest/config.json", r, 1, "lr is '-5'"},
         {": > latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
         {"truncate -s 1000 latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
         {"cp latest/config.json latest/tokenizer.json", p, 1, "latest/tokenizer.json"},

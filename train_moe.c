@@ -920,7 +920,9 @@ void config_check(Config *c) {
     if (c->moe_every)
         config_check_router(c);
     double tokens = (double)c->batch * c->seq, widest = fmax(3.0 * c->dim, 2.0 * (c->topk + c->shared) * c->ffn);
-    if (tokens * fmax(widest, c->experts) > INT_MAX)
+    if (c->moe_every)
+        widest = fmax(widest, 2.0 * c->subtokens * fmax(router_width(c), places(c) * (double)c->groups));
+    if (tokens * widest > INT_MAX)
         usage_fail("--batch %d times --seq %d tokens at once is too much for this width; take a smaller batch and --accum", c->batch,
                    c->seq);
     if (c->min_lr > c->lr)
@@ -4709,9 +4711,7 @@ void save_checkpoint(Run *run) {
                  run->tokenizer->eot, run->tokenizer->eot, run->tokenizer->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
     FILE *state = open_for_writing(dir, "trainer_state.json");
-    fprintf(state, "{\"step\":%d,\"data_fingerprint\":%.0f,\"options\":{", run->step, data_fingerprint(run->train));
-    write_options(state, c);
-    fprintf(state, "}}\n");
+    fprintf(state, "{\"step\":%d,\"data_fingerprint\":%.0f}\n", run->step, data_fingerprint(run->train));
     close_written(state, dir, "trainer_state.json");
     sync_directory(dir);
     remove_tree(final);
@@ -5298,7 +5298,6 @@ int open_run(Run *run, const Config *asked) {
         char *text = read_file(path, &size);
         Json *state = json_parse(text, size, path);
         config_from_directory(c, checkpoint);
-        read_options(c, expect_member(state, "options", 'o', path), path);
         join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL | 1 << ORDER, checkpoint);
         double step = expect_member(state, "step", 'i', path)->number;
         if (!(step >= 1 && step <= 2e9))
@@ -5404,8 +5403,8 @@ void announce(Run *run) {
     json_write_string(run->log, device, strlen(device));
     fprintf(run->log, "}\n");
     int last, moe = moe_layers(c, &last);
-    printf("%s: %d layers of width %d, %d of them with %d experts of which a token sees %d\n", c->recipe, c->layers,
-           c->dim, moe, moe ? c->experts : 0, moe ? c->topk + c->shared : 0);
+    printf("%s: %d layers of width %d, %d of them with %d experts of which a token sees %d\n", c->recipe, c->layers, c->dim, moe,
+           moe ? c->experts + c->shared : 0, moe ? c->topk + c->shared : 0);
     printf("%.2f million weights, %.2f million at work for each token; vocabulary %d\n", total / 1e6, active / 1e6, c->vocab);
     printf("data %s: %.2f million tokens, %ld windows of %d; a step takes %d of them\n", c->data, run->train->tokens / 1e6,
            run->train->windows, c->seq, c->batch * c->accum);
