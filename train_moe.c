@@ -180,11 +180,11 @@ const Option options[] = {
     INTEGER("dense-first", dense_first, "0", 0, 1000, MODEL, "this many first layers are dense"),
     WORD("activation", activation, "swiglu", activation_names, MODEL, "of the experts"),
     WORD("dense-activation", dense_activation, "same", dense_names, MODEL, "of dense layers; same: that of the experts"),
-    FLAG("mixed", mixed, MODEL, "experts differ: widths F/2, F, F, 3F/2; SwiGLU and GELU by turns; first weights 0.5 to 1.5 times as large"),
+    INTEGER("mixed", mixed, "0", 0, 1, MODEL, "1: experts differ: widths F/2, F, F, 3F/2; SwiGLU and GELU by turns; first weights 0.5 to 1.5 times as large"),
     WORD("init-scheme", init_scheme, "normal", init_names, TRAIN, "first weights: N(0,0.02), or truncated N(0,0.1/fan-in)"),
     HEADING("Router: scores"),
     WORD("score", score, "softmax", score_names, MODEL, "what makes scores p of logits"),
-    FLAG("noise", noise, MODEL, "in training the logits get Gaussian noise, whose size the router learns for each token"),
+    INTEGER("noise", noise, "0", 0, 1, MODEL, "1: in training the logits get Gaussian noise, whose size the router learns for each token"),
     NUMBER("jitter", jitter, "0", 0, 0.999, TRAIN, "in training the router's input is multiplied by 1 +- this"),
     INTEGER("routers", routers, "1", 1, 64, MODEL, "so many routers choose K/R experts each; their answers are averaged"),
     INTEGER("subtokens", subtokens, "1", 1, 256, MODEL, "a token is split into so many, which are routed apart"),
@@ -211,7 +211,7 @@ const Option options[] = {
     NUMBER("sparsity-weight", sparsity_weight, "0", 0, 1e6, TRAIN, "weight of the mean share of experts chosen; a count, so it has no gradient"),
     WORD("group", group, "batch", group_names, TRAIN, "the tokens over which loads, capacities and losses are taken"),
     NUMBER("capacity-factor", capacity_factor, "0", 0, 1e6, TRAIN, "an expert takes at most this times its fair share; 0: all that comes"),
-    NUMBER("eval-capacity-factor", eval_capacity_factor, "0", 0, 1e6, TRAIN, "the same at evaluation"),
+    NUMBER("eval-capacity-factor", eval_capacity_factor, "0", 0, 1e6, TRAIN, "the same at evaluation, early tokens first"),
     WORD("capacity-unit", capacity_unit, "expert", unit_names, TRAIN, "what has a capacity: each expert, or each group of experts"),
     WORD("drop-order", drop_order, "choice", order_names, TRAIN, "served first: first choices, high weights, or early tokens"),
     NUMBER("drop-exempt", drop_exempt, "0", 0, 1, TRAIN, "this share of sequences loses nothing"),
@@ -838,62 +838,55 @@ void config_recipe(Config *config, const char *name) {
 }
 
 // A router's choices that do not go together are refused, each with its reason.
-void config_check_router(Config *c) {
-    int E = c->experts, K = c->topk, D = c->groups, M = c->group_topk, topk = c->select == TOP_K, each = K / c->routers;
-    int bounded = c->capacity_factor > 0 || c->eval_capacity_factor > 0;
+void config_check_router(const Config *c) {
+    int E = c->experts, K = c->topk, D = c->groups, M = c->group_topk, topk = c->select == TOP_K;
+    int two = c->select == HIERARCHICAL, each = two ? K / max_int(1, M) : places(c) / c->routers; // chosen by one gate
+    int bounded = c->capacity_factor > 0 || c->eval_capacity_factor > 0, of_weights = c->balance >= CV2;
+    int grouped = c->device_weight > 0 || c->comm_weight > 0, unlike = c->recurrent || c->subtokens > 1;
     const struct {
         int wrong;
         const char *reason;
     } rules[] = {
         {K > E * c->routers || c->max_active > E, "a token cannot have more experts than there are"},
         {K % c->routers, "--topk must be divisible by --routers"},
-        {c->gate == RENORMALIZED && each == 1 && E > 1 && (topk || c->select == HIERARCHICAL),
-         "--topk 1 with --gate renormalized (for each router): the weight is always 1, so the router would never "
-         "learn; use --gate "
-         "probability"},
-        {c->routers > 1 && (!topk || c->noise || D > 1 || c->bias_rate > 0 || c->score == SIGMOID ||
-                            c->balance == UNBIASED || c->overflow == NEXT || c->second_threshold > 0),
+        {D > E || M > D || (M && K > M * (E / D)), "--groups and --group-topk must leave at least --topk experts to choose from"},
+        {c->gate == RENORMALIZED && E > 1 && (each == 1 || (two && M == 1)),
+         "where one is chosen, --gate renormalized makes its weight always 1, so the router would never learn; use --gate probability "
+         "or choose more (for each router, and on each level)"},
+        {M && !topk && !two, "--group-topk goes with --select topk or hierarchical"},
+        {two && (M < 1 || E % D || K % max_int(1, M)),
+         "--select hierarchical needs --group-topk, --experts divisible by --groups and --topk by --group-topk"},
+        {two && (c->gate != RENORMALIZED || c->score == SIGMOID || c->jitter + c->z_weight > 0 || grouped ||
+                 (c->aux_weight > 0 && !of_weights)),
+         "--select hierarchical goes with --gate renormalized and softmax, and balances by --balance cv2 or variance and --load-weight"},
+        {c->routers > 1 && (!topk || c->noise || D > 1 || c->bias_rate > 0 || c->score == SIGMOID || c->balance == UNBIASED ||
+                            c->overflow == NEXT || c->second_threshold > 0),
          "--routers goes with plain top-k of softmax scores only"},
-        {D > E || M > D || (M && K > M * (E / D)),
-         "--groups and --group-topk must leave at least --topk experts to choose from"},
-        {M && !topk && c->select != HIERARCHICAL, "--group-topk goes with --select topk or hierarchical"},
-        {c->select == HIERARCHICAL &&
-             (M < 1 || E % D || K % M || c->gate != RENORMALIZED || c->score == SIGMOID || c->jitter > 0 ||
-              c->bias_rate > 0 || c->history_decay > 0 || c->z_weight > 0 || c->device_weight > 0 ||
-              c->comm_weight > 0 || (c->aux_weight > 0 && c->balance != CV2 && c->balance != VARIANCE)),
-         "--select hierarchical needs --group-topk, --experts divisible by --groups, --topk by --group-topk, --gate "
-         "renormalized, and "
-         "balances by --balance cv2 or variance and by --load-weight only"},
-        {c->noise && (c->score == SIGMOID || (!topk && c->select != HIERARCHICAL) || c->history_decay > 0 ||
-                      (c->select == HIERARCHICAL ? K / max_int(1, M) >= E / D || M >= D : K >= E)),
-         "--noise needs --score softmax, --select topk or hierarchical, and fewer chosen than there are to choose "
-         "from"},
-        {c->load_weight > 0 && !c->noise, "--load-weight needs --noise, without which the load has no gradient"},
-        {c->load_weight > 0 && M && topk, "--load-weight does not know --group-topk"},
-        {(c->device_weight > 0 || c->comm_weight > 0 || c->capacity_unit == EXPERT_GROUP) && D == 1,
-         "--device-weight, --comm-weight and --capacity-unit group need --groups"},
+        {c->noise && (c->score == SIGMOID || (!topk && !two) || c->history_decay > 0),
+         "--noise needs --score softmax and --select topk or hierarchical, without --history-decay"},
+        {c->noise && (two ? each >= E / D || M >= D : K >= E), "--noise needs fewer chosen than there are to choose from"},
+        {c->load_weight > 0 && (!c->noise || (M && topk)), "--load-weight needs --noise, and does not know --group-topk"},
+        {(grouped || c->capacity_unit == EXPERT_GROUP) && D == 1, "--device-weight, --comm-weight and --capacity-unit group need --groups"},
         {c->comm_weight > 0 && !M, "--comm-weight needs --group-topk"},
         {c->z_weight > 0 && c->score == SIGMOID, "--z-weight is of softmax scores"},
         {(c->bias_rate > 0 || c->history_decay > 0) && !topk, "--bias-rate and --history-decay go with --select topk"},
         {c->bias_rate > 0 && c->history_decay > 0, "--bias-rate or --history-decay: give one of them"},
         {c->balance == UNBIASED && !topk, "--balance unbiased goes with --select topk"},
+        {c->group == STEP && (c->routers > 1 || c->balance == GSHARD || c->balance == UNBIASED),
+         "--group step goes with one router and counts of all that is chosen"},
         {c->second_threshold > 0 && (K != 2 || c->gate != RENORMALIZED || !topk),
          "--second-threshold needs two experts a token, --gate renormalized and --select topk"},
-        {c->overflow == NEXT &&
-             (!topk || !c->capacity_factor || c->capacity_unit == EXPERT_GROUP || c->drop_order == BY_SCORE),
-         "--overflow next needs --capacity-factor, --select topk, --capacity-unit expert and --drop-order choice"},
-        {c->select == EXPERT_CHOICE && (bounded || c->aux_weight > 0 || c->gate == RENORMALIZED || c->score == SIGMOID),
-         "with --select expert-choice the experts are full by construction: no capacity, no --aux-weight, softmax, "
-         "--gate probability"},
-        {c->select == BALANCED && (K != 1 || bounded || c->aux_weight > 0 || c->gate == RENORMALIZED),
-         "--select balanced gives each token one expert and each expert its share: --topk 1, --gate probability, no "
-         "capacity, no "
-         "--aux-weight"},
-        {c->select == HASH && (K != 1 || c->aux_weight + c->z_weight + c->jitter > 0 || c->gate == RENORMALIZED ||
-                               c->recurrent || c->subtokens > 1),
-         "--select hash has no router: --topk 1, --gate probability, and nothing that trains one"},
-        {c->subtokens > 1 && (c->dim % c->subtokens || c->recurrent),
-         "--subtokens must divide --dim, and does not go with --recurrent"},
+        {c->overflow == NEXT && (!topk || !bounded || c->capacity_unit == EXPERT_GROUP || c->drop_order == BY_SCORE),
+         "--overflow next needs a capacity, --select topk, --capacity-unit expert, and --drop-order choice or token"},
+        {c->overflow == NEXT && (of_weights || c->noise), "--overflow next changes weights after the losses of --balance cv2, variance and --noise"},
+        {c->select == EXPERT_CHOICE && (bounded || c->aux_weight > 0 || c->score == SIGMOID || c->gate == RENORMALIZED),
+         "with --select expert-choice experts are full by construction: softmax, --gate probability, no capacity, no --aux-weight"},
+        {c->select == BALANCED && (K != 1 || bounded || c->aux_weight > 0),
+         "--select balanced gives each token one expert and each expert its share: --topk 1, no capacity, no --aux-weight"},
+        {c->select == HASH && (K != 1 || c->gate == RENORMALIZED || unlike || grouped || c->aux_weight + c->z_weight > 0 ||
+                               c->sparsity_weight + c->jitter > 0),
+         "--select hash has no router: --topk 1, --gate probability, and nothing that trains or balances one"},
+        {c->subtokens > 1 && (c->dim % c->subtokens || c->recurrent), "--subtokens must divide --dim, and goes without --recurrent"},
         {c->mixed && (c->ffn % 2 || E % 4), "--mixed needs an even --ffn and --experts divisible by 4"},
     };
     for (int i = 0; i < (int)(sizeof(rules) / sizeof(rules[0])); i++) {
@@ -1455,9 +1448,9 @@ void embedding_backward(real *dembedding, const real *dx, const int *tokens, int
 //   scores   how much each token wants each expert              p (N,E) = softmax(h W_g^T)
 //   select   which experts each token gets                      the K highest
 //   gate     the weight with which each answer will count       p over the sum of the chosen ones
+//   balance  losses that keep the load even                     Switch form
 //   capacity who is refused by an expert that is full           nobody
 //   plan     choices sorted by expert, so that an expert's tokens are rows offset[e]..offset[e+1] of one array
-//   balance  losses that keep the load even                     Switch form
 //   experts  each a small feed-forward over its own rows
 //   combine  each token adds up its experts' answers, weighted
 //
@@ -1810,7 +1803,7 @@ void balance_table(real *table, const double *frequency, int V, int E, uint64_t 
         for (int e = 1; e < E; e++)
             best = load[e] < load[best] ? e : best;
         table[v] = (real)best;
-        load[best] += frequency ? frequency[v] + 1e-9 : 1;
+        load[best] += frequency ? frequency[v] + 1 : 1; // words that were not seen are dealt out evenly, too
     }
     free(load);
     free(list);
@@ -1889,7 +1882,7 @@ void decline_second(int *key, const real *weight, int N, double threshold, doubl
 
 // A unit - an expert, or a group of experts - takes at most ceil(factor * K * n / units) of the choices of a group of n
 // tokens; the key of a refused one becomes -1. Served first are, BY_CHOICE, first choices before second ones and early
-// tokens before late ones (Fedus et al. 2021, section 2.2); BY_SCORE, high weights (DeepSeek-V2); BY_TOKEN, early
+// tokens before late ones (Lepikhin et al. 2020, algorithm 1); BY_SCORE, high weights (DeepSeek-V2); BY_TOKEN, early
 // tokens with all their choices, so that no later token decides an earlier one's fate. exempt (N): tokens that lose
 // nothing, NULL: none. p (N,E): a refused token goes to its best expert with room instead; NULL: it passes by. factor
 // 0: no limit.
@@ -1953,7 +1946,7 @@ void plan_sort(Plan *plan) {
 //
 // Nearly all losses of the literature have one form: a sum over tokens and experts of p times a slope that depends on
 // counts only, and counts carry no gradient. So each loss adds its slopes to one table, slope (groups of tokens, E),
-// and one function each takes the sum and its gradient. Each is 1 at perfect balance.
+// and one function each takes the sum and its gradient. All but the z-loss and the count of experts are 1 at perfect balance.
 
 // count (groups*per, E): how often each expert stands among the first `first` of the K choices of each row. A gate with
 // several rows a token (per) has counts for each of them. group_rows: rows of a group of tokens.
@@ -2751,8 +2744,7 @@ void choose(Model *m, int l, LayerState *s, const real *router_in, int n, int gr
     const LayerWeights *w = &m->weights.layer[l];
     Gate *g = &s->gate;
     Plan *plan = &s->plan;
-    int rows = n * g->per, E = c->experts, W = router_width(c),
-        C = (int)(c->recurrent ? c->recurrent : c->dim / c->subtokens);
+    int rows = n * g->per, E = c->experts, W = router_width(c), C = c->recurrent ? c->recurrent : c->dim / c->subtokens;
     const real *score = g->p;
     if (w->slow) { // highest logits are highest scores
         product(m->choice_score, along_rows(router_in, C, NULL), along_rows(w->slow, C, NULL), n, W, C, 0);
@@ -2857,16 +2849,14 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
         if (c->select == HIERARCHICAL)
             return;
     }
-    const int *chosen = plan->key;
     if (c->balance == UNBIASED)
         select_topk(m->unbiased, g->p, n, E, K);
-    if (c->balance == UNBIASED)
-        chosen = m->unbiased;
-    count_choices(counts, chosen, rows, E, K / R, c->balance == GSHARD ? 1 : K / R, group_rows, R);
+    count_choices(counts, c->balance == UNBIASED ? m->unbiased : plan->key, rows, E, K / R, c->balance == GSHARD ? 1 : K / R, group_rows, R);
+    if (c->group == STEP && m->mode == TRAIN_MODE) // all micro-steps so far (Qiu et al. 2025, Demons in the Detail)
+        memcpy(counts, m->stats[l].count, (size_t)E * sizeof(double));
     memset(s->slope, 0, (size_t)groups * R * E * sizeof(double));
     for (int i = 0; i < groups * R; i++) {
-        double *slope = s->slope + (size_t)i * E,
-               *count = c->group == STEP ? m->stats[l].count : counts + (size_t)i * E;
+        double *slope = s->slope + (size_t)i * E, *count = counts + (size_t)i * E;
         if (c->balance <= WIDTH && c->aux_weight > 0)
             add_balance(slope, count, c->balance == WIDTH ? m->expert_width : NULL, E, c->aux_weight);
         if (c->device_weight > 0)
