@@ -2130,6 +2130,21 @@ void test_router_stats_by_hand(void **state) {
     model_free(m);
 }
 
+// Two experts, top-1, weights as they are; p of A 0.8, 0.2, of B 0.3, 0.7. AAAB gives expert 0 2.4, expert 1 0.7: usage
+// 0.6, 0.175, variance 0.2125^2. variance: 1 + 2^2 * that; cv2: 1 + that / 0.3875^2, the mean being that of the
+// weights.
+void test_importance_by_hand(void **state) {
+    (void)state;
+    const double a[2] = {0.8, 0.2}, b[2] = {0.3, 0.7}, variance = 0.2125 * 0.2125;
+    const double wanted[2] = {1 + 4 * variance, 1 + variance / (0.3875 * 0.3875)};
+    for (int i = 0; i < 2; i++) {
+        Model *m = hand_made("variance", "--experts 2 --topk 1 --gate probability --aux-weight 0.5", a, b);
+        m->config.balance = i ? CV2 : VARIANCE;
+        assert_near(route(m, "AAAB", TRAIN_MODE, 0)->aux, 0.5 * wanted[i], 1e-6);
+        model_free(m);
+    }
+}
+
 // Two experts, p of A 0.8, 0.2, of B 0.3, 0.7. AAAB: f = 3/4, 1/4, P = 0.675, 0.325: 2 * (0.50625 + 0.08125) = 1.175.
 // Then BBBB in the same step: f of both is 3/8, 5/8, P = 0.3, 0.7: 2 * (0.1125 + 0.4375) = 1.1; as a step of its own, f
 // = 0, 1: 1.4.
@@ -5020,6 +5035,7 @@ int main(void) {
         cmocka_unit_test(test_cv_squared_by_hand),
         cmocka_unit_test(test_smooth_load_by_hand),
         cmocka_unit_test(test_router_stats_by_hand),
+        cmocka_unit_test(test_importance_by_hand),
         cmocka_unit_test(test_group_step),
         cmocka_unit_test(test_unbiased_balance),
         cmocka_unit_test(test_balance_of_full_softmax),

@@ -199,7 +199,7 @@ const Option options[] = {
     NUMBER("bias-rate", bias_rate, "0", 0, 1, MODEL, "choose by p + b; b moves by this after a step, against the load; 0: no b"),
     NUMBER("history-decay", history_decay, "0", 0, 0.999999, MODEL, "choose by a moving average of the router; 0: by the router"),
     WORD("gate", gate, "renormalized", gate_names, MODEL, "weight of a chosen expert: its p, or that over the chosen ones' sum"),
-    NUMBER("scale", scale, "1", 0, 1000, MODEL, "all weights times this"),
+    NUMBER("scale", scale, "1", 1e-6, 1000, MODEL, "all weights times this"),
     NUMBER("second-threshold", second_threshold, "0", 0, 1, TRAIN, "in training a second choice of weight w is kept with probability w/this; 0: always"),
     HEADING("Router: balance"),
     WORD("balance", balance, "switch", balance_names, TRAIN, "form of the balance loss"),
@@ -859,7 +859,7 @@ void config_check_router(const Config *c) {
         {two && (c->gate != RENORMALIZED || c->score == SIGMOID || c->jitter + c->z_weight > 0 || grouped ||
                  (c->aux_weight > 0 && !of_weights)),
          "--select hierarchical goes with --gate renormalized and softmax, and balances by --balance cv2 or variance and --load-weight"},
-        {c->routers > 1 && (!topk || c->noise || D > 1 || c->bias_rate > 0 || c->score == SIGMOID || c->balance == UNBIASED ||
+        {c->routers > 1 && (!topk || c->noise || D > 1 || M || c->bias_rate > 0 || c->score == SIGMOID || c->balance == UNBIASED ||
                             c->overflow == NEXT || c->second_threshold > 0),
          "--routers goes with plain top-k of softmax scores only"},
         {c->noise && (c->score == SIGMOID || (!topk && !two) || c->history_decay > 0),
@@ -872,8 +872,8 @@ void config_check_router(const Config *c) {
         {(c->bias_rate > 0 || c->history_decay > 0) && !topk, "--bias-rate and --history-decay go with --select topk"},
         {c->bias_rate > 0 && c->history_decay > 0, "--bias-rate or --history-decay: give one of them"},
         {c->balance == UNBIASED && !topk, "--balance unbiased goes with --select topk"},
-        {c->group == STEP && (c->routers > 1 || c->balance == GSHARD || c->balance == UNBIASED),
-         "--group step goes with one router and counts of all that is chosen"},
+        {c->group == STEP && (c->routers > 1 || (c->balance != SWITCH && c->balance != WIDTH) || c->load_weight + c->comm_weight > 0),
+         "--group step goes with one router and with losses of counts: --balance switch or width, --device-weight"},
         {c->second_threshold > 0 && (K != 2 || c->gate != RENORMALIZED || !topk),
          "--second-threshold needs two experts a token, --gate renormalized and --select topk"},
         {c->overflow == NEXT && (!topk || !bounded || c->capacity_unit == EXPERT_GROUP || c->drop_order == BY_SCORE),
@@ -891,7 +891,7 @@ void config_check_router(const Config *c) {
     };
     for (int i = 0; i < (int)(sizeof(rules) / sizeof(rules[0])); i++) {
         if (rules[i].wrong)
-            usage_fail("--experts %d --topk %d: %s", E, K, rules[i].reason);
+            usage_fail("%s (here: --recipe %s, --experts %d, --topk %d)", rules[i].reason, c->recipe, E, K);
     }
 }
 
@@ -2453,7 +2453,7 @@ typedef struct LayerState {
 typedef struct RouterStats { // of training, since the step began
     double *count;           // (E) choices
     double *lowest;          // (E) sum of the lowest scores that each expert took (expert choice)
-    double entropy, dropped, active, tokens; // entropy of p in nats, summed over tokens; choices dropped, followed
+    double entropy, dropped, active, tokens; // entropy of p in nats, summed over tokens; choices dropped, choices made
     double passes;           // sums in `lowest`
     double *recent;          // (E) load, averaged over about the last 50 steps
     int *idle;               // (E) steps since an expert had a token
@@ -2724,7 +2724,7 @@ void model_free(Model *m) {
     free(m);
 }
 
-// The numbers of tokens and of rows in a group of tokens, of n tokens in sequences of T.
+// The tokens of a group of tokens, of n in sequences of T.
 int group_size(const Config *c, int n, int T) {
     return c->group == SEQUENCE ? T : n;
 }
@@ -3153,8 +3153,8 @@ void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head
 }
 
 // Runs B sequences of T tokens. Returns the mean cross-entropy per token; m->nll (N) holds each token's. In TRAIN_MODE
-// capacity and jitter are on and the head's gradients are taken, scaled by grad_scale (1 / micro-steps); step, and the
-// place of the first token in the step's whole batch, choose the random numbers.
+// capacity and chance are on; but in EVAL_MODE the head's gradients are taken, scaled by grad_scale (1 / micro-steps). step,
+// and the place of the first token in the step's whole batch, choose the random numbers.
 double model_forward(Model *m, const int *tokens, const int *targets, int B, int T, int mode, double grad_scale,
                      long step, long first_token) {
     const Config *c = &m->config;
@@ -4737,6 +4737,14 @@ void load_weights(Run *run, const char *dir, int moments) {
                      prefix[what], run->backend->fetch(run->model, what));
         run->backend->store(run->model, what);
     }
+    const Model *m = run->model;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const real *w = run->backend->fetch(run->model, WEIGHTS) + m->tensors[i].offset;
+        for (size_t v = 0; m->tensors[i].kind == TABLE && v < m->tensors[i].size; v++) {
+            if (!(w[v] >= 0 && w[v] < m->config.experts))
+                fail("%s: damaged: the table sends word %zu to expert %g of %d", dir, v, (double)w[v], m->config.experts);
+        }
+    }
     free(parts);
 }
 
@@ -4889,8 +4897,11 @@ void show_experts(Run *run) {
                 continue;
             seen[token] += 1;
             for (int k = 0; k < plan->K; k++) {
-                if (plan->key[n * plan->K + k] >= 0)
-                    taken[(size_t)token * E + plan->key[n * plan->K + k]] += 1;
+                int e = plan->key[n * plan->K + k], again = 0; // two routers may send a token to the same expert
+                for (int j = 0; j < k; j++)
+                    again |= plan->key[n * plan->K + j] == e;
+                if (e >= 0 && !again)
+                    taken[(size_t)token * E + e] += 1;
             }
         }
     }
@@ -5315,8 +5326,11 @@ int open_run(Run *run, const Config *asked) {
         if (!asked->resume && (has_file(run->out, "log.jsonl") || left >= 0))
             usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
         if (c->init[0]) {
+            Config mine = *asked;
             config_from_directory(c, c->init);
-            join_options(c, asked, 1 << MODEL, 1 << MODEL, c->init);
+            if (!asked->given[find_option("recipe")]) // the checkpoint's, whose training options go with its model
+                config_recipe(&mine, c->recipe);
+            join_options(c, &mine, 1 << MODEL, 1 << MODEL, asked->init);
         }
         config_check(c);
         if (!c->data[0])
