@@ -2523,18 +2523,6 @@ void point_weights(Model *m, Weights *w, real *memory) {
         w->head = w->embed;
 }
 
-// Which expert the number at `place` of w_in or w_out belongs to.
-int expert_of(const Model *m, int kind, size_t place) {
-    int e = 0;
-    for (size_t size; e < m->config.experts - 1; e++, place -= size) {
-        size = (size_t)m->config.dim / m->config.subtokens * m->expert_width[e] *
-               (kind == W_IN ? 1 + is_gated(m->expert_activation[e]) : 1);
-        if (place < size)
-            break;
-    }
-    return e;
-}
-
 // The weights of step 0. Their standard deviation: normal: 0.02, and 1/sqrt(2L) of it for what is added to the residual
 // stream (Radford et al. 2019); truncated: sqrt(0.1/fan-in), nothing beyond two of them (Fedus et al. 2021). A noisy
 // router begins at 0 (Shazeer et al. 2017). frequency (V) of each word in the training text, NULL: not known.
@@ -2560,8 +2548,14 @@ void model_init(Model *m, const double *frequency) {
             double z = random_normal(stream, j);
             for (uint64_t again = 1; truncated && fabs(z) > 2; again++)
                 z = random_normal(stream, j + again * t->size);
-            double own_scale = c->mixed && expert ? 0.5 + expert_of(m, t->kind, j) / (c->experts - 1.0) : 1;
-            w[j] = (real)(std * own_scale * z + tensor_is_norm(t));
+            w[j] = (real)(std * z + tensor_is_norm(t));
+        }
+        size_t next = 0, C = (size_t)c->dim / c->subtokens;
+        for (int e = 0; c->mixed && expert && e < c->experts; e++) { // the experts from 0.5 to 1.5 times as large
+            size_t first = next, blocks = t->kind == W_IN ? 1 + is_gated(m->expert_activation[e]) : 1;
+            next += C * m->expert_width[e] * blocks;
+            for (size_t j = first; j < next; j++)
+                w[j] *= (real)(0.5 + (double)e / (c->experts - 1));
         }
         if (t->kind == SLOW)
             memcpy(w, m->weights.layer[t->layer].router, t->size * sizeof(real));
