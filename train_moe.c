@@ -2532,15 +2532,13 @@ void model_init(Model *m, const double *frequency) {
         const Tensor *t = &m->tensors[i];
         uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_INIT, (uint64_t)i, 0);
         real *w = m->memory[WEIGHTS] + t->offset;
-        int residual = t->kind == PROJ || (t->kind == W_OUT && c->subtokens == 1) || t->kind == DENSE_OUT;
+        int residual = t->kind == PROJ || t->kind == W_OUT || t->kind == DENSE_OUT;
         int by_fan = t->kind == SPLIT || t->kind == MERGE || t->kind == GRU_X || t->kind == GRU_H;
         int truncated = c->init_scheme == TRUNCATED && t->kind != EMBED, expert = t->kind == W_IN || t->kind == W_OUT;
         double std = truncated  ? sqrt(0.1 / t->shape[2])
                      : by_fan   ? sqrt(0.5 / t->shape[2])
                      : residual ? 0.02 / sqrt(2.0 * c->layers)
                                 : 0.02;
-        if (t->kind == W_IN || t->kind == ROUTER) // sub-tokens are narrower, and sums of fewer numbers smaller
-            std *= sqrt((double)c->subtokens);
         if (tensor_is_vector(t) || tensor_is_buffer(t) || (t->kind == ROUTER && c->noise))
             std = 0;
 #pragma omp parallel for
