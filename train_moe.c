@@ -31,7 +31,7 @@
 //
 // A feed-forward layer in a dense GPT is one pair of matrices that every token passes. Here there are E such pairs,
 // the experts, and a small linear map, the router, sends each token to K of them: E/K times the weights for the same
-// work per token. All the rest of this file that a dense trainer would not have is in section 6.
+// work per token. What a dense trainer would not have is in section 6 and, put together, in 7.
 //
 // Letters, everywhere: B batch, T sequence length, N tokens = B*T, C model width, V vocabulary, L layers, H query heads,
 // KV key/value heads, D = C/H head width, E experts, K experts per token, F expert hidden width, S shared experts.
