@@ -121,7 +121,7 @@ void call_attention_backward(void *arg) {
 
 void call_ffn_forward(void *arg) {
     const Config *c = (const Config *)arg;
-    ffn_forward(model, 0, model->layers, model->x, c->batch * c->seq, c->seq, TRAIN_MODE);
+    ffn_forward(model, 0, model->layers, model->x, c->batch * c->seq, c->seq);
 }
 
 void call_ffn_backward(void *arg) {
