@@ -11,14 +11,16 @@ OPENMP := $(or $(call accepts,-fopenmp,\043include <omp.h>),-Wno-unknown-pragmas
 CFLAGS ?= -O3
 # CI sets WERROR=-Werror
 WARN    = -Wall -Wextra $(WERROR)
-# One rounding for a multiply-add; never -ffast-math, which would break the checks for NaN and the same bits every time.
-BUILD   = $(CC) -std=gnu11 $(CFLAGS) $(WARN) $(ARCH) -ffp-contract=fast
+# One rounding for a multiply-add, and arithmetic that sets no errno and no flags, which lets sqrt and conditions become vectors;
+# never -ffast-math, which would break the checks for NaN and the same bits every time.
+FLOATS  = -ffp-contract=fast -fno-math-errno -fno-trapping-math
+BUILD   = $(CC) -std=gnu11 $(CFLAGS) $(WARN) $(ARCH) $(FLOATS)
 LIBS   := -lm
 
 # Tests and benchmarks do not spin while they wait; train_moe sees to that by itself.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help test test_all sanitize tsan valgrind check_tokenizer check_hf bench format clean
+.PHONY: help test test_plain test_avx2 test_arm64 sanitize tsan valgrind check_tokenizer check_hf bench format clean
 
 ##train_moe: the trainer, the data tools and the built-in stories
 train_moe: train_moe.c data/unicode.h | data/stories/tokenizer.json
@@ -56,13 +58,15 @@ define GET_CMOCKA
 	else echo "no known package manager: install cmocka by hand"; exit 1; fi; }
 endef
 
-TEST_BUILD = $(CC) -std=gnu11 -O2 -g $(WARN) $(ARCH) -ffp-contract=fast
+TEST_BUILD = $(CC) -std=gnu11 -O2 -g $(WARN) $(ARCH) $(FLOATS)
+CMOCKA = -lcmocka
+TEST_FILES = test_moe.c train_moe.c dev/golden.h dev/recipes.h dev/plain.h data/unicode.h
 
-dev/test_moe: test_moe.c train_moe.c dev/golden.h dev/recipes.h data/unicode.h
+dev/test_moe: $(TEST_FILES)
 	$(GET_CMOCKA)
 	$(TEST_BUILD) $(OPENMP) test_moe.c -o $@ -lcmocka $(LIBS)
 
-dev/test_moe_double: test_moe.c train_moe.c dev/golden.h dev/recipes.h data/unicode.h
+dev/test_moe_double: $(TEST_FILES)
 	$(GET_CMOCKA)
 	$(TEST_BUILD) $(OPENMP) -DREAL=double test_moe.c -o $@ -lcmocka $(LIBS)
 
@@ -70,6 +74,50 @@ dev/test_moe_double: test_moe.c train_moe.c dev/golden.h dev/recipes.h data/unic
 test: dev/test_moe dev/test_moe_double train_moe train_moe_double data/tokenize
 	dev/test_moe
 	dev/test_moe_double
+
+# The tests of another build, in a folder laid out like this one. EMULATOR runs them where this machine's processor cannot.
+.PHONY: test_in
+test_in:
+	mkdir -p $(IN)/data
+	$(TEST_BUILD) $(OPENMP) data/tokenize.c -o $(IN)/data/tokenize $(LIBS)
+	$(TEST_BUILD) $(OPENMP) train_moe.c -o $(IN)/train_moe $(LIBS)
+	$(TEST_BUILD) $(OPENMP) -DREAL=double train_moe.c -o $(IN)/train_moe_double $(LIBS)
+	$(TEST_BUILD) $(OPENMP) test_moe.c -o $(IN)/test_moe $(CMOCKA) $(LIBS)
+	$(TEST_BUILD) $(OPENMP) -DREAL=double test_moe.c -o $(IN)/test_moe_double $(CMOCKA) $(LIBS)
+ifdef EMULATOR
+	cd $(IN) && for program in train_moe train_moe_double data/tokenize; do mv $$program $$program.bin && \
+	printf '#!/bin/sh\nexec $(EMULATOR) -0 "$$0" "$$0.bin" "$$@"\n' > $$program && chmod +x $$program || exit 1; done
+endif
+	cd $(IN) && $(EMULATOR) ./test_moe
+	cd $(IN) && $(EMULATOR) ./test_moe_double
+
+##test_plain: the tests built for any processor of this family: SSE2 alone, on x86-64
+test_plain:
+	$(GET_CMOCKA)
+	@$(MAKE) --no-print-directory test_in IN=dev/plain ARCH=
+
+##test_avx2: the tests built for AVX2 and FMA, without AVX-512
+test_avx2:
+	$(GET_CMOCKA)
+	@if grep -qsw avx2 /proc/cpuinfo; then $(MAKE) --no-print-directory test_in IN=dev/avx2 ARCH=-march=haswell; \
+	else echo "not run: this processor has no AVX2"; fi
+
+# cmocka for arm64: apt with lists of its own fetches Debian's, and nothing of the system changes.
+ARM64_APT = apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Sandbox::User=root \
+    -o Dir::State::Lists=$(CURDIR)/dev/arm64/lists -o Dir::State::status=/dev/null -o Dir::Cache=$(CURDIR)/dev/arm64
+dev/arm64/usr/include/cmocka.h:
+	rm -rf dev/arm64 && mkdir -p dev/arm64/lists/partial dev/arm64/archives/partial
+	cd dev/arm64 && $(ARM64_APT) update && $(ARM64_APT) download libcmocka-dev libcmocka0
+	cd dev/arm64 && for package in *.deb; do dpkg-deb -x $$package . || exit 1; done
+
+##test_arm64: the tests built for 64-bit Arm, in small sizes, under qemu; needs Debian's cross compiler and qemu-user
+ARM64 := /usr/aarch64-linux-gnu
+test_arm64:
+	@if command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64 && [ -f $(ARM64)/lib/libc.so.6 ]; then \
+	$(MAKE) --no-print-directory dev/arm64/usr/include/cmocka.h && VALGRIND=1 $(MAKE) --no-print-directory test_in IN=dev/arm64 \
+	    CC=aarch64-linux-gnu-gcc ARCH= EMULATOR="qemu-aarch64 -L $(ARM64)" CMOCKA="-isystem dev/arm64/usr/include \
+	    -Ldev/arm64/usr/lib/aarch64-linux-gnu -Wl,-rpath,usr/lib/aarch64-linux-gnu -lcmocka"; \
+	else echo "not run: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"; fi
 
 ##sanitize: the tests and a short training under AddressSanitizer and UBSan
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
@@ -111,7 +159,7 @@ valgrind: data/stories/tokenizer.json
 
 # OpenBLAS is only there to be compared with.
 BLAS := $(call accepts,-DOPENBLAS -lopenblas,\043include <cblas.h>)
-dev/bench: dev/bench.c train_moe.c data/unicode.h
+dev/bench: dev/bench.c train_moe.c dev/plain.h data/unicode.h
 	$(BUILD) $(OPENMP) dev/bench.c -o $@ $(BLAS) $(LIBS)
 
 ##bench: peak, products, layers and steps, and the mixture's tax, in one run
@@ -128,6 +176,7 @@ format:
 ##clean: removes what was built, but not the data and the runs
 clean:
 	rm -f train_moe train_moe_double data/tokenize data/make_stories dev/logits dev/bench dev/test_moe dev/test_moe_double
+	rm -rf dev/plain dev/avx2 dev/arm64
 	rm -f dev/*_asan dev/*_asan_double dev/*_valgrind dev/*_tsan
 	rm -rf data/stories data/stories.new
 
