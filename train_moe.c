@@ -922,13 +922,23 @@ void config_check(Config *c) {
         usage_fail("--min-lr %g is more than --lr %g", c->min_lr, c->lr);
 }
 
+int div_up(int a, int b) {
+    return (a + b - 1) / b;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. The matrix product
 //
 // Nine tenths of the time goes here, so this is the one routine written for speed; everything else calls it. The idea
 // (Goto and van de Geijn 2008): a core can do dozens of multiply-adds in the time of one load from far memory, so both
-// operands are copied ("packed") into the order in which they will be read, and a kernel keeps a tile of MR x NR
-// results in registers while it runs along the summed dimension k.
+// operands are copied ("packed"), a block at a time, into the order in which they will be read, and a kernel keeps a
+// tile of MR x NR results in registers while it runs along the summed dimension k.
+//
+//                NR columns of b: for each k, NV vectors are loaded,
+//              +--------+
+//    MR rows   |  tile  |    and one number of each row of a is multiplied with all of them and added to the row's sums:
+//    of a      |        |    MR * NV multiply-adds for MR + NV loads, 24 for 10
+//              +--------+
 //
 // Packing is also where transposition and gathering happen, hence one routine serves the forward pass (x W^T), both
 // backward passes (dout W and dout^T x), and the experts, whose rows are picked out of the batch by index.
@@ -936,20 +946,25 @@ void config_check(Config *c) {
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
-#define MR           12
 #elif defined(__AVX__)
 #define VECTOR_BYTES 32
-#define MR           6
 #else
 #define VECTOR_BYTES 16
-#define MR           6
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__) // 32 vector registers
+#define NV 4
+#else // 16
+#define NV 2
 #endif
 typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef real vec_in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 #define LANES  ((int)(VECTOR_BYTES / sizeof(real)))
-#define NR     (2 * LANES)
-#define TILE_M (4 * MR) // rows of a task
-#define TILE_K 256      // so that a panel of b, TILE_K x NR, stays in the first-level cache
+#define MR     6
+#define NR     (NV * LANES)
+#define TILE_M 48            // rows of a packed at a time,
+#define TILE_K 256           // k at a time: together they stay in the first-level cache,
+#define TILE_N 256           // columns of b: with TILE_K they stay in the second level
+#define ROW    (TILE_K + 16) // from one packed row of a to the next; no power of two, so that they share the cache
 
 // A matrix in memory: row r starts at p + index[r]*ld, or at p + r*ld where index is NULL. A product sums over k; either
 // k runs along a row, or each row belongs to one k. So with x (N,C), W (F,C) and dout (N,F):
@@ -981,60 +996,202 @@ Operand along_columns(const real *p, size_t ld, const int *index) {
     return o;
 }
 
-// Copies a panel: `width` outer rows (or columns) from `first` on, `used` of which exist, and k from k0 to k0+nk.
-// packed (nk,width), zero where there is nothing. Inline, so that the compiler knows the width.
-static inline void pack(real *packed, int width, const Operand *o, int first, int used, int k0, int nk) {
-    if (used < width)
-        memset(packed, 0, (size_t)nk * (size_t)width * sizeof(real));
-    for (int r = 0; r < (o->row_is_k ? nk : used); r++) {
-        int row = (o->row_is_k ? k0 : first) + r;
-        const real *from = o->p + (size_t)(o->index ? o->index[row] : row) * o->ld + (o->row_is_k ? first : k0);
-        real *to = packed + (o->row_is_k ? (size_t)r * (size_t)width : (size_t)r);
-        if (!o->row_is_k) {
-            for (int k = 0; k < nk; k++)
-                to[(size_t)k * (size_t)width] = from[k];
-        } else if (used == width) {
-            memcpy(to, from, (size_t)width * sizeof(real));
-        } else {
-            memcpy(to, from, (size_t)used * sizeof(real));
+const real *operand_row(const Operand *o, int r) {
+    return o->p + (size_t)(o->index ? o->index[r] : r) * o->ld;
+}
+
+// out (rows,cols), of at most height x width*LANES, = or += a (rows,nk) times b (nk,width*LANES). Number (i,k) of a is
+// a[i*row + k*step]. Inline, so that the compiler knows height, width and row, keeps all sums in registers and unrolls
+// the loops over them.
+static inline __attribute__((always_inline)) void kernel(int height, int width, int row, int step, real *out, size_t ld,
+                                                         const real *a, const real *b, int nk, int rows, int cols,
+                                                         int accumulate) {
+    vec sum[2 * MR][NV], of_b[NV], zero = {0};
+#pragma GCC unroll 16
+    for (int i = 0; i < height; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < width; j++) {
+            sum[i][j] = zero;
+            __builtin_prefetch(out + (size_t)(i < rows ? i : 0) * ld + (size_t)(j * LANES), 1);
+        }
+    }
+    for (int k = 0; k < nk; k++, a += step, b += width * LANES) {
+#pragma GCC unroll 4
+        for (int j = 0; j < width; j++)
+            of_b[j] = *(const vec_in_memory *)(b + j * LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < height; i++) {
+#pragma GCC unroll 4
+            for (int j = 0; j < width; j++)
+                sum[i][j] += a[i * row] * of_b[j];
+        }
+    }
+    real edge[2 * MR * NR]; // where the tile sticks out of the result, it is written here first
+    int whole = rows == height && cols == width * LANES;
+#pragma GCC unroll 16
+    for (int i = 0; i < height; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < width; j++) {
+            vec_in_memory *to = (vec_in_memory *)((whole ? out + (size_t)i * ld : edge + i * NR) + j * LANES);
+            if (whole && accumulate)
+                sum[i][j] += *to;
+            *to = sum[i][j];
+        }
+    }
+    for (int i = 0; !whole && i < rows; i++) {
+        for (int j = 0; j < cols; j++)
+            out[(size_t)i * ld + j] = edge[i * NR + j] + (accumulate ? out[(size_t)i * ld + j] : 0);
+    }
+}
+
+// A panel of b is NR wide; the last one only NR/2 if that is enough, and then a tile has twice as many rows.
+int panel_width(int cols) {
+    return cols <= NR / 2 ? NR / 2 : NR;
+}
+
+// out (rows,cols) = or += a block of a (rows <= TILE_M) times a panel of b (nk,panel_width(cols)). a is packed row by
+// row, ROW apart (row_is_k 0), or k by k, step apart (row_is_k 1).
+void product_panel(real *out, size_t ld, const real *a, int row_is_k, int step, const real *b, int nk, int rows,
+                   int cols, int accumulate) {
+    int high = panel_width(cols) == NR ? MR : 2 * MR;
+    for (int left = rows; left > 0; left -= high, out += (size_t)high * ld, a += row_is_k ? high : high * ROW) {
+        int n = min_int(left, high), half = n <= high / 2;
+#define KERNEL(height, width)                                                                   \
+    do {                                                                                        \
+        if (row_is_k)                                                                           \
+            kernel(height, width, 1, step, out, ld, a, b, nk, n, cols, accumulate);             \
+        else                                                                                    \
+            kernel(height, width, ROW, 1, out, ld, a, b, nk, n, cols, accumulate);              \
+    } while (0)
+        if (high == MR && !half)
+            KERNEL(MR, NV);
+        else if (high == MR)
+            KERNEL(MR / 2, NV);
+        else if (!half)
+            KERNEL(2 * MR, NV / 2);
+        else
+            KERNEL(MR, NV / 2);
+#undef KERNEL
+    }
+}
+
+// Packs rows first... of a, and k0...: rows ROW apart, or k TILE_M apart. What lies beyond is zero.
+void pack_a(real *packed, const Operand *o, int first, int rows, int k0, int nk) {
+    int filled = div_up(rows, 2 * MR) * 2 * MR; // as many as a kernel may read
+    for (int i = 0; !o->row_is_k && i < filled; i++) {
+        if (i < rows)
+            memcpy(packed + i * ROW, operand_row(o, first + i) + k0, (size_t)nk * sizeof(real));
+        else
+            memset(packed + i * ROW, 0, (size_t)nk * sizeof(real));
+    }
+    for (int k = 0; o->row_is_k && k < nk; k++) {
+        const real *from = operand_row(o, k0 + k) + first;
+        real *to = packed + k * TILE_M;
+        if (rows == TILE_M)
+            memcpy(to, from, TILE_M * sizeof(real));
+        else
+            for (int i = 0; i < filled; i++)
+                to[i] = i < rows ? from[i] : 0;
+    }
+}
+
+// to[k*width + i] = from[i][k] for LANES rows and LANES k. A zip of two vectors takes from them in turn; zipping row i with
+// row i + LANES/2 turns the number of a place (its row's bits, then its column's) by one bit, so log2(LANES) times that
+// swaps rows and columns.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define CAN_ZIP
+#endif
+#endif
+#if defined(CAN_ZIP) && VECTOR_BYTES == 64
+#define ZIP_LOW(a, b)  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif defined(CAN_ZIP) && VECTOR_BYTES == 32
+#define ZIP_LOW(a, b)  __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#elif defined(CAN_ZIP)
+#define ZIP_LOW(a, b)  __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+static inline void transpose_square(real *to, int width, const real *const *from, int k) {
+#ifdef CAN_ZIP
+    if (sizeof(real) == 4) {
+        enum { SIDE = VECTOR_BYTES / 4 };
+        typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
+        floats v[SIDE], z[SIDE];
+#pragma GCC unroll 16
+        for (int i = 0; i < SIDE; i++)
+            memcpy(&v[i], from[i] + k, sizeof(v[i]));
+#pragma GCC unroll 4
+        for (int turn = 1; turn < SIDE; turn *= 2) {
+#pragma GCC unroll 16
+            for (int i = 0; i < SIDE / 2; i++) {
+                z[2 * i] = ZIP_LOW(v[i], v[i + SIDE / 2]);
+                z[2 * i + 1] = ZIP_HIGH(v[i], v[i + SIDE / 2]);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < SIDE; i++)
+                v[i] = z[i];
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < SIDE; i++)
+            memcpy(to + (k + i) * width, &v[i], sizeof(v[i]));
+        return;
+    }
+#endif
+    for (int i = 0; i < LANES; i++) {
+        for (int j = 0; j < LANES; j++)
+            to[(k + j) * width + i] = from[i][k + j];
+    }
+}
+
+// Packs columns first... of b, cols of them, and k0...: panel after panel. What lies beyond is zero.
+void pack_b(real *packed, const Operand *o, int first, int cols, int k0, int nk) {
+    for (int j = 0; j < cols; j += NR) {
+        int used = min_int(NR, cols - j), width = panel_width(used);
+        real *panel = packed + j * nk;
+        for (int k = 0; o->row_is_k && k < nk; k++) {
+            const real *from = operand_row(o, k0 + k) + first + j;
+            if (used == NR)
+                memcpy(panel + k * NR, from, NR * sizeof(real));
+            else if (used == NR / 2)
+                memcpy(panel + k * NR / 2, from, NR / 2 * sizeof(real));
+            else
+                for (int i = 0; i < width; i++)
+                    panel[k * width + i] = i < used ? from[i] : 0;
+        }
+        for (int part = 0; !o->row_is_k && part < width; part += LANES) {
+            const real *from[LANES];
+            int rows = max_int(0, min_int(LANES, used - part)), k = 0;
+            real *to = panel + part;
+            for (int i = 0; i < rows; i++)
+                from[i] = operand_row(o, first + j + part + i) + k0;
+            for (; rows == LANES && k + LANES <= nk; k += LANES)
+                transpose_square(to, width, from, k);
+            for (; k < nk; k++) {
+                for (int i = 0; i < LANES; i++)
+                    to[k * width + i] = i < rows ? from[i][k] : 0;
+            }
         }
     }
 }
 
-// out (rows,cols) of at most MR x NR = or += a (nk,MR) transposed, times b (nk,NR), both packed.
-void product_kernel(real *out, size_t ld, const real *a, const real *b, int nk, int rows, int cols, int accumulate) {
-    vec sum[MR][2], zero = {0};
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++)
-        sum[i][0] = sum[i][1] = zero;
-    for (int k = 0; k < nk; k++, a += MR, b += NR) {
-        vec b0 = *(const vec_in_memory *)b, b1 = *(const vec_in_memory *)(b + LANES);
-#pragma GCC unroll 16
-        for (int i = 0; i < MR; i++) {
-            sum[i][0] += a[i] * b0;
-            sum[i][1] += a[i] * b1;
+// A task: rows first... of a product, by one thread.
+void product_rows(const Product *p, int first, int rows, int accumulate) {
+    real a[TILE_M * ROW] __attribute__((aligned(64))), b[TILE_K * TILE_N] __attribute__((aligned(64)));
+    for (int j0 = 0; j0 < p->n; j0 += TILE_N) {
+        int cols = min_int(TILE_N, p->n - j0);
+        for (int k0 = 0; k0 < max_int(p->k, 1); k0 += TILE_K) {
+            int nk = min_int(TILE_K, p->k - k0);
+            pack_b(b, &p->b, j0, cols, k0, nk);
+            for (int i0 = first; i0 < first + rows; i0 += TILE_M) {
+                int height = min_int(TILE_M, first + rows - i0);
+                pack_a(a, &p->a, i0, height, k0, nk);
+                for (int j = 0; j < cols; j += NR)
+                    product_panel(p->out + (size_t)i0 * p->ld + (size_t)(j0 + j), p->ld, a, p->a.row_is_k, TILE_M,
+                                  b + j * nk, nk, height, min_int(NR, cols - j), accumulate || k0 > 0);
+            }
         }
-    }
-    real edge[MR * NR]; // where the tile sticks out of the result, it is written here first
-    int whole = rows == MR && cols == NR;
-    real *to = whole ? out : edge;
-    size_t step = whole ? ld : NR;
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
-        vec_in_memory *left = (vec_in_memory *)(to + (size_t)i * step);
-        vec_in_memory *right = (vec_in_memory *)(to + (size_t)i * step + LANES);
-        if (whole && accumulate) {
-            *left += sum[i][0];
-            *right += sum[i][1];
-        } else {
-            *left = sum[i][0];
-            *right = sum[i][1];
-        }
-    }
-    for (int i = 0; !whole && i < rows; i++) {
-        real *row = out + (size_t)i * ld;
-        for (int j = 0; j < cols; j++)
-            row[j] = accumulate ? row[j] + edge[i * NR + j] : edge[i * NR + j];
     }
 }
 
@@ -1063,108 +1220,46 @@ int few_rows(const Product *p) {
 
 void product_of_few_rows(const Product *p, int first, int cols, int accumulate) {
     for (int i = 0; i < p->m; i++) {
-        const real *a = p->a.p + (size_t)(p->a.index ? p->a.index[i] : i) * p->a.ld;
         for (int j = first; j < first + cols; j++) {
-            const real *b = p->b.p + (size_t)(p->b.index ? p->b.index[j] : j) * p->b.ld;
-            real total = dot(a, b, p->k);
+            real total = dot(operand_row(&p->a, i), operand_row(&p->b, j), p->k);
             real *out = p->out + (size_t)i * p->ld + (size_t)j;
             *out = accumulate ? *out + total : total;
         }
     }
 }
 
-int div_up(int a, int b) {
-    return (a + b - 1) / b;
-}
-
-// A product falls into panels of b, packed first, and then into tasks of TILE_M rows that read all panels.
-int product_panels(const Product *p) {
-    return few_rows(p) || p->m == 0 ? 0 : div_up(p->n, NR);
-}
-
-int product_tasks(const Product *p) {
-    return few_rows(p) ? div_up(p->n, 4 * NR) : div_up(p->m, TILE_M);
-}
-
-size_t product_room(const Product *p) { // numbers of packed b
-    return (size_t)product_panels(p) * NR * (size_t)p->k;
-}
-
-// Panel j holds columns j*NR... of b, all k.
-void product_pack_panel(const Product *p, int j, real *packed) {
-    pack(packed + (size_t)j * NR * (size_t)p->k, NR, &p->b, j * NR, min_int(NR, p->n - j * NR), 0, p->k);
-}
-
-void product_task(const Product *p, int task, const real *packed, int accumulate) {
-    if (few_rows(p)) {
-        product_of_few_rows(p, task * 4 * NR, min_int(4 * NR, p->n - task * 4 * NR), accumulate);
-        return;
-    }
-    real a[TILE_M * TILE_K] __attribute__((aligned(64)));
-    int first = task * TILE_M, rows = min_int(TILE_M, p->m - first);
-    for (int k0 = 0; k0 < max_int(p->k, 1); k0 += TILE_K) {
-        int nk = min_int(TILE_K, p->k - k0);
-        for (int i = 0; i < rows; i += MR)
-            pack(a + i * nk, MR, &p->a, first + i, min_int(MR, rows - i), k0, nk);
-        for (int j = 0; j < p->n; j += NR) {
-            const real *b = packed + (size_t)j * (size_t)p->k + (size_t)k0 * NR;
-            for (int i = 0; i < rows; i += MR)
-                product_kernel(p->out + (size_t)(first + i) * p->ld + (size_t)j, p->ld, a + i * nk, b, nk,
-                               min_int(MR, rows - i), min_int(NR, p->n - j), accumulate || k0 > 0);
-        }
-    }
-}
-
-// One small product by the calling thread alone; room for product_room() numbers is the caller's.
-void product_serial(Product p, int accumulate, real *room) {
-    for (int j = 0; j < product_panels(&p); j++)
-        product_pack_panel(&p, j, room);
-    for (int task = 0; task < product_tasks(&p); task++)
-        product_task(&p, task, room, accumulate);
-}
-
-// All products of the list, by all threads. Not to be called by two threads at once.
+// All products of the list, by all threads. Each is cut into tasks of about equal work, large enough that packing b for
+// each does not matter and small enough that no thread waits long for another.
 void products(const Product *list, int count, int accumulate) {
-    static real *packed = NULL;
-    static size_t room = 0;
-    int panels = 0, tasks = 0;
-    size_t need = 0;
+    typedef struct Task {
+        const Product *p;
+        int first, count; // rows; of few rows: columns
+    } Task;
     double work = 0;
-    for (int i = 0; i < count; i++) {
-        panels += product_panels(&list[i]);
-        tasks += product_tasks(&list[i]);
-        need += product_room(&list[i]);
+    int tasks = 0, most = 0;
+    for (int i = 0; i < count; i++)
         work += (double)list[i].m * list[i].n * list[i].k;
-    }
-    if (need > room) {
-        free(packed);
-        packed = (real *)aligned_alloc(64, (need * sizeof(real) + 63) / 64 * 64);
-        if (!packed)
-            fail("out of memory: could not allocate %.1f MiB", (double)need * sizeof(real) / 1048576.0);
-        room = need;
-    }
-    (void)work; // without OpenMP
-#pragma omp parallel if (work > 20000)
-    {
-#pragma omp for schedule(static)
-        for (int panel = 0; panel < panels; panel++) {
-            const Product *p = list;
-            real *to = packed;
-            int j = panel;
-            for (; j >= product_panels(p); to += product_room(p), p++)
-                j -= product_panels(p);
-            product_pack_panel(p, j, to);
-        }
-#pragma omp for schedule(dynamic)
-        for (int t = 0; t < tasks; t++) {
-            const Product *p = list;
-            real *from = packed;
-            int task = t;
-            for (; task >= product_tasks(p); from += product_room(p), p++)
-                task -= product_tasks(p);
-            product_task(p, task, from, accumulate);
+    Task *task = NULL;
+    for (int i = 0; i < count; i++) {
+        const Product *p = &list[i];
+        int few = few_rows(p), total = few ? p->n : p->m, unit = few ? NR : TILE_M;
+        double share = work / (4.0 * thread_count()) / ((double)p->k * (few ? p->m : p->n) * unit + 1);
+        int step = unit * max_int(1, (int)fmin(share, 16));
+        for (int first = 0; first < total; first += step) {
+            if (tasks == most)
+                task = (Task *)reallocate(task, (size_t)(most = 2 * most + 64), sizeof(Task));
+            Task t = {p, first, min_int(step, total - first)};
+            task[tasks++] = t;
         }
     }
+#pragma omp parallel for schedule(dynamic) if (work > 20000)
+    for (int t = 0; t < tasks; t++) {
+        if (few_rows(task[t].p))
+            product_of_few_rows(task[t].p, task[t].first, task[t].count, accumulate);
+        else
+            product_rows(task[t].p, task[t].first, task[t].count, accumulate);
+    }
+    free(task);
 }
 
 // out (m,n) = or += a times b
@@ -1197,6 +1292,14 @@ void vec_store(real *p, vec v, int n) {
         memcpy(p, &v, (size_t)n * sizeof(real));
 }
 
+// The lanes of a where the comparison holds, else those of b. (C, unlike C++, has no ?: for vectors.)
+#define CHOOSE(where, a, b) \
+    ((__typeof__(a))(((__typeof__(where))(a) & (where)) | ((__typeof__(where))(b) & ~(where))))
+
+vec vec_max(vec a, vec b) {
+    return CHOOSE(a > b, a, b);
+}
+
 // e^x in every lane. x = n ln 2 + r with |r| <= ln 2 / 2; e^r is a polynomial (Taylor, to 1 ulp in float) and 2^n goes
 // straight into the exponent bits. Below -87 the result is about 1e-38 instead of less; in double, libm does it.
 vec vec_exp(vec x) {
@@ -1210,11 +1313,11 @@ vec vec_exp(vec x) {
     typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
     floats v;
     memcpy(&v, &x, sizeof(v));
-    ints low = v < -87.0f, high = v > 88.0f;
-    floats lowest = {0}, highest = {0};
-    lowest -= 87.0f;
-    highest += 88.0f;
-    v = (floats)(((ints)v & ~(low | high)) | ((ints)lowest & low) | ((ints)highest & high));
+    floats least = {0}, most = {0};
+    least -= 87.0f;
+    most += 88.0f;
+    v = CHOOSE(v < least, least, v); // NaN stays
+    v = CHOOSE(v > most, most, v);
     floats shifted = v * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the sum's low bits are n, rounded
     floats n = shifted - 12582912.0f;
     floats r = v - n * 0.693359375f + n * 2.12194440e-4f;
@@ -1229,27 +1332,59 @@ vec vec_exp(vec x) {
     return x;
 }
 
+// The largest of row (n) and of `least`. The rows of this and the next function have room for whole vectors.
+real row_max(real *row, int n, real least) {
+    vec top = {0};
+    top += least;
+    for (int j = n; j % LANES; j++)
+        row[j] = least;
+    for (int j = 0; j < n; j += LANES)
+        top = vec_max(top, *(vec_in_memory *)(row + j));
+    for (int lane = 0; lane < LANES; lane++)
+        least = top[lane] > least ? top[lane] : least;
+    return least;
+}
+
+// row[j] becomes exp(row[j] - shift) for j < n, 0 from there to end; returns the sum.
+real row_exp(real *row, int n, int end, real shift) {
+    vec sum = {0};
+    int j = 0;
+    for (; j + LANES <= n; j += LANES) {
+        vec e = vec_exp(*(vec_in_memory *)(row + j) - shift);
+        *(vec_in_memory *)(row + j) = e;
+        sum += e;
+    }
+    int filled = j < n ? j + LANES : n;
+    if (j < n)
+        *(vec_in_memory *)(row + j) = vec_exp(*(vec_in_memory *)(row + j) - shift);
+    memset(row + n, 0, (size_t)(max_int(end, filled) - n) * sizeof(real));
+    if (j < n)
+        sum += *(vec_in_memory *)(row + j);
+    return vec_sum(sum);
+}
+
 // row (n) becomes softmax(row); returns log(sum(exp(row)))
 real softmax(real *row, int n) {
-    real top[LANES];
+    vec most = {0};
+    real top = row[0];
+    most += top;
+    int whole = n / LANES * LANES;
+    for (int j = 0; j < whole; j += LANES)
+        most = vec_max(most, *(vec_in_memory *)(row + j));
     for (int lane = 0; lane < LANES; lane++)
-        top[lane] = row[0];
-    for (int j = 0; j < n; j += LANES) {
-        for (int lane = 0; lane < LANES && j + lane < n; lane++)
-            top[lane] = row[j + lane] > top[lane] ? row[j + lane] : top[lane];
-    }
-    for (int lane = 1; lane < LANES; lane++)
-        top[0] = top[lane] > top[0] ? top[lane] : top[0];
+        top = most[lane] > top ? most[lane] : top;
+    for (int j = whole; j < n; j++)
+        top = row[j] > top ? row[j] : top;
     vec sum = {0};
     for (int j = 0; j < n; j += LANES) {
-        vec e = vec_exp(vec_load(row + j, n - j) - top[0]);
+        vec e = vec_exp(vec_load(row + j, n - j) - top);
         vec_store(row + j, e, n - j);
         sum += n - j >= LANES ? e : vec_load(row + j, n - j); // beyond n there is no term
     }
     real total = vec_sum(sum), scale = 1 / total;
     for (int j = 0; j < n; j++)
         row[j] *= scale;
-    return top[0] + (real)log((double)total);
+    return top + (real)log((double)total);
 }
 
 // out (N,C) = x / rms(x) * w, w (C); rms(x) = sqrt(mean(x^2) + eps), its inverse kept in rstd (N).
@@ -1312,43 +1447,127 @@ void rope(real *qkv, size_t ld, int N, int T, int heads, int D, const real *angl
 
 // Causal grouped-query attention. qkv (B,T,(H+2KV)*D): H query heads, then KV keys, then KV values; query head h uses
 // key and value head h/(H/KV). out (B,T,H*D); lse (B,H,T): log of the sum of exp of each query's scores, with which
-// backward gets the probabilities again. No (T,T) array: a task looks at ATTENTION_ROWS queries of one head and keeps
-// their scores only. Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Dao et al. 2022 (recomputing).
-#define ATTENTION_ROWS 64
+// backward gets the probabilities again. Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries).
+//
+// There is no (T,T) array: QUERIES queries meet TILE_K keys at a time, in a tile of scores, and what they take from the
+// values is scaled down whenever a later tile brings a higher score (Milakov and Gimelshein 2018; Dao et al. 2022).
+// Tiles are the a of the kernel above as they are, rows ROW apart; keys and values are packed once for all queries of a
+// head. Of the future only what shares a kernel with the past is computed.
+#define QUERIES 96
+#define FEW (2 * MR) // rows for which the causal limit is the same
 
-size_t attention_room(int T, int D) { // scratch for one thread: two blocks of scores, and a packed operand
-    return (size_t)ATTENTION_ROWS * (size_t)T * 2 + (size_t)(T + NR) * (size_t)(max_int(D, ATTENTION_ROWS) + NR);
+size_t packed_width(int cols) { // numbers a packed row of so many columns takes
+    return (size_t)(cols / NR * NR + (cols % NR ? panel_width(cols % NR) : 0));
 }
 
-// scores (rows, keys) of queries first... of one head; scaled.
-void attention_scores(real *scores, const real *q, const real *k, size_t ld, int rows, int keys, int D, real *room) {
-    Product p = {scores, (size_t)keys, along_rows(q, ld, NULL), along_rows(k, ld, NULL), rows, keys, D};
-    product_serial(p, 0, room);
-    real scale = (real)(1.0 / sqrt((double)D));
-    for (size_t i = 0; i < (size_t)rows * (size_t)keys; i++)
-        scores[i] *= scale;
+size_t attention_room(int T, int D) { // scratch for one thread
+    size_t tile = QUERIES * ROW, rows = (size_t)div_up(D, TILE_K) * tile, width = packed_width(D);
+    return 3 * (size_t)(T + NR) * (width > (size_t)D ? width : (size_t)D) + 2 * tile + 2 * rows + 2 * QUERIES * width;
+}
+
+// x (rows <= QUERIES, D) as the a of a product over D: TILE_K of D after another; times scale.
+void pack_queries(real *packed, const real *x, size_t ld, int rows, int D, real scale) {
+    Operand o = along_rows(x, ld, NULL);
+    for (int d = 0; d < D; d += TILE_K, packed += QUERIES * ROW) {
+        pack_a(packed, &o, 0, rows, d, min_int(TILE_K, D - d));
+        for (int i = 0; i < rows; i++) {
+            for (int j = 0; j < min_int(TILE_K, D - d); j++)
+                packed[i * ROW + j] *= scale;
+        }
+    }
+}
+
+// x (T,D) as the b of a product over D (transposed), or of one over T: TILE_K of T after another; times scale.
+void pack_keys(real *packed, const real *x, size_t ld, int T, int D, int transposed, real scale) {
+    Operand o = transposed ? along_rows(x, ld, NULL) : along_columns(x, ld, NULL);
+    for (int t = 0; t < T; t += TILE_K) {
+        int n = min_int(TILE_K, T - t);
+        size_t size = transposed ? packed_width(n) * (size_t)D : packed_width(D) * (size_t)n;
+        for (int d = 0; transposed && d < D; d += TILE_K)
+            pack_b(packed + packed_width(n) * (size_t)d, &o, t, n, d, min_int(TILE_K, D - d));
+        if (!transposed)
+            pack_b(packed, &o, 0, D, t, n);
+        for (size_t i = 0; scale != 1 && i < size; i++)
+            packed[i] *= scale;
+        packed += size;
+    }
+}
+
+// tile (rows, n): queries first... times the n keys from `key` on, as far as some query sees them. Both packed.
+void attention_scores(real *tile, const real *queries, const real *keys, int first, int rows, int key, int n, int D) {
+    for (int d = 0; d < D; d += TILE_K, queries += QUERIES * ROW) {
+        int nd = min_int(TILE_K, D - d);
+        for (int j = 0; j < min_int(n, first + rows - key); j += NR) {
+            int i = max_int(0, key + j - first) / FEW * FEW;
+            product_panel(tile + i * ROW + j, ROW, queries + i * ROW, 0, 1,
+                          keys + packed_width(n) * (size_t)d + (size_t)j * (size_t)nd, nd, rows - i, min_int(NR, n - j),
+                          d > 0);
+        }
+    }
+}
+
+// out (rows,D), rows ld apart, = or += tile (rows,n) times the n keys (or values) from `key` on, packed over T.
+void attention_take(real *out, size_t ld, const real *tile, const real *keys, int first, int rows, int key, int n,
+                    int D, int accumulate) {
+    for (int i = 0; i < rows; i += FEW) {
+        int height = min_int(FEW, rows - i), nk = min_int(n, first + i + height - key);
+        for (int j = 0; nk > 0 && j < D; j += NR)
+            product_panel(out + (size_t)i * ld + (size_t)j, ld, tile + i * ROW, 0, 1, keys + (size_t)j * (size_t)n, nk,
+                          height, min_int(NR, D - j), accumulate);
+    }
+}
+
+// out (n,D), rows ld apart, += tile (rows,n) transposed times x (rows,D), packed over its rows.
+void attention_give(real *out, size_t ld, const real *tile, const real *x, int first, int rows, int key, int n, int D) {
+    int end = min_int(n, first + rows - key);
+    for (int i = 0; i < end; i += FEW) {
+        int from = max_int(0, key + i - first); // queries before that see none of these keys
+        for (int j = 0; j < D; j += NR)
+            product_panel(out + (size_t)i * ld + (size_t)j, ld, tile + i + from * ROW, 1, ROW,
+                          x + (size_t)j * (size_t)rows + (size_t)(from * panel_width(min_int(NR, D - j))), rows - from,
+                          min_int(FEW, end - i), min_int(NR, D - j), 1);
+    }
 }
 
 void attention_forward(real *out, real *lse, const real *qkv, int B, int T, int H, int KV, int D, real *scratch) {
-    size_t ld = (size_t)(H + 2 * KV) * (size_t)D;
-    int blocks = div_up(T, ATTENTION_ROWS);
-#pragma omp parallel for schedule(dynamic)
-    for (int task = B * H * blocks - 1; task >= 0; task--) { // the longest first
-        int b = task % (B * H) / H, h = task % H, first = task / (B * H) * ATTENTION_ROWS;
-        int rows = min_int(ATTENTION_ROWS, T - first), keys = first + rows;
-        const real *q = qkv + ((size_t)b * T + first) * ld + (size_t)h * D;
-        const real *k = qkv + (size_t)b * T * ld + (size_t)(H + h / (H / KV)) * D, *v = k + (size_t)KV * D;
-        real *scores = scratch + (size_t)thread_number() * attention_room(T, D);
-        real *room = scores + (size_t)ATTENTION_ROWS * T * 2;
-        attention_scores(scores, q, k, ld, rows, keys, D, room);
-        for (int i = 0; i < rows; i++) {
-            real *row = scores + (size_t)i * keys;
-            lse[((size_t)b * H + h) * T + first + i] = softmax(row, first + i + 1);
-            memset(row + first + i + 1, 0, (size_t)(rows - i - 1) * sizeof(real)); // the future
+    size_t ld = (size_t)(H + 2 * KV) * (size_t)D, width = packed_width(D);
+    real scale = (real)(1.0 / sqrt((double)D));
+#pragma omp parallel for schedule(dynamic) if (B * T > 16)
+    for (int task = 0; task < B * H; task++) {
+        int b = task / H, h = task % H;
+        const real *q = qkv + (size_t)b * T * ld + (size_t)h * D;
+        const real *k = qkv + (size_t)b * T * ld + (size_t)(H + h / (H / KV)) * D;
+        real *tile = scratch + (size_t)thread_number() * attention_room(T, D), *answer = tile + QUERIES * ROW;
+        real *queries = answer + QUERIES * width, *keys = queries + (size_t)div_up(D, TILE_K) * QUERIES * ROW;
+        real *values = keys + packed_width(T) * (size_t)D;
+        pack_keys(keys, k, ld, T, D, 1, 1);
+        pack_keys(values, k + (size_t)KV * D, ld, T, D, 0, 1);
+        for (int first = 0; first < T; first += QUERIES) {
+            int rows = min_int(QUERIES, T - first);
+            real highest[QUERIES], total[QUERIES];
+            pack_queries(queries, q + (size_t)first * ld, ld, rows, D, scale);
+            for (int key = 0; key < first + rows; key += TILE_K) {
+                int n = min_int(TILE_K, T - key);
+                attention_scores(tile, queries, keys + (size_t)key * (size_t)D, first, rows, key, n, D);
+                for (int i = 0; i < rows; i++) {
+                    real *row = tile + i * ROW;
+                    int seen = max_int(0, min_int(n, first + i + 1 - key)), end = min_int(n, first + rows - key);
+                    real before = key ? highest[i] : -(real)1e30, top = row_max(row, seen, before);
+                    real sum = row_exp(row, seen, end, top), shrink = key ? (real)exp((double)(before - top)) : 0;
+                    total[i] = key ? total[i] * shrink + sum : sum;
+                    highest[i] = top;
+                    for (size_t j = 0; shrink != 1 && key && j < width; j++)
+                        answer[(size_t)i * width + j] *= shrink;
+                }
+                attention_take(answer, width, tile, values + (size_t)key * width, first, rows, key, n, D, key > 0);
+            }
+            for (int i = 0; i < rows; i++) {
+                real *to = out + ((size_t)b * T + first + i) * H * D + (size_t)h * D, one = 1 / total[i];
+                for (int j = 0; j < D; j++)
+                    to[j] = answer[(size_t)i * width + (size_t)j] * one;
+                lse[((size_t)b * H + h) * T + first + i] = highest[i] + (real)log((double)total[i]);
+            }
         }
-        Product p = {out + ((size_t)b * T + first) * H * D + (size_t)h * D, (size_t)H * D,
-                     along_rows(scores, (size_t)keys, NULL), along_columns(v, ld, NULL), rows, D, keys};
-        product_serial(p, 0, room);
     }
 }
 
@@ -1357,46 +1576,53 @@ void attention_forward(real *out, real *lse, const real *qkv, int B, int T, int 
 void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv, int B, int T, int H,
                         int KV, int D, real *scratch) {
     size_t ld = (size_t)(H + 2 * KV) * (size_t)D, width = (size_t)H * D;
+    real scale = (real)(1.0 / sqrt((double)D));
 #pragma omp parallel for schedule(dynamic)
     for (int task = 0; task < B * KV; task++) {
         int b = task / KV, kv = task % KV;
-        size_t base = (size_t)b * T * ld;
+        size_t base = (size_t)b * T * ld, side = (size_t)div_up(D, TILE_K) * QUERIES * ROW;
         const real *k = qkv + base + (size_t)(H + kv) * D, *v = k + (size_t)KV * D;
         real *dk = dqkv + base + (size_t)(H + kv) * D, *dv = dk + (size_t)KV * D;
-        real *P = scratch + (size_t)thread_number() * attention_room(T, D), *dS = P + (size_t)ATTENTION_ROWS * T;
-        real *room = dS + (size_t)ATTENTION_ROWS * T, scale = (real)(1.0 / sqrt((double)D));
+        real *P = scratch + (size_t)thread_number() * attention_room(T, D), *dS = P + QUERIES * ROW;
+        real *queries = dS + QUERIES * ROW, *slopes = queries + side, *queries_b = slopes + side;
+        real *slopes_b = queries_b + QUERIES * packed_width(D), *keys = slopes_b + QUERIES * packed_width(D);
+        real *values = keys + packed_width(T) * (size_t)D, *keys_b = values + packed_width(T) * (size_t)D;
+        pack_keys(keys, k, ld, T, D, 1, 1);
+        pack_keys(values, v, ld, T, D, 1, 1);
+        pack_keys(keys_b, k, ld, T, D, 0, scale);
         for (int t = 0; t < T; t++) {
             memset(dk + (size_t)t * ld, 0, (size_t)D * sizeof(real));
             memset(dv + (size_t)t * ld, 0, (size_t)D * sizeof(real));
         }
         for (int h = kv * (H / KV); h < (kv + 1) * (H / KV); h++) {
-            for (int first = 0; first < T; first += ATTENTION_ROWS) {
-                int rows = min_int(ATTENTION_ROWS, T - first), keys = first + rows;
+            for (int first = 0; first < T; first += QUERIES) {
+                int rows = min_int(QUERIES, T - first);
                 const real *q = qkv + base + (size_t)first * ld + (size_t)h * D;
                 const real *o = out + ((size_t)b * T + first) * width + (size_t)h * D;
                 const real *g = dout + ((size_t)b * T + first) * width + (size_t)h * D;
-                attention_scores(P, q, k, ld, rows, keys, D, room);
-                Product dp = {dS, (size_t)keys, along_rows(g, width, NULL), along_rows(v, ld, NULL), rows, keys, D};
-                product_serial(dp, 0, room);
-                for (int i = 0; i < rows; i++) {
-                    real *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys;
-                    real norm = lse[((size_t)b * H + h) * T + first + i], sum = dot(g + (size_t)i * width, o + (size_t)i * width, D);
-                    int seen = first + i + 1;
-                    for (int j = 0; j < seen; j += LANES)
-                        vec_store(p + j, vec_exp(vec_load(p + j, seen - j) - norm), seen - j);
-                    for (int j = 0; j < seen; j++)
-                        ds[j] = p[j] * (ds[j] - sum) * scale;
-                    memset(p + seen, 0, (size_t)(keys - seen) * sizeof(real));
-                    memset(ds + seen, 0, (size_t)(keys - seen) * sizeof(real));
+                real *dq = dqkv + base + (size_t)first * ld + (size_t)h * D, delta[QUERIES];
+                pack_queries(queries, q, ld, rows, D, scale);
+                pack_queries(slopes, g, width, rows, D, 1);
+                pack_keys(queries_b, q, ld, rows, D, 0, scale);
+                pack_keys(slopes_b, g, width, rows, D, 0, 1);
+                for (int i = 0; i < rows; i++)
+                    delta[i] = dot(g + (size_t)i * width, o + (size_t)i * width, D);
+                for (int key = 0; key < first + rows; key += TILE_K) {
+                    int n = min_int(TILE_K, T - key);
+                    attention_scores(P, queries, keys + (size_t)key * (size_t)D, first, rows, key, n, D);
+                    attention_scores(dS, slopes, values + (size_t)key * (size_t)D, first, rows, key, n, D);
+                    for (int i = 0; i < rows; i++) {
+                        real *p = P + i * ROW, *ds = dS + i * ROW;
+                        int seen = max_int(0, min_int(n, first + i + 1 - key)), end = min_int(n, first + rows - key);
+                        row_exp(p, seen, end, lse[((size_t)b * H + h) * T + first + i]);
+                        for (int j = 0; j < seen; j++)
+                            ds[j] = p[j] * (ds[j] - delta[i]);
+                        memset(ds + seen, 0, (size_t)(end - seen) * sizeof(real)); // the future
+                    }
+                    attention_give(dv + (size_t)key * ld, ld, P, slopes_b, first, rows, key, n, D);
+                    attention_give(dk + (size_t)key * ld, ld, dS, queries_b, first, rows, key, n, D);
+                    attention_take(dq, ld, dS, keys_b + (size_t)key * packed_width(D), first, rows, key, n, D, key > 0);
                 }
-                Operand P_t = along_columns(P, (size_t)keys, NULL), dS_t = along_columns(dS, (size_t)keys, NULL);
-                Product to_v = {dv, ld, P_t, along_columns(g, width, NULL), keys, D, rows};
-                Product to_k = {dk, ld, dS_t, along_columns(q, ld, NULL), keys, D, rows};
-                Product to_q = {dqkv + base + (size_t)first * ld + (size_t)h * D, ld, along_rows(dS, (size_t)keys, NULL),
-                                along_columns(k, ld, NULL), rows, D, keys};
-                product_serial(to_v, 1, room);
-                product_serial(to_k, 1, room);
-                product_serial(to_q, 0, room);
             }
         }
     }
