@@ -6,6 +6,14 @@
 #define TRAIN_MOE_NO_MAIN
 #include "train_moe.c"
 #include <float.h>
+#ifdef __APPLE__
+#include <malloc/malloc.h>
+#define malloc_usable_size malloc_size
+#define MEMORY_UNIT 1 // of ru_maxrss
+#else
+#include <malloc.h>
+#define MEMORY_UNIT 1024
+#endif
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -2691,18 +2699,14 @@ void test_idle_and_recent(void **state) {
 
 void poison(Model *m) {
     const Config *c = &m->config;
-    int last, E = c->experts, D = c->groups, W = router_width(c), R = c->recurrent;
-    size_t N = m->max_tokens, C = c->dim, n = N * c->subtokens, nK = moe_layers(c, &last) ? n * places(c) : 0,
-           width = 0;
-    size_t widest = (size_t)(c->mixed ? 3 * c->ffn / 2 : c->ffn), moe = nK > 0;
+    int E = c->experts, W = router_width(c);
+    size_t N = m->max_tokens, n = N * c->subtokens, nK = n * places(c);
     for (int l = 0; l < c->layers; l++) {
         LayerState *s = &m->layers[l];
-        size_t dense = N * dense_width(c, l);
-        width = dense > width ? dense : width;
-        fill(s->dense_hidden, 2 * dense, (real)NAN);
+        real *first = s->h1;
+        fill(first, place_activations(m, l, (int)N, first), (real)NAN);
         if (!is_moe(c, l))
             continue;
-        fill(s->hidden, nK * widest * 2, (real)NAN);
         fill(s->logits, n * W * (1 + c->noise), (real)NAN);
         fill(s->gate.p, n * s->gate.per * s->gate.E, (real)NAN);
         fill(s->gate.weight, n * s->gate.per * s->gate.K, (real)NAN);
@@ -2711,29 +2715,40 @@ void poison(Model *m) {
         for (size_t i = 0; i < n * E; i++)
             s->weight_slope[i] = s->slope[i] = NAN;
     }
-    width = nK * widest > width ? nK * widest : width;
     real *const scratch[] = {m->rows,    m->act,  m->dhidden, m->choice_score, m->gru_room,  m->dlogits,
                              m->dnoisy,  m->dp,   m->dgroups, m->dweight,      m->dgate,     m->dgroup_weight,
                              m->drouter, m->dsub, m->dmerged, m->dstate,       m->dprojected};
-    const size_t sizes[] = {(nK > N ? nK : N) * C,
-                            width,
-                            2 * width,
-                            moe * n * W,
-                            moe * N * 6 * R,
-                            moe * n * W * 2,
-                            moe * n * W,
-                            moe * n * W,
-                            moe * n * D,
-                            nK,
-                            nK * D,
-                            nK,
-                            N * C,
-                            N * C,
-                            N * C,
-                            moe * N * R * 2,
-                            moe * N * R};
-    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
-        fill(scratch[i], sizes[i], (real)NAN);
+    for (size_t i = 0; i < sizeof(scratch) / sizeof(scratch[0]); i++)
+        fill(scratch[i], malloc_usable_size(scratch[i]) / sizeof(real), (real)NAN);
+}
+
+// --recompute changes no bit of any gradient, in any recipe.
+void test_recompute(void **state) {
+    (void)state;
+    for (int i = 0; i < recipe_count; i++) {
+        Config c = small_config(recipes[i].name);
+        c.layers = 3;
+        int inputs[16], targets[16];
+        random_tokens(inputs, 16, c.vocab, 1);
+        random_tokens(targets, 16, c.vocab, 2);
+        Model *m[2];
+        for (int again = 0; again < 2; again++) {
+            c.recompute = again;
+            m[again] = model_allocate(&c, 16, 1, NULL);
+            randomize_weights(m[again]);
+            for (int step = 1; step <= 2; step++) {
+                if (step == 2)
+                    poison(m[again]);
+                model_forward(m[again], inputs, targets, 2, 8, TRAIN_MODE, 1, step, 0);
+                model_backward(m[again]);
+            }
+        }
+        assert_memory_equal(m[0]->memory[GRADS], m[1]->memory[GRADS], m[0]->size * sizeof(real));
+        if (m[1]->layers[0].h1 != m[1]->layers[1].h1 || m[1]->bytes[FOR_ACTIVATIONS] >= m[0]->bytes[FOR_ACTIVATIONS])
+            fail_msg("%s: --recompute saves nothing", recipes[i].name);
+        model_free(m[0]);
+        model_free(m[1]);
+    }
 }
 
 // Rows that no expert wrote, and numbers of the step before, are read nowhere: with NaN in all of them nothing changes.
@@ -3912,6 +3927,43 @@ void test_run_safety(void **state) {
     assert_latest("safe", "checkpoint-3"); // and not removed though checkpoint-4 is there
     assert_int_equal(shell(said, sizeof(said), "mkdir -p %s/checkpoint-1", scratch("theirs")), 0);
     expect(run_tiny("theirs", "--steps 2"), 2, "holds a run already");
+}
+
+// The table at the start says how much memory the process will have used in the end, to 5%.
+void test_memory(void **state) {
+    (void)state;
+    need_program();
+    if (getenv("TRAIN_MOE")) // with a sanitizer's own memory
+        skip();
+    static const char *const more[] = {"", "--recompute", "--recipe deepseek-v3 --experts 16 --topk 4", "--recipe dense --layers 6"};
+    for (int i = 0; i < 4; i++) {
+        char out[32], line[2200];
+        struct rusage use;
+        int status;
+        snprintf(out, sizeof(out), "memory-%d", i);
+        snprintf(line, sizeof(line), "exec %s >/dev/null",
+                 command_line(out, "--dim 256 --heads 4 --ffn 256 --seq 128 --batch 16 --steps 3"));
+        snprintf(line + strlen(line) - 10, 200, "%s >/dev/null", more[i]);
+        pid_t child = fork();
+        if (child == 0) {
+            execl("/bin/sh", "sh", "-c", line, (char *)NULL);
+            _exit(127);
+        }
+        assert_true(wait4(child, &status, 0, &use) == child);
+        assert_int_equal(status, 0);
+        double sum = 0, peak = (double)use.ru_maxrss * MEMORY_UNIT;
+        char file[300];
+        size_t size;
+        snprintf(file, sizeof(file), "%s/log.jsonl", out);
+        char *text = read_file(scratch(file), &size), *at = text;
+        Json *json = next_line(&at, text + size);
+        for (const Json *part = json_get(json, "memory")->child; part; part = part->next)
+            sum += part->number;
+        json_free(json);
+        free(text);
+        if (!(fabs(sum - peak) <= 0.05 * peak))
+            fail_msg("%s: the table says %.1f MiB; it were %.1f", more[i], sum / 1048576, peak / 1048576);
+    }
 }
 
 // The same seed is the same run, whatever the number of threads; another seed is another. All recipes.
@@ -5374,6 +5426,7 @@ int main(void) {
         cmocka_unit_test(test_history_update),
         cmocka_unit_test(test_idle_and_recent),
         cmocka_unit_test(test_poison),
+        cmocka_unit_test(test_recompute),
         cmocka_unit_test(test_generation),
         cmocka_unit_test(test_generation_forgets),
         cmocka_unit_test(test_same_bits),
@@ -5396,6 +5449,7 @@ int main(void) {
         cmocka_unit_test(test_interrupt_evaluation),
         cmocka_unit_test(test_run_safety),
         cmocka_unit_test(test_same_run),
+        cmocka_unit_test(test_memory),
         cmocka_unit_test(test_float_against_double),
         cmocka_unit_test(test_router_log),
         cmocka_unit_test(test_dead_experts),

@@ -56,6 +56,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -121,7 +122,7 @@ typedef struct Config {
     const char *prompt;
     int tokens, top_k;
     double temperature, top_p;
-    int resume, seed, threads;
+    int resume, seed, recompute, threads;
     int vocab;                         // V, from the tokenizer
     int list_recipes, help;
     unsigned char given[MAX_OPTIONS];  // 1 where the command line set options[i]
@@ -229,6 +230,7 @@ const Option options[] = {
     NUMBER("beta2", beta2, "0.95", 0, 0.999999, TRAIN, "AdamW: memory of the mean squared gradient"),
     NUMBER("clip", clip, "1", 0, 1e30, TRAIN, "largest gradient norm; 0: no clipping"),
     INTEGER("seed", seed, "1", 0, 2147483647, ORDER, "of weights, data order and sampling"),
+    FLAG("recompute", recompute, RUN, "keep fewer activations, and work them out again on the way back"),
     INTEGER("threads", threads, "0", 0, 4096, RUN, "threads [all cores]"),
     HEADING("Paces, in steps; 0 turns off"),
     INTEGER("log-every", log_every, "60", 0, 2000000000, TRAIN, "a line in the log"),
@@ -433,11 +435,17 @@ __attribute__((noreturn, format(printf, 1, 2))) void usage_fail(const char *form
     fail_with(2, " (-h lists the options)", format, args);
 }
 
-// Zeroed memory for count elements of size bytes; also for count 0.
+// Zeroed memory for count elements of size bytes; also for count 0. Large pages, where the system has some to give, save
+// looking up where the small ones are.
 void *allocate(size_t count, size_t size) {
     void *p = calloc(count ? count : 1, size);
     if (!p)
         fail("out of memory: could not allocate %.1f MiB", (double)count * (double)size / 1048576.0);
+#ifdef MADV_HUGEPAGE
+    size_t page = 4096, skip = (page - (size_t)p % page) % page;
+    if (count * size >= 1 << 22)
+        madvise((char *)p + skip, (count * size - skip) / page * page, MADV_HUGEPAGE);
+#endif
     return p;
 }
 
@@ -478,6 +486,17 @@ double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// The most memory that this process has held so far, in bytes.
+double most_memory(void) {
+    struct rusage use;
+    getrusage(RUSAGE_SELF, &use);
+#ifdef __APPLE__
+    return (double)use.ru_maxrss;
+#else
+    return 1024.0 * (double)use.ru_maxrss;
+#endif
 }
 
 int thread_count(void) {
@@ -2435,8 +2454,8 @@ Operand transposed(Operand o) {
     return o;
 }
 
-// x (N,C); hidden (rows,H), act (rows,F), block after block; out (rows,C) = or += act w_out^T.
-void experts_forward(real *out, real *hidden, real *act, const real *x, const Experts *experts, int accumulate) {
+// hidden (rows,H), block after block, = x W_in^T; x (N,C).
+void experts_hidden(real *hidden, const real *x, const Experts *experts) {
     int E = experts->E, C = experts->C;
     Block *blocks = expert_blocks(experts);
     Product *list = (Product *)allocate(E, sizeof(Product));
@@ -2447,6 +2466,16 @@ void experts_forward(real *out, real *hidden, real *act, const real *x, const Ex
         list[e] = p;
     }
     products(list, E, 0);
+    free(list);
+    free(blocks);
+}
+
+// out (rows,C) = or += act W_out^T, with act (rows,F) = f(hidden).
+void experts_forward(real *out, real *hidden, real *act, const real *x, const Experts *experts, int accumulate) {
+    int E = experts->E, C = experts->C;
+    Block *blocks = expert_blocks(experts);
+    Product *list = (Product *)allocate(E, sizeof(Product));
+    experts_hidden(hidden, x, experts);
 #pragma omp parallel if (experts->offset[E] > 16)
     for (int e = 0; e < E; e++)
         activation_forward(act + blocks[e].act, hidden + blocks[e].hidden, blocks[e].rows, blocks[e].F,
@@ -2659,10 +2688,14 @@ double flops_per_token(const Config *c) {
 // What one layer keeps of its forward pass for its backward pass. n: N tokens, or N*h sub-tokens; c: C or C/h; R
 // routers.
 typedef struct LayerState {
-    real *x, *h1, *rstd1;        // (N,C), (N,C), (N): input, its norm
+    real *x;                     // (N,C): input
+    // With --recompute all layers share what follows, and backward works it out anew:
+    real *h1, *rstd1;            // (N,C), (N): norm of x
     real *qkv, *att, *lse;       // (N,(H+2KV)*D), (N,H*D), (B,H,T)
     real *mid, *h2, *rstd2;      // (N,C), (N,C), (N): after attention, its norm
     real *dense_hidden;          // (N, 2W) or (N, W)
+    real *hidden;                // (n*K, 2F) or (n*K, F): the experts' first products
+    // but not this:
     real *sub, *merged;          // (n,c): sub-tokens, and the experts' answers to them
     real *jittered;              // (n,c): the router's input in training, where it has jitter
     real *projected, *gru, *state; // (N,R), (N,4R), (N,R): of the recurrent router
@@ -2671,7 +2704,6 @@ typedef struct LayerState {
     real *weight;                // (n,K) of each choice
     double *slope, *weight_slope; // (groups of tokens * R, E): of the balance losses by p; by the weights
     double *load_slope;          // (groups of tokens, E) and, behind them, (groups of tokens, D): of the smooth load
-    real *hidden;                // (n*K, 2F) or (n*K, F): the experts' first products
     Plan plan;
     double aux;                  // all balance losses, weighted
 } LayerState;
@@ -2684,6 +2716,8 @@ typedef struct RouterStats { // of training, since the step began
     double *recent;          // (E) load, averaged over about the last 50 steps
     int *idle;               // (E) steps since an expert had a token
 } RouterStats;
+
+enum { FOR_WEIGHTS, FOR_GRADIENTS, FOR_MOMENTS, FOR_ACTIVATIONS, FOR_BUFFERS, HARDLY_TOUCHED, MEMORY_KINDS };
 
 typedef struct Model {
     Config config;
@@ -2715,7 +2749,11 @@ typedef struct Model {
     double grad_scale;
     uint64_t step, first_token; // of the last forward: they choose the random numbers
     RouterStats *stats; // (L)
-    void **owned;       // every allocation above, for model_free
+    size_t bytes[MEMORY_KINDS]; // of the allocations above, by what they are for
+    int purpose;
+    size_t passing, largest;    // numbers: activations that --recompute would not keep, of all layers and of one layer
+    int at_hand;                // with --recompute: the layer whose activations are there
+    void **owned;               // every allocation above, for model_free
     int owned_count;
     struct Model *one;  // a model of one token that shares the weights: generation
     real *cache;        // (L, seq, 2*KV*D): keys and values, position p at row p % seq
@@ -2726,8 +2764,9 @@ enum { WEIGHTS, GRADS, MOMENT1, MOMENT2 };
 // them.
 enum { TRAIN_MODE, EVAL_MODE, CHECK_MODE };
 
-// Zeroed memory that lives as long as the model.
+// Zeroed memory that lives as long as the model, booked under m->purpose.
 void *own(Model *m, size_t count, size_t size) {
+    m->bytes[m->purpose] += count * size;
     if (m->owned_count % 64 == 0)
         m->owned = (void **)reallocate(m->owned, (size_t)m->owned_count + 64, sizeof(void *));
     return m->owned[m->owned_count++] = allocate(count, size);
@@ -2816,7 +2855,7 @@ void allocate_experts(Model *m, int l, int N) {
     LayerState *s = &m->layers[l];
     int E = c->experts, K = places(c), R = c->routers, D = c->groups, W = router_width(c), n = N * c->subtokens,
         two = c->select == HIERARCHICAL;
-    size_t nK = (size_t)n * K, C = (size_t)c->dim, widest = (size_t)(c->mixed ? 3 * c->ffn / 2 : c->ffn);
+    size_t nK = (size_t)n * K, C = (size_t)c->dim;
     own_gate(m, &s->gate, n, two ? D : R, two ? E / D : E, two ? K / c->group_topk : K / R, two ? D : 0);
     if (two)
         own_gate(m, &s->groups, n, 1, D, c->group_topk, 0);
@@ -2829,10 +2868,11 @@ void allocate_experts(Model *m, int l, int N) {
     s->logits = own_reals(m, (size_t)n * W * (1 + c->noise));
     s->noisy = c->noise ? own_reals(m, (size_t)n * W) : s->logits;
     s->weight = two ? own_reals(m, nK) : s->gate.weight;
-    s->slope = (double *)own(m, (size_t)n * R * E, sizeof(double)); // a group of tokens may be one token
+    m->purpose = HARDLY_TOUCHED; // a group of tokens may be one token, but hardly is
+    s->slope = (double *)own(m, (size_t)n * R * E, sizeof(double));
     s->weight_slope = (double *)own(m, (size_t)n * E, sizeof(double));
     s->load_slope = (double *)own(m, (size_t)n * (E + D), sizeof(double));
-    s->hidden = own_reals(m, nK * widest * 2);
+    m->purpose = FOR_ACTIVATIONS;
     int *ints = (int *)own(m, nK * 5 + E + 1, sizeof(int));
     Plan plan = {
         n, E, K, two ? ints : s->gate.expert, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
@@ -2844,6 +2884,27 @@ void allocate_experts(Model *m, int l, int N) {
     stats->idle = (int *)own(m, E, sizeof(int));
 }
 
+// Points to what --recompute shares of a layer's activations, one after another in `memory`; returns their numbers.
+size_t place_activations(Model *m, int l, int N, real *memory) {
+    const Config *c = &m->config;
+    LayerState *s = &m->layers[l];
+    size_t C = (size_t)c->dim, used = 0, rows = is_moe(c, l) ? (size_t)N * c->subtokens * places(c) : 0;
+    size_t Q = C + 2 * C / c->heads * c->kv_heads, dense = (size_t)dense_width(c, l), hidden = 0;
+    for (int e = 0; e < c->experts; e++)
+        hidden = (size_t)max_int((int)hidden, m->expert_width[e] * (1 + is_gated(m->expert_activation[e])));
+    const struct {
+        real **to;
+        size_t size;
+    } list[] = {{&s->h1, N * C}, {&s->rstd1, (size_t)N}, {&s->qkv, N * Q}, {&s->att, N * C}, {&s->lse, (size_t)N * c->heads},
+                {&s->mid, N * C}, {&s->h2, N * C}, {&s->rstd2, (size_t)N},
+                {&s->dense_hidden, N * dense * (1 + is_gated(dense_activation(c, l)))}, {&s->hidden, rows * hidden}};
+    for (size_t i = 0; i < sizeof(list) / sizeof(list[0]); i++) {
+        *list[i].to = memory ? memory + used : NULL;
+        used += (list[i].size + 15) / 16 * 16;
+    }
+    return used;
+}
+
 // Buffers for N tokens. train 0: no gradients, no moments. weights: those of another model, or NULL for its own.
 Model *model_allocate(const Config *config, int N, int train, real *weights) {
     Model *m = (Model *)allocate(1, sizeof(Model));
@@ -2853,12 +2914,14 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     int L = c->layers, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, E = c->experts, R = c->recurrent, last,
         Q = (H + 2 * KV) * D;
     int n = N * c->subtokens, W = router_width(c);
-    size_t moe = moe_layers(c, &last) > 0, rows = N, width = 0, nK = moe * n * places(c);
+    size_t moe = moe_layers(c, &last) > 0, rows = N, width = 0, hidden = 0, nK = moe * n * places(c);
+    size_t two = c->select == HIERARCHICAL ? 1 : 0, scores = moe * n * W;
     m->tensors = (Tensor *)own(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor));
     m->tensor_count = model_tensors(c, m->tensors);
     m->size = m->tensors[m->tensor_count - 1].offset + m->tensors[m->tensor_count - 1].size;
     m->memory[WEIGHTS] = weights ? weights : own_reals(m, m->size);
     point_weights(m, &m->weights, m->memory[WEIGHTS]);
+    m->purpose = FOR_ACTIVATIONS;
     m->expert_width = (int *)own(m, (size_t)2 * E, sizeof(int));
     m->expert_activation = m->expert_width + E;
     for (int e = 0; e < E; e++) {
@@ -2868,35 +2931,33 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     m->layers = (LayerState *)own(m, L, sizeof(LayerState));
     m->stats = (RouterStats *)own(m, L, sizeof(RouterStats));
     for (int l = 0; l < L; l++) {
-        LayerState *s = &m->layers[l];
-        size_t dense = (size_t)N * dense_width(c, l);
-        s->x = own_reals(m, (size_t)N * C);
-        s->h1 = own_reals(m, (size_t)N * C);
-        s->rstd1 = own_reals(m, N);
-        s->qkv = own_reals(m, (size_t)N * Q);
-        s->att = own_reals(m, (size_t)N * C);
-        s->lse = own_reals(m, (size_t)N * H);
-        s->mid = own_reals(m, (size_t)N * C);
-        s->h2 = own_reals(m, (size_t)N * C);
-        s->rstd2 = own_reals(m, N);
-        s->dense_hidden = own_reals(m, dense * 2);
+        size_t size = place_activations(m, l, N, NULL);
+        m->passing += size;
+        m->largest = size > m->largest ? size : m->largest;
+    }
+    real *shared = c->recompute ? own_reals(m, m->largest) : NULL;
+    for (int l = 0; l < L; l++) {
+        size_t dense = (size_t)N * dense_width(c, l), gated = 1 + is_gated(dense_activation(c, l));
+        m->layers[l].x = own_reals(m, (size_t)N * C);
+        place_activations(m, l, N, shared ? shared : own_reals(m, place_activations(m, l, N, NULL)));
         if (is_moe(c, l))
             allocate_experts(m, l, N);
         width = dense > width ? dense : width;
+        hidden = dense * gated > hidden ? dense * gated : hidden;
     }
-    if (moe) {
-        size_t experts = nK * (c->mixed ? 3 * c->ffn / 2 : c->ffn);
-        rows = nK > rows ? nK : rows;
-        width = experts > width ? experts : width;
+    for (int e = 0; moe && e < E; e++) {
+        size_t act = nK * m->expert_width[e], both = act * (1 + is_gated(m->expert_activation[e]));
+        width = act > width ? act : width;
+        hidden = both > hidden ? both : hidden;
     }
+    rows = nK > rows ? nK : rows;
     m->x = own_reals(m, (size_t)N * C);
     m->h = own_reals(m, (size_t)N * C);
     m->rstd = own_reals(m, N);
-    m->rows = own_reals(m, rows * C);
+    m->purpose = FOR_BUFFERS;
+    m->rows = own_reals(m, rows * C * moe);
     m->act = own_reals(m, width);
-    m->choice_score = own_reals(m, moe * n * W);
-    m->counts = (double *)own(m, moe * n * c->routers * E, sizeof(double));
-    m->marks = (unsigned char *)own(m, moe * n * c->groups, 1);
+    m->choice_score = own_reals(m, scores);
     m->unbiased = (int *)own(m, nK, sizeof(int));
     m->gru_room = own_reals(m, moe * N * 6 * R);
     m->head_rows = max_int(1, min_int(N, (1 << 24) / c->vocab)); // 64 MiB of float logits at most
@@ -2907,25 +2968,31 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     rope_angles(m->angles, 0, c->seq, D, c->rope_theta);
     m->order = (int *)own(m, N, sizeof(int));
     m->offset = (int *)own(m, (size_t)c->vocab + 2, sizeof(int));
+    m->purpose = HARDLY_TOUCHED;
+    m->counts = (double *)own(m, moe * n * c->routers * E, sizeof(double));
+    m->marks = (unsigned char *)own(m, moe * n * c->groups, 1);
     if (train) {
-        for (int i = GRADS; i <= MOMENT2; i++)
+        for (int i = GRADS; i <= MOMENT2; i++) {
+            m->purpose = i == GRADS ? FOR_GRADIENTS : FOR_MOMENTS;
             m->memory[i] = own_reals(m, m->size);
+        }
         point_weights(m, &m->grads, m->memory[GRADS]);
+        m->purpose = FOR_BUFFERS;
         m->dx = own_reals(m, (size_t)N * C);
         m->dh = own_reals(m, (size_t)N * C);
         m->datt = own_reals(m, (size_t)N * C);
         m->dqkv = own_reals(m, (size_t)N * Q);
-        m->dhidden = own_reals(m, width * 2);
-        m->dlogits = own_reals(m, moe * n * W * 2);
-        m->dnoisy = own_reals(m, moe * n * W);
-        m->dp = own_reals(m, moe * n * W);
-        m->dgroups = own_reals(m, moe * n * c->groups);
+        m->dhidden = own_reals(m, hidden);
+        m->dlogits = own_reals(m, scores * (1 + c->noise));
+        m->dnoisy = own_reals(m, c->noise ? scores : 0);
+        m->dp = own_reals(m, scores);
+        m->dgroups = own_reals(m, two * n * c->groups);
         m->dweight = own_reals(m, nK);
-        m->dgate = own_reals(m, nK * c->groups);
-        m->dgroup_weight = own_reals(m, nK);
-        m->drouter = own_reals(m, (size_t)N * C);
-        m->dsub = own_reals(m, (size_t)N * C);
-        m->dmerged = own_reals(m, (size_t)N * C);
+        m->dgate = own_reals(m, two * nK * c->groups);
+        m->dgroup_weight = own_reals(m, two * nK);
+        m->drouter = own_reals(m, c->jitter > 0 ? (size_t)N * C : 0);
+        m->dsub = own_reals(m, c->subtokens > 1 ? (size_t)N * C : 0);
+        m->dmerged = own_reals(m, c->subtokens > 1 ? (size_t)N * C : 0);
         m->dstate = own_reals(m, moe * N * R * 2);
         m->dprojected = own_reals(m, moe * N * R);
         m->partial = own_reals(m, (size_t)div_up(N, CHUNK) * C);
@@ -3276,6 +3343,19 @@ void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T) {
         product(out, along_rows(s->merged, C, NULL), along_rows(w->merge, C, NULL), N, C, C, 1);
 }
 
+// With --recompute: the hidden layers again, of s->h2 and the plan as it was.
+void ffn_recompute(Model *m, int l, LayerState *s, int N) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l];
+    int everyone[2] = {0, N}, width = dense_width(c, l), activation = dense_activation(c, l);
+    Experts dense = {1, c->dim, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
+    if (w->dense_in)
+        experts_hidden(s->dense_hidden, s->h2, &dense);
+    Experts experts = layer_experts(m, w, &s->plan, c->dim / c->subtokens);
+    if (is_moe(c, l))
+        experts_hidden(s->hidden, c->subtokens > 1 ? s->sub : s->h2, &experts);
+}
+
 // Given dout (N,C), writes dh (N,C), the gradient by s->h2, and adds to the weights' gradients.
 void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, int N, int T) {
     const Config *c = &m->config;
@@ -3370,13 +3450,29 @@ void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head
     }
 }
 
+// The first half of a layer, from s->x to s->h2.
+void attend_forward(Model *m, int l) {
+    const Config *c = &m->config;
+    LayerState *s = &m->layers[l];
+    const LayerWeights *w = &m->weights.layer[l];
+    int N = m->B * m->T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    rmsnorm_forward(s->h1, s->rstd1, s->x, w->norm1, N, C, c->norm_eps);
+    product(s->qkv, along_rows(s->h1, C, NULL), along_rows(w->qkv, C, NULL), N, Q, C, 0);
+    rope(s->qkv, Q, N, m->T, H + KV, D, m->angles, 1);
+    attention_forward(s->att, s->lse, s->qkv, m->B, m->T, H, KV, D, m->attention);
+    memcpy(s->mid, s->x, (size_t)N * C * sizeof(real));
+    product(s->mid, along_rows(s->att, C, NULL), along_rows(w->proj, C, NULL), N, C, C, 1);
+    rmsnorm_forward(s->h2, s->rstd2, s->mid, w->norm2, N, C, c->norm_eps);
+    m->at_hand = l;
+}
+
 // Runs B sequences of T tokens. Returns the mean cross-entropy per token; m->nll (N) holds each token's. In TRAIN_MODE
 // capacity and chance are on; but in EVAL_MODE the head's gradients are taken, scaled by grad_scale (1 / micro-steps). step,
 // and the place of the first token in the step's whole batch, choose the random numbers.
 double model_forward(Model *m, const int *tokens, const int *targets, int B, int T, int mode, double grad_scale,
                      long step, long first_token) {
     const Config *c = &m->config;
-    int N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, L = c->layers;
+    int N = B * T, C = c->dim, L = c->layers;
     m->tokens = tokens;
     m->B = B;
     m->T = T;
@@ -3389,15 +3485,8 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
     embedding_forward(m->layers[0].x, m->weights.embed, tokens, N, C);
     for (int l = 0; l < L; l++) {
         LayerState *s = &m->layers[l];
-        const LayerWeights *w = &m->weights.layer[l];
         real *out = l + 1 < L ? m->layers[l + 1].x : m->x;
-        rmsnorm_forward(s->h1, s->rstd1, s->x, w->norm1, N, C, c->norm_eps);
-        product(s->qkv, along_rows(s->h1, C, NULL), along_rows(w->qkv, C, NULL), N, Q, C, 0);
-        rope(s->qkv, Q, N, T, H + KV, D, m->angles, 1);
-        attention_forward(s->att, s->lse, s->qkv, B, T, H, KV, D, m->attention);
-        memcpy(s->mid, s->x, (size_t)N * C * sizeof(real));
-        product(s->mid, along_rows(s->att, C, NULL), along_rows(w->proj, C, NULL), N, C, C, 1);
-        rmsnorm_forward(s->h2, s->rstd2, s->mid, w->norm2, N, C, c->norm_eps);
+        attend_forward(m, l);
         memcpy(out, s->mid, (size_t)N * C * sizeof(real));
         ffn_forward(m, l, s, out, N, T);
     }
@@ -3428,6 +3517,10 @@ void model_backward(Model *m) {
     for (int l = c->layers - 1; l >= 0; l--) {
         LayerState *s = &m->layers[l];
         const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
+        if (c->recompute && l != m->at_hand) {
+            attend_forward(m, l);
+            ffn_recompute(m, l, s, N);
+        }
         ffn_backward(m, l, s, m->dh, m->dx, N, T);
         rmsnorm_backward(m->dx, dw->norm2, m->dh, s->mid, s->rstd2, w->norm2, N, C, m->partial);
         product(m->datt, along_rows(m->dx, C, NULL), along_columns(w->proj, C, NULL), N, C, C, 0);
@@ -3465,8 +3558,18 @@ double gradient_norm(const Model *m) {
 #pragma omp parallel for
     for (int i = 0; i < chunks; i++) {
         size_t end = (size_t)(i + 1) * UPDATE_CHUNK;
-        for (size_t j = (size_t)i * UPDATE_CHUNK; j < (end < m->size ? end : m->size); j++)
-            part[i] += (double)m->memory[GRADS][j] * (double)m->memory[GRADS][j];
+        end = end < m->size ? end : m->size;
+        double sum[16] = {0}; // side by side, so that vectors can do it
+        const real *g = m->memory[GRADS];
+        size_t j = (size_t)i * UPDATE_CHUNK;
+        for (; j + 16 <= end; j += 16) {
+            for (int k = 0; k < 16; k++)
+                sum[k] += (double)g[j + k] * (double)g[j + k];
+        }
+        for (; j < end; j++)
+            sum[0] += (double)g[j] * (double)g[j];
+        for (int k = 0; k < 16; k++)
+            part[i] += sum[k];
     }
     for (int i = 0; i < chunks; i++)
         total += part[i];
@@ -4814,6 +4917,7 @@ typedef struct Run {
     double peak;       // operations per second
     double val_loss, val_bpb, fluctuation;
     double flops;      // per token
+    double before;     // bytes of memory that the process had used at most before it had a model
     int trained;       // steps since this process began
     unsigned char *warned; // (L) what a warning was printed of: 1 a dead expert, 2 an uneven load
     uint64_t *probe;   // (L, tokens) the sets of experts chosen for the first validation batch at the last evaluation
@@ -5563,6 +5667,7 @@ int open_run(Run *run, const Config *asked) {
     run->val = data_open(c->data, "val", c->seq, c->vocab, (uint64_t)c->seed);
     run->inputs = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
     run->targets = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
+    run->before = most_memory();
     run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
     if (resumed) {
         load_weights(run, checkpoint, 1);
@@ -5610,6 +5715,36 @@ void device_name(char name[128]) {
         fclose(file);
 }
 
+// Where the memory goes, and what --recompute does about it: of all layers' activations that it need not keep, one
+// layer's; and nearly the whole forward pass a second time.
+void print_memory(Run *run) {
+    static const char *const names[] = {"weights", "gradients", "moments", "activations", "buffers"};
+    const Config *c = &run->config;
+    const Model *m = run->model;
+    double before = run->before + 2 * (run->train->tokens + run->val->tokens), sum = before, mib = 1048576, again = 0;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        int whole = t->kind == QKV || t->kind == PROJ || t->kind == DENSE_IN, some = t->kind == W_IN;
+        if (whole || some) // of the last layer nothing is lost
+            again += 2.0 * (double)t->size * (whole ? 1 : (double)c->topk / c->experts * c->subtokens) * (t->layer < c->layers - 1);
+    }
+    again += 2.0 * (c->layers - 1) * c->seq * c->dim;
+    printf("memory in MiB:");
+    for (int i = 0; i < FOR_BUFFERS + 1; i++) {
+        printf(" %s %.1f,", names[i], (double)m->bytes[i] / mib);
+        sum += (double)m->bytes[i];
+    }
+    printf(" the program and its tokens %.1f; together %.1f\n", before / mib, sum / mib);
+    printf("%s --recompute: activations %.1f and %.0f%% more operations\n", c->recompute ? "without" : "with",
+           ((double)m->bytes[FOR_ACTIVATIONS] +
+            (c->recompute ? 1 : -1) * (double)sizeof(real) * (double)(m->passing - m->largest)) / mib,
+           (c->recompute ? -1 : 1) * 100 * again / (run->flops + (c->recompute ? again : 0)));
+    fprintf(run->log, "\"memory\":{");
+    for (int i = 0; i < FOR_BUFFERS + 1; i++)
+        fprintf(run->log, "\"%s\":%zu,", names[i], m->bytes[i]);
+    fprintf(run->log, "\"program\":%.0f},", before);
+}
+
 void announce(Run *run) {
     const Config *c = &run->config;
     double total, active;
@@ -5623,16 +5758,17 @@ void announce(Run *run) {
     fprintf(run->log,
             ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,\"threads\":%d,\"ranks\":1,",
             c->vocab, total, active, run->flops, thread_count());
-    fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,\"device\":", run->step, run->peak / 1e9);
-    json_write_string(run->log, device, strlen(device));
-    fprintf(run->log, "}\n");
     int last, moe = moe_layers(c, &last);
     printf("%s: %d layers of width %d, %d of them with %d experts of which a token sees %d\n", c->recipe, c->layers, c->dim, moe,
            moe ? c->experts + c->shared : 0, moe ? c->topk + c->shared : 0);
     printf("%.2f million weights, %.2f million at work for each token; vocabulary %d\n", total / 1e6, active / 1e6, c->vocab);
     printf("data %s: %.2f million tokens, %ld windows of %d; a step takes %d of them\n", c->data, run->train->tokens / 1e6,
            run->train->windows, c->seq, c->batch * c->accum);
+    print_memory(run);
     printf("%s, %d threads, peak %.0f GFLOP/s; run directory %s\n", device, thread_count(), run->peak / 1e9, run->out);
+    fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,\"device\":", run->step, run->peak / 1e9);
+    json_write_string(run->log, device, strlen(device));
+    fprintf(run->log, "}\n");
     if (run->step)
         printf("going on after step %d\n", run->step);
     printf("\n");
