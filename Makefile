@@ -75,6 +75,15 @@ test: dev/test_moe dev/test_moe_double train_moe train_moe_double data/tokenize
 	dev/test_moe
 	dev/test_moe_double
 
+# $(call SHORT_RUN,PROGRAM,FOLDER): a short training, a resumed one, and a story
+define SHORT_RUN
+	rm -rf $(2)
+	$(1) --out $(2) --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-batches 2 --tokens 20 --save-every 2
+	$(1) --out $(2) --resume --steps 4
+	$(1) --out $(2) --prompt "Once upon" --tokens 20
+	rm -rf $(2)
+endef
+
 # The tests of another build, in a folder laid out like this one. EMULATOR runs them where this machine's processor cannot.
 .PHONY: test_in
 test_in:
@@ -87,6 +96,7 @@ test_in:
 ifdef EMULATOR
 	cd $(IN) && for program in train_moe train_moe_double data/tokenize; do mv $$program $$program.bin && \
 	printf '#!/bin/sh\nexec $(EMULATOR) -0 "$$0" "$$0.bin" "$$@"\n' > $$program && chmod +x $$program || exit 1; done
+	$(call SHORT_RUN,$(IN)/train_moe,$(IN)/run)
 endif
 	cd $(IN) && $(EMULATOR) ./test_moe
 	cd $(IN) && $(EMULATOR) ./test_moe_double
@@ -112,7 +122,7 @@ dev/arm64/usr/include/cmocka.h:
 
 ##test_arm64: the tests built for 64-bit Arm, in small sizes, under qemu; needs Debian's cross compiler and qemu-user
 ARM64 := /usr/aarch64-linux-gnu
-test_arm64:
+test_arm64: data/stories/tokenizer.json
 	@if command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64 && [ -f $(ARM64)/lib/libc.so.6 ]; then \
 	$(MAKE) --no-print-directory dev/arm64/usr/include/cmocka.h && VALGRIND=1 $(MAKE) --no-print-directory test_in IN=dev/arm64 \
 	    CC=aarch64-linux-gnu-gcc ARCH= EMULATOR="qemu-aarch64 -L $(ARM64)" CMOCKA="-isystem dev/arm64/usr/include \
@@ -130,7 +140,6 @@ sanitize: data/stories/tokenizer.json
 	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan
 	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan_double
 
-# valgrind 3.19 does not know AVX-512, hence another ARCH; one thread, since libgomp is not made for it.
 ##tsan: short trainings under ThreadSanitizer (clang and its OpenMP runtime, with Archer, which knows OpenMP's barriers)
 ARCHER := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 tsan: data/stories/tokenizer.json
@@ -142,6 +151,7 @@ tsan: data/stories/tokenizer.json
 	    --tokens 20 || exit 1; done
 	rm -rf dev/tsan_run
 
+# valgrind 3.19 does not know AVX-512, hence another ARCH; one thread, since libgomp is not made for it.
 ##valgrind: a short training and the tests under valgrind
 # In the tests, children that are meant to fail end without freeing; AddressSanitizer looks for the tests' leaks.
 VALGRIND := valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
@@ -149,12 +159,7 @@ valgrind: data/stories/tokenizer.json
 	$(GET_CMOCKA)
 	$(CC) -std=gnu11 -O2 -g $(WARN) -Wno-unknown-pragmas train_moe.c -o dev/train_moe_valgrind $(LIBS)
 	$(CC) -std=gnu11 -O2 -g $(WARN) -Wno-unknown-pragmas test_moe.c -o dev/test_moe_valgrind -lcmocka $(LIBS)
-	rm -rf dev/valgrind_run
-	$(VALGRIND) dev/train_moe_valgrind --out dev/valgrind_run --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 \
-	    --eval-batches 2 --tokens 20 --save-every 2
-	$(VALGRIND) dev/train_moe_valgrind --out dev/valgrind_run --resume --steps 4
-	$(VALGRIND) dev/train_moe_valgrind --out dev/valgrind_run --prompt "Once upon" --tokens 20
-	rm -rf dev/valgrind_run
+	$(call SHORT_RUN,$(VALGRIND) dev/train_moe_valgrind,dev/valgrind_run)
 	VALGRIND=1 $(VALGRIND) --leak-check=no --child-silent-after-fork=yes dev/test_moe_valgrind
 
 # OpenBLAS is only there to be compared with.
