@@ -20,7 +20,7 @@ LIBS   := -lm
 # Tests and benchmarks do not spin while they wait; train_moe sees to that by itself.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help test test_plain test_avx2 test_arm64 sanitize tsan valgrind check_tokenizer check_hf bench format clean
+.PHONY: help test test_plain test_avx2 test_arm64 sanitize tsan valgrind check_tokenizer check_hf bench bench_all format clean
 
 ##train_moe: the trainer, the data tools and the built-in stories
 train_moe: train_moe.c data/unicode.h | data/stories/tokenizer.json
@@ -162,14 +162,21 @@ valgrind: data/stories/tokenizer.json
 	$(call SHORT_RUN,$(VALGRIND) dev/train_moe_valgrind,dev/valgrind_run)
 	VALGRIND=1 $(VALGRIND) --leak-check=no --child-silent-after-fork=yes dev/test_moe_valgrind
 
-# OpenBLAS is only there to be compared with.
+# OpenBLAS is only there to be compared with. What it finds out about a processor may be too little, so it is told of AVX-512;
+# and its threads shall not spin for long while ours work.
 BLAS := $(call accepts,-DOPENBLAS -lopenblas,\043include <cblas.h>)
 dev/bench: dev/bench.c train_moe.c dev/plain.h data/unicode.h
 	$(BUILD) $(OPENMP) dev/bench.c -o $@ $(BLAS) $(LIBS)
 
-##bench: peak, products, layers and steps, and the mixture's tax, in one run
-bench: dev/bench
-	dev/bench --layers 4 --dim 256 --heads 8 --ffn 512 --batch 8
+# llm.c's own flags
+dev/llmc_step: dev/llmc_step.c
+	$(CC) -Ofast $(WARN) $(ARCH) $(OPENMP) dev/llmc_step.c -o $@ $(LIBS)
+
+##bench: peak, products, layers, steps, the mixture's tax, generation, and PyTorch (TORCH_PYTHON names one that has it), in one run
+##bench_all: the same, and a larger model beside PyTorch
+bench bench_all: dev/bench dev/llmc_step
+	export OPENBLAS_THREAD_TIMEOUT=20; ! grep -qsw avx512f /proc/cpuinfo || export OPENBLAS_CORETYPE=$${OPENBLAS_CORETYPE:-SkylakeX}; \
+	dev/bench $(if $(filter bench_all,$@),--all) $(BENCH)
 
 dev/logits: dev/logits.c train_moe.c data/unicode.h
 	$(BUILD) $(OPENMP) dev/logits.c -o $@ $(LIBS)
@@ -180,7 +187,8 @@ format:
 
 ##clean: removes what was built, but not the data and the runs
 clean:
-	rm -f train_moe train_moe_double data/tokenize data/make_stories dev/logits dev/bench dev/test_moe dev/test_moe_double
+	rm -f train_moe train_moe_double data/tokenize data/make_stories dev/logits dev/bench dev/llmc_step dev/test_moe \
+	    dev/test_moe_double
 	rm -rf dev/plain dev/avx2 dev/arm64
 	rm -f dev/*_asan dev/*_asan_double dev/*_valgrind dev/*_tsan
 	rm -rf data/stories data/stories.new

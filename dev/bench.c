@@ -1,213 +1,719 @@
-// dev/bench: where a training step's time goes, in one run on one machine: the peak of multiply-adds; the matrix product on
-// the model's own shapes, beside OpenBLAS where that was found; each layer, forward and backward; whole steps, and what
-// the mixture costs over a dense model of equal work per token. `make bench`, or dev/bench with options of train_moe.
+// dev/bench: how fast train_moe.c is on this machine, and how fast it could be, in one run:
+//
+//     make bench                          everything; make bench_all also model B beside PyTorch
+//     dev/bench [--quick] [--all] PART... of: products attention rows step tax generate yardsticks; --quick leaves out B
+//
+// On a shared machine a core is half as fast one second as it was the second before. So no two numbers are compared that
+// were not taken side by side: in short rounds the peak of multiply-adds, ours and the yardstick take turns, a ratio is
+// taken in each round, and the median of all rounds is printed; so is the median of the absolute rates.
 
 #define TRAIN_MOE_NO_MAIN
 #include "../train_moe.c"
+#include "plain.h"
 #ifdef OPENBLAS
 #include <cblas.h>
 #endif
 
-double peak; // operations per second
+#define MODEL_A "--layers 4 --dim 256 --heads 8 --experts 8 --topk 2 --ffn 512 --seq 256 --batch 16"
+#define FINE_A  "--layers 4 --dim 256 --heads 8 --experts 64 --topk 16 --ffn 64 --seq 256 --batch 16"
+#define MODEL_B "--layers 8 --dim 512 --heads 8 --experts 16 --topk 2 --ffn 1024 --seq 512 --batch 8"
 
-// Median seconds of a call, out of enough calls for a fifth of a second.
-double time_call(void (*call)(void *), void *arg) {
-    double times[201], start = seconds();
-    int n = 0;
-    call(arg);
-    while (n < 5 || (n < 201 && seconds() - start < 0.2)) {
-        double t = seconds();
-        call(arg);
-        times[n++] = seconds() - t;
+// A thing to be timed: double name(void *arg), in which `a` is arg as a Type *
+#define CALL(name, Type, ...)     \
+    double name(void *arg) {      \
+        Type *a = (Type *)arg;    \
+        __VA_ARGS__;              \
+        return 0;                 \
     }
-    for (int i = 1; i < n; i++) {
-        for (int j = i; j > 0 && times[j] < times[j - 1]; j--) {
-            double t = times[j];
-            times[j] = times[j - 1];
-            times[j - 1] = t;
+#define BURST      2e-3 // seconds that a thing has its turn at least
+#define PEAK_TIME  3e-3 // and the peak loop; starting threads takes a hundredth of it
+#define MAX_ROUNDS 400
+
+int quick, thorough;
+
+// ---- rounds
+
+typedef struct Thing {
+    double (*call)(void *); // returns its rate if it takes its own time, else 0
+    void *arg;
+    double work; // operations, bytes or tokens of a call
+    int times;   // calls in a turn
+    double rate[MAX_ROUNDS];
+} Thing;
+
+int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// of a[i]/b[i], or of a[i] where b is NULL
+double median(const double *a, const double *b, int n) {
+    double sorted[MAX_ROUNDS];
+    for (int i = 0; i < n; i++)
+        sorted[i] = b ? a[i] / b[i] : a[i];
+    qsort(sorted, (size_t)n, sizeof(double), by_size);
+    return n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
+}
+
+void rest(void) { // other programs' threads, and OpenBLAS's, fall asleep
+    if (thread_count() > 1)
+        usleep(1000);
+}
+
+// Lets the things take turns for about so many seconds; returns the number of rounds.
+int take_turns(Thing *list, int count, double budget) {
+    for (int i = 0; i < count; i++) {
+        list[i].call(list[i].arg); // warms up
+        double start = seconds();
+        list[i].call(list[i].arg);
+        list[i].times = list[i].work > 0 ? (int)fmin(1000, BURST / (seconds() - start)) + 1 : 1;
+    }
+    int round = 0;
+    for (double begin = seconds(); round < 3 || (round < MAX_ROUNDS && seconds() - begin < budget); round++) {
+        for (int i = 0; i < count; i++) {
+            Thing *t = &list[(i + round) % count];
+            double rate = 0, start = seconds();
+            for (int k = 0; k < t->times; k++)
+                rate = t->call(t->arg);
+            t->rate[round] = rate > 0 ? rate : t->work * t->times / (seconds() - start);
+            rest();
         }
     }
-    return times[n / 2];
+    return round;
 }
 
-typedef struct Case {
-    const char *name;
-    Product *list;
+double budget(double full) {
+    return quick ? full / 4 : full;
+}
+
+// ---- what the machine can do
+
+volatile real one = 1; // the compiler cannot know it
+
+void use(int threads) {
+    Config c;
+    memset(&c, 0, sizeof(c));
+    c.threads = threads;
+    use_threads(&c);
+}
+
+// Multiply-adds in registers alone: what all threads do in one stretch of time, so that it also is right where they have
+// to share a core. arg: not NULL for one thread.
+double peak_loop(void *arg) {
+    const int steps = 1 << 13; // 15 us at 3 GHz
+    double total = 0, start = seconds();
+#pragma omp parallel reduction(+ : total) num_threads(arg ? 1 : thread_count())
+    {
+        vec sum[12], x = {0}, y = {0};
+        x += (real)0.999 * one; // towards y/(1-x), so that nothing overflows or becomes subnormal
+        y += one;
+        for (int i = 0; i < 12; i++)
+            sum[i] = y + (real)i;
+        do {
+            for (int k = 0; k < steps; k++) {
+#pragma GCC unroll 16
+                for (int i = 0; i < 12; i++)
+                    sum[i] = sum[i] * x + y;
+            }
+            total += 2.0 * 12 * LANES * steps;
+        } while (seconds() - start < PEAK_TIME);
+        for (int i = 1; i < 12; i++)
+            sum[0] += sum[i];
+        peak_result[thread_number() % 64] = vec_sum(sum[0]);
+    }
+    return total / (seconds() - start);
+}
+const Thing peak = {peak_loop, NULL, 0, 1, {0}};
+
+typedef struct Array {
+    real *p;
+    size_t n;
+} Array;
+
+#define PIECE 65536
+double read_array(void *arg) { // n numbers
+    const Array *a = (const Array *)arg;
+#pragma omp parallel for
+    for (size_t piece = 0; piece < a->n / PIECE; piece++) {
+        vec sum[8] = {{0}};
+        for (int i = 0; i < PIECE / 8; i += LANES) {
+            for (int j = 0; j < 8; j++) // eight streams: of one alone a core is fetching too little at a time
+                sum[j] += *(const vec *)(a->p + piece * PIECE + j * (PIECE / 8) + i);
+        }
+        for (int j = 1; j < 8; j++)
+            sum[0] += sum[j];
+        peak_result[thread_number() % 64] = vec_sum(sum[0]);
+    }
+    return 0;
+}
+
+double triad(void *arg) { // a third of n numbers = the second third + c * the last third
+    const Array *a = (const Array *)arg;
+    size_t n = a->n / 3;
+    real c = one;
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++)
+        a->p[i] = a->p[n + i] + c * a->p[2 * n + i];
+    return 0;
+}
+
+Array far = {NULL, 3 * (size_t)32 * 1024 * 1024}; // 384 MiB: larger than caches
+
+real *random_reals(size_t n) { // in [-0.5, 0.5); aligned like a vector
+    real *p = (real *)aligned_alloc(64, (n * sizeof(real) + 127) / 64 * 64);
+    if (!p)
+        fail("out of memory: %zu numbers", n);
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++)
+        p[i] = (real)((double)(hash64(i) >> 11) * 0x1p-53 - 0.5);
+    return p;
+}
+
+void bench_machine(void) {
+    char device[128];
+    device_name(device);
+    Thing t[] = {peak, {peak_loop, &far, 0, 1, {0}}, {read_array, &far, (double)far.n * sizeof(real), 1, {0}},
+                 {triad, &far, (double)far.n * sizeof(real), 1, {0}}};
+    int n = take_turns(t, 4, budget(3));
+    printf("%s, vectors of %d bytes\n", device, VECTOR_BYTES);
+    printf("multiply-adds: %.0f GFLOP/s with %d threads, %.0f with 1\n", median(t[0].rate, NULL, n) / 1e9, thread_count(),
+           median(t[1].rate, NULL, n) / 1e9);
+    printf("memory: reads %.1f GB/s, triad (two read, one written) %.1f GB/s\n", median(t[2].rate, NULL, n) / 1e9,
+           median(t[3].rate, NULL, n) / 1e9);
+}
+
+// ---- products
+
+typedef struct List {
+    Product *p;
     int count;
-} Case;
+} List;
 
-void call_products(void *arg) {
-    Case *c = (Case *)arg;
-    products(c->list, c->count, 0);
-}
+CALL(call_products, List, products(a->p, a->count, 0))
+CALL(call_plain, List, plain_products(a->p, a->count, 0))
 
+double call_blas(void *arg) { // takes gathered rows as if they lay together, which flatters it
+    (void)arg;
 #ifdef OPENBLAS
-void call_blas(void *arg) { // gathered rows are taken as if they lay together
-    Case *c = (Case *)arg;
-    for (int i = 0; i < c->count; i++) {
-        Product *p = &c->list[i];
-        cblas_sgemm(CblasRowMajor, p->a.row_is_k ? CblasTrans : CblasNoTrans, p->b.row_is_k ? CblasNoTrans : CblasTrans, p->m,
-                    p->n, p->k, 1, (const float *)p->a.p, (int)p->a.ld, (const float *)p->b.p, (int)p->b.ld, 0, (float *)p->out,
-                    (int)p->ld);
+    List *l = (List *)arg;
+    for (Product *p = l->p; p < l->p + l->count; p++) {
+        if (p->m && p->k)
+            cblas_sgemm(CblasRowMajor, p->a.row_is_k ? CblasTrans : CblasNoTrans,
+                        p->b.row_is_k ? CblasNoTrans : CblasTrans, p->m, p->n, p->k, 1, (const float *)p->a.p,
+                        (int)p->a.ld, (const float *)p->b.p, (int)p->b.ld, 0, (float *)p->out, (int)p->ld);
     }
-}
 #endif
+    return 0;
+}
 
-// groups products of the given shape, m or k being divided among the groups; kind 0: x W^T, 1: dout W, 2: dout^T x
-void bench_product(const char *name, int kind, int groups, int m, int n, int k) {
-    real *a = allocate_reals((size_t)m * k), *b = allocate_reals((size_t)n * k * groups), *out = allocate_reals((size_t)m * n * groups);
-    for (size_t i = 0; i < (size_t)m * k; i++)
-        a[i] = (real)random_uniform(1, i);
-    for (size_t i = 0; i < (size_t)n * k * groups; i++)
-        b[i] = (real)random_uniform(2, i);
-    Case c = {name, (Product *)allocate((size_t)groups, sizeof(Product)), groups};
-    for (int g = 0; g < groups; g++) {
-        Product *p = &c.list[g];
-        size_t first = (size_t)g * (kind == 2 ? k / groups : m / groups);
-        p->m = kind == 2 ? m : m / groups;
-        p->n = n;
-        p->k = kind == 2 ? k / groups : k;
-        p->a = kind == 2 ? along_columns(a + first * m, m, NULL) : along_rows(a + first * k, k, NULL);
-        p->b = kind == 0   ? along_rows(b + (size_t)g * n * k, k, NULL)
-               : kind == 1 ? along_columns(b + (size_t)g * n * k, n, NULL)
-                           : along_columns(b + first * n, n, NULL);
-        p->out = kind == 2 ? out + (size_t)g * m * n : out + first * n;
-        p->ld = (size_t)n;
+enum { FORWARD, BY_INPUT, BY_WEIGHT };
+enum { TOGETHER = 0, GATHERED = 1, RAGGED = 2 };
+
+// groups of `rows` rows of x (rows,in), W (out,in), dout (rows,out): x W^T, dout W or dout^T x. Gathered rows of x are
+// picked from half as many tokens; ragged groups have from none to three times the rows.
+void bench_product(const char *name, int kind, int groups, int rows, int out, int in, int how) {
+    size_t all = 0, most = (size_t)groups * rows * 3 / 2 + 64, weights = (size_t)groups * out * in, at = 0;
+    real *x = random_reals(most * in), *dout = random_reals(most * out), *w = random_reals(weights);
+    int *token = (int *)allocate(most, sizeof(int));
+    for (size_t i = 0; i < most; i++)
+        token[i] = (int)(hash64(i) % (most / 2));
+    List ours = {(Product *)allocate(groups, sizeof(Product)), groups};
+    List plain = {(Product *)allocate(groups, sizeof(Product)), groups};
+    double work = 0, plain_work = 0;
+    for (int g = 0; g < groups; g++, at += all) {
+        double place = groups > 1 ? (double)g / (groups - 1) : 0;
+        all = how & RAGGED ? (size_t)(3 * place * place * rows) : (size_t)rows;
+        const int *index = how & GATHERED ? token + at : NULL;
+        real *own_x = index ? x : x + at * in, *own_w = w + (size_t)g * out * in, *own_dout = dout + at * out;
+        Product list[] = {
+            {own_dout, (size_t)out, along_rows(own_x, in, index), along_rows(own_w, in, NULL), (int)all, out, in},
+            {x + at * in, (size_t)in, along_rows(own_dout, out, NULL), along_columns(own_w, in, NULL), (int)all, in, out},
+            {own_w, (size_t)in, along_columns(own_dout, out, NULL), along_columns(own_x, in, index), out, in, (int)all}};
+        Product p = list[kind];
+        ours.p[g] = p;
+        work += 2.0 * p.m * p.n * p.k;
+        p.m = min_int(p.m, max_int(thread_count(), (int)(3e7 / groups / ((double)p.n * p.k + 1))));
+        plain.p[g] = p;
+        plain_work += 2.0 * p.m * p.n * p.k;
     }
-    double work = 2.0 * m * n * k, ours = work / time_call(call_products, &c);
-    printf("  %-24s %2d x %5d x %5d x %5d  %7.1f GFLOP/s  %3.0f%% of peak", name, groups, c.list[0].m, n, c.list[0].k, ours / 1e9,
-           100 * ours / peak);
+    double start = seconds();
+    call_plain(&plain);
+    double by_plain = plain_work / (seconds() - start);
+    Thing t[3] = {peak, {call_products, &ours, work, 1, {0}}, {call_blas, &ours, work, 1, {0}}};
 #ifdef OPENBLAS
-    double blas = work / time_call(call_blas, &c);
-    printf("  %7.1f OpenBLAS, ratio %.2f", blas / 1e9, ours / blas);
+    int n = take_turns(t, 3, budget(0.5));
+#else
+    int n = take_turns(t, 2, budget(0.5));
+#endif
+    double rate = median(t[1].rate, NULL, n);
+    printf("  %-22s %2d x %5d x %4d x %4d  %7.1f GFLOP/s %3.0f%% of peak", name, groups, kind == BY_WEIGHT ? out : rows,
+           kind == FORWARD ? out : in, kind == FORWARD ? in : kind == BY_INPUT ? out : rows, rate / 1e9,
+           100 * median(t[1].rate, t[0].rate, n));
+#ifdef OPENBLAS
+    printf("  %5.2f x OpenBLAS", median(t[1].rate, t[2].rate, n));
+#endif
+    printf("  %4.0f x plain loops\n", rate / by_plain);
+    fflush(stdout);
+    free(x), free(dout), free(w), free(token), free(ours.p), free(plain.p);
+}
+
+void bench_products(void) {
+    const int N = 4096, C = 256, V = 4096;
+    printf("\nproducts: groups x rows x columns x summed");
+#ifdef OPENBLAS
+    openblas_set_num_threads(thread_count());
+    printf("; OpenBLAS for %s, %d threads", openblas_get_corename(), openblas_get_num_threads());
 #endif
     printf("\n");
-    free(a);
-    free(b);
-    free(out);
-    free(c.list);
-}
-
-Model *model;
-int *inputs, *targets;
-
-void call_forward(void *arg) {
-    (void)arg;
-    model_forward(model, inputs, targets, model->config.batch, model->config.seq, TRAIN_MODE, 1, 1, 0);
-}
-
-void call_backward(void *arg) {
-    (void)arg;
-    model_backward(model);
-}
-
-void call_update(void *arg) {
-    (void)arg;
-    model_update(model, 1, 1e-9, gradient_norm(model));
-}
-
-void call_attention_forward(void *arg) {
-    const Config *c = (const Config *)arg;
-    LayerState *s = model->layers;
-    attention_forward(s->att, s->lse, s->qkv, c->batch, c->seq, c->heads, c->kv_heads, c->dim / c->heads, model->attention);
-}
-
-void call_attention_backward(void *arg) {
-    const Config *c = (const Config *)arg;
-    LayerState *s = model->layers;
-    attention_backward(model->dqkv, model->dx, s->att, s->lse, s->qkv, c->batch, c->seq, c->heads, c->kv_heads, c->dim / c->heads,
-                       model->attention);
-}
-
-void call_ffn_forward(void *arg) {
-    const Config *c = (const Config *)arg;
-    ffn_forward(model, 0, model->layers, model->x, c->batch * c->seq, c->seq);
-}
-
-void call_ffn_backward(void *arg) {
-    const Config *c = (const Config *)arg;
-    ffn_backward(model, 0, model->layers, model->dh, model->dx, c->batch * c->seq, c->seq);
-}
-
-void call_norm(void *arg) {
-    const Config *c = (const Config *)arg;
-    rmsnorm_forward(model->h, model->rstd, model->x, model->weights.norm, c->batch * c->seq, c->dim, c->norm_eps);
-}
-
-void call_head(void *arg) {
-    const Config *c = (const Config *)arg;
-    head_loss(model->nll, model->dh, model->grads.head, model->h, model->weights.head, targets, c->batch * c->seq, c->dim, c->vocab,
-              1e-9, model->logits, model->head_rows);
-}
-
-// Times the parts of a training step of one configuration; returns the seconds of a step.
-double bench_model(Config *c) {
-    int N = c->batch * c->seq, D = c->dim / c->heads;
-    model = model_allocate(c, N, 1, NULL);
-    model_init(model, NULL);
-    inputs = (int *)allocate((size_t)N, sizeof(int));
-    targets = (int *)allocate((size_t)N, sizeof(int));
-    for (int i = 0; i < N; i++) {
-        inputs[i] = (int)(hash64((uint64_t)i) % (uint64_t)c->vocab);
-        targets[i] = (int)(hash64((uint64_t)i + 1) % (uint64_t)c->vocab);
+    bench_product("qkv", FORWARD, 1, N, 3 * C, C, TOGETHER);
+    bench_product("qkv, by input", BY_INPUT, 1, N, 3 * C, C, TOGETHER);
+    bench_product("qkv, by weight", BY_WEIGHT, 1, N, 3 * C, C, TOGETHER);
+    bench_product("proj", FORWARD, 1, N, C, C, TOGETHER);
+    bench_product("head", FORWARD, 1, N, V, C, TOGETHER);
+    bench_product("head, by input", BY_INPUT, 1, N, V, C, TOGETHER);
+    bench_product("head, by weight", BY_WEIGHT, 1, N, V, C, TOGETHER);
+    const int experts[][3] = {{8, 1024, 512}, {64, 256, 64}}; // groups, rows, F
+    for (int i = 0; i < 2; i++) {
+        int G = experts[i][0], R = experts[i][1], F = experts[i][2];
+        bench_product("experts in", FORWARD, G, R, 2 * F, C, GATHERED);
+        bench_product("experts in, by input", BY_INPUT, G, R, 2 * F, C, TOGETHER);
+        bench_product("experts in, by weight", BY_WEIGHT, G, R, 2 * F, C, GATHERED);
+        bench_product("experts out", FORWARD, G, R, C, F, TOGETHER);
+        bench_product("experts out, by weight", BY_WEIGHT, G, R, C, F, TOGETHER);
+        bench_product("ragged in", FORWARD, G, R, 2 * F, C, GATHERED + RAGGED);
+        bench_product("ragged in, by weight", BY_WEIGHT, G, R, 2 * F, C, GATHERED + RAGGED);
     }
-    double forward = time_call(call_forward, c), backward = time_call(call_backward, c), update = time_call(call_update, c);
-    double step = forward + backward + update, flops = flops_per_token(c);
-    printf("%s, %d layers of width %d, %d tokens a step\n", c->recipe, c->layers, c->dim, N);
-    printf("  step %8.1f ms  %7.0f tokens/s  %6.1f GFLOP/s  %3.0f%% of peak: forward and head %.1f, backward %.1f, update %.1f ms\n",
-           step * 1e3, N / step, N * flops / step / 1e9, 100 * N * flops / step / peak, forward * 1e3, backward * 1e3, update * 1e3);
-    // operations of one layer, forward
-    double attention = 2.0 * N * c->seq * c->dim, ffn = 2.0 * N * c->dim * (1 + is_gated(c->activation) + 1) * (c->topk + c->shared) * c->ffn;
+    const int rows[] = {16, 64, 128, 512};
+    for (int i = 0; i < 8; i++)
+        bench_product("groups", FORWARD, i < 4 ? 8 : 64, rows[i % 4], 1024, 256, GATHERED);
+}
+
+// ---- attention
+
+typedef struct Heads {
+    int B, T, H, D;
+    real *qkv, *out, *lse, *dout, *dqkv, *scratch;
+} Heads;
+
+CALL(call_attention_forward, Heads, attention_forward(a->out, a->lse, a->qkv, a->B, a->T, a->H, a->H, a->D, a->scratch))
+CALL(call_attention_backward, Heads,
+     attention_backward(a->dqkv, a->dout, a->out, a->lse, a->qkv, a->B, a->T, a->H, a->H, a->D, a->scratch))
+
+void bench_attention(void) {
+    printf("\nattention: sequences x tokens x heads x width; half of all pairs counted, backward as twice forward\n");
+    const Heads sizes[] = {{16, 256, 8, 32, 0, 0, 0, 0, 0, 0}, {8, 512, 8, 64, 0, 0, 0, 0, 0, 0},
+                           {4, 1024, 8, 64, 0, 0, 0, 0, 0, 0}, {2, 2048, 8, 64, 0, 0, 0, 0, 0, 0}};
+    for (int i = 0; i < 4; i++) {
+        Heads a = sizes[i];
+        int N = a.B * a.T, C = a.H * a.D;
+        double work = 2.0 * N * a.T * C; // two products of half a (T,T) matrix; backward is five, of which one is anew
+        a.qkv = random_reals((size_t)N * 3 * C), a.dqkv = random_reals((size_t)N * 3 * C);
+        a.out = random_reals((size_t)N * C), a.dout = random_reals((size_t)N * C), a.lse = random_reals((size_t)N * a.H);
+        a.scratch = random_reals(attention_room(a.T, a.D) * (size_t)thread_count());
+        real *w = random_reals((size_t)3 * C * C), *x = random_reals((size_t)N * C);
+        Product qkv = {a.dqkv, (size_t)(3 * C), along_rows(x, C, NULL), along_rows(w, C, NULL), N, 3 * C, C};
+        List product_list = {&qkv, 1};
+        Thing t[] = {peak, {call_attention_forward, &a, work, 1, {0}}, {call_attention_backward, &a, 2 * work, 1, {0}},
+                     {call_products, &product_list, 6.0 * N * C * C, 1, {0}}};
+        int n = take_turns(t, 4, budget(1.5));
+        for (int k = 1; k < 3; k++)
+            printf("  %-8s %2d x %4d x %d x %2d  %7.1f GFLOP/s  %3.0f%% of peak  %3.0f%% of the qkv product\n",
+                   k == 1 ? "forward" : "backward", a.B, a.T, a.H, a.D, median(t[k].rate, NULL, n) / 1e9,
+                   100 * median(t[k].rate, t[0].rate, n), 100 * median(t[k].rate, t[3].rate, n));
+        fflush(stdout);
+        free(a.qkv), free(a.out), free(a.lse), free(a.dout), free(a.dqkv), free(a.scratch), free(w), free(x);
+    }
+}
+
+// ---- models
+
+typedef struct Trainee {
+    const char *name;
+    Model *model;
+    int *inputs, *targets;
+    double work; // operations of a step
+    int threads;
+    double total[MAX_ROUNDS], part[3][MAX_ROUNDS]; // seconds: of a step; forward, backward, update
+    double possible[MAX_ROUNDS];                   // operations of the peak loop in that time
+} Trainee;
+
+Config read_config(const char *recipe, const char *line) {
+    Config c;
+    char text[512];
+    char *words[64] = {NULL};
+    int count = 0;
+    snprintf(text, sizeof(text), "bench --recipe %s %s", recipe, line);
+    for (char *word = strtok(text, " "); word; word = strtok(NULL, " "))
+        words[count++] = word;
+    parse_command_line(&c, count, words);
+    config_check(&c);
+    c.vocab = 4096;
+    return c;
+}
+
+// model_init would draw a normal number for each weight, which takes longer than the bench
+Model *random_model(const Config *c, int N, int train) {
+    Model *m = model_allocate(c, N, train, NULL);
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        real *w = m->memory[WEIGHTS] + t->offset;
+#pragma omp parallel for
+        for (size_t j = 0; j < t->size; j++)
+            w[j] = (real)(tensor_is_norm(t) ? 1 : ((double)(hash64(t->offset + j) >> 11) * 0x1p-53 - 0.5) * 0.07);
+    }
+    return m;
+}
+
+Trainee *new_trainee(const char *name, const char *recipe, const char *options) {
+    Config c = read_config(recipe, options);
+    Trainee *t = (Trainee *)allocate(1, sizeof(Trainee));
+    int N = c.batch * c.seq;
+    t->name = name;
+    t->model = random_model(&c, N, 1);
+    t->work = N * flops_per_token(&c);
+    t->threads = thread_count();
+    t->inputs = (int *)allocate((size_t)N, sizeof(int));
+    t->targets = (int *)allocate((size_t)N, sizeof(int));
+    for (int i = 0; i < N; i++) {
+        t->inputs[i] = (int)(hash64((uint64_t)i) % (uint64_t)c.vocab);
+        t->targets[i] = (int)(hash64((uint64_t)i + 1) % (uint64_t)c.vocab);
+    }
+    model_forward(t->model, t->inputs, t->targets, 1, c.seq, TRAIN_MODE, 1, 1, 0); // the memory becomes real
+    model_backward(t->model);
+    model_update(t->model, 1, 1e-9, gradient_norm(t->model));
+    return t;
+}
+
+void free_trainee(Trainee *t) {
+    model_free(t->model);
+    free(t->inputs), free(t->targets), free(t);
+}
+
+double peak_for(double time) { // the mean of about so long
+    double start = seconds(), sum = 0;
+    int n = 0;
+    do
+        sum += peak_loop(NULL), n++;
+    while (seconds() - start < time);
+    return sum / n;
+}
+
+// A step with turns of the peak loop before, between and after its parts.
+void train_step(Trainee *t, int round) {
+    const Config *c = &t->model->config;
+    int threads = thread_count();
+    use(t->threads);
+    double before = peak_for(0.01);
+    t->total[round] = t->possible[round] = 0;
+    for (int part = 0; part < 3; part++) {
+        double start = seconds();
+        if (part == 0)
+            model_forward(t->model, t->inputs, t->targets, c->batch, c->seq, TRAIN_MODE, 1, 1, 0);
+        else if (part == 1)
+            model_backward(t->model);
+        else
+            model_update(t->model, 1, 1e-9, gradient_norm(t->model));
+        double time = seconds() - start, after = peak_for(0.01);
+        t->part[part][round] = time;
+        t->total[round] += time;
+        t->possible[round] += time * (before + after) / 2;
+        before = after;
+    }
+    use(threads);
+    rest();
+}
+
+int train_in_turn(Trainee **list, int count, double seconds_for_all) {
+    int round = 0;
+    for (double begin = seconds(); round < 3 || (round < MAX_ROUNDS && seconds() - begin < seconds_for_all); round++) {
+        for (int i = 0; i < count; i++)
+            train_step(list[(i + round) % count], round);
+    }
+    return round;
+}
+
+void print_step(const Trainee *t, int n) {
+    const Config *c = &t->model->config;
+    double step = median(t->total, NULL, n), share[MAX_ROUNDS];
+    for (int i = 0; i < n; i++)
+        share[i] = t->work / t->possible[i];
+    printf("  %-26s %2d thread%s %7.0f ms %6.0f tokens/s %6.1f GFLOP/s %3.0f%% of peak; forward and head %.0f, backward %.0f, "
+           "update %.0f ms\n",
+           t->name, t->threads, t->threads > 1 ? "s" : " ", step * 1e3, c->batch * c->seq / step, t->work / step / 1e9,
+           100 * median(share, NULL, n), median(t->part[0], NULL, n) * 1e3, median(t->part[1], NULL, n) * 1e3,
+           median(t->part[2], NULL, n) * 1e3);
+}
+
+CALL(call_layer_attention, Model, const Config *c = &a->config; LayerState *s = a->layers; int D = c->dim / c->heads;
+     attention_forward(s->att, s->lse, s->qkv, c->batch, c->seq, c->heads, c->kv_heads, D, a->attention);
+     attention_backward(a->dqkv, a->dx, s->att, s->lse, s->qkv, c->batch, c->seq, c->heads, c->kv_heads, D, a->attention))
+CALL(call_layer_ffn, Model, int T = a->config.seq; int N = a->config.batch * T;
+     ffn_forward(a, 0, a->layers, a->x, N, T);
+     ffn_backward(a, 0, a->layers, a->dh, a->dx, N, T))
+CALL(call_head, Trainee, Model *m = a->model; const Config *c = &m->config;
+     head_loss(m->nll, m->dh, m->grads.head, m->h, m->weights.head, a->targets, c->batch * c->seq, c->dim, c->vocab, 1e-9,
+               m->logits, m->head_rows))
+
+void bench_parts(Trainee *t) {
+    const Config *c = &t->model->config;
+    double N = (double)c->batch * c->seq, in = c->dim * (1.0 + is_gated(c->activation) + 1) * (c->topk + c->shared) * c->ffn;
+    const char *const names[] = {"", "one layer's attention", "one layer's feed-forward", "the head"};
+    Thing part[] = {peak, {call_layer_attention, t->model, 6 * N * c->seq * c->dim, 1, {0}}, {call_layer_ffn, t->model, 6 * N * in, 1, {0}},
+                    {call_head, t, 6 * N * c->dim * c->vocab, 1, {0}}};
+    int n = take_turns(part, 4, budget(3));
+    for (int i = 1; i < 4; i++)
+        printf("    %-24s both ways  %8.1f ms  %6.1f GFLOP/s %3.0f%% of peak\n", names[i],
+               part[i].work / median(part[i].rate, NULL, n) * 1e3, median(part[i].rate, NULL, n) / 1e9,
+               100 * median(part[i].rate, part[0].rate, n));
+}
+
+// The step of a model with all threads and with one, and beside dense models of equal active size.
+void bench_model(const char *letter, const char *options, const char *fine, int step, int tax, double time) {
+    printf("\na training step of model %s: %s\n", letter, options);
+    Trainee *list[4], *mixture = new_trainee("mixture", "mixtral", options), single, *alone = NULL, *dense = NULL, *narrow = NULL;
+    int count = 0;
+    list[count++] = mixture;
+    if (step && thread_count() > 1) {
+        single = *mixture;
+        single.threads = 1;
+        list[count++] = alone = &single;
+    }
+    if (tax)
+        list[count++] = dense = new_trainee("dense, as many at work", "dense", options);
+    if (tax && fine)
+        list[count++] = narrow = new_trainee("64 experts, top 16", "mixtral", fine);
+    int n = train_in_turn(list, count, budget(time));
+    for (int i = 0; i < count; i++) {
+        print_step(list[i], n);
+        if (i == 0 && step)
+            bench_parts(mixture);
+    }
+    if (alone) {
+        double speed[MAX_ROUNDS]; // what the peak loop gained
+        for (int i = 0; i < n; i++)
+            speed[i] = mixture->possible[i] / mixture->total[i] / (alone->possible[i] / alone->total[i]);
+        printf("  %d threads are %.2f times as fast as 1; the peak loop: %.2f times\n", mixture->threads,
+               median(alone->total, mixture->total, n), median(speed, NULL, n));
+    }
+    Trainee *with_experts[] = {mixture, narrow};
+    for (int i = 0; dense && i < 2 && with_experts[i]; i++)
+        printf("  tax: %s takes %.2f times the time of dense (by the peak loop's clock %.2f)\n", with_experts[i]->name,
+               median(with_experts[i]->total, dense->total, n), median(with_experts[i]->possible, dense->possible, n));
+    free_trainee(mixture);
+    if (dense)
+        free_trainee(dense);
+    if (narrow)
+        free_trainee(narrow);
+    fflush(stdout);
+}
+
+// ---- row by row
+
+enum { ROWS = 65536, ROW_WIDTH = 512, WORDS = 4096, HIDDEN = 1024 }; // arrays of 128 to 256 MiB, so that none stays in a cache
+typedef struct Rows {
+    real *a, *b, *c, *d, *w, *rstd, *partial;
+    int *slot;
+    Model *model;
+} Rows;
+
+CALL(call_softmax, Rows, _Pragma("omp parallel for") for (int i = 0; i < ROWS / 4; i++)
+     softmax(a->a + (size_t)i * WORDS, WORDS))
+CALL(call_norm_forward, Rows, rmsnorm_forward(a->b, a->rstd, a->a, a->w, ROWS, ROW_WIDTH, 1e-5))
+CALL(call_norm_backward, Rows, rmsnorm_backward(a->c, a->d, a->b, a->a, a->rstd, a->w, ROWS, ROW_WIDTH, a->partial))
+CALL(call_activation_forward, Rows, _Pragma("omp parallel") activation_forward(a->b, a->a, ROWS / 2, HIDDEN, SWIGLU))
+CALL(call_activation_backward, Rows,
+     _Pragma("omp parallel") activation_backward(a->c, NULL, a->b, a->a, NULL, NULL, ROWS / 2, HIDDEN, SWIGLU))
+CALL(call_combine, Rows, combine(a->b, a->a, a->w, a->slot, ROWS, 2, ROW_WIDTH))
+CALL(call_gradient_norm, Rows, peak_result[0] = (real)gradient_norm(a->model))
+CALL(call_update, Rows, model_update(a->model, 1, 1e-9, 1))
+
+void bench_rows(void) {
+    Config c = read_config("mixtral", "--layers 2 --dim 512 --experts 16 --ffn 1024 --seq 16 --batch 1");
+    size_t size = (size_t)ROWS * 2 * ROW_WIDTH; // 256 MiB; also (ROWS/4, WORDS), (ROWS/2, 2*HIDDEN)
+    Rows r = {random_reals(size), random_reals(size), random_reals(size), random_reals(ROW_WIDTH), random_reals(2 * ROWS),
+              random_reals(ROWS), random_reals((size_t)div_up(ROWS, CHUNK) * ROW_WIDTH), NULL, random_model(&c, 16, 1)};
+    r.slot = (int *)allocate(2 * ROWS, sizeof(int));
+    for (int i = 0; i < 2 * ROWS; i++) // a permutation
+        r.slot[i] = (int)((unsigned)i * 40503u % (2 * ROWS));
+    double n = (double)ROWS * ROW_WIDTH, h = (double)ROWS / 2 * HIDDEN, weights = (double)r.model->size;
     const struct {
         const char *name;
-        void (*call)(void *);
-        double work;
-    } parts[] = {{"attention forward", call_attention_forward, attention},
-                 {"attention backward", call_attention_backward, 2 * attention},
-                 {"feed-forward forward", call_ffn_forward, ffn},
-                 {"feed-forward backward", call_ffn_backward, 2 * ffn},
-                 {"rmsnorm forward", call_norm, 3.0 * N * c->dim},
-                 {"head, both ways", call_head, 6.0 * N * c->dim * c->vocab}};
-    for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
-        double t = time_call(parts[i].call, c);
-        printf("  one %-22s %8.2f ms  %7.1f GFLOP/s  %3.0f%% of peak\n", parts[i].name, t * 1e3, parts[i].work / t / 1e9,
-               100 * parts[i].work / t / peak);
+        double (*call)(void *);
+        double numbers; // that have to come from memory or go there; what a write fetches first is not counted
+    } list[] = {{"softmax, 4096 wide", call_softmax, 2 * (double)ROWS / 4 * WORDS}, // in place
+                {"rmsnorm forward", call_norm_forward, 2 * n},                      // x; out
+                {"rmsnorm backward", call_norm_backward, 4 * n},                    // x, dout, dx; dx
+                {"SwiGLU forward", call_activation_forward, 3 * h},                 // gate, up; act
+                {"SwiGLU backward", call_activation_backward, 6 * h},               // gate, up, dact; their gradients, act
+                {"combine, top 2", call_combine, 4 * n},                            // two rows, out; out
+                {"gradient norm", call_gradient_norm, weights},
+                {"AdamW", call_update, 8 * weights}}; // weight, gradient, both moments; the same
+    printf("\nrow by row, on arrays that no cache holds; what reads and writes in place may pass the triad, which does not\n");
+    for (int i = 0; i < (int)(sizeof(list) / sizeof(list[0])); i++) {
+        Thing t[] = {{list[i].call, &r, list[i].numbers * sizeof(real), 1, {0}},
+                     {read_array, &far, (double)far.n * sizeof(real), 1, {0}},
+                     {triad, &far, (double)far.n * sizeof(real), 1, {0}}};
+        int rounds = take_turns(t, 3, budget(1));
+        printf("  %-20s %6.1f GB/s  %3.0f%% of reading  %3.0f%% of triad\n", list[i].name, median(t[0].rate, NULL, rounds) / 1e9,
+               100 * median(t[0].rate, t[1].rate, rounds), 100 * median(t[0].rate, t[2].rate, rounds));
+        fflush(stdout);
     }
-    (void)D;
-    model_free(model);
-    free(inputs);
-    free(targets);
-    return step;
+    model_free(r.model);
+    free(r.a), free(r.b), free(r.c), free(r.d), free(r.w), free(r.rstd), free(r.partial), free(r.slot);
+}
+
+// ---- generation
+
+typedef struct Writer {
+    Model *model;
+    real *logits;
+    int made;
+} Writer;
+
+// a token, somewhere after the 64th
+CALL(call_generate, Writer, int made = a->made++;
+     model_generate(a->model, (int)(hash64((uint64_t)made) % 4096), 64 + made % 64, a->logits))
+
+void bench_generation(void) {
+    const char *const models[] = {MODEL_A, MODEL_B};
+    printf("\ngeneration at batch 1, around position 100, beside the time to read the active weights once (keys and values not "
+           "counted)\n");
+    for (int i = 0; i < (quick ? 1 : 2); i++) {
+        Config c = read_config("mixtral", models[i]);
+        double total, active;
+        count_parameters(&c, &total, &active);
+        int threads = thread_count();
+        for (int used = threads; used > 0; used = used > 1 ? 1 : 0) { // one thread, too: so small a work may not pay for two
+        use(used);
+            Writer w = {random_model(&c, 1, 0), allocate_reals(4096), 0};
+            Array all = {(real *)(((size_t)w.model->memory[WEIGHTS] + 63) / 64 * 64), w.model->size - 16};
+            Thing t[] = {{call_generate, &w, 4.0 * active, 1, {0}}, {read_array, &all, 4.0 * (double)all.n, 1, {0}}};
+            int n = take_turns(t, 2, budget(2));
+            double rate = median(t[0].rate, NULL, n), share = median(t[0].rate, t[1].rate, n);
+            printf("  model %c, %2d thread%s  %6.0f tokens/s  %5.1f GB/s  %3.0f%% of the bound; read bandwidth over all %.0f MB of "
+                   "weights %.1f GB/s\n",
+                   'A' + i, used, used > 1 ? "s" : " ", rate / (4 * active), rate / 1e9, 100 * share, 4 * total / 1e6,
+                   median(t[1].rate, NULL, n) / 1e9);
+            fflush(stdout);
+            free(w.logits);
+            model_free(w.model);
+        }
+        use(threads);
+    }
+}
+
+// ---- yardsticks: other programs, which take a step whenever a line reaches them and answer with GFLOP/s
+
+typedef struct Yardstick {
+    FILE *answers;
+    int asks;
+    const Trainee *ours;
+    char name[128];
+    double rate[MAX_ROUNDS], ratio[MAX_ROUNDS];
+} Yardstick;
+
+// Returns 0 where the program is missing, or PyTorch is.
+int start_yardstick(Yardstick *y, const Trainee *ours, const char *program, const char *options) {
+    char command[1024];
+    int ends[2];
+    if (pipe(ends) != 0)
+        fail("no pipe: %s", strerror(errno));
+    fcntl(ends[1], F_SETFD, FD_CLOEXEC); // or one program would hold another one's pipe open
+    snprintf(command, sizeof(command), "%s %s --threads %d --turns < /dev/fd/%d", program, options, thread_count(), ends[0]);
+    fflush(stdout);
+    y->answers = popen(command, "r");
+    close(ends[0]);
+    y->asks = ends[1];
+    y->ours = ours;
+    if (y->answers && fgets(y->name, sizeof(y->name), y->answers) && sscanf(y->name, "ready: %127[^\n]", y->name) == 1)
+        return 1;
+    printf("  %s", *y->name ? y->name : "no answer\n");
+    return 0;
+}
+
+void bench_yardsticks(const char *letter, const char *options, int loops, double time) {
+    printf("\nyardsticks for model %s, our steps and theirs by turns\n", letter);
+    char python[512];
+    snprintf(python, sizeof(python), "%s dev/torch_step.py", getenv("TORCH_PYTHON") ? getenv("TORCH_PYTHON") : "python3");
+    Trainee *ours[2] = {new_trainee("ours, mixture", "mixtral", options), new_trainee("ours, dense", "dense", options)};
+    static Yardstick list[3];
+    char dense[512];
+    snprintf(dense, sizeof(dense), "%s --dense", options);
+    int count = 0, round = 0;
+    memset(list, 0, sizeof(list));
+    count += start_yardstick(&list[count], ours[0], python, options);
+    if (count) // no PyTorch, no second one
+        count += start_yardstick(&list[count], ours[1], python, dense);
+    if (loops)
+        count += start_yardstick(&list[count], ours[1], "dev/llmc_step", options);
+    for (double begin = seconds(); count && (round < 3 || (round < MAX_ROUNDS && seconds() - begin < time)); round++) {
+        for (int i = 0; i < count; i++) {
+            Yardstick *y = &list[i];
+            if (i == 0 || y->ours != list[i - 1].ours)
+                train_step((Trainee *)y->ours, round);
+            if (write(y->asks, "\n", 1) != 1 || fscanf(y->answers, "%lf", &y->rate[round]) != 1)
+                fail("%s ended", y->name);
+            y->ratio[round] = y->ours->work / y->ours->total[round] / 1e9 / y->rate[round];
+            rest();
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        const Yardstick *y = &list[i];
+        double rate = median(y->rate, NULL, round);
+        if (i == 0 || y->ours != list[i - 1].ours)
+            print_step(y->ours, round);
+        printf("  %-40s %6.0f tokens/s %6.1f GFLOP/s; ours is %.2f times as fast\n", y->name,
+               rate * 1e9 / y->ours->work * y->ours->model->max_tokens, rate, median(y->ratio, NULL, round));
+        close(y->asks);
+        pclose(y->answers);
+    }
+    free_trainee(ours[0]);
+    free_trainee(ours[1]);
+    fflush(stdout);
 }
 
 int main(int argc, char **argv) {
+    const char *const parts[] = {"products", "attention", "rows", "step", "tax", "generate", "yardsticks"};
+    enum { PRODUCTS, ATTENTION, ROW_BY_ROW, A_STEP, TAX, GENERATE, YARDSTICKS, PARTS };
+    int wanted[PARTS] = {0}, any = 0;
     program_name = "bench";
-    static Config c;
-    parse_command_line(&c, argc, argv);
-    config_check(&c);
-    use_threads(&c);
-    c.vocab = 4096;
-    char device[128];
-    device_name(device);
-    peak = measured_peak();
-    int N = c.batch * c.seq, C = c.dim, F = c.ffn, E = c.experts, K = c.topk, Q = C + 2 * C / c.heads * c.kv_heads;
-    printf("%s, %d threads, multiply-add peak %.0f GFLOP/s\n\nproducts: groups x rows x columns x summed\n", device, thread_count(),
-           peak / 1e9);
-    bench_product("qkv", 0, 1, N, Q, C);
-    bench_product("qkv, by input", 1, 1, N, C, Q);
-    bench_product("qkv, by weight", 2, 1, Q, C, N);
-    bench_product("head", 0, 1, N, c.vocab, C);
-    bench_product("experts in", 0, E, N * K, 2 * F, C);
-    bench_product("experts in, by input", 1, E, N * K, C, 2 * F);
-    bench_product("experts in, by weight", 2, E, 2 * F, C, N * K);
-    bench_product("experts out", 0, E, N * K, C, F);
-    printf("\n");
-    double moe = bench_model(&c);
-    Config dense = c;
-    dense.recipe = "dense";
-    dense.moe_every = 0;
-    printf("\n");
-    double plain = bench_model(&dense);
-    printf("\nthe mixture's tax: a step takes %.2f times the dense one of equal active size\n", moe / plain);
+    for (int i = 1; i < argc; i++) {
+        int part = 0;
+        while (part < PARTS && strcmp(argv[i], parts[part]))
+            part++;
+        if (!strcmp(argv[i], "--quick"))
+            quick = 1;
+        else if (!strcmp(argv[i], "--all"))
+            thorough = 1;
+        else if (part < PARTS)
+            wanted[part] = any = 1;
+        else
+            fail("%s is none of --quick, --all, products, attention, rows, step, tax, generate, yardsticks", argv[i]);
+    }
+    for (int i = 0; !any && i < PARTS; i++)
+        wanted[i] = 1;
+    any = wanted[A_STEP] || wanted[TAX];
+    signal(SIGPIPE, SIG_IGN);
+    far.p = random_reals(far.n);
+    double start = seconds();
+    bench_machine();
+    if (wanted[PRODUCTS])
+        bench_products();
+    if (wanted[ATTENTION])
+        bench_attention();
+    if (wanted[ROW_BY_ROW])
+        bench_rows();
+    if (any)
+        bench_model("A", MODEL_A, FINE_A, wanted[A_STEP], wanted[TAX], 35);
+    if (any && !quick)
+        bench_model("B", MODEL_B, NULL, wanted[A_STEP], wanted[TAX], 40);
+    if (wanted[GENERATE])
+        bench_generation();
+    if (wanted[YARDSTICKS])
+        bench_yardsticks("A", MODEL_A, 1, budget(35));
+    if (wanted[YARDSTICKS] && thorough)
+        bench_yardsticks("B", MODEL_B, 0, budget(60));
+    free(far.p);
+    printf("\nall this took %.0f s\n", seconds() - start);
     return 0;
 }

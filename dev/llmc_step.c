@@ -8,6 +8,7 @@
 // Built with llm.c's own flags, which train_moe never sees: cc -Ofast -march=native -fopenmp. Options are those of
 // train_moe and of dev/torch_step.py, so that one line of them serves all:
 //     dev/llmc_step --layers 4 --dim 256 --heads 8 --experts 8 --topk 2 --ffn 512 --seq 256 --batch 16 --threads 2
+// With --turns at the end it computes once for each empty line that it reads, and answers with GFLOP/s: dev/bench uses it.
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -74,26 +75,23 @@ float *random_floats(size_t n) { // in [-0.5, 0.5)
     return p;
 }
 
-// The seconds of a product, forward into time[0] and backward into time[1]: the best of three, after one to warm up.
-void time_product(double time[2], int N, int C, int O) {
-    size_t inputs = (size_t)N * C, weights = (size_t)O * C, outputs = (size_t)N * O;
-    float *x = random_floats(inputs), *w = random_floats(weights), *out = random_floats(outputs);
-    float *dx = random_floats(inputs), *dw = random_floats(weights), *dout = random_floats(outputs);
-    time[0] = time[1] = 1e30;
-    for (int round = 0; round < 4; round++) {
-        double start = seconds(), middle, end;
-        linear_forward(out, x, w, N, C, O);
-        middle = seconds();
-        linear_backward(dx, dw, dout, x, w, N, C, O);
-        end = seconds();
-        if (round) {
-            time[0] = middle - start < time[0] ? middle - start : time[0];
-            time[1] = end - middle < time[1] ? end - middle : time[1];
-        }
-    }
-    float *all[] = {x, w, out, dx, dw, dout};
-    for (int i = 0; i < 6; i++)
-        free(all[i]);
+typedef struct Linear {
+    const char *name;
+    int in, out, times; // times: in a model
+    float *x, *w, *y, *dx, *dw, *dy;
+    double forward, backward; // seconds, the least so far
+} Linear;
+
+// Computes a product once and notes its time, forward and backward, where it is the least; returns both together.
+double time_linear(Linear *p, int N) {
+    double start = seconds(), middle, end;
+    linear_forward(p->y, p->x, p->w, N, p->in, p->out);
+    middle = seconds();
+    linear_backward(p->dx, p->dw, p->dy, p->x, p->w, N, p->in, p->out);
+    end = seconds();
+    p->forward = middle - start < p->forward ? middle - start : p->forward;
+    p->backward = end - middle < p->backward ? end - middle : p->backward;
+    return end - start;
 }
 
 int main(int argc, char **argv) {
@@ -103,6 +101,8 @@ int main(int argc, char **argv) {
         int value;
     } option[OPTIONS] = {{"--layers", 2}, {"--dim", 128},    {"--ffn", 256},   {"--topk", 2},  {"--seq", 256},
                          {"--batch", 2},  {"--vocab", 4096}, {"--threads", 0}, {"--heads", 8}, {"--experts", 8}};
+    int turns = argc > 1 && !strcmp(argv[argc - 1], "--turns");
+    argc -= turns;
     for (int i = 1; i < argc; i += 2) {
         int k = 0;
         while (k < OPTIONS && strcmp(argv[i], option[k].name))
@@ -120,26 +120,44 @@ int main(int argc, char **argv) {
         omp_set_num_threads(option[THREADS].value);
     threads = omp_get_max_threads();
 #endif
-    const struct {
-        const char *name;
-        int in, out, times;
-    } list[] = {{"qkv", C, 3 * C, L},
-                {"attention out", C, C, L},
-                {"gate and up", C, 2 * F, L},
-                {"down", F, C, L},
-                {"head", C, V, 1}};
-    double sum[2] = {0}, work = 0; // forward; backward is twice that
+    Linear list[] = {{"qkv", C, 3 * C, L, 0, 0, 0, 0, 0, 0, 1e30, 1e30},
+                     {"attention out", C, C, L, 0, 0, 0, 0, 0, 0, 1e30, 1e30},
+                     {"gate and up", C, 2 * F, L, 0, 0, 0, 0, 0, 0, 1e30, 1e30},
+                     {"down", F, C, L, 0, 0, 0, 0, 0, 0, 1e30, 1e30},
+                     {"head", C, V, 1, 0, 0, 0, 0, 0, 0, 1e30, 1e30}};
+    double work = 0, forward = 0, backward = 0; // work: operations of all products, forward; backward is twice that
+    for (int i = 0; i < 5; i++) {
+        Linear *p = &list[i];
+        p->x = random_floats((size_t)N * p->in), p->dx = random_floats((size_t)N * p->in);
+        p->y = random_floats((size_t)N * p->out), p->dy = random_floats((size_t)N * p->out);
+        p->w = random_floats((size_t)p->in * p->out), p->dw = random_floats((size_t)p->in * p->out);
+        work += 2.0 * N * p->in * p->out * p->times;
+        time_linear(p, N); // warms up
+    }
+    if (turns) {
+        printf("ready: loops in the manner of llm.c, products\n");
+        fflush(stdout);
+        while (getchar() == '\n') {
+            double time = 0;
+            for (int i = 0; i < 5; i++)
+                time += time_linear(&list[i], N) * list[i].times;
+            printf("%.3f\n", 3 * work / time / 1e9);
+            fflush(stdout);
+        }
+        return 0;
+    }
     printf("loops in the manner of llm.c, %d threads, tokens x columns x summed\n", threads);
     for (int i = 0; i < 5; i++) {
-        double time[2], one = 2.0 * N * list[i].in * list[i].out;
-        time_product(time, N, list[i].in, list[i].out);
-        printf("  %-14s %5d x %5d x %5d  forward %6.1f  backward %6.1f GFLOP/s\n", list[i].name, N, list[i].out,
-               list[i].in, one / time[0] / 1e9, 2 * one / time[1] / 1e9);
-        work += one * list[i].times;
-        sum[0] += time[0] * list[i].times;
-        sum[1] += time[1] * list[i].times;
+        Linear *p = &list[i];
+        double one = 2.0 * N * p->in * p->out;
+        for (int round = 0; round < 3; round++)
+            time_linear(p, N);
+        printf("  %-14s %5d x %5d x %5d  forward %6.1f  backward %6.1f GFLOP/s\n", p->name, N, p->out, p->in,
+               one / p->forward / 1e9, 2 * one / p->backward / 1e9);
+        forward += p->forward * p->times;
+        backward += p->backward * p->times;
     }
     printf("  all products of a step, %d layers: forward %.1f  backward %.1f  together %.1f GFLOP/s\n", L,
-           work / sum[0] / 1e9, 2 * work / sum[1] / 1e9, 3 * work / (sum[0] + sum[1]) / 1e9);
+           work / forward / 1e9, 2 * work / backward / 1e9, 3 * work / (forward + backward) / 1e9);
     return 0;
 }

@@ -5,6 +5,7 @@
     python dev/torch_step.py --layers 4 --dim 256 --heads 8 --experts 8 --topk 2 --ffn 512 --seq 256 --batch 16
     python dev/torch_step.py ... --dense    no experts, but an FFN of the width that a token sees, topk*ffn
     python dev/torch_step.py ... --compile  under torch.compile: for information
+    python dev/torch_step.py ... --turns    a step for each line that it reads, which it answers: dev/bench uses it
 
 Plain PyTorch as a careful user writes it, the experts in Mixtral's reference loop, everything else by PyTorch's own
 functions. Of several ways to say the same it takes the one that costs a CPU less: index_select, whose backward adds whole
@@ -123,6 +124,7 @@ def main():
         parser.add_argument("--" + name, type=int, default=value)
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--turns", action="store_true")
     c = parser.parse_args()
     c.out_std = 0.02 / (2 * c.layers) ** 0.5
     if c.threads:
@@ -134,8 +136,8 @@ def main():
                                    {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}],
                                   lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
     forward = torch.compile(model) if c.compile else model
-    times = []
-    for step in range(2 + c.steps):  # the first two warm up
+
+    def seconds():  # of a step
         tokens, targets = torch.randint(c.vocab, (2, c.batch, c.seq))
         start = time.perf_counter()
         loss = forward(tokens, targets)
@@ -144,15 +146,23 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        times.append(time.perf_counter() - start)
-    step = statistics.median(times[2:])
+        return time.perf_counter() - start
+
     experts = [p for layer in model.layers if not c.dense for p in layer.ffn.experts.parameters()]
     idle = sum(p.numel() for p in experts) * (c.experts - c.topk) / c.experts
     active = sum(p.numel() for p in parameters) - idle
     flops = 6 * active + 6 * c.layers * c.seq * c.dim  # per token; dev/bench counts the same
     N = c.batch * c.seq
-    print(f"PyTorch {torch.__version__}{', compiled' if c.compile else ''}, {'dense' if c.dense else 'mixtral'}, "
-          f"{torch.get_num_threads()} threads: step {step * 1e3:.1f} ms  {N / step:.0f} tokens/s  "
+    name = (f"PyTorch {torch.__version__}{', compiled' if c.compile else ''}, {'dense' if c.dense else 'mixtral'}, "
+            f"{torch.get_num_threads()} threads")
+    seconds(), seconds()  # warms up
+    if c.turns:
+        print("ready:", name, flush=True)
+        for _ in sys.stdin:
+            print(N * flops / seconds() / 1e9, flush=True)
+        return
+    step = statistics.median(seconds() for _ in range(c.steps))
+    print(f"{name}: step {step * 1e3:.1f} ms  {N / step:.0f} tokens/s  "
           f"{N * flops / step / 1e9:.1f} GFLOP/s  (median of {c.steps})")
 
 
