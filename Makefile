@@ -175,7 +175,7 @@ dev/llmc_step: dev/llmc_step.c
 ##bench: peak, products, layers, steps, the mixture's tax, generation, and PyTorch (TORCH_PYTHON names one that has it), in one run
 ##bench_all: the same, and a larger model beside PyTorch
 bench bench_all: dev/bench dev/llmc_step
-	export OPENBLAS_THREAD_TIMEOUT=20; ! grep -qsw avx512f /proc/cpuinfo || export OPENBLAS_CORETYPE=$${OPENBLAS_CORETYPE:-SkylakeX}; \
+	export OPENBLAS_THREAD_TIMEOUT=20; ! grep -qsw avx512f /proc/cpuinfo || export OPENBLAS_CORETYPE=SkylakeX; \
 	dev/bench $(if $(filter bench_all,$@),--all) $(BENCH)
 
 dev/logits: dev/logits.c train_moe.c data/unicode.h

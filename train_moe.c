@@ -953,10 +953,10 @@ int div_up(int a, int b) {
 // operands are copied ("packed"), a block at a time, into the order in which they will be read, and a kernel keeps a
 // tile of MR x NR results in registers while it runs along the summed dimension k.
 //
-//                NR columns of b: for each k, NV vectors are loaded,
+//              NR columns of b
 //              +--------+
-//    MR rows   |  tile  |    and one number of each row of a is multiplied with all of them and added to the row's sums:
-//    of a      |        |    MR * NV multiply-adds for MR + NV loads, 24 for 10
+//    MR rows   |  tile  |    For each k, NV vectors of b are loaded, one number of each row of a is multiplied
+//    of a      |        |    with all of them and added to the row's sums: MR*NV multiply-adds for MR + NV loads.
 //              +--------+
 //
 // Packing is also where transposition and gathering happen, hence one routine serves the forward pass (x W^T), both
@@ -981,8 +981,8 @@ typedef real vec_in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(siz
 #define MR     6
 #define NR     (NV * LANES)
 #define TILE_M 48            // rows of a packed at a time,
-#define TILE_K 256           // k at a time: together they stay in the first-level cache,
-#define TILE_N 256           // columns of b: with TILE_K they stay in the second level
+#define TILE_N 256           // columns of b,
+#define TILE_K 256           // and k: both blocks stay in the second-level cache, MR rows of a in the first
 #define ROW    (TILE_K + 16) // from one packed row of a to the next; no power of two, so that they share the cache
 
 // A matrix in memory: row r starts at p + index[r]*ld, or at p + r*ld where index is NULL. A product sums over k; either
@@ -1114,9 +1114,9 @@ void pack_a(real *packed, const Operand *o, int first, int rows, int k0, int nk)
     }
 }
 
-// to[k*width + i] = from[i][k] for LANES rows and LANES k. A zip of two vectors takes from them in turn; zipping row i with
-// row i + LANES/2 turns the number of a place (its row's bits, then its column's) by one bit, so log2(LANES) times that
-// swaps rows and columns.
+// to[k*width + i] = from[i][k] for LANES rows and LANES k. A zip of two vectors takes from them in turn; zipping row i
+// with row i + LANES/2 turns the number of a place (its row's bits, then its column's) by one bit, so log2(LANES) times
+// that swaps rows and columns.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define CAN_ZIP
@@ -1247,8 +1247,8 @@ void product_of_few_rows(const Product *p, int first, int cols, int accumulate) 
     }
 }
 
-// All products of the list, by all threads. Each is cut into tasks of about equal work, large enough that packing b for
-// each does not matter and small enough that no thread waits long for another.
+// All products of the list, by all threads: four tasks a thread of about equal work. Fewer would let one thread wait for
+// another, more would pack b too often; the experts of a layer are mostly a task each.
 void products(const Product *list, int count, int accumulate) {
     typedef struct Task {
         const Product *p;
@@ -1261,9 +1261,9 @@ void products(const Product *list, int count, int accumulate) {
     Task *task = NULL;
     for (int i = 0; i < count; i++) {
         const Product *p = &list[i];
-        int few = few_rows(p), total = few ? p->n : p->m, unit = few ? NR : TILE_M;
-        double share = work / (4.0 * thread_count()) / ((double)p->k * (few ? p->m : p->n) * unit + 1);
-        int step = unit * max_int(1, (int)fmin(share, 16));
+        int few = few_rows(p), total = few ? p->n : p->m, unit = few ? NR : 2 * MR;
+        double share = (double)p->m * p->n * p->k / (work + 1) * 4 * thread_count();
+        int pieces = max_int((int)(share + 0.5), 1 + total / 1024), step = div_up(div_up(total, pieces), unit) * unit;
         for (int first = 0; first < total; first += step) {
             if (tasks == most)
                 task = (Task *)reallocate(task, (size_t)(most = 2 * most + 64), sizeof(Task));
@@ -1666,8 +1666,15 @@ void counting_sort(int *order, int *offset, const int *key, int n, int keys) {
     offset[0] = 0;
 }
 
+void copy_rows(real *to, const real *from, int N, int C) { // (N,C)
+#pragma omp parallel for if (N > 16)
+    for (int n = 0; n < N; n++)
+        memcpy(to + (size_t)n * C, from + (size_t)n * C, (size_t)C * sizeof(real));
+}
+
 // x (N,C) = embedding (V,C)[token]
 void embedding_forward(real *x, const real *embedding, const int *tokens, int N, int C) {
+#pragma omp parallel for if (N > 16)
     for (int n = 0; n < N; n++)
         memcpy(x + (size_t)n * C, embedding + (size_t)tokens[n] * C, (size_t)C * sizeof(real));
 }
@@ -2264,6 +2271,7 @@ double balance_forward(const Gate *g, const double *slope, int rows, int group_r
 
 // dp (rows,E) += scale * its gradient
 void balance_backward(real *dp, const Gate *g, const double *slope, int rows, int group_rows, int score, double scale) {
+#pragma omp parallel for if (rows > 16)
     for (int row = 0; row < rows; row++) {
         const double *c = slope + ((size_t)(row / group_rows) * g->per + row % g->per) * g->E;
         double dot = 0, sum = 0;
@@ -3168,15 +3176,23 @@ void add_router_stats(Model *m, int l, LayerState *s) {
         }
     }
     stats->tokens += n;
-    for (int row = 0; row < n * g->per && c->select != HASH; row++) {
-        double share = c->select == HIERARCHICAL ? (double)s->groups.p[row] : 1.0 / g->per, sum = 0;
-        for (int e = 0; c->score == SIGMOID && e < g->E; e++)
-            sum += (double)g->p[(size_t)row * g->E + e];
-        for (int e = 0; e < g->E; e++) {
-            double p = (double)g->p[(size_t)row * g->E + e] / (c->score == SIGMOID ? sum : 1);
-            stats->entropy -= p > 0 ? share * p * log(c->select == HIERARCHICAL ? p * share : p) : 0;
+    int rows = c->select == HASH ? 0 : n * g->per, chunks = div_up(rows, CHUNK);
+    double *part = (double *)allocate(chunks, sizeof(double));
+#pragma omp parallel for
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        for (int row = chunk * CHUNK; row < min_int(rows, (chunk + 1) * CHUNK); row++) {
+            double share = c->select == HIERARCHICAL ? (double)s->groups.p[row] : 1.0 / g->per, sum = 0;
+            for (int e = 0; c->score == SIGMOID && e < g->E; e++)
+                sum += (double)g->p[(size_t)row * g->E + e];
+            for (int e = 0; e < g->E; e++) {
+                double p = (double)g->p[(size_t)row * g->E + e] / (c->score == SIGMOID ? sum : 1);
+                part[chunk] -= p > 0 ? share * p * log(c->select == HIERARCHICAL ? p * share : p) : 0;
+            }
         }
     }
+    for (int chunk = 0; chunk < chunks; chunk++)
+        stats->entropy += part[chunk];
+    free(part);
 }
 
 // Routes n tokens x (n,C) in sequences of T: fills s->plan, s->weight and the balance losses.
@@ -3460,7 +3476,7 @@ void attend_forward(Model *m, int l) {
     product(s->qkv, along_rows(s->h1, C, NULL), along_rows(w->qkv, C, NULL), N, Q, C, 0);
     rope(s->qkv, Q, N, m->T, H + KV, D, m->angles, 1);
     attention_forward(s->att, s->lse, s->qkv, m->B, m->T, H, KV, D, m->attention);
-    memcpy(s->mid, s->x, (size_t)N * C * sizeof(real));
+    copy_rows(s->mid, s->x, N, C);
     product(s->mid, along_rows(s->att, C, NULL), along_rows(w->proj, C, NULL), N, C, C, 1);
     rmsnorm_forward(s->h2, s->rstd2, s->mid, w->norm2, N, C, c->norm_eps);
     m->at_hand = l;
@@ -3487,7 +3503,7 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
         LayerState *s = &m->layers[l];
         real *out = l + 1 < L ? m->layers[l + 1].x : m->x;
         attend_forward(m, l);
-        memcpy(out, s->mid, (size_t)N * C * sizeof(real));
+        copy_rows(out, s->mid, N, C);
         ffn_forward(m, l, s, out, N, T);
     }
     rmsnorm_forward(m->h, m->rstd, m->x, m->weights.norm, N, C, c->norm_eps);
