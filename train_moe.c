@@ -488,9 +488,16 @@ double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// The most memory that this process has held so far, in bytes.
-double most_memory(void) {
+// The memory that this process holds, in bytes; where /proc does not tell, the most that it has held.
+double memory_now(void) {
     struct rusage use;
+    long pages = 0, resident = 0;
+    FILE *file = fopen("/proc/self/statm", "r");
+    int known = file && fscanf(file, "%ld %ld", &pages, &resident) == 2;
+    if (file)
+        fclose(file);
+    if (known)
+        return (double)resident * (double)sysconf(_SC_PAGESIZE);
     getrusage(RUSAGE_SELF, &use);
 #ifdef __APPLE__
     return (double)use.ru_maxrss;
@@ -1222,11 +1229,16 @@ real vec_sum(vec v) {
 }
 
 real dot(const real *a, const real *b, int n) {
-    vec sum = {0};
+    vec sum[4] = {{0}, {0}, {0}, {0}}; // four, since one would have to wait for itself
     int i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            sum[j] += *(const vec_in_memory *)(a + i + j * LANES) * *(const vec_in_memory *)(b + i + j * LANES);
+    }
     for (; i + LANES <= n; i += LANES)
-        sum += *(const vec_in_memory *)(a + i) * *(const vec_in_memory *)(b + i);
-    real total = vec_sum(sum);
+        sum[0] += *(const vec_in_memory *)(a + i) * *(const vec_in_memory *)(b + i);
+    real total = vec_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (; i < n; i++)
         total += a[i] * b[i];
     return total;
@@ -4933,7 +4945,7 @@ typedef struct Run {
     double peak;       // operations per second
     double val_loss, val_bpb, fluctuation;
     double flops;      // per token
-    double before;     // bytes of memory that the process had used at most before it had a model
+    double before;     // bytes of memory that the process held before it had a model
     int trained;       // steps since this process began
     unsigned char *warned; // (L) what a warning was printed of: 1 a dead expert, 2 an uneven load
     uint64_t *probe;   // (L, tokens) the sets of experts chosen for the first validation batch at the last evaluation
@@ -5683,7 +5695,7 @@ int open_run(Run *run, const Config *asked) {
     run->val = data_open(c->data, "val", c->seq, c->vocab, (uint64_t)c->seed);
     run->inputs = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
     run->targets = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
-    run->before = most_memory();
+    run->before = memory_now();
     run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
     if (resumed) {
         load_weights(run, checkpoint, 1);
