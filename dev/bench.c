@@ -37,7 +37,6 @@ typedef struct Thing {
     double (*call)(void *); // returns its rate if it takes its own time, else 0
     void *arg;
     double work; // operations, bytes or tokens of a call
-    int times;   // calls in a turn
     double rate[MAX_ROUNDS];
 } Thing;
 
@@ -60,22 +59,34 @@ void rest(void) { // other programs' threads, and OpenBLAS's, fall asleep
         usleep(1000);
 }
 
-// Lets the things take turns for about so many seconds; returns the number of rounds.
+// Calls a thing so often; returns its rate.
+double turn(Thing *t, int times) {
+    double done = 0, begin = seconds(), now = begin;
+    for (int k = 0; k < times; k++) {
+        double start = now, rate = t->call(t->arg);
+        now = seconds();
+        done += rate > 0 ? rate * (now - start) : t->work;
+    }
+    return done / (now - begin);
+}
+
+// Lets the things take turns for about so many seconds; returns the number of rounds. All turns are about as long as the
+// longest call: where the core is shared with others, short turns often escape them and long ones do not.
 int take_turns(Thing *list, int count, double budget) {
+    double time[8], longest = BURST;
     for (int i = 0; i < count; i++) {
-        list[i].call(list[i].arg); // warms up
-        double start = seconds();
-        list[i].call(list[i].arg);
-        list[i].times = list[i].work > 0 ? (int)fmin(1000, BURST / (seconds() - start)) + 1 : 1;
+        turn(&list[i], 1); // warms up
+        time[i] = -seconds();
+        turn(&list[i], 1);
+        time[i] += seconds();
+        longest = fmax(longest, time[i]);
     }
     int round = 0;
     for (double begin = seconds(); round < 3 || (round < MAX_ROUNDS && seconds() - begin < budget); round++) {
         for (int i = 0; i < count; i++) {
-            Thing *t = &list[(i + round) % count];
-            double rate = 0, start = seconds();
-            for (int k = 0; k < t->times; k++)
-                rate = t->call(t->arg);
-            t->rate[round] = rate > 0 ? rate : t->work * t->times / (seconds() - start);
+            int k = (i + round) % count; // back and forth, so that none always follows the same one
+            k = round / count % 2 ? count - 1 - k : k;
+            list[k].rate[round] = turn(&list[k], (int)fmax(1, longest / time[k]));
             rest();
         }
     }
@@ -102,6 +113,7 @@ void use(int threads) {
 double peak_loop(void *arg) {
     const int steps = 1 << 13; // 15 us at 3 GHz
     double total = 0, start = seconds();
+    (void)arg; // without OpenMP
 #pragma omp parallel reduction(+ : total) num_threads(arg ? 1 : thread_count())
     {
         vec sum[12], x = {0}, y = {0};
@@ -123,7 +135,7 @@ double peak_loop(void *arg) {
     }
     return total / (seconds() - start);
 }
-const Thing peak = {peak_loop, NULL, 0, 1, {0}};
+const Thing peak = {peak_loop, NULL, 0, {0}};
 
 typedef struct Array {
     real *p;
@@ -172,8 +184,8 @@ real *random_reals(size_t n) { // in [-0.5, 0.5); aligned like a vector
 void bench_machine(void) {
     char device[128];
     device_name(device);
-    Thing t[] = {peak, {peak_loop, &far, 0, 1, {0}}, {read_array, &far, (double)far.n * sizeof(real), 1, {0}},
-                 {triad, &far, (double)far.n * sizeof(real), 1, {0}}};
+    Thing t[] = {peak, {peak_loop, &far, 0, {0}}, {read_array, &far, (double)far.n * sizeof(real), {0}},
+                 {triad, &far, (double)far.n * sizeof(real), {0}}};
     int n = take_turns(t, 4, budget(3));
     printf("%s, vectors of %d bytes\n", device, VECTOR_BYTES);
     printf("multiply-adds: %.0f GFLOP/s with %d threads, %.0f with 1\n", median(t[0].rate, NULL, n) / 1e9, thread_count(),
@@ -239,7 +251,7 @@ void bench_product(const char *name, int kind, int groups, int rows, int out, in
     double start = seconds();
     call_plain(&plain);
     double by_plain = plain_work / (seconds() - start);
-    Thing t[3] = {peak, {call_products, &ours, work, 1, {0}}, {call_blas, &ours, work, 1, {0}}};
+    Thing t[3] = {peak, {call_products, &ours, work, {0}}, {call_blas, &ours, work, {0}}};
 #ifdef OPENBLAS
     int n = take_turns(t, 3, budget(0.5));
 #else
@@ -313,8 +325,8 @@ void bench_attention(void) {
         real *w = random_reals((size_t)3 * C * C), *x = random_reals((size_t)N * C);
         Product qkv = {a.dqkv, (size_t)(3 * C), along_rows(x, C, NULL), along_rows(w, C, NULL), N, 3 * C, C};
         List product_list = {&qkv, 1};
-        Thing t[] = {peak, {call_attention_forward, &a, work, 1, {0}}, {call_attention_backward, &a, 2 * work, 1, {0}},
-                     {call_products, &product_list, 6.0 * N * C * C, 1, {0}}};
+        Thing t[] = {peak, {call_attention_forward, &a, work, {0}}, {call_attention_backward, &a, 2 * work, {0}},
+                     {call_products, &product_list, 6.0 * N * C * C, {0}}};
         int n = take_turns(t, 4, budget(1.5));
         for (int k = 1; k < 3; k++)
             printf("  %-8s %2d x %4d x %d x %2d  %7.1f GFLOP/s  %3.0f%% of peak  %3.0f%% of the qkv product\n",
@@ -389,13 +401,9 @@ void free_trainee(Trainee *t) {
     free(t->inputs), free(t->targets), free(t);
 }
 
-double peak_for(double time) { // the mean of about so long
-    double start = seconds(), sum = 0;
-    int n = 0;
-    do
-        sum += peak_loop(NULL), n++;
-    while (seconds() - start < time);
-    return sum / n;
+double peak_now(void) {
+    Thing t = peak;
+    return turn(&t, 10);
 }
 
 // A step with turns of the peak loop before, between and after its parts.
@@ -403,7 +411,7 @@ void train_step(Trainee *t, int round) {
     const Config *c = &t->model->config;
     int threads = thread_count();
     use(t->threads);
-    double before = peak_for(0.01);
+    double before = peak_now();
     t->total[round] = t->possible[round] = 0;
     for (int part = 0; part < 3; part++) {
         double start = seconds();
@@ -413,7 +421,7 @@ void train_step(Trainee *t, int round) {
             model_backward(t->model);
         else
             model_update(t->model, 1, 1e-9, gradient_norm(t->model));
-        double time = seconds() - start, after = peak_for(0.01);
+        double time = seconds() - start, after = peak_now();
         t->part[part][round] = time;
         t->total[round] += time;
         t->possible[round] += time * (before + after) / 2;
@@ -458,8 +466,8 @@ void bench_parts(Trainee *t) {
     const Config *c = &t->model->config;
     double N = (double)c->batch * c->seq, in = c->dim * (1.0 + is_gated(c->activation) + 1) * (c->topk + c->shared) * c->ffn;
     const char *const names[] = {"", "one layer's attention", "one layer's feed-forward", "the head"};
-    Thing part[] = {peak, {call_layer_attention, t->model, 6 * N * c->seq * c->dim, 1, {0}}, {call_layer_ffn, t->model, 6 * N * in, 1, {0}},
-                    {call_head, t, 6 * N * c->dim * c->vocab, 1, {0}}};
+    Thing part[] = {peak, {call_layer_attention, t->model, 6 * N * c->seq * c->dim, {0}}, {call_layer_ffn, t->model, 6 * N * in, {0}},
+                    {call_head, t, 6 * N * c->dim * c->vocab, {0}}};
     int n = take_turns(part, 4, budget(3));
     for (int i = 1; i < 4; i++)
         printf("    %-24s both ways  %8.1f ms  %6.1f GFLOP/s %3.0f%% of peak\n", names[i],
@@ -550,9 +558,9 @@ void bench_rows(void) {
                 {"AdamW", call_update, 8 * weights}}; // weight, gradient, both moments; the same
     printf("\nrow by row, on arrays that no cache holds; what reads and writes in place may pass the triad, which does not\n");
     for (int i = 0; i < (int)(sizeof(list) / sizeof(list[0])); i++) {
-        Thing t[] = {{list[i].call, &r, list[i].numbers * sizeof(real), 1, {0}},
-                     {read_array, &far, (double)far.n * sizeof(real), 1, {0}},
-                     {triad, &far, (double)far.n * sizeof(real), 1, {0}}};
+        Thing t[] = {{list[i].call, &r, list[i].numbers * sizeof(real), {0}},
+                     {read_array, &far, (double)far.n * sizeof(real), {0}},
+                     {triad, &far, (double)far.n * sizeof(real), {0}}};
         int rounds = take_turns(t, 3, budget(1));
         printf("  %-20s %6.1f GB/s  %3.0f%% of reading  %3.0f%% of triad\n", list[i].name, median(t[0].rate, NULL, rounds) / 1e9,
                100 * median(t[0].rate, t[1].rate, rounds), 100 * median(t[0].rate, t[2].rate, rounds));
@@ -587,7 +595,7 @@ void bench_generation(void) {
         use(used);
             Writer w = {random_model(&c, 1, 0), allocate_reals(4096), 0};
             Array all = {(real *)(((size_t)w.model->memory[WEIGHTS] + 63) / 64 * 64), w.model->size - 16};
-            Thing t[] = {{call_generate, &w, 4.0 * active, 1, {0}}, {read_array, &all, 4.0 * (double)all.n, 1, {0}}};
+            Thing t[] = {{call_generate, &w, 4.0 * active, {0}}, {read_array, &all, 4.0 * (double)all.n, {0}}};
             int n = take_turns(t, 2, budget(2));
             double rate = median(t[0].rate, NULL, n), share = median(t[0].rate, t[1].rate, n);
             printf("  model %c, %2d thread%s  %6.0f tokens/s  %5.1f GB/s  %3.0f%% of the bound; read bandwidth over all %.0f MB of "
