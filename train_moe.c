@@ -941,6 +941,8 @@ void config_check(Config *c) {
     double tokens = (double)c->batch * c->seq, widest = fmax(3.0 * c->dim, 2.0 * (c->topk + c->shared) * c->ffn);
     if (c->moe_every)
         widest = fmax(widest, 2.0 * c->subtokens * fmax(router_width(c), places(c) * (double)c->groups));
+    if (c->moe_every && 3.0 * c->experts * c->ffn > INT_MAX)
+        usage_fail("--experts %d times --ffn %d is too much", c->experts, c->ffn);
     if (tokens * widest > INT_MAX)
         usage_fail("--batch %d times --seq %d tokens at once is too much for this width; take a smaller batch and --accum", c->batch,
                    c->seq);
@@ -987,9 +989,9 @@ typedef real vec_in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(siz
 #define LANES  ((int)(VECTOR_BYTES / sizeof(real)))
 #define MR     6
 #define NR     (NV * LANES)
-#define TILE_M 48            // rows of a packed at a time,
-#define TILE_N 256           // columns of b,
-#define TILE_K 256           // and k: both blocks stay in the second-level cache, MR rows of a in the first
+#define TILE_M 48  // rows of a packed at a time,
+#define TILE_N ((int)(1024 / sizeof(real))) // columns of b,
+#define TILE_K 256 // and k: both blocks stay in the second-level cache, MR rows of a in the first
 #define ROW    (TILE_K + 16) // from one packed row of a to the next; no power of two, so that they share the cache
 
 // A matrix in memory: row r starts at p + index[r]*ld, or at p + r*ld where index is NULL. A product sums over k; either
@@ -1075,8 +1077,9 @@ int panel_width(int cols) {
     return cols <= NR / 2 ? NR / 2 : NR;
 }
 
-// out (rows,cols) = or += a block of a (rows <= TILE_M) times a panel of b (nk,panel_width(cols)). a is packed row by
-// row, ROW apart (row_is_k 0), or k by k, step apart (row_is_k 1).
+// out (rows,cols) = or += a block of a times a panel of b (nk,panel_width(cols)). Number (i,k) of a is a[i*ROW + k]
+// (row_is_k 0; step is not used) or a[k*step + i] (row_is_k 1). The last rows take a kernel of half the height if that
+// is enough, so a must hold rows up to the next multiple of 2*MR, whatever is in them.
 void product_panel(real *out, size_t ld, const real *a, int row_is_k, int step, const real *b, int nk, int rows,
                    int cols, int accumulate) {
     int high = panel_width(cols) == NR ? MR : 2 * MR;
@@ -1121,9 +1124,9 @@ void pack_a(real *packed, const Operand *o, int first, int rows, int k0, int nk)
     }
 }
 
-// to[k*width + i] = from[i][k] for LANES rows and LANES k. A zip of two vectors takes from them in turn; zipping row i
-// with row i + LANES/2 turns the number of a place (its row's bits, then its column's) by one bit, so log2(LANES) times
-// that swaps rows and columns.
+// to[k*width + i] = from[i][k] for LANES rows and LANES k. Write the number of a place as the bits of its row, then those
+// of its column. Zipping rows i and i + LANES/2 (an element of one, then of the other) rotates these bits by one; after
+// log2(LANES) rotations rows and columns have changed places.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define CAN_ZIP
@@ -1331,16 +1334,15 @@ vec vec_max(vec a, vec b) {
     return CHOOSE(a > b, a, b);
 }
 
-// e^x in every lane. x = n ln 2 + r with |r| <= ln 2 / 2; e^r is a polynomial (Taylor, to 1 ulp in float) and 2^n goes
+// e^x in every lane. x = n ln 2 + r with |r| <= ln 2 / 2; e^r is a polynomial (Taylor, to 3 ulp in float) and 2^n goes
 // straight into the exponent bits. Below -87 the result is about 1e-38 instead of less; in double, libm does it.
 vec vec_exp(vec x) {
-#define EXP_LANES (VECTOR_BYTES / 4)
     if (sizeof(real) == 8) {
         for (int i = 0; i < LANES; i++)
             x[i] = exp(x[i]);
         return x;
     }
-    typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+    typedef uint32_t bits __attribute__((vector_size(VECTOR_BYTES)));
     typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
     floats v;
     memcpy(&v, &x, sizeof(v));
@@ -1358,12 +1360,13 @@ vec vec_exp(vec x) {
     e = e * r + 0.5f;
     e = e * r + 1.0f;
     e = e * r + 1.0f;
-    e = (floats)((ints)e + ((ints)shifted << 23));
+    e = (floats)((bits)e + ((bits)shifted << 23));
     memcpy(&x, &e, sizeof(x));
     return x;
 }
 
-// The largest of row (n) and of `least`. The rows of this and the next function have room for whole vectors.
+// The largest of row (n) and of `least`, which also fills row up to a whole vector. This and the next function work on
+// whole vectors, so row must have room for them.
 real row_max(real *row, int n, real least) {
     vec top = {0};
     top += least;
@@ -1483,15 +1486,18 @@ void rope(real *qkv, size_t ld, int N, int T, int heads, int D, const real *angl
 // There is no (T,T) array: QUERIES queries meet TILE_K keys at a time, in a tile of scores, and what they take from the
 // values is scaled down whenever a later tile brings a higher score (Milakov and Gimelshein 2018; Dao et al. 2022).
 // Tiles are the a of the kernel above as they are, rows ROW apart; keys and values are packed once for all queries of a
-// head. Of the future only what shares a kernel with the past is computed.
-#define QUERIES 96
-#define FEW (2 * MR) // rows for which the causal limit is the same
+// head. Of the future only what shares a kernel with the past is computed. A kernel may read rows and columns of a tile
+// that were not computed this time; what it makes of them is never stored.
+#define QUERIES 96 // of a tile
+#define STRIP   (2 * MR) // rows that are computed up to the same key, the last that any of them sees
 
 size_t packed_width(int cols) { // numbers a packed row of so many columns takes
     return (size_t)(cols / NR * NR + (cols % NR ? panel_width(cols % NR) : 0));
 }
 
-size_t attention_room(int T, int D) { // scratch for one thread
+// Scratch for one thread, as attention_backward lays it out (forward takes less): two tiles, queries and douts as a and
+// as b, and over all T keys, values and keys_b.
+size_t attention_room(int T, int D) {
     size_t tile = QUERIES * ROW, rows = (size_t)div_up(D, TILE_K) * tile, width = packed_width(D);
     return 3 * (size_t)(T + NR) * (width > (size_t)D ? width : (size_t)D) + 2 * tile + 2 * rows + 2 * QUERIES * width;
 }
@@ -1529,7 +1535,7 @@ void attention_scores(real *tile, const real *queries, const real *keys, int fir
     for (int d = 0; d < D; d += TILE_K, queries += QUERIES * ROW) {
         int nd = min_int(TILE_K, D - d);
         for (int j = 0; j < min_int(n, first + rows - key); j += NR) {
-            int i = max_int(0, key + j - first) / FEW * FEW;
+            int i = max_int(0, key + j - first) / STRIP * STRIP;
             product_panel(tile + i * ROW + j, ROW, queries + i * ROW, 0, 1,
                           keys + packed_width(n) * (size_t)d + (size_t)j * (size_t)nd, nd, rows - i, min_int(NR, n - j),
                           d > 0);
@@ -1540,8 +1546,8 @@ void attention_scores(real *tile, const real *queries, const real *keys, int fir
 // out (rows,D), rows ld apart, = or += tile (rows,n) times the n keys (or values) from `key` on, packed over T.
 void attention_take(real *out, size_t ld, const real *tile, const real *keys, int first, int rows, int key, int n,
                     int D, int accumulate) {
-    for (int i = 0; i < rows; i += FEW) {
-        int height = min_int(FEW, rows - i), nk = min_int(n, first + i + height - key);
+    for (int i = 0; i < rows; i += STRIP) {
+        int height = min_int(STRIP, rows - i), nk = min_int(n, first + i + height - key);
         for (int j = 0; nk > 0 && j < D; j += NR)
             product_panel(out + (size_t)i * ld + (size_t)j, ld, tile + i * ROW, 0, 1, keys + (size_t)j * (size_t)n, nk,
                           height, min_int(NR, D - j), accumulate);
@@ -1551,12 +1557,12 @@ void attention_take(real *out, size_t ld, const real *tile, const real *keys, in
 // out (n,D), rows ld apart, += tile (rows,n) transposed times x (rows,D), packed over its rows.
 void attention_give(real *out, size_t ld, const real *tile, const real *x, int first, int rows, int key, int n, int D) {
     int end = min_int(n, first + rows - key);
-    for (int i = 0; i < end; i += FEW) {
+    for (int i = 0; i < end; i += STRIP) {
         int from = max_int(0, key + i - first); // queries before that see none of these keys
         for (int j = 0; j < D; j += NR)
             product_panel(out + (size_t)i * ld + (size_t)j, ld, tile + i + from * ROW, 1, ROW,
                           x + (size_t)j * (size_t)rows + (size_t)(from * panel_width(min_int(NR, D - j))), rows - from,
-                          min_int(FEW, end - i), min_int(NR, D - j), 1);
+                          min_int(STRIP, end - i), min_int(NR, D - j), 1);
     }
 }
 
@@ -1611,12 +1617,14 @@ void attention_backward(real *dqkv, const real *dout, const real *out, const rea
 #pragma omp parallel for schedule(dynamic)
     for (int task = 0; task < B * KV; task++) {
         int b = task / KV, kv = task % KV;
-        size_t base = (size_t)b * T * ld, side = (size_t)div_up(D, TILE_K) * QUERIES * ROW;
+        size_t base = (size_t)b * T * ld, room = (size_t)div_up(D, TILE_K) * QUERIES * ROW;
         const real *k = qkv + base + (size_t)(H + kv) * D, *v = k + (size_t)KV * D;
         real *dk = dqkv + base + (size_t)(H + kv) * D, *dv = dk + (size_t)KV * D;
+        // Packed: P and dS are tiles of scores; queries and douts the a of a product over D, queries_b and douts_b the b of
+        // one over queries; keys and values the b of a product over D, keys_b the b of one over keys.
         real *P = scratch + (size_t)thread_number() * attention_room(T, D), *dS = P + QUERIES * ROW;
-        real *queries = dS + QUERIES * ROW, *slopes = queries + side, *queries_b = slopes + side;
-        real *slopes_b = queries_b + QUERIES * packed_width(D), *keys = slopes_b + QUERIES * packed_width(D);
+        real *queries = dS + QUERIES * ROW, *douts = queries + room, *queries_b = douts + room;
+        real *douts_b = queries_b + QUERIES * packed_width(D), *keys = douts_b + QUERIES * packed_width(D);
         real *values = keys + packed_width(T) * (size_t)D, *keys_b = values + packed_width(T) * (size_t)D;
         pack_keys(keys, k, ld, T, D, 1, 1);
         pack_keys(values, v, ld, T, D, 1, 1);
@@ -1633,15 +1641,15 @@ void attention_backward(real *dqkv, const real *dout, const real *out, const rea
                 const real *g = dout + ((size_t)b * T + first) * width + (size_t)h * D;
                 real *dq = dqkv + base + (size_t)first * ld + (size_t)h * D, delta[QUERIES];
                 pack_queries(queries, q, ld, rows, D, scale);
-                pack_queries(slopes, g, width, rows, D, 1);
+                pack_queries(douts, g, width, rows, D, 1);
                 pack_keys(queries_b, q, ld, rows, D, 0, scale);
-                pack_keys(slopes_b, g, width, rows, D, 0, 1);
+                pack_keys(douts_b, g, width, rows, D, 0, 1);
                 for (int i = 0; i < rows; i++)
                     delta[i] = dot(g + (size_t)i * width, o + (size_t)i * width, D);
                 for (int key = 0; key < first + rows; key += TILE_K) {
                     int n = min_int(TILE_K, T - key);
                     attention_scores(P, queries, keys + (size_t)key * (size_t)D, first, rows, key, n, D);
-                    attention_scores(dS, slopes, values + (size_t)key * (size_t)D, first, rows, key, n, D);
+                    attention_scores(dS, douts, values + (size_t)key * (size_t)D, first, rows, key, n, D);
                     for (int i = 0; i < rows; i++) {
                         real *p = P + i * ROW, *ds = dS + i * ROW;
                         int seen = max_int(0, min_int(n, first + i + 1 - key)), end = min_int(n, first + rows - key);
@@ -1650,7 +1658,7 @@ void attention_backward(real *dqkv, const real *dout, const real *out, const rea
                             ds[j] = p[j] * (ds[j] - delta[i]);
                         memset(ds + seen, 0, (size_t)(end - seen) * sizeof(real)); // the future
                     }
-                    attention_give(dv + (size_t)key * ld, ld, P, slopes_b, first, rows, key, n, D);
+                    attention_give(dv + (size_t)key * ld, ld, P, douts_b, first, rows, key, n, D);
                     attention_give(dk + (size_t)key * ld, ld, dS, queries_b, first, rows, key, n, D);
                     attention_take(dq, ld, dS, keys_b + (size_t)key * packed_width(D), first, rows, key, n, D, key > 0);
                 }
@@ -2737,6 +2745,8 @@ typedef struct RouterStats { // of training, since the step began
     int *idle;               // (E) steps since an expert had a token
 } RouterStats;
 
+// What memory is for. HARDLY_TOUCHED is room for the worst case (each token a group of its own); the system gives pages
+// only to what is written, so print_memory leaves it out.
 enum { FOR_WEIGHTS, FOR_GRADIENTS, FOR_MOMENTS, FOR_ACTIVATIONS, FOR_BUFFERS, HARDLY_TOUCHED, MEMORY_KINDS };
 
 typedef struct Model {
@@ -2888,7 +2898,9 @@ void allocate_experts(Model *m, int l, int N) {
     s->logits = own_reals(m, (size_t)n * W * (1 + c->noise));
     s->noisy = c->noise ? own_reals(m, (size_t)n * W) : s->logits;
     s->weight = two ? own_reals(m, nK) : s->gate.weight;
-    m->purpose = HARDLY_TOUCHED; // a group of tokens may be one token, but hardly is
+    size_t part = c->group == SEQUENCE ? (size_t)c->seq : (size_t)n; // tokens of a group: 1/part of this is touched
+    m->bytes[FOR_ACTIVATIONS] += (size_t)n * ((size_t)(R + 2) * E + D) * sizeof(double) / part;
+    m->purpose = HARDLY_TOUCHED;
     s->slope = (double *)own(m, (size_t)n * R * E, sizeof(double));
     s->weight_slope = (double *)own(m, (size_t)n * E, sizeof(double));
     s->load_slope = (double *)own(m, (size_t)n * (E + D), sizeof(double));
@@ -3495,8 +3507,8 @@ void attend_forward(Model *m, int l) {
 }
 
 // Runs B sequences of T tokens. Returns the mean cross-entropy per token; m->nll (N) holds each token's. In TRAIN_MODE
-// capacity and chance are on; but in EVAL_MODE the head's gradients are taken, scaled by grad_scale (1 / micro-steps). step,
-// and the place of the first token in the step's whole batch, choose the random numbers.
+// capacity and chance are on. In all modes but EVAL_MODE the head's gradients are taken at once, scaled by grad_scale (1 /
+// micro-steps). step, and the place of the first token in the step's whole batch, choose the random numbers.
 double model_forward(Model *m, const int *tokens, const int *targets, int B, int T, int mode, double grad_scale,
                      long step, long first_token) {
     const Config *c = &m->config;
@@ -5665,6 +5677,7 @@ int open_run(Run *run, const Config *asked) {
         double fingerprint = expect_member(state, "data_fingerprint", 'n', path)->number;
         config_check(c);
         load_tokenizer(run, checkpoint);
+        run->before = memory_now();
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
         if (data_fingerprint(run->train) != fingerprint)
             fail("%s: these are not the training tokens that the run in %s began with, and they may not change",
@@ -5686,6 +5699,7 @@ int open_run(Run *run, const Config *asked) {
         if (!c->data[0])
             c->data = has_file("data/tinystories", "tokenizer.json") ? "data/tinystories" : "data/stories";
         load_tokenizer(run, NULL);
+        run->before = memory_now();
         c->vocab = c->init[0] ? c->vocab : run->tokenizer->vocab;
         if (c->init[0])
             compare_tokenizers(run, c->init);
@@ -5695,7 +5709,6 @@ int open_run(Run *run, const Config *asked) {
     run->val = data_open(c->data, "val", c->seq, c->vocab, (uint64_t)c->seed);
     run->inputs = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
     run->targets = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
-    run->before = memory_now();
     run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
     if (resumed) {
         load_weights(run, checkpoint, 1);
@@ -5758,17 +5771,18 @@ void print_memory(Run *run) {
     }
     again += 2.0 * (c->layers - 1) * c->seq * c->dim;
     printf("memory in MiB:");
-    for (int i = 0; i < FOR_BUFFERS + 1; i++) {
+    for (int i = 0; i < HARDLY_TOUCHED; i++) {
         printf(" %s %.1f,", names[i], (double)m->bytes[i] / mib);
         sum += (double)m->bytes[i];
     }
-    printf(" the program and its tokens %.1f; together %.1f\n", before / mib, sum / mib);
-    printf("%s --recompute: activations %.1f and %.0f%% more operations\n", c->recompute ? "without" : "with",
+    int bound = c->select == EXPERT_CHOICE || c->select == THRESHOLD; // room for more choices than there will be
+    printf(" the program and its tokens %.1f; together %s%.1f\n", before / mib, bound ? "at most " : "", sum / mib);
+    printf("%s --recompute: activations %.1f and %.0f%% %s operations\n", c->recompute ? "without" : "with",
            ((double)m->bytes[FOR_ACTIVATIONS] +
             (c->recompute ? 1 : -1) * (double)sizeof(real) * (double)(m->passing - m->largest)) / mib,
-           (c->recompute ? -1 : 1) * 100 * again / (run->flops + (c->recompute ? again : 0)));
+           100 * again / (run->flops + (c->recompute ? again : 0)), c->recompute ? "fewer" : "more");
     fprintf(run->log, "\"memory\":{");
-    for (int i = 0; i < FOR_BUFFERS + 1; i++)
+    for (int i = 0; i < HARDLY_TOUCHED; i++)
         fprintf(run->log, "\"%s\":%zu,", names[i], m->bytes[i]);
     fprintf(run->log, "\"program\":%.0f},", before);
 }
@@ -5855,8 +5869,10 @@ int main(int argc, char **argv) {
 #ifdef _OPENMP
     // Waiting threads should sleep. OpenMP's default is to spin, which on a machine with anything else to do makes a step
     // ten times slower. Its runtime reads this before main, so the program begins once more.
-    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0)
+    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) {
+        setenv("OMP_STACKSIZE", "4M", 0); // product_rows packs on the stack, and some systems give a thread but 128 KiB
         execv("/proc/self/exe", argv);
+    }
 #endif
     int status = trainer_main(argc, argv, &cpu_backend);
     if (fflush(stdout) != 0)
