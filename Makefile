@@ -30,6 +30,24 @@ train_moe: train_moe.c data/unicode.h | data/stories/tokenizer.json
 train_moe_double: train_moe.c data/unicode.h
 	$(BUILD) $(OPENMP) -DREAL=double train_moe.c -o $@ $(LIBS)
 
+# PRECISION=fp32: everything in float32, to be compared with the C twin. Without a GPU to ask, for the A100 and the H100.
+PRECISION ?= bf16
+CUDA      := $(patsubst %/bin/,%,$(dir $(shell command -v nvcc || echo /usr/local/cuda/bin/nvcc)))
+NVCC      ?= $(CUDA)/bin/nvcc
+GPU       := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+GPU_ARCH  := $(foreach a,$(or $(GPU),80 90),-gencode arch=compute_$(a),code=sm_$(a))
+precision  = $(if $(filter fp32,$(1)),-DFP32)
+CUDA_BUILD = $(NVCC) -std=c++17 -O3 -lineinfo -I. -diag-suppress 1675,128 $(GPU_ARCH) \
+    -Xcompiler "$(ARCH) $(FLOATS) $(filter -fopenmp,$(OPENMP)) $(WERROR)"
+
+##train_moe_cu: the trainer on an NVIDIA GPU; needs the CUDA Toolkit. PRECISION=fp32 builds it in float32, for checks
+train_moe_cu: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION) | data/stories/tokenizer.json
+	$(CUDA_BUILD) $(call precision,$(PRECISION)) train_moe.cu -o $@ -lcublas
+
+# Another PRECISION is another program.
+dev/built_%:
+	@rm -f dev/built_*; touch $@
+
 ##data/tokenize: trains tokenizers and turns texts into token files
 data/tokenize: data/tokenize.c train_moe.c data/unicode.h
 	$(BUILD) $(OPENMP) data/tokenize.c -o $@ $(LIBS)
@@ -70,10 +88,54 @@ dev/test_moe_double: $(TEST_FILES)
 	$(GET_CMOCKA)
 	$(TEST_BUILD) $(OPENMP) -DREAL=double test_moe.c -o $@ -lcmocka $(LIBS)
 
-##test: the tests, in float and in double; installs cmocka if it is missing
+##test: the tests, in float and in double, and the CUDA twin's; installs cmocka if it is missing
 test: dev/test_moe dev/test_moe_double train_moe train_moe_double data/tokenize
 	dev/test_moe
 	dev/test_moe_double
+
+# The CUDA twin on the processor: dev/cudacpu looks like the few headers that train_moe.cu includes, and sed writes a kernel's
+# start as a function call. The compiler may not invent operations here, since invalid ones are errors (hence no
+# -fno-trapping-math).
+ifeq ($(origin CXX),default)
+CXX := $(shell command -v g++ || command -v clang++ || echo c++)
+endif
+EMULATED = $(CXX) -x c++ -std=gnu++17 -O2 -g $(WARN) -Wno-unknown-pragmas $(ARCH) -ffp-contract=fast -fno-math-errno \
+    $(OPENMP) -DCUDACPU -Idev/cudacpu -I.
+CUDACPU  = $(wildcard dev/cudacpu/*.h) dev/cudacpu/rewrite.sed
+TWIN     = -DTWIN='"dev/emulated/train_moe_cu.cpp"'
+
+dev/emulated/train_moe_cu.cpp: train_moe.cu dev/cudacpu/rewrite.sed
+	@mkdir -p dev/emulated
+	(echo '#line 1 "train_moe.cu"'; sed -E -f dev/cudacpu/rewrite.sed train_moe.cu) > $@
+
+dev/emulated/check.cpp: dev/cudacpu/check.cu dev/cudacpu/rewrite.sed
+	@mkdir -p dev/emulated
+	(echo '#line 1 "dev/cudacpu/check.cu"'; sed -E -f dev/cudacpu/rewrite.sed dev/cudacpu/check.cu) > $@
+
+dev/emulated/train_moe_cu: dev/emulated/train_moe_cu.cpp train_moe.c data/unicode.h $(CUDACPU)
+	$(EMULATED) $< -o $@ $(LIBS)
+
+dev/emulated/check: dev/emulated/check.cpp $(CUDACPU)
+	$(EMULATED) $< -o $@ $(LIBS)
+
+dev/emulated/test_%: dev/emulated/train_moe_cu.cpp $(TEST_FILES) $(CUDACPU)
+	$(GET_CMOCKA)
+	$(EMULATED) $(call precision,$*) $(TWIN) test_moe.c -o $@ -lcmocka $(LIBS)
+
+##test_emulated: the CUDA twin's tests on the processor, in bfloat16 and in float32
+.PHONY: test_emulated test_cu
+test_emulated: dev/emulated/check dev/emulated/train_moe_cu dev/emulated/test_bf16 dev/emulated/test_fp32 train_moe
+	dev/emulated/check
+	TRAIN_MOE_CU=dev/emulated/train_moe_cu dev/emulated/test_bf16
+	TRAIN_MOE_CU=dev/emulated/train_moe_cu dev/emulated/test_fp32
+
+##test_cu: the same tests on a GPU
+test_cu: train_moe_cu train_moe
+	$(GET_CMOCKA)
+	$(CUDA_BUILD) -DTWIN='"train_moe.cu"' -x cu test_moe.c -o dev/test_moe_cu_bf16 -lcmocka -lcublas
+	$(CUDA_BUILD) -DTWIN='"train_moe.cu"' -DFP32 -x cu test_moe.c -o dev/test_moe_cu_fp32 -lcmocka -lcublas
+	dev/test_moe_cu_bf16
+	dev/test_moe_cu_fp32
 
 # $(call SHORT_RUN,PROGRAM,FOLDER): a short training, a resumed one, and a story
 define SHORT_RUN

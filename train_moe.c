@@ -71,6 +71,13 @@
 #endif
 typedef REAL real;
 
+// What a CUDA twin's kernels call too.
+#ifdef __CUDACC__
+#define BOTH __host__ __device__
+#else
+#define BOTH
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. Configuration and recipes
 //
@@ -333,11 +340,11 @@ const Recipe recipes[] = {
 // clang-format on
 const int recipe_count = (int)(sizeof(recipes) / sizeof(recipes[0]));
 
-int min_int(int a, int b) {
+BOTH int min_int(int a, int b) {
     return a < b ? a : b;
 }
 
-int max_int(int a, int b) {
+BOTH int max_int(int a, int b) {
     return a > b ? a : b;
 }
 
@@ -358,7 +365,7 @@ int moe_layers(const Config *c, int *last) {
     return count;
 }
 
-int is_gated(int activation) {
+BOTH int is_gated(int activation) {
     return activation == SWIGLU || activation == GEGLU;
 }
 
@@ -523,7 +530,7 @@ int thread_number(void) {
 }
 
 // A bijection of 64-bit numbers in which every input bit moves every output bit (SplitMix64's finaliser, Steele 2014).
-uint64_t hash64(uint64_t x) {
+BOTH uint64_t hash64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -533,17 +540,17 @@ uint64_t hash64(uint64_t x) {
 enum { RANDOM_INIT, RANDOM_ORDER, RANDOM_JITTER, RANDOM_SAMPLE, RANDOM_NOISE, RANDOM_SECOND, RANDOM_EXEMPT }; // what a random number is for
 
 // A stream of random numbers: one for each (seed, purpose, a, b), a and b being a step and a layer, say.
-uint64_t random_stream(uint64_t seed, int purpose, uint64_t a, uint64_t b) {
+BOTH uint64_t random_stream(uint64_t seed, int purpose, uint64_t a, uint64_t b) {
     return hash64(hash64(hash64(hash64(seed) ^ (uint64_t)purpose) ^ a) ^ b);
 }
 
 // The i-th number of a stream, uniform in [0,1).
-double random_uniform(uint64_t stream, uint64_t i) {
+BOTH double random_uniform(uint64_t stream, uint64_t i) {
     return (double)(hash64(stream ^ hash64(i)) >> 11) * (1.0 / 9007199254740992.0);
 }
 
 // The i-th number of a stream, standard normal (Box and Muller 1958).
-double random_normal(uint64_t stream, uint64_t i) {
+BOTH double random_normal(uint64_t stream, uint64_t i) {
     double u = 1.0 - random_uniform(stream, 2 * i), v = random_uniform(stream, 2 * i + 1);
     return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
 }
@@ -950,7 +957,7 @@ void config_check(Config *c) {
         usage_fail("--min-lr %g is more than --lr %g", c->min_lr, c->lr);
 }
 
-int div_up(int a, int b) {
+BOTH int div_up(int a, int b) {
     return (a + b - 1) / b;
 }
 
@@ -1763,11 +1770,11 @@ void apply_jitter(real *to, const real *from, size_t size, double jitter, uint64
         to[i] = from[i] * (real)(1 + jitter * (2 * random_uniform(stream, first + i) - 1));
 }
 
-double noise_size(real raw) { // softplus, and a little so that it is never zero
-    return fmax((double)raw, 0) + log1p(exp(-fabs((double)raw))) + 0.01;
+BOTH double noise_size(real raw) { // softplus, and a little so that it is never zero
+    return fmax((double)raw, 0.0) + log1p(exp(-fabs((double)raw))) + 0.01;
 }
 
-double noise_slope(real raw) {
+BOTH double noise_slope(real raw) {
     return 1 / (1 + exp(-(double)raw));
 }
 
@@ -1904,7 +1911,7 @@ void select_topk(int *expert, const real *p, int N, int E, int K) {
     }
 }
 
-int group_of(int expert, int E, int D) {
+BOTH int group_of(int expert, int E, int D) {
     return expert * D / E;
 }
 
@@ -2778,6 +2785,7 @@ typedef struct Model {
     int B, T, mode;
     double grad_scale;
     uint64_t step, first_token; // of the last forward: they choose the random numbers
+    double loss, total_aux, norm; // of the step: means over its passes so far, each times its grad_scale; of its gradients
     RouterStats *stats; // (L)
     size_t bytes[MEMORY_KINDS]; // of the allocations above, by what they are for
     int purpose;
@@ -3506,6 +3514,14 @@ void attend_forward(Model *m, int l) {
     m->at_hand = l;
 }
 
+// The balance losses of the last forward pass, weighted: what is added to the loss for the gradient.
+double model_aux(const Model *m) {
+    double aux = 0;
+    for (int l = 0; l < m->config.layers; l++)
+        aux += m->layers[l].aux;
+    return aux;
+}
+
 // Runs B sequences of T tokens. Returns the mean cross-entropy per token; m->nll (N) holds each token's. In TRAIN_MODE
 // capacity and chance are on. In all modes but EVAL_MODE the head's gradients are taken at once, scaled by grad_scale (1 /
 // micro-steps). step, and the place of the first token in the step's whole batch, choose the random numbers.
@@ -3537,15 +3553,9 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
     double loss = 0;
     for (int n = 0; n < N; n++)
         loss += (double)m->nll[n];
+    m->loss = (first_token ? m->loss : 0) + grad_scale * loss / N;
+    m->total_aux = (first_token ? m->total_aux : 0) + grad_scale * model_aux(m);
     return loss / N;
-}
-
-// The balance losses of the last forward pass, weighted: what is added to the loss for the gradient.
-double model_aux(const Model *m) {
-    double aux = 0;
-    for (int l = 0; l < m->config.layers; l++)
-        aux += m->layers[l].aux;
-    return aux;
 }
 
 // Adds the gradients of grad_scale * (loss + aux) of the last forward pass, which was not in EVAL_MODE.
@@ -4878,19 +4888,37 @@ typedef struct Backend {
     Model *(*create)(const Config *config, int tokens, int train, real *weights); // buffers for that many tokens
     void (*release)(Model *model);
     void (*init)(Model *model, const double *frequency);
-    double (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, int mode, double grad_scale,
-                      long step, long first_token);
-    double (*aux)(const Model *model);
+    void (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, int mode, double grad_scale,
+                    long step, long first_token);
     void (*backward)(Model *model);
-    double (*gradient_norm)(const Model *model);
-    void (*update)(Model *model, int step, double lr, double norm);
+    void (*update)(Model *model, int step, double lr); // not at all where the gradients' norm is not finite
+    void (*losses)(Model *model, double *loss, double *aux, double *norm); // of the step; waits until all is done
     void (*generate)(Model *model, int token, int position, real *logits);
     const RouterStats *(*stats)(const Model *model, int layer);
     const Plan *(*plan)(const Model *model, int layer); // of the last forward pass
     real *(*fetch)(Model *model, int what); // WEIGHTS, GRADS, MOMENT1 or MOMENT2: all numbers, in the host's memory
     void (*store)(Model *model, int what);  // takes over what was changed there
     double (*peak)(void);                   // operations per second that the device can do at most, measured
+    void (*device)(char name[128]);
+    double (*memory)(void); // bytes of memory of its own; 0: it has the host's
 } Backend;
+
+void cpu_forward(Model *m, const int *inputs, const int *targets, int B, int T, int mode, double grad_scale, long step,
+                 long first_token) {
+    model_forward(m, inputs, targets, B, T, mode, grad_scale, step, first_token);
+}
+
+void cpu_update(Model *m, int step, double lr) {
+    m->norm = gradient_norm(m);
+    if (isfinite(m->norm))
+        model_update(m, step, lr, m->norm);
+}
+
+void model_losses(Model *m, double *loss, double *aux, double *norm) {
+    *loss = m->loss;
+    *aux = m->total_aux;
+    *norm = m->norm;
+}
 
 const RouterStats *model_stats(const Model *m, int layer) {
     return &m->stats[layer];
@@ -4937,9 +4965,26 @@ double measured_peak(void) {
     return best;
 }
 
-const Backend cpu_backend = {"cpu",        model_allocate, model_free,  model_init,        model_forward, model_aux,
-                             model_backward, gradient_norm, model_update, model_generate,    model_stats,   model_plan,
-                               model_fetch,    model_store, measured_peak};
+// The processor's name, as far as the system tells.
+void cpu_name(char name[128]) {
+    char line[256];
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    snprintf(name, 128, "cpu");
+    while (file && fgets(line, sizeof(line), file)) {
+        if (sscanf(line, "model name : %127[^\n]", name) == 1)
+            break;
+    }
+    if (file)
+        fclose(file);
+}
+
+double cpu_memory(void) {
+    return 0;
+}
+
+const Backend cpu_backend = {"cpu",          model_allocate, model_free,     model_init,    cpu_forward, model_backward,
+                             cpu_update,     model_losses,   model_generate, model_stats,   model_plan,  model_fetch,
+                             model_store,    measured_peak,  cpu_name,       cpu_memory};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 14. A run: its directory, log, checkpoints and progress
@@ -5100,8 +5145,9 @@ void load_weights(Run *run, const char *dir, int moments) {
         run->backend->store(run->model, what);
     }
     const Model *m = run->model;
+    const real *weights = run->backend->fetch(run->model, WEIGHTS);
     for (int i = 0; i < m->tensor_count; i++) {
-        const real *w = run->backend->fetch(run->model, WEIGHTS) + m->tensors[i].offset;
+        const real *w = weights + m->tensors[i].offset;
         for (size_t v = 0; m->tensors[i].kind == TABLE && v < m->tensors[i].size; v++) {
             if (!(w[v] >= 0 && w[v] < m->config.experts))
                 fail("%s: damaged: the table sends word %zu to expert %g of %d", dir, v, (double)w[v], m->config.experts);
@@ -5167,7 +5213,10 @@ void evaluate(Run *run) {
             data_window(run->val, (long)((double)(first + b) * (double)windows / (double)wanted), -1, run->inputs + at,
                         run->targets + at);
         }
-        nats += run->backend->forward(run->model, run->inputs, run->targets, rows, T, EVAL_MODE, 1, 0, 0) * rows * T;
+        double loss, aux, norm;
+        run->backend->forward(run->model, run->inputs, run->targets, rows, T, EVAL_MODE, 1, 0, 0);
+        run->backend->losses(run->model, &loss, &aux, &norm);
+        nats += loss * rows * T;
         if (first == 0)
             run->fluctuation = routing_fluctuation(run);
         for (int i = 0; i < rows * T; i++) {
@@ -5419,23 +5468,20 @@ int train(Run *run) {
     signal(SIGPIPE, SIG_IGN); // training outlives who reads its progress
     while (run->step < c->steps && !stop_asked) {
         int step = run->step + 1;
-        double loss = 0, aux = 0;
+        double loss, aux, norm, lr = learning_rate(c, step);
         for (int micro = 0; micro < c->accum; micro++) {
             long first = (long)micro * B;
             data_batch(run->train, (long)run->step * c->accum * B + first, B, run->inputs, run->targets);
-            loss += backend->forward(run->model, run->inputs, run->targets, B, T, TRAIN_MODE, 1.0 / c->accum, step,
-                                     first * T) /
-                    c->accum;
-            aux += backend->aux(run->model) / c->accum;
+            backend->forward(run->model, run->inputs, run->targets, B, T, TRAIN_MODE, 1.0 / c->accum, step, first * T);
             backend->backward(run->model);
         }
-        double norm = backend->gradient_norm(run->model), lr = learning_rate(c, step);
+        backend->update(run->model, step, lr);
+        backend->losses(run->model, &loss, &aux, &norm);
         if (!isfinite(loss) || !isfinite(norm))
             fail("step %d: the loss is %g and the gradient's norm %g; training stops here, and the last checkpoint in "
                  "%s is as it "
                  "was. A lower --lr or a longer --warmup may help",
                  step, loss, norm, run->out);
-        backend->update(run->model, step, lr, norm);
         run->step = step;
         run->trained++;
         warn_of_routing(run);
@@ -5743,19 +5789,6 @@ void close_run(Run *run) {
     free(run->probe);
 }
 
-// The processor's name, as far as the system tells.
-void device_name(char name[128]) {
-    char line[256];
-    FILE *file = fopen("/proc/cpuinfo", "r");
-    snprintf(name, 128, "cpu");
-    while (file && fgets(line, sizeof(line), file)) {
-        if (sscanf(line, "model name : %127[^\n]", name) == 1)
-            break;
-    }
-    if (file)
-        fclose(file);
-}
-
 // Where the memory goes, and what --recompute does about it: of all layers' activations that it need not keep, one
 // layer's; and nearly the whole forward pass a second time.
 void print_memory(Run *run) {
@@ -5776,7 +5809,11 @@ void print_memory(Run *run) {
         sum += (double)m->bytes[i];
     }
     int bound = c->select == EXPERT_CHOICE || c->select == THRESHOLD; // room for more choices than there will be
-    printf(" the program and its tokens %.1f; together %s%.1f\n", before / mib, bound ? "at most " : "", sum / mib);
+    double device = run->backend->memory();
+    if (device > 0)
+        printf(" together %.1f of the device's %.0f\n", (sum - before) / mib, device / mib);
+    else
+        printf(" the program and its tokens %.1f; together %s%.1f\n", before / mib, bound ? "at most " : "", sum / mib);
     printf("%s --recompute: activations %.1f and %.0f%% %s operations\n", c->recompute ? "without" : "with",
            ((double)m->bytes[FOR_ACTIVATIONS] +
             (c->recompute ? 1 : -1) * (double)sizeof(real) * (double)(m->passing - m->largest)) / mib,
@@ -5792,7 +5829,7 @@ void announce(Run *run) {
     double total, active;
     char device[128];
     count_parameters(c, &total, &active);
-    device_name(device);
+    run->backend->device(device);
     run->flops = flops_per_token(c);
     run->peak = run->backend->peak();
     fprintf(run->log, "{\"type\":\"run\",");
@@ -5864,8 +5901,7 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
     return interrupted ? 130 : 0;
 }
 
-#ifndef TRAIN_MOE_NO_MAIN
-int main(int argc, char **argv) {
+int run_program(int argc, char **argv, const Backend *backend) {
 #ifdef _OPENMP
     // Waiting threads should sleep. OpenMP's default is to spin, which on a machine with anything else to do makes a step
     // ten times slower. Its runtime reads this before main, so the program begins once more.
@@ -5874,9 +5910,14 @@ int main(int argc, char **argv) {
         execv("/proc/self/exe", argv);
     }
 #endif
-    int status = trainer_main(argc, argv, &cpu_backend);
+    int status = trainer_main(argc, argv, backend);
     if (fflush(stdout) != 0)
         fail("standard output: cannot write: %s", strerror(errno));
     return status;
+}
+
+#ifndef TRAIN_MOE_NO_MAIN
+int main(int argc, char **argv) {
+    return run_program(argc, argv, &cpu_backend);
 }
 #endif
