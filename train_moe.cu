@@ -271,8 +271,10 @@ struct Model : ::Model {
     Experts experts;              // what all layers have in common
     int *device_width;            // (E)
     int *tokens, *targets, words; // (N), (N); distinct words of the batch
-    floatX *h, *dx_low, *datt, *dqkv, *rows, *act, *dhidden, *dmerged, *dlogits_low, *cache;
-    float *router_in, *merged;    // (N,C), (n,c): the router's input, the experts' answers, not rounded
+    floatX *h, *dx_low, *datt, *dqkv, *rows, *act, *dhidden, *dmerged, *dlogits_low;
+    floatX *branch, *cache;       // (N,C): what is added to the residual stream; (L,seq,2*KV*D): generation's, of m->one
+    int position;                 // of the token that is generated
+    float *router_in;             // (N,C): the router's input, not rounded
     float *delta, *dweight_part;  // (B,H,T); (column tiles, slots)
     double *norm_part;
     RouterScratch router;
@@ -362,22 +364,29 @@ int row_threads(int C, int n) {
     return min_int(512, div_up(div_up(C, n), 32) * 32);
 }
 
-// out (N,C), rounded, and out32 (N,C), either of which may be NULL, = x / rms(x) * w.
+// With y = x + branch, kept in sum (N,C), or y = x where branch is NULL: out (N,C), rounded, and out32 (N,C), either of
+// which may be NULL, = y / rms(y) * w.
 template <int n>
-__global__ void rmsnorm_forward_kernel(floatX *out, float *out32, float *rstd, const float *x, const float *w, int C,
-                                       float eps) {
+__global__ void rmsnorm_forward_kernel(float *sum, floatX *out, float *out32, float *rstd, const float *x, const floatX *branch,
+                                       const float *w, int C, float eps) {
     size_t row = (size_t)blockIdx.x * C;
-    float a[n], b[n], sum = 0;
+    float a[n], b[n], squares = 0;
     for (int c = n * threadIdx.x; c < C; c += n * blockDim.x) {
         load_pack(a, x + row + c);
+        if (branch) {
+            load_pack(b, branch + row + c);
+            for (int i = 0; i < n; i++)
+                a[i] += b[i];
+            store_pack(sum + row + c, a);
+        }
         for (int i = 0; i < n; i++)
-            sum += a[i] * a[i];
+            squares += a[i] * a[i];
     }
-    float scale = 1 / sqrtf(block_sum(sum) / C + eps);
+    float scale = 1 / sqrtf(block_sum(squares) / C + eps);
     if (threadIdx.x == 0)
         rstd[blockIdx.x] = scale;
-    for (int c = n * threadIdx.x; c < C; c += n * blockDim.x) {
-        load_pack(a, x + row + c);
+    for (int c = n * threadIdx.x; c < C; c += n * blockDim.x) { // each thread what it wrote itself
+        load_pack(a, (branch ? sum : x) + row + c);
         load_pack(b, w + c);
         for (int i = 0; i < n; i++)
             a[i] *= scale * b[i];
@@ -388,14 +397,19 @@ __global__ void rmsnorm_forward_kernel(floatX *out, float *out32, float *rstd, c
     }
 }
 
-void rmsnorm_forward(floatX *out, float *out32, float *rstd, const float *x, const float *w, int N, int C, double eps) {
+void add_rmsnorm_forward(float *sum, floatX *out, float *out32, float *rstd, const float *x, const floatX *branch,
+                         const float *w, int N, int C, double eps) {
     if (N == 0)
         return;
-    if (C % 4 == 0 && whole<4>(out, out32, x, w))
-        rmsnorm_forward_kernel<4><<<N, row_threads(C, 4), 0, stream>>>(out, out32, rstd, x, w, C, (float)eps);
+    if (C % 4 == 0 && whole<4>(sum, out32, x, w) && whole<4>(out, branch))
+        rmsnorm_forward_kernel<4><<<N, row_threads(C, 4), 0, stream>>>(sum, out, out32, rstd, x, branch, w, C, (float)eps);
     else
-        rmsnorm_forward_kernel<1><<<N, row_threads(C, 1), 0, stream>>>(out, out32, rstd, x, w, C, (float)eps);
+        rmsnorm_forward_kernel<1><<<N, row_threads(C, 1), 0, stream>>>(sum, out, out32, rstd, x, branch, w, C, (float)eps);
     CHECK(cudaGetLastError());
+}
+
+void rmsnorm_forward(floatX *out, float *out32, float *rstd, const float *x, const float *w, int N, int C, double eps) {
+    add_rmsnorm_forward(NULL, out, out32, rstd, x, NULL, w, N, C, eps);
 }
 
 template <int n>
@@ -1555,22 +1569,40 @@ void experts_backward(floatX *rows, float *dw_in, float *dw_out, float *dweight,
     experts_product<DROWS>(experts, to_x);
 }
 
-// out (N,C) += the rows of each token's slots, in the order of k. slot (N*K), -1: none.
-__global__ void combine_kernel(float *out, const floatX *rows, const int *slot, int K, int C) {
-    size_t n = blockIdx.x;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        float sum = 0;
-        for (int k = 0; k < K; k++) {
-            int s = slot[n * K + k];
-            if (s >= 0)
-                sum += to_float(rows[(size_t)s * C + c]);
+// out (N,C) = from + branch + the rows of each token's slots, in the order of k; what is NULL is left out. from, like the
+// residual stream, is float32. slot (N*K), -1: none. n numbers a thread.
+template <int n, class Out>
+__global__ void combine_kernel(Out *out, const float *from, const floatX *branch, const floatX *rows, const int *slot, int K,
+                               int C) {
+    size_t token = blockIdx.x, at = token * C;
+    float sum[n], a[n];
+    for (int c = n * threadIdx.x; c < C; c += n * blockDim.x) {
+        for (int i = 0; i < n; i++)
+            sum[i] = 0;
+        if (from)
+            load_pack(sum, from + at + c);
+        if (branch)
+            load_pack(a, branch + at + c);
+        for (int i = 0; branch && i < n; i++)
+            sum[i] += a[i];
+        for (int k = 0; rows && k < K; k++) {
+            int s = slot[token * K + k];
+            if (s < 0)
+                continue;
+            load_pack(a, rows + (size_t)s * C + c);
+            for (int i = 0; i < n; i++)
+                sum[i] += a[i];
         }
-        out[n * C + c] += sum;
+        store_pack(out + at + c, sum);
     }
 }
 
-void combine(float *out, const floatX *rows, const int *slot, int N, int K, int C) {
-    combine_kernel<<<N, min_int(THREADS, div_up(C, 32) * 32), 0, stream>>>(out, rows, slot, K, C);
+template <class Out>
+void combine(Out *out, const float *from, const floatX *branch, const floatX *rows, const int *slot, int N, int K, int C) {
+    if (C % 4 == 0)
+        combine_kernel<4, Out><<<N, row_threads(C, 4), 0, stream>>>(out, from, branch, rows, slot, K, C);
+    else
+        combine_kernel<1, Out><<<N, row_threads(C, 1), 0, stream>>>(out, from, branch, rows, slot, K, C);
     CHECK(cudaGetLastError());
 }
 
@@ -3381,10 +3413,6 @@ void upload(Model *m, void *to, const void *from, size_t bytes) { // waits; not 
         CHECK(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
 }
 
-void copy_rows(float *to, const float *from, int N, int C) { // (N,C)
-    CHECK(cudaMemcpyAsync(to, from, (size_t)N * C * sizeof(float), cudaMemcpyDeviceToDevice, stream));
-}
-
 void zero(void *p, size_t bytes) {
     CHECK(cudaMemsetAsync(p, 0, bytes, stream));
 }
@@ -3519,7 +3547,7 @@ void place_all(Model *m, int N, int train, const Model *parent) {
     m->rows = own_low(m, moe * nK * (C / c->subtokens));
     m->act = own_low(m, width);
     m->router_in = own_floats(m, moe * NC);
-    m->merged = own_floats(m, c->subtokens > 1 ? NC : 0);
+    m->branch = own_low(m, NC);
     m->choice_score = own_floats(m, scores);
     m->unbiased = (int *)own(m, moe * nK, sizeof(int));
     m->gru_room = own_floats(m, (size_t)moe * N * 6 * R);
@@ -3701,46 +3729,35 @@ Experts layer_experts(const Model *m, const LayerState *s) {
     return x;
 }
 
-// The router's input in float32: h2, not rounded.
-const float *router_input(Model *m, LayerState *s, const LayerWeights *w, int N) {
-    const Config *c = &m->config;
-    if (c->subtokens > 1)
-        to_high(m->router_in, s->sub, (size_t)N * c->dim);
-    else
-        gpu::rmsnorm_forward(NULL, m->router_in, s->rstd2, s->mid, w->norm2, N, c->dim, c->norm_eps);
-    return m->router_in;
-}
-
-// One layer's feed-forward: out (N,C) += dense part + mixture of experts, of s->h2 (N,C).
+// One layer's feed-forward: out (N,C) = s->mid + dense part + mixture of experts, of s->h2 (N,C).
 void ffn_forward(Model *m, int l, LayerState *s, float *out, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
-    int C = c->dim, h = c->subtokens;
+    int C = c->dim, h = c->subtokens, moe = is_moe(c, l);
     if (w->dense_in) {
         int F = dense_width(c, l), activation = dense_activation(c, l), H = F * (1 + is_gated(activation));
         product(s->dense_hidden, along_rows(s->h2, C), along_rows(low_of(m, w->dense_in), C), N, H, C, 0);
         gpu::activation_forward(m->act, s->dense_hidden, N, F, activation);
-        product(out, along_rows(m->act, F), along_rows(low_of(m, w->dense_out), F), N, C, F, 1);
+        product(m->branch, along_rows(m->act, F), along_rows(low_of(m, w->dense_out), F), N, C, F, 0);
     }
-    if (!is_moe(c, l))
-        return;
-    const floatX *x = s->h2;
-    float *to = out;
-    if (h > 1) {
-        product(s->sub, along_rows(s->h2, C), along_rows(low_of(m, w->split), C), N, C, C, 0);
-        zero(m->merged, (size_t)N * C * sizeof(float));
-        x = s->sub;
-        to = m->merged;
+    if (moe) {
+        const floatX *x = s->h2;
+        if (h > 1) {
+            product(s->sub, along_rows(s->h2, C), along_rows(low_of(m, w->split), C), N, C, C, 0);
+            to_high(m->router_in, s->sub, (size_t)N * C);
+            x = s->sub;
+        }
+        gpu::router_forward(m, l, s, m->router_in, N * h, C / h, T * h);
+        list_tiles(s->tile, s->tiles, s->plan.offset, c->experts);
+        Experts experts = layer_experts(m, s);
+        gpu::experts_forward(m->rows, s->hidden, m->act, x, low_of(m, w->w_in), low_of(m, w->w_out), s->weight, &experts);
+        if (h > 1) {
+            combine(s->merged, NULL, NULL, m->rows, s->plan.slot, N * h, s->plan.K, C / h);
+            product(m->branch, along_rows(s->merged, C), along_rows(low_of(m, w->merge), C), N, C, C, w->dense_in != NULL);
+        }
     }
-    gpu::router_forward(m, l, s, router_input(m, s, w, N), N * h, C / h, T * h);
-    list_tiles(s->tile, s->tiles, s->plan.offset, c->experts);
-    Experts experts = layer_experts(m, s);
-    gpu::experts_forward(m->rows, s->hidden, m->act, x, low_of(m, w->w_in), low_of(m, w->w_out), s->weight, &experts);
-    gpu::combine(to, m->rows, s->plan.slot, N * h, s->plan.K, C / h);
-    if (h > 1) {
-        to_low(s->merged, m->merged, (size_t)N * C);
-        product(out, along_rows(s->merged, C), along_rows(low_of(m, w->merge), C), N, C, C, 1);
-    }
+    combine(out, s->mid, w->dense_in || h > 1 ? m->branch : NULL, moe && h == 1 ? m->rows : NULL, s->plan.slot, N,
+            s->plan.K, C);
 }
 
 // With --recompute: the hidden layers again, of s->h2 and the plan as it was.
@@ -3768,8 +3785,6 @@ void ffn_backward(Model *m, int l, LayerState *s, float *dh, int N, int T) {
         product(dw->dense_out, along_columns(dout, C), along_columns(m->act, F), C, F, N, 1);
         product(dw->dense_in, along_columns(m->dhidden, H), along_columns(s->h2, C), H, C, N, 1);
         product(dh, along_rows(m->dhidden, H), along_columns(low_of(m, w->dense_in), C), N, C, H, 0);
-    } else {
-        zero(dh, (size_t)N * C * sizeof(float));
     }
     if (!is_moe(c, l))
         return;
@@ -3778,27 +3793,29 @@ void ffn_backward(Model *m, int l, LayerState *s, float *dh, int N, int T) {
     if (h > 1) {
         product(m->dmerged, along_rows(dout, C), along_columns(low_of(m, w->merge), C), N, C, C, 0);
         product(dw->merge, along_columns(dout, C), along_columns(s->merged, C), C, C, N, 1);
-        zero(m->dsub, (size_t)N * C * sizeof(float));
         dout = m->dmerged;
         x = s->sub;
         dx = m->dsub;
+        to_high(m->router_in, s->sub, (size_t)N * C);
+    } else {
+        gpu::rmsnorm_forward(NULL, m->router_in, s->rstd2, s->mid, w->norm2, N, C, c->norm_eps);
     }
     Plan *plan = &s->plan;
     zero(m->dweight, (size_t)plan->N * plan->K * sizeof(float)); // dropped choices get none
     Experts experts = layer_experts(m, s);
     gpu::experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, x, s->hidden, s->weight, low_of(m, w->w_in),
                           low_of(m, w->w_out), m->act, m->dhidden, m->dweight_part, m->slots, &experts);
-    gpu::combine(dx, m->rows, plan->slot, plan->N, plan->K, C / h);
-    gpu::router_backward(m, l, s, dx, router_input(m, s, w, N), plan->N, C / h, T * h);
+    combine(dx, w->dense_in && h == 1 ? dh : NULL, NULL, m->rows, plan->slot, plan->N, plan->K, C / h);
+    gpu::router_backward(m, l, s, dx, m->router_in, plan->N, C / h, T * h);
     if (h > 1) {
         floatX *dsub = m->dmerged; // no longer needed for itself
         to_low(dsub, m->dsub, (size_t)N * C);
-        product(dh, along_rows(dsub, C), along_columns(low_of(m, w->split), C), N, C, C, 1);
+        product(dh, along_rows(dsub, C), along_columns(low_of(m, w->split), C), N, C, C, w->dense_in != NULL);
         product(dw->split, along_columns(dsub, C), along_columns(s->h2, C), C, C, N, 1);
     }
 }
 
-// The first half of a layer, from s->x to s->h2.
+// The first half of a layer, from s->x to s->h2 and, not rounded, the router's input.
 void attend_forward(Model *m, int l) {
     const Config *c = &m->config;
     LayerState *s = &m->layers[l];
@@ -3807,11 +3824,26 @@ void attend_forward(Model *m, int l) {
     gpu::rmsnorm_forward(s->h1, NULL, s->rstd1, s->x, w->norm1, N, C, c->norm_eps);
     product(s->qkv, along_rows(s->h1, C), along_rows(low_of(m, w->qkv), C), N, Q, C, 0);
     gpu::rope(s->qkv, Q, N, m->T, H + KV, D, m->angles, 1);
-    gpu::attention_forward(s->att, s->lse, s->qkv, m->B, m->T, H, KV, D);
-    copy_rows(s->mid, s->x, N, C);
-    product(s->mid, along_rows(s->att, C), along_rows(low_of(m, w->proj), C), N, C, C, 1);
-    gpu::rmsnorm_forward(s->h2, NULL, s->rstd2, s->mid, w->norm2, N, C, c->norm_eps);
+    if (m->cache)
+        attention_of_one(s->att, m->cache + (size_t)l * c->seq * 2 * KV * D, s->qkv, m->position, c->seq, H, KV, D);
+    else
+        gpu::attention_forward(s->att, s->lse, s->qkv, m->B, m->T, H, KV, D);
+    product(m->branch, along_rows(s->att, C), along_rows(low_of(m, w->proj), C), N, C, C, 0);
+    add_rmsnorm_forward(s->mid, s->h2, is_moe(c, l) && c->subtokens == 1 ? m->router_in : NULL, s->rstd2, s->x, m->branch,
+                        w->norm2, N, C, c->norm_eps);
     m->at_hand = l;
+}
+
+// All layers, from m->tokens to m->h.
+void layers_forward(Model *m) {
+    const Config *c = &m->config;
+    int N = m->B * m->T, C = c->dim, L = c->layers;
+    gpu::embedding_forward(m->layers[0].x, m->weights.embed, m->tokens, N, C);
+    for (int l = 0; l < L; l++) {
+        gpu::attend_forward(m, l);
+        gpu::ffn_forward(m, l, &m->layers[l], l + 1 < L ? m->layers[l + 1].x : m->x, N, m->T);
+    }
+    gpu::rmsnorm_forward(m->h, NULL, m->rstd, m->x, m->weights.norm, N, C, c->norm_eps);
 }
 
 // The cross-entropy of all rows of m->h, and in all modes but EVAL_MODE the gradients by m->h and the head.
@@ -3864,7 +3896,7 @@ void model_forward(::Model *base, const int *tokens, const int *targets, int B, 
                    long step, long first_token) {
     Model *m = (Model *)base;
     const Config *c = &m->config;
-    int N = B * T, C = c->dim, L = c->layers, last;
+    int N = B * T, last;
     m->B = B;
     m->T = T;
     m->mode = mode;
@@ -3876,19 +3908,11 @@ void model_forward(::Model *base, const int *tokens, const int *targets, int B, 
         zero(m->report, 2 * sizeof(double)); // LOSS and TOTAL_AUX
     if (mode == TRAIN_MODE && first_token == 0)
         gpu::clear_router_stats(m);
-    gpu::embedding_forward(m->layers[0].x, m->weights.embed, m->tokens, N, C);
-    for (int l = 0; l < L; l++) {
-        LayerState *s = &m->layers[l];
-        float *out = l + 1 < L ? m->layers[l + 1].x : m->x;
-        gpu::attend_forward(m, l);
-        copy_rows(out, s->mid, N, C);
-        gpu::ffn_forward(m, l, s, out, N, T);
-    }
-    gpu::rmsnorm_forward(m->h, NULL, m->rstd, m->x, m->weights.norm, N, C, c->norm_eps);
+    layers_forward(m);
     gpu::head_loss(m, N, grad_scale / N);
     add_mean(m->report + LOSS, m->nll, N, grad_scale);
     if (moe_layers(c, &last) && mode != EVAL_MODE) {
-        add_aux_kernel<<<1, 1, 0, stream>>>(m->report, L, stats_size(c), 4 * c->experts + AUX, grad_scale);
+        add_aux_kernel<<<1, 1, 0, stream>>>(m->report, c->layers, stats_size(c), 4 * c->experts + AUX, grad_scale);
         CHECK(cudaGetLastError());
     }
 }
@@ -3993,39 +4017,25 @@ const Plan *model_plan(const ::Model *base, int l) {
     return to;
 }
 
-// One token at `position`; logits (V) of the next, on the host: see the C twin.
+// One token at `position`; logits (V) of the next, on the host: see the C twin. m->one does what a forward pass does, but
+// for its attention, which is with the keys and values in its cache.
 void model_generate(::Model *base, int token, int position, real *logits) {
-    Model *m = (Model *)base;
+    Model *m = (Model *)base, *one = m->one;
     const Config *c = &m->config;
-    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, L = c->layers;
-    size_t layer = (size_t)c->seq * 2 * KV * D;
-    if (!m->one) {
-        m->one = new_model(c, 1, 0, m, 0);
-        m->purpose = FOR_BUFFERS;
-        m->cache = own_low(m, L * layer);
+    int D = c->dim / c->heads;
+    if (!one) {
+        one = m->one = new_model(c, 1, 0, m, 0);
+        one->cache = own_low(one, (size_t)c->layers * c->seq * 2 * c->kv_heads * D);
+        one->B = one->T = 1;
+        one->mode = EVAL_MODE;
     }
-    Model *one = m->one;
-    one->mode = EVAL_MODE;
-    one->B = one->T = 1;
+    one->position = position;
     float *angles = (float *)allocate(D, sizeof(float));
     rope_angles(angles, position, 1, D, c->rope_theta);
-    CHECK(cudaMemcpyAsync(one->angles, angles, (size_t)D / 2 * 2 * sizeof(float), cudaMemcpyHostToDevice, stream));
+    CHECK(cudaMemcpyAsync(one->angles, angles, (size_t)D * sizeof(float), cudaMemcpyHostToDevice, stream));
     CHECK(cudaMemcpyAsync(one->tokens, &token, sizeof(int), cudaMemcpyHostToDevice, stream));
-    gpu::embedding_forward(one->x, m->weights.embed, one->tokens, 1, C);
-    for (int l = 0; l < L; l++) {
-        const LayerWeights *w = &m->weights.layer[l];
-        LayerState *s = &one->layers[l];
-        gpu::rmsnorm_forward(s->h1, NULL, s->rstd1, one->x, w->norm1, 1, C, c->norm_eps);
-        product(s->qkv, along_rows(s->h1, C), along_rows(low_of(m, w->qkv), C), 1, Q, C, 0);
-        gpu::rope(s->qkv, Q, 1, 1, H + KV, D, one->angles, 1);
-        attention_of_one(s->att, m->cache + l * layer, s->qkv, position, c->seq, H, KV, D);
-        product(one->x, along_rows(s->att, C), along_rows(low_of(m, w->proj), C), 1, C, C, 1);
-        copy_rows(s->mid, one->x, 1, C);
-        gpu::rmsnorm_forward(s->h2, NULL, s->rstd2, one->x, w->norm2, 1, C, c->norm_eps);
-        gpu::ffn_forward(one, l, s, one->x, 1, 1);
-    }
-    gpu::rmsnorm_forward(one->h, NULL, one->rstd, one->x, m->weights.norm, 1, C, c->norm_eps);
-    product(one->logits, along_rows(one->h, C), along_rows(low_of(m, m->weights.head), C), 1, c->vocab, C, 0);
+    layers_forward(one);
+    product(one->logits, along_rows(one->h, c->dim), along_rows(low_of(m, m->weights.head), c->dim), 1, c->vocab, c->dim, 0);
     CHECK(cudaMemcpyAsync(logits, one->logits, (size_t)c->vocab * sizeof(float), cudaMemcpyDeviceToHost, stream));
     CHECK(cudaStreamSynchronize(stream));
     free(angles);
