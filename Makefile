@@ -110,7 +110,7 @@ dev/emulated/train_moe_cu.cpp: train_moe.cu dev/cudacpu/rewrite.sed
 
 dev/emulated/check.cpp: dev/cudacpu/check.cu dev/cudacpu/rewrite.sed
 	@mkdir -p dev/emulated
-	(echo '#line 1 "dev/cudacpu/check.cu"'; sed -E -f dev/cudacpu/rewrite.sed dev/cudacpu/check.cu) > $@
+	(echo '#line 1 "check.cu"'; sed -E -f dev/cudacpu/rewrite.sed dev/cudacpu/check.cu) > $@
 
 dev/emulated/train_moe_cu: dev/emulated/train_moe_cu.cpp train_moe.c data/unicode.h $(CUDACPU)
 	$(EMULATED) $< -o $@ $(LIBS)
@@ -123,11 +123,26 @@ dev/emulated/test_%: dev/emulated/train_moe_cu.cpp $(TEST_FILES) $(CUDACPU)
 	$(EMULATED) $(call precision,$*) $(TWIN) test_moe.c -o $@ -lcmocka $(LIBS)
 
 ##test_emulated: the CUDA twin's tests on the processor, in bfloat16 and in float32
-.PHONY: test_emulated test_cu
+.PHONY: test_emulated test_cu sanitize_cu
 test_emulated: dev/emulated/check dev/emulated/train_moe_cu dev/emulated/test_bf16 dev/emulated/test_fp32 train_moe
 	dev/emulated/check
 	TRAIN_MOE_CU=dev/emulated/train_moe_cu dev/emulated/test_bf16
 	TRAIN_MOE_CU=dev/emulated/train_moe_cu dev/emulated/test_fp32
+
+##bench_cu: the CUDA twin's speed: peak, steps beside dense, each kernel, experts, attention, generation, PyTorch (TORCH_PYTHON)
+.PHONY: bench_cu
+bench_cu: dev/bench_cu
+	dev/bench_cu $(BENCH)
+
+dev/bench_cu: dev/bench.cu train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION)
+	$(CUDA_BUILD) $(call precision,$(PRECISION)) dev/bench.cu -o $@ -lcublas
+
+dev/emulated/bench_cu.cpp: dev/bench.cu dev/cudacpu/rewrite.sed
+	@mkdir -p dev/emulated
+	(echo '#line 1 "dev/bench.cu"'; sed -E -f dev/cudacpu/rewrite.sed dev/bench.cu) > $@
+
+dev/emulated/bench_cu: dev/emulated/bench_cu.cpp dev/emulated/train_moe_cu.cpp train_moe.c data/unicode.h $(CUDACPU)
+	$(EMULATED) $(TWIN) $< -o $@ $(LIBS)
 
 ##test_cu: the same tests on a GPU
 test_cu: train_moe_cu train_moe
@@ -136,6 +151,11 @@ test_cu: train_moe_cu train_moe
 	$(CUDA_BUILD) -DTWIN='"train_moe.cu"' -DFP32 -x cu test_moe.c -o dev/test_moe_cu_fp32 -lcmocka -lcublas
 	dev/test_moe_cu_bf16
 	dev/test_moe_cu_fp32
+
+##sanitize_cu: the CUDA twin's tests on a GPU under compute-sanitizer
+sanitize_cu: test_cu
+	for tool in memcheck racecheck initcheck synccheck; do \
+	compute-sanitizer --tool $$tool --error-exitcode 9 dev/test_moe_cu_bf16 || exit 1; done
 
 # $(call SHORT_RUN,PROGRAM,FOLDER): a short training, a resumed one, and a story
 define SHORT_RUN

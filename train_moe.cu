@@ -570,12 +570,13 @@ template <int W> struct Attention {
 // x and ld are multiples of 16 bytes and nothing is waited for. Closes the batch of copies.
 template <int W, int ROWS>
 __device__ void load_tile(floatX *tile, const floatX *x, size_t ld, int rows, int D, int whole) {
-    const int n = 16 / (int)sizeof(floatX), threads = 32 * Attention<W>::WARPS;
-    for (int i = threadIdx.x; whole && i < ROWS * (W / n); i += threads) {
-        int r = i / (W / n), d = i % (W / n) * n, there = r < rows && d < D;
+    const unsigned n = 16 / sizeof(floatX), threads = 32 * Attention<W>::WARPS, copies = W / n; // of a row
+    int d = threadIdx.x % copies * n;
+    for (int r = threadIdx.x / copies; r < ROWS && whole; r += threads / copies) {
+        int there = r < rows && d < D;
         copy_async(tile + r * (W + 8) + d, there ? x + r * ld + d : x, there ? 16 : 0);
     }
-    for (int i = threadIdx.x; !whole && i < ROWS * W; i += threads) {
+    for (unsigned i = threadIdx.x; !whole && i < ROWS * W; i += threads) {
         int r = i / W, d = i % W;
         if (r < rows && d < D)
             tile[r * (W + 8) + d] = x[r * ld + d];
@@ -630,6 +631,23 @@ __device__ void register_product(float (&acc)[MT][NT][4], const float (&a)[MT][N
 #endif
 }
 
+// Scores of keys that come after the query become -1e30, so that their power of 2 is 0. ahead: how far the first column of s
+// is ahead of the first row; sign 1: columns are keys, -1: rows are.
+template <int MT, int NT> __device__ void hide_future(float (&s)[MT][NT][4], int ahead, int sign) {
+    int lane = threadIdx.x % 32, shift = sign * (ahead + lane % 4 * 2 - lane / 4);
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+#pragma unroll
+            for (int v = 0; v < 4; v++) {
+                if (shift > sign * (16 * i + v / 2 * 8 - 8 * j - v % 2))
+                    s[i][j][v] = -1e30f;
+            }
+        }
+    }
+}
+
 // Writes acc, times scale, as rows first... of out, ld apart: those before `rows`, columns before `columns`, even.
 template <int MT, int NT>
 __device__ void store_rows(floatX *out, size_t ld, const float (&acc)[MT][NT][4], int first, int rows, int columns,
@@ -671,25 +689,22 @@ __global__ void attention_forward_kernel(floatX *out, float *lse, const floatX *
     load_tile<W, KEYS>(keys, k, ld, T, D, whole);
     for (int key = 0; key < last; key += KEYS) {
         float p[MT][KEYS / 8][4] = {};
-        int sees = key < mine + 16 * MT, partly = key + KEYS - 1 > mine;
+        int sees = key < mine + 16 * MT;
         copy_wait<0>();
         __syncthreads(); // the keys are there, and nobody needs the last values
         load_tile<W, KEYS>(values, v + key * ld, ld, T - key, D, whole);
         if (sees) {
             warp_product<MT, KEYS / 8, false, false>(p, queries + 16 * MT * warp * LD, LD, keys, LD, W);
+            if (key + KEYS - 1 > mine)
+                hide_future(p, key - mine, 1);
 #pragma unroll
             for (int i = 0; i < MT; i++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) { // the row of this lane's p[i][][2*half] and p[i][][2*half+1]
-                    int row = mine + 16 * i + lane / 4 + 8 * half;
                     float top = highest[i][half], sum = 0;
 #pragma unroll
-                    for (int j = 0; j < KEYS / 4; j++) {
-                        float *score = &p[i][j / 2][2 * half + j % 2];
-                        if (partly && key + j / 2 * 8 + lane % 4 * 2 + j % 2 > row)
-                            *score = -1e30f; // the future
-                        top = fmaxf(top, *score);
-                    }
+                    for (int j = 0; j < KEYS / 4; j++)
+                        top = fmaxf(top, p[i][j / 2][2 * half + j % 2]);
                     top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
                     top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
                     float shrink = power_of_2((highest[i][half] - top) * scale);
@@ -718,14 +733,14 @@ __global__ void attention_forward_kernel(floatX *out, float *lse, const floatX *
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = mine + 16 * i + lane / 4 + 8 * half;
-            float sum = total[i][half];
-            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+            float sum = total[i][half] + __shfl_xor_sync(ALL_LANES, total[i][half], 1);
             sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            float share = 1 / sum;
             if (row < T && lane % 4 == 0)
-                lse[((size_t)b * H + h) * T + row] = (highest[i][half] * scale + log2f(sum)) / LOG2E;
+                lse[((size_t)b * H + h) * T + row] = (highest[i][half] * scale + log2f(sum)) * (1 / LOG2E);
 #pragma unroll
             for (int j = 0; j < W / 4; j++)
-                answer[i][j / 2][2 * half + j % 2] /= sum;
+                answer[i][j / 2][2 * half + j % 2] *= share;
         }
     }
     store_rows(out + (size_t)b * T * H * D + (size_t)h * D, (size_t)H * D, answer, mine, T, D, 1);
@@ -779,15 +794,16 @@ __global__ void attention_query_kernel(floatX *dqkv, const floatX *dout, const f
         float p[MT][STEP / 8][4] = {}, ds[MT][STEP / 8][4] = {};
         warp_product<MT, STEP / 8, false, false>(p, queries + 16 * MT * warp * LD, LD, keys, LD, W);
         warp_product<MT, STEP / 8, false, false>(ds, douts + 16 * MT * warp * LD, LD, values, LD, W);
+        if (key + STEP - 1 > mine)
+            hide_future(p, key - mine, 1);
 #pragma unroll
         for (int i = 0; i < MT; i++) {
 #pragma unroll
             for (int j = 0; j < STEP / 8; j++) {
 #pragma unroll
-                for (int u = 0; u < 4; u++) {
-                    int row = mine + 16 * i + lane / 4 + u / 2 * 8, column = key + 8 * j + lane % 4 * 2 + u % 2;
-                    float probability = power_of_2(p[i][j][u] * scale - of_lse[i][u / 2]);
-                    ds[i][j][u] = column > row ? 0 : probability * (ds[i][j][u] - of_delta[i][u / 2]);
+                for (int v = 0; v < 4; v++) {
+                    float probability = power_of_2(p[i][j][v] * scale - of_lse[i][v / 2]);
+                    ds[i][j][v] = probability * (ds[i][j][v] - of_delta[i][v / 2]);
                 }
             }
         }
@@ -835,15 +851,16 @@ __global__ void attention_key_kernel(floatX *dqkv, const floatX *dout, const flo
             float p[MT][STEP / 8][4] = {}, ds[MT][STEP / 8][4] = {};
             warp_product<MT, STEP / 8, false, false>(p, keys + 16 * MT * warp * LD, LD, queries, LD, W);
             warp_product<MT, STEP / 8, false, false>(ds, values + 16 * MT * warp * LD, LD, douts, LD, W);
+            if (mine + 16 * MT - 1 > query)
+                hide_future(p, query - mine, -1);
 #pragma unroll
             for (int j = 0; j < STEP / 4; j++) {
                 int column = j / 2 * 8 + lane % 4 * 2 + j % 2;
                 float its_lse = of_lse[column], its_delta = of_delta[column];
 #pragma unroll
                 for (int i = 0; i < 2 * MT; i++) {
-                    int row = mine + 8 * i + lane / 4, u = i % 2 * 2 + j % 2;
-                    float *score = &p[i / 2][j / 2][u], *slope = &ds[i / 2][j / 2][u];
-                    *score = row > query + column ? 0 : power_of_2(*score * scale - its_lse);
+                    float *score = &p[i / 2][j / 2][i % 2 * 2 + j % 2], *slope = &ds[i / 2][j / 2][i % 2 * 2 + j % 2];
+                    *score = power_of_2(*score * scale - its_lse);
                     *slope = *score * (*slope - its_delta);
                 }
             }
@@ -1073,10 +1090,11 @@ __global__ void cross_entropy_kernel(float *nll, floatX *dlogits, const float *l
     sum = block_sum(sum * expf(top - most));
     if (threadIdx.x == 0)
         nll[blockIdx.x] = most + logf(sum) - right;
+    float share = scale / sum;
     for (int v = n * threadIdx.x; dlogits && v < V; v += n * blockDim.x) {
         load_pack(a, row + v);
         for (int i = 0; i < n; i++)
-            a[i] = scale * (expf(a[i] - most) / sum - (v + i == target));
+            a[i] = expf(a[i] - most) * share - (v + i == target ? scale : 0);
         store_pack(dlogits + (size_t)blockIdx.x * V + v, a);
     }
 }
@@ -1112,7 +1130,7 @@ void add_mean(double *to, const float *x, int N, double scale) {
 template <int n> __global__ void sum_squares_kernel(double *part, const float *g, size_t size) {
     double sum = 0;
     float a[n];
-    for (size_t i = n * ((size_t)blockIdx.x * THREADS + threadIdx.x); i < size; i += (size_t)n * NORM_PARTS * THREADS) {
+    for (size_t i = n * ((size_t)blockIdx.x * THREADS + threadIdx.x); i < size; i += (size_t)n * gridDim.x * THREADS) {
         if (i + n <= size)
             load_pack(a, g + i);
         for (int j = 0; j < n; j++) {
@@ -1125,20 +1143,21 @@ template <int n> __global__ void sum_squares_kernel(double *part, const float *g
         part[blockIdx.x] = sum;
 }
 
-__global__ void root_of_sum_kernel(double *norm, const double *part) {
-    double sum = block_sum(part[threadIdx.x]);
+__global__ void root_of_sum_kernel(double *norm, const double *part, int parts) {
+    double sum = block_sum((int)threadIdx.x < parts ? part[threadIdx.x] : 0);
     if (threadIdx.x == 0)
         *norm = sqrt(sum);
 }
 
 // *norm = the norm of all gradients g (size) together. part (NORM_PARTS) is scratch.
 void gradient_norm(double *norm, const float *g, size_t size, double *part) {
+    int parts = (int)(size < (size_t)NORM_PARTS * 4 * THREADS ? blocks(size + 1, 4 * THREADS) : NORM_PARTS);
     if (whole<4>(g))
-        sum_squares_kernel<4><<<NORM_PARTS, THREADS, 0, stream>>>(part, g, size);
+        sum_squares_kernel<4><<<parts, THREADS, 0, stream>>>(part, g, size);
     else
-        sum_squares_kernel<1><<<NORM_PARTS, THREADS, 0, stream>>>(part, g, size);
+        sum_squares_kernel<1><<<parts, THREADS, 0, stream>>>(part, g, size);
     CHECK(cudaGetLastError());
-    root_of_sum_kernel<<<1, NORM_PARTS, 0, stream>>>(norm, part);
+    root_of_sum_kernel<<<1, NORM_PARTS, 0, stream>>>(norm, part, parts);
     CHECK(cudaGetLastError());
 }
 
@@ -2258,9 +2277,7 @@ __global__ void select_balanced_kernel(int *expert, const float *score, int n, i
             __syncthreads();
             for (int round = 0; round < E; round++) {
                 for (int a = 0; a < E; a++) {
-                    if (far[a] == INFINITY)
-                        continue;
-                    for (int b = thread; b < E; b += threads) {
+                    for (int b = thread; far[a] < INFINITY && b < E; b += threads) {
                         double way = far[a] + loss_of(cost[(size_t)a * E + b]);
                         if (a != b && way < far[b] - 1e-12) {
                             far[b] = way;
@@ -3341,9 +3358,9 @@ void clear_router_stats(Model *m) {
     }
 }
 
-__global__ void router_update_kernel(double *stats, float *bias, float *level, int E, double bias_rate) {
+__global__ void router_update_kernel(const double *norm, double *stats, float *bias, float *level, int E, double bias_rate) {
     int e = blockIdx.x * blockDim.x + threadIdx.x;
-    if (e >= E)
+    if (e >= E || !isfinite(*norm))
         return;
     const double *single = stats + 4 * E;
     double mean = single[ACTIVE] / E, count = stats[e], *recent = stats + 2 * E, *idle = stats + 3 * E;
@@ -3355,23 +3372,25 @@ __global__ void router_update_kernel(double *stats, float *bias, float *level, i
         level[e] += (float)(0.1 * (stats[E + e] / single[PASSES] - (double)level[e]));
 }
 
-__global__ void follow_kernel(float *slow, const float *router, size_t size, float rate) {
+__global__ void follow_kernel(const double *norm, float *slow, const float *router, size_t size, float rate) {
     size_t i = thread_of_grid();
-    if (i < size)
+    if (i < size && isfinite(*norm))
         slow[i] += rate * (router[i] - slow[i]);
 }
 
+// After a step whose gradients' norm is not finite nothing changes, as in adamw().
 void router_update(Model *m) {
     const Config *c = &m->config;
+    const double *norm = m->report + GRADIENT_NORM;
     for (int l = 0; l < c->layers; l++) {
         LayerWeights *w = &m->weights.layer[l];
         if (!is_moe(c, l))
             continue;
-        router_update_kernel<<<blocks(c->experts), THREADS, 0, stream>>>(layer_stats(m, l), w->bias, w->level, c->experts, c->bias_rate);
+        router_update_kernel<<<blocks(c->experts), THREADS, 0, stream>>>(norm, layer_stats(m, l), w->bias, w->level, c->experts, c->bias_rate);
         CHECK(cudaGetLastError());
         size_t size = (size_t)router_width(c) * (c->recurrent ? c->recurrent : c->dim / c->subtokens);
         if (w->slow) {
-            follow_kernel<<<blocks(size), THREADS, 0, stream>>>(w->slow, w->router, size, (float)(1 - c->history_decay));
+            follow_kernel<<<blocks(size), THREADS, 0, stream>>>(norm, w->slow, w->router, size, (float)(1 - c->history_decay));
             CHECK(cudaGetLastError());
         }
     }
@@ -3409,8 +3428,10 @@ void *own_host(Model *m, size_t count, size_t size) {
 }
 
 void upload(Model *m, void *to, const void *from, size_t bytes) { // waits; not for use in a step
-    if (!m->dry)
-        CHECK(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+    if (m->dry)
+        return;
+    CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream));
+    CHECK(cudaStreamSynchronize(stream));
 }
 
 void zero(void *p, size_t bytes) {
@@ -4052,7 +4073,7 @@ double measured_peak(void) {
     cudaDeviceProp device;
     cudaEvent_t begin, end;
     int number;
-    float ms, best = 1e30f;
+    float ms = 0, best = 1e30f;
     start_device();
     CHECK(cudaGetDevice(&number));
     CHECK(cudaGetDeviceProperties(&device, number));
@@ -4085,7 +4106,7 @@ void device_name(char name[128]) {
     int number;
     CHECK(cudaGetDevice(&number));
     CHECK(cudaGetDeviceProperties(&device, number));
-    snprintf(name, 128, "%s", device.name);
+    snprintf(name, 128, "%.127s", device.name);
 }
 
 double device_memory(void) {

@@ -65,9 +65,10 @@ inline float element(const void *p, size_t i, cudaDataType_t type) {
 
 // c (m,n) = alpha a (m,k) b (k,n) + beta c: a is packed by columns, sixteen rows at a time, and b by rows of four columns, so that a
 // tile of (16,4) sums stays in registers.
-inline void product(bool at, bool bt, int m, int n, int k, float alpha, const void *a, cudaDataType_t of_ab, int lda, const void *b,
+inline void product(const char *name, bool at, bool bt, int m, int n, int k, float alpha, const void *a, cudaDataType_t of_ab, int lda, const void *b,
                     int ldb, float beta, void *c, cudaDataType_t of_c, int ldc) {
     typedef float Row __attribute__((vector_size(64), aligned(4)));
+    Traps traps(name);
     if (alpha == 0)
         k = 0;
     size_t m16 = ((size_t)m + 15) / 16 * 16, n4 = ((size_t)n + 3) / 4 * 4;
@@ -78,8 +79,6 @@ inline void product(bool at, bool bt, int m, int n, int k, float alpha, const vo
         for (int j = 0; j < n; j++)
             pb[((size_t)j / 4 * k + l) * 4 + j % 4] = element(b, bt ? (size_t)l * ldb + j : (size_t)j * ldb + l, of_ab);
     }
-    const char *name = kernel;
-    (void)name;
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(workers()) schedule(dynamic)
 #endif
@@ -124,11 +123,9 @@ inline cublasStatus_t products(const char *name, cublasHandle_t blas, cublasOper
         Handlers handlers;
         size_t wide = of_a == CUDA_R_32F ? 4 : 2, wide_c = of_c == CUDA_R_32F ? 4 : 2;
         for (int i = 0; i < count; i++) {
-            kernel = name;
-            product(at, bt, m, n, k, alpha, (const char *)a + i * step_a * wide, of_a, lda, (const char *)b + i * step_b * wide, ldb, beta,
+            product(name, at, bt, m, n, k, alpha, (const char *)a + i * step_a * wide, of_a, lda, (const char *)b + i * step_b * wide, ldb, beta,
                     (char *)c + i * step_c * wide_c, of_c, ldc);
         }
-        kernel = nullptr;
     });
     return CUBLAS_STATUS_SUCCESS;
 }

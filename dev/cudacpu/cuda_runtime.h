@@ -8,51 +8,23 @@
 //   - whoever waits for a thread that never comes ends the program, with the kernel, the block, the thread and the line;
 //   - memory that nobody has written is full of signalling NaNs, and a kernel that computes with one, or computes a
 //     NaN, is ended too; memory past the end is seen by AddressSanitizer, and without it, later, by guard bytes;
-//   - work in a stream waits until something waits for it, so that a host that looks too early shows as well.
+//   - work in a stream is done when something waits for it, so that a host that looks too early, or changes too early
+//     what is to be copied, shows as well.
 //
-// CUDACPU_SEED=n shuffles differently; CUDACPU_MEMORY=n gives the device n MiB (4096). Compile with -ftrapping-math:
-// otherwise the compiler may compute, and throw away, what the program never asked for, and that may be a NaN.
+// CUDACPU_SEED=n shuffles differently; CUDACPU_MEMORY=n gives the device n MiB (4096). Compile with -ftrapping-math (and
+// clang with -ffp-exception-behavior=maytrap): otherwise compilers compute, and throw away, what the program never asked
+// for, and that may be a NaN. machine.h runs the blocks; this file has what programs call.
 
 #ifndef CUDACPU_CUDA_RUNTIME_H
 #define CUDACPU_CUDA_RUNTIME_H
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-#include <algorithm>
+#include "machine.h"
 #include <chrono>
-#include <cfenv>
 #include <cmath>
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <deque>
-#include <functional>
 #include <map>
 #include <math.h>
-#include <signal.h>
-#include <sys/mman.h>
-#include <sys/wait.h>
 #include <tuple>
-#include <unistd.h>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#if defined(__SANITIZE_ADDRESS__)
-#define CUDACPU_ASAN
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define CUDACPU_ASAN
-#endif
-#endif
-#ifdef CUDACPU_ASAN
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Words and types of CUDA C++
@@ -67,704 +39,51 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-struct int2 { int x, y; };
-struct uint2 { unsigned x, y; };
-struct uint3 { unsigned x, y, z; };
+#define threadIdx (cudacpu::current->index)
+#define blockIdx (cudacpu::machine->block)
+#define blockDim (cudacpu::machine->grid->block)
+#define gridDim (cudacpu::machine->grid->grid)
+
+// clang-format off
+struct alignas(8) int2 { int x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(8) float2 { float x, y; };
+struct float3 { float x, y, z; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-
-struct dim3 {
-    unsigned x, y, z;
-    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {
-    }
-};
-
-#define threadIdx (cudacpu::current->index)
-#define blockIdx (cudacpu::machine->block)
-#define blockDim (cudacpu::machine->grid->block)
-#define gridDim (cudacpu::machine->grid->grid)
-
-namespace cudacpu {
+// clang-format on
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. Random order, poison, and the end of a program
+// 2. The runtime: errors, streams and events, memory, launches
 
-struct Random { // xorshift64*; the multiplier first mixes what it is made of
-    uint64_t state;
-    Random(uint64_t a, uint64_t b, uint64_t c) {
-        state = ((a * 0x9e3779b97f4a7c15 ^ b) * 0xbf58476d1ce4e5b9 ^ c) * 0x94d049bb133111eb | 1;
-        below(1);
-    }
-    unsigned below(unsigned n) {
-        state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
-        return (unsigned)((state * 0x2545f4914f6cdd1d >> 32) * n >> 32);
-    }
-    template <class T> void shuffle(T *list, size_t n) {
-        for (size_t i = n; i > 1; i--)
-            std::swap(list[i - 1], list[below((unsigned)i)]);
-    }
-};
-
-inline uint64_t environment(const char *name, uint64_t otherwise) {
-    const char *text = getenv(name);
-    return text ? strtoull(text, nullptr, 0) : otherwise;
+#define CUDACPU_ERRORS(ERROR)                                                                                          \
+    ERROR(cudaSuccess, 0, "no error")                                                                                  \
+    ERROR(cudaErrorInvalidValue, 1, "invalid argument")                                                                \
+    ERROR(cudaErrorMemoryAllocation, 2, "out of memory")                                                               \
+    ERROR(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                                          \
+    ERROR(cudaErrorInvalidPitchValue, 12, "invalid pitch argument")                                                    \
+    ERROR(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                                       \
+    ERROR(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                                              \
+    ERROR(cudaErrorNotReady, 600, "device not ready")
+#define CUDACPU_ENUM(name, number, text) name = number,
+#define CUDACPU_NAME(name, number, text) e == name ? #name :
+#define CUDACPU_TEXT(name, number, text) e == name ? text :
+enum cudaError_t { CUDACPU_ERRORS(CUDACPU_ENUM) };
+inline const char *cudaGetErrorName(cudaError_t e) {
+    return CUDACPU_ERRORS(CUDACPU_NAME) "unrecognized error code";
+}
+inline const char *cudaGetErrorString(cudaError_t e) {
+    return CUDACPU_ERRORS(CUDACPU_TEXT) "unrecognized error code";
 }
 
-inline uint64_t seed() {
-    static const uint64_t value = environment("CUDACPU_SEED", 1);
-    return value;
-}
-
-// What unwritten memory holds: a0 at even addresses, 7f at odd ones. As a float, or as a bfloat16 made a float, it is a
-// signalling NaN, whose first use in arithmetic raises FE_INVALID; as an index or a pointer it leads far away.
-struct Poison {
-    unsigned char bytes[4097];
-    Poison() {
-        for (size_t i = 0; i < sizeof(bytes); i++)
-            bytes[i] = i % 2 ? 0x7f : 0xa0;
-    }
-};
-inline const Poison pattern;
-
-inline void poison(void *memory, size_t n) {
-    for (char *p = (char *)memory, *end = p + n; p < end; p += 4096)
-        memcpy(p, pattern.bytes + (uintptr_t)p % 2, std::min<size_t>(4096, end - p));
-}
-
-inline bool poisoned(const void *memory, size_t n) { // n at most 4096
-    return memcmp(memory, pattern.bytes + (uintptr_t)memory % 2, n) == 0;
-}
-
-struct Thread;
-struct Machine;
-inline thread_local Thread *current = nullptr;    // whose code runs on this thread of the system
-inline thread_local Machine *machine = nullptr;   // where it runs
-inline thread_local const char *kernel = nullptr; // and what
-
-inline int print_place(char *to, size_t size);
-
-// Ends the program. Other threads of the system may fail at the same time: the first one speaks.
-[[noreturn]] inline void stop() {
-    fflush(stdout);
-    _exit(1);
-}
-
-[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char *format, ...) {
-    static bool failed;
-    while (__atomic_exchange_n(&failed, true, __ATOMIC_SEQ_CST))
-        pause();
-    char text[1000];
-    int n = print_place(text, sizeof(text));
-    va_list values;
-    va_start(values, format);
-    vsnprintf(text + n, sizeof(text) - n, format, values);
-    va_end(values);
-    fprintf(stderr, "%s\n", text);
-    stop();
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 3. Fibers: go(from, to) keeps where it is on `from`'s stack and goes on where `to` was left
-
-#if defined(__x86_64__) || defined(__aarch64__)
-struct Context {
-    void *sp;
-};
-extern "C" __attribute__((visibility("hidden"))) void cudacpu_go(void **from, void *to);
-#ifdef __x86_64__
-// What a called function must preserve is pushed, the stack changed, and the same popped from there.
-__asm__(".text\n.balign 16\n.type cudacpu_go, @function\ncudacpu_go:\n"
-        "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
-        "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
-        "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n.size cudacpu_go, .-cudacpu_go\n");
-enum { SAVED = 7, RETURN_TO = 6, ABOVE = 1 }; // words on the stack of one that waits, which is its return address, what is above
-#else
-__asm__(".text\n.balign 16\n.type cudacpu_go, %function\ncudacpu_go:\n"
-        "sub sp, sp, #160\n"
-        "stp x19, x20, [sp]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\nstp x25, x26, [sp, #48]\n"
-        "stp x27, x28, [sp, #64]\nstp x29, x30, [sp, #80]\n"
-        "stp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\nstp d14, d15, [sp, #144]\n"
-        "mov x9, sp\nstr x9, [x0]\nmov sp, x1\n"
-        "ldp x19, x20, [sp]\nldp x21, x22, [sp, #16]\nldp x23, x24, [sp, #32]\nldp x25, x26, [sp, #48]\n"
-        "ldp x27, x28, [sp, #64]\nldp x29, x30, [sp, #80]\n"
-        "ldp d8, d9, [sp, #96]\nldp d10, d11, [sp, #112]\nldp d12, d13, [sp, #128]\nldp d14, d15, [sp, #144]\n"
-        "add sp, sp, #160\nret\n.size cudacpu_go, .-cudacpu_go\n");
-enum { SAVED = 20, RETURN_TO = 11, ABOVE = 2 };
-#endif
-inline void prepare(Context &c, char *stack, size_t size, void (*entry)()) {
-    void **sp = (void **)(stack + size) - ABOVE - SAVED; // aligned to 16 bytes, on x86-64 before a call
-    memset(sp, 0, (SAVED + ABOVE) * sizeof(*sp));
-    sp[RETURN_TO] = (void *)entry;
-    c.sp = sp;
-}
-inline void go(Context &from, Context &to) {
-    cudacpu_go(&from.sp, to.sp);
-}
-#else
-#include <ucontext.h>
-typedef ucontext_t Context;
-inline void prepare(Context &c, char *stack, size_t size, void (*entry)()) {
-    getcontext(&c);
-    c.uc_stack.ss_sp = stack, c.uc_stack.ss_size = size, c.uc_link = nullptr;
-    makecontext(&c, entry, 0);
-}
-inline void go(Context &from, Context &to) {
-    swapcontext(&from, &to);
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 4. A block's threads
-
-#ifdef CUDACPU_ASAN
-const size_t STACK = 256 << 10; // its frames are larger
-#else
-const size_t STACK = 64 << 10;
-#endif
-const size_t PAGE = 16 << 10, SHARED_LIMIT = 48 << 10, SHARED_OPTIN = 227 << 10, GUARD = 64;
-const unsigned MAX_THREADS = 1024;
-
-struct Copy { // of cp.async
-    void *to;
-    const void *from;
-    int n;
-    unsigned batch;
-};
-
-enum State { NEW, READY, AT_BARRIER, IN_WARP, ENDED };
-
-struct Thread {
-    uint3 index;
-    unsigned number; // in the block
-    State state;
-    const char *file, *what; // where and in which call it waits
-    int line;
-    Context context;
-    char *stack;
-    void *fake; // AddressSanitizer's
-    std::vector<Copy> copies;
-    unsigned batch; // of copies, that is still open
-};
-
-// A call that lanes of a warp make together. Each brings the address of what it gives and gets; the last one to come
-// does the work for all, while the others, and so their stacks, stand still.
-struct Call {
-    unsigned mask, here;
-    const char *what;
-    size_t size;
-    void *lane[32];
-};
-
-struct Variable { // in shared memory
-    const char *function; // nullptr: the dynamic one
-    int line;
-    char *memory; // what was allocated
-    char *data;
-    size_t size;
-};
-
-struct Grid {
-    const char *name;
-    uint64_t number;
-    dim3 grid, block;
-    size_t dynamic;
-    std::function<void()> thread; // calls the kernel
-};
-
-// What runs blocks, one at a time: there is one for each thread of the system.
-struct Machine {
-    const Grid *grid;
-    uint3 block;
-    unsigned size; // of the block
-    Thread thread[MAX_THREADS];
-    Thread host; // the thread of the system itself
-    std::vector<Call> calls[MAX_THREADS / 32];
-    std::vector<Thread *> ready, coming; // who can run now; who can after them
-    size_t next_ready;
-    unsigned ended, at_barrier;
-    Thread *last_ended, *first_at_barrier;
-    Random random{0, 0, 0};
-    std::vector<char *> stacks; // free ones
-    std::vector<Variable> shared;
-    size_t shared_size;
-    char *arena, *arena_end;
-    size_t host_stack; // its size
-    bool from_host;
-
-    Machine();
-    Thread *next();
-    void leave(Thread *to);
-    void wait(State state, const char *what, const char *file, int line);
-    [[noreturn]] void stuck();
-    void run(const Grid *g, size_t number);
-    char *share(const char *function, int line, size_t n, size_t align);
-    void end_shared();
-    void must_be_shared(const void *p, const char *what);
-};
-
-#define CUDACPU_THREAD "thread (%u,%u,%u)"
-#define CUDACPU_XYZ(i) (i).x, (i).y, (i).z
-
-inline int print_place(char *to, size_t size) {
-    if (!kernel)
-        return 0;
-    int n = snprintf(to, size, current ? "kernel %.300s" : "%.300s", kernel);
-    if (current)
-        n += snprintf(to + n, size - n, ", block (%u,%u,%u), " CUDACPU_THREAD, CUDACPU_XYZ(machine->block), CUDACPU_XYZ(current->index));
-    return n + snprintf(to + n, size - n, ": ");
-}
-
-inline char *new_stack() {
-    char *p = (char *)mmap(nullptr, PAGE + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED || mprotect(p, PAGE, PROT_NONE) != 0)
-        fail("no memory for a fiber's stack");
-    return p + PAGE;
-}
-
-inline Machine::Machine() {
-    for (unsigned i = 0; i < MAX_THREADS; i++)
-        thread[i].number = i;
-    host.state = READY;
-    host.stack = nullptr;
-    next_ready = shared_size = host_stack = 0;
-    arena = (char *)malloc(SHARED_OPTIN + (64 << 10));
-    arena_end = arena;
-    stack_t own = {};
-    own.ss_size = 64 << 10;
-    own.ss_sp = malloc(own.ss_size); // handlers need one, where a fiber's is used up
-    if (!arena || !own.ss_sp || sigaltstack(&own, nullptr) != 0)
-        fail("no memory");
-}
-
-// The next thread to run; nullptr when all have ended.
-inline Thread *Machine::next() {
-    if (next_ready == ready.size()) {
-        ready.swap(coming);
-        coming.clear();
-        random.shuffle(ready.data(), ready.size());
-        next_ready = 0;
-        if (ready.empty()) {
-            if (ended < size)
-                stuck();
-            return nullptr;
-        }
-    }
-    return ready[next_ready++];
-}
-
-inline void fiber();
-
-// From the current thread to another one (nullptr: to the host), until somebody comes back. Nobody comes back to one that
-// has ended.
-inline void Machine::leave(Thread *to) {
-    Thread *me = current;
-    if (!to)
-        to = &host;
-    if (to->state == NEW) {
-        if (stacks.empty())
-            stacks.push_back(new_stack());
-        to->stack = stacks.back();
-        stacks.pop_back();
-        to->state = READY;
-#ifdef CUDACPU_ASAN
-        __asan_unpoison_memory_region(to->stack + STACK - (16 << 10), 16 << 10); // what fiber() and leave() left there
-#endif
-        // Stacks begin at different places in their pages, or they would all want the same lines of the cache.
-        prepare(to->context, to->stack, STACK - to->number % 32 * 128, fiber);
-    }
-    current = to == &host ? nullptr : to;
-#ifdef CUDACPU_ASAN
-    from_host = me == nullptr;
-    __sanitizer_start_switch_fiber(me && me->state == ENDED ? nullptr : me ? &me->fake : &host.fake, to->stack,
-                                   to == &host ? host_stack : STACK);
-#endif
-    go(me ? me->context : host.context, to->context);
-#ifdef CUDACPU_ASAN
-    __sanitizer_finish_switch_fiber(me ? me->fake : host.fake, nullptr, nullptr);
-#endif
-}
-
-// The current thread waits; whoever it waits for puts it into `coming`.
-inline void Machine::wait(State state, const char *what, const char *file, int line) {
-    Thread *me = current;
-    me->state = state, me->what = what, me->file = file, me->line = line;
-    leave(next());
-}
-
-[[noreturn]] inline void never_comes(Thread *waiting, Thread *missing) {
-    current = waiting;
-    const char *barrier = "a barrier that";
-    char call[100];
-    if (waiting->state == IN_WARP)
-        snprintf(call, sizeof(call), "%s with", waiting->what);
-    if (missing->state == ENDED)
-        fail("waits at %s:%d for %s " CUDACPU_THREAD " never reaches", waiting->file, waiting->line,
-             waiting->state == IN_WARP ? call : barrier, CUDACPU_XYZ(missing->index));
-    fail("waits at %s:%d for %s " CUDACPU_THREAD " never reaches, which waits at %s:%d for %s", waiting->file, waiting->line,
-         waiting->state == IN_WARP ? call : barrier, CUDACPU_XYZ(missing->index), missing->file, missing->line,
-         missing->state == IN_WARP ? missing->what : "a barrier");
-}
-
-// Nobody can run, and not all have ended: at least one waits in a warp call, for somebody at a barrier or in another call.
-inline void Machine::stuck() {
-    for (unsigned w = 0; w * 32 < size; w++) {
-        for (Call &call : calls[w]) {
-            unsigned first = __builtin_ctz(call.here), missing = __builtin_ctz(call.mask & ~call.here);
-            never_comes(&thread[w * 32 + first], &thread[w * 32 + missing]);
-        }
-    }
-    fail("threads wait for each other");
-}
-
-// What runs on a fiber's stack. A thread that ends hands its stack to the next one, if that is a new one.
-inline void fiber() {
-    Machine *m = machine;
-#ifdef CUDACPU_ASAN
-    const void *bottom;
-    size_t bytes;
-    __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-    if (m->from_host)
-        m->host.stack = (char *)bottom, m->host_stack = bytes;
-#endif
-    for (;;) {
-        Thread *me = current;
-        m->grid->thread();
-        if (!me->copies.empty())
-            fail("ends without having waited for its copies (cp.async)");
-        me->state = ENDED;
-        m->ended++;
-        m->last_ended = me;
-        if (m->at_barrier)
-            never_comes(m->first_at_barrier, me);
-        for (Call &call : m->calls[me->number / 32]) {
-            if (call.mask >> me->number % 32 & 1)
-                never_comes(&m->thread[me->number / 32 * 32 + __builtin_ctz(call.here)], me);
-        }
-        Thread *next = m->next();
-        if (next && next->state == NEW) {
-            next->stack = me->stack;
-            next->state = READY;
-            current = next;
-        } else {
-            m->stacks.push_back(me->stack);
-            m->leave(next);
-        }
-    }
-}
-
-inline void Machine::run(const Grid *g, size_t number) {
-    grid = g;
-    dim3 n = g->grid, b = g->block;
-    block = {(unsigned)(number % n.x), (unsigned)(number / n.x % n.y), (unsigned)(number / n.x / n.y)};
-    size = b.x * b.y * b.z;
-    random = Random(seed(), g->number, number);
-    ready.clear();
-    coming.clear();
-    next_ready = ended = at_barrier = 0;
-    for (unsigned i = 0; i < size; i++) {
-        Thread &t = thread[i];
-        t.index = {i % b.x, i / b.x % b.y, i / b.x / b.y};
-        t.state = NEW;
-        t.batch = 0;
-        coming.push_back(&t);
-    }
-    leave(next());
-    end_shared();
-}
-
-inline void barrier(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
-    Machine *m = machine;
-    Thread *me = current, *first = m->first_at_barrier;
-    if (m->at_barrier++ == 0)
-        m->first_at_barrier = first = me;
-    else if (first->line != line || strcmp(first->file, file))
-        fail("is at the barrier at %s:%d while " CUDACPU_THREAD " waits at the one at %s:%d", file, line, CUDACPU_XYZ(first->index),
-             first->file, first->line);
-    me->file = file, me->line = line, me->state = AT_BARRIER;
-    if (m->ended)
-        never_comes(me, m->last_ended);
-    if (m->at_barrier < m->size)
-        return m->wait(AT_BARRIER, "__syncthreads", file, line);
-    m->at_barrier = 0;
-    for (unsigned i = 0; i < m->size; i++) {
-        m->thread[i].state = READY;
-        if (&m->thread[i] != me)
-            m->coming.push_back(&m->thread[i]);
-    }
-}
-
-// One call of the lanes in mask, each with its own `mine`; all(lanes, mask) does what they do together.
-template <class Mine, class All>
-void together(unsigned mask, Mine &mine, const char *what, const char *file, int line, All all) {
-    Machine *m = machine;
-    Thread *me = current;
-    unsigned lane = me->number % 32, warp = me->number / 32;
-    if (m->size - warp * 32 < 32)
-        mask &= (1u << (m->size - warp * 32)) - 1;
-    if (!(mask >> lane & 1))
-        fail("%s:%d: %s: lane %u is not in its own mask %08x", file, line, what, lane, mask);
-    std::vector<Call> &calls = m->calls[warp];
-    Call *call = nullptr;
-    for (Call &c : calls) {
-        if (c.mask == mask)
-            call = &c;
-    }
-    if (!call) {
-        calls.push_back({mask, 0, what, sizeof(Mine), {}});
-        call = &calls.back();
-    }
-    me->file = file, me->line = line, me->state = IN_WARP, me->what = what;
-    if (call->what != what && strcmp(call->what, what))
-        never_comes(&m->thread[warp * 32 + __builtin_ctz(call->here)], me);
-    call->lane[lane] = &mine;
-    call->here |= 1u << lane;
-    if (m->ended) {
-        for (unsigned i = 0; i < 32; i++) {
-            if (mask >> i & 1 && m->thread[warp * 32 + i].state == ENDED)
-                never_comes(me, &m->thread[warp * 32 + i]);
-        }
-    }
-    if (call->here != mask)
-        return m->wait(IN_WARP, what, file, line);
-    Mine *lanes[32];
-    for (int i = 0; i < 32; i++)
-        lanes[i] = (Mine *)call->lane[i];
-    *call = calls.back();
-    calls.pop_back();
-    for (unsigned i = 0; i < 32; i++) {
-        if (mask >> i & 1) {
-            m->thread[warp * 32 + i].state = READY;
-            if (i != lane)
-                m->coming.push_back(&m->thread[warp * 32 + i]);
-        }
-    }
-    all(lanes, mask);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 5. Shared memory: allocated for a block when a thread first comes by, between guards (or AddressSanitizer's red zones),
-// and aligned as its type wants, but no better: what needs more must say __align__.
-
-inline char *Machine::share(const char *function, int line, size_t n, size_t align) {
-    for (Variable &v : shared) {
-        if (v.line == line && v.function == function)
-            return v.data;
-    }
-    shared_size += n;
-    if (shared_size > SHARED_OPTIN || (function && n > SHARED_LIMIT))
-        fail("a block needs %zu bytes of shared memory", shared_size);
-    Variable v = {function, line, nullptr, nullptr, n};
-#ifdef CUDACPU_ASAN
-    if (posix_memalign((void **)&v.memory, std::max<size_t>(16, 2 * align), n + align) != 0)
-        fail("no memory");
-    v.data = v.memory + align;
-    poison(v.data, n);
-    __asan_poison_memory_region(v.memory, align);
-#else
-    uintptr_t data = ((uintptr_t)arena_end + GUARD + 2 * align - 1) / (2 * align) * (2 * align) + align;
-    v.memory = (char *)data - GUARD;
-    v.data = (char *)data;
-    arena_end = v.data + n + GUARD;
-    if (arena_end > arena + SHARED_OPTIN + (64 << 10))
-        fail("too many variables in shared memory");
-    poison(v.memory, n + 2 * GUARD);
-#endif
-    shared.push_back(v);
-    return v.data;
-}
-
-inline void Machine::end_shared() {
-    for (Variable &v : shared) {
-#ifdef CUDACPU_ASAN
-        __asan_unpoison_memory_region(v.memory, v.data - v.memory);
-        free(v.memory);
-#else
-        if (!poisoned(v.data - GUARD, GUARD) || !poisoned(v.data + v.size, GUARD)) {
-            char name[40];
-            snprintf(name, sizeof(name), "of line %d", v.line);
-            fail("block (%u,%u,%u) wrote %s the shared memory %s", CUDACPU_XYZ(block),
-                 poisoned(v.data - GUARD, GUARD) ? "past the end of" : "before the beginning of",
-                 v.function ? name : "that is dynamic");
-        }
-#endif
-    }
-    shared.clear();
-    shared_size = 0;
-    arena_end = arena;
-}
-
-template <class T, size_t align = alignof(T)> T &shared(int line, const char *function) {
-    return *(T *)(void *)machine->share(function, line, sizeof(T), align);
-}
-
-template <class T> T *dynamic_shared() {
-    return (T *)(void *)machine->share(nullptr, 0, machine->grid->dynamic, 16);
-}
-
-inline void Machine::must_be_shared(const void *p, const char *what) {
-    for (Variable &v : shared) {
-        if (p >= v.data && (char *)p + 16 <= v.data + v.size) {
-            if ((uintptr_t)p % 16)
-                fail("%s: address %p is not a multiple of 16", what, p);
-            return;
-        }
-    }
-    fail("%s: 16 bytes at %p are not in shared memory", what, p);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 6. What stops a kernel: traps and wild addresses
-
-// Where in the source an instruction is, if there is an addr2line.
-inline void print_source(void *address) {
-    FILE *maps = fopen("/proc/self/maps", "r");
-    unsigned long low, high, offset, base = 0;
-    char line[600], path[400], exe[400], number[40];
-    ssize_t n = readlink("/proc/self/exe", exe, sizeof(exe) - 1);
-    exe[n < 0 ? 0 : n] = 0;
-    bool found = false;
-    while (maps && !found && fgets(line, sizeof(line), maps)) {
-        if (sscanf(line, "%lx-%lx %*s %lx %*s %*s %399s", &low, &high, &offset, path) == 4 && !strcmp(path, exe)) {
-            if (offset == 0)
-                base = low;
-            found = (unsigned long)address >= low && (unsigned long)address < high;
-        }
-    }
-    if (!found)
-        return;
-    unsigned long at = (unsigned long)address - (base >= 0x10000000 ? base : 0); // what is not at a fixed place
-    snprintf(number, sizeof(number), "%lx", at);
-    fflush(stderr);
-    pid_t child = fork();
-    if (child == 0) {
-        dup2(2, 1);
-        execlp("addr2line", "addr2line", "-i", "-p", "-f", "-s", "-C", "-e", exe, number, (char *)nullptr);
-        _exit(1);
-    }
-    waitpid(child, nullptr, 0);
-}
-
-inline void trap(int signal, siginfo_t *info, void *) {
-    char *at = (char *)info->si_addr;
-    if (signal == SIGFPE)
-        print_source(at);
-    if (signal == SIGFPE && info->si_code == FPE_INTDIV)
-        fail("integer division by zero");
-    if (signal == SIGFPE)
-        fail("an uninitialised or invalid number was used (floating-point exception)");
-    if (current && at >= current->stack - PAGE && at < current->stack)
-        fail("too many local variables: the fiber's stack is full");
-    fail("wild address %p", (void *)at);
-}
-
-// While one of these lives, this thread of the system traps FE_INVALID.
-struct Traps {
-    fenv_t before;
-    Traps(const char *name) {
-        kernel = name;
-        fegetenv(&before);
-#ifdef __GLIBC__
-        feclearexcept(FE_ALL_EXCEPT);
-        feenableexcept(FE_INVALID);
-#endif
-    }
-    ~Traps() {
-        fesetenv(&before);
-        kernel = nullptr;
-    }
-};
-
-inline void print_sanitized() { // at the end of a sanitizer's report
-    char text[500];
-    if (print_place(text, sizeof(text)) > 0)
-        fprintf(stderr, "%s that was what AddressSanitizer or UBSan says above\n", text);
-}
-
-// And these catch the signals, for the whole process.
-struct Handlers {
-    struct sigaction before[3];
-    static constexpr int signals[3] = {SIGFPE, SIGSEGV, SIGBUS};
-    Handlers() {
-        struct sigaction ours = {};
-        ours.sa_sigaction = trap;
-        ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-#ifdef CUDACPU_ASAN
-        __sanitizer_set_death_callback(print_sanitized);
-        sigaction(SIGFPE, &ours, &before[0]); // it reports the others better itself
-#else
-        for (int i = 0; i < 3; i++)
-            sigaction(signals[i], &ours, &before[i]);
-#endif
-    }
-    ~Handlers() {
-#ifdef CUDACPU_ASAN
-        sigaction(SIGFPE, &before[0], nullptr);
-#else
-        for (int i = 0; i < 3; i++)
-            sigaction(signals[i], &before[i], nullptr);
-#endif
-    }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 7. A grid
-
-// Threads of the system that may share the work. A forked child has none of its parent's, which OpenMP does not know.
-inline int workers() {
-#ifdef _OPENMP
-    static const pid_t home = getpid();
-    return getpid() == home && !omp_in_parallel() ? omp_get_max_threads() : 1;
-#else
-    return 1;
-#endif
-}
-
-inline void run_grid(const Grid &g) {
-    size_t n = (size_t)g.grid.x * g.grid.y * g.grid.z;
-    std::vector<unsigned> order(n);
-    for (size_t i = 0; i < n; i++)
-        order[i] = (unsigned)i;
-    Random(seed(), g.number, ~0ull).shuffle(order.data(), n);
-    Handlers handlers;
-    int threads = (int)std::min<size_t>(n, workers());
-    (void)threads;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        static std::vector<Machine *> all; // none is ever freed, and leaks are looked for
-        if (!machine) {
-#ifdef _OPENMP
-#pragma omp critical(cudacpu)
-#endif
-            all.push_back(machine = new Machine());
-        }
-        Traps traps(g.name);
-#ifdef _OPENMP
-#pragma omp for schedule(dynamic)
-#endif
-        for (size_t i = 0; i < n; i++)
-            machine->run(&g, order[i]);
-    }
-}
-
-} // namespace cudacpu
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 8. The runtime: errors, streams and events, memory
-
-enum cudaError_t {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
-    cudaErrorInvalidPitchValue = 12, cudaErrorInvalidDevice = 101, cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600,
-};
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
 };
@@ -793,8 +112,8 @@ struct Event {
 };
 
 struct Task {
-    std::function<void()> run;
-    Event *event; // what it waits for, and the how manieth time
+    std::function<void()> run; // may be empty
+    Event *event;              // what it waits for, and for which of its records; nullptr: nothing
     unsigned count;
 };
 
@@ -806,21 +125,20 @@ struct Stream {
 inline Stream null_stream;
 inline std::vector<Stream *> streams{&null_stream};
 
-// Runs what waits in the streams, the next one of a stream at random, until `enough`.
+// Does what is to be done in the streams, each time the next task of one that need not wait, until `enough`.
 template <class Enough> void run_tasks(Enough enough) {
-    static Random random(seed(), 0, 0);
+    static Random random(seed());
     while (!enough()) {
-        Stream *able[1000];
-        unsigned n = 0;
+        Stream *chosen = nullptr;
+        unsigned able = 0;
         for (Stream *s : streams) {
-            if (!s->tasks.empty() && n < 1000 && (!s->tasks[0].event || s->tasks[0].event->done >= s->tasks[0].count))
-                able[n++] = s;
+            if (!s->tasks.empty() && (!s->tasks[0].event || s->tasks[0].event->done >= s->tasks[0].count) && random.below(++able) == 0)
+                chosen = s;
         }
-        Stream *s = able[random.below(n)];
-        std::function<void()> run = std::move(s->tasks[0].run);
-        s->tasks.pop_front();
-        if (run)
-            run();
+        Task task = std::move(chosen->tasks[0]);
+        chosen->tasks.pop_front();
+        if (task.run)
+            task.run();
     }
 }
 
@@ -862,13 +180,10 @@ inline size_t memory_size() {
     return size;
 }
 
-inline void check_guards(char *p, size_t n) {
-    (void)p, (void)n;
-#ifndef CUDACPU_ASAN
-    if (!poisoned(p - GUARD, GUARD) || !poisoned(p + n, GUARD))
-        fail("a kernel before this wrote %s the %zu bytes of device memory at %p",
-             poisoned(p - GUARD, GUARD) ? "past the end of" : "before the beginning of", n, (void *)p);
-#endif
+inline void check_guards(const char *p, size_t n) {
+    const char *where = FRONT ? broken_guard(p, n) : nullptr;
+    if (where)
+        fail("a kernel before this wrote %s the %zu bytes of device memory at %p", where, n, (const void *)p);
 }
 
 inline void check_memory() {
@@ -881,10 +196,6 @@ inline bool on_device(const void *p, size_t n) {
     return after != memory.begin() && (--after, (char *)p + n <= after->first + after->second);
 }
 
-inline bool touches_device(const void *p) {
-    return on_device(p, 1);
-}
-
 inline cudaError_t copy(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind,
                         Stream *stream) {
     if (width == 0 || height == 0)
@@ -894,7 +205,7 @@ inline cudaError_t copy(void *to, size_t to_pitch, const void *from, size_t from
         return result(cudaErrorInvalidPitchValue);
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    if (kind != cudaMemcpyDefault && (to_device != touches_device(to) || from_device != touches_device(from)))
+    if (kind != cudaMemcpyDefault && (to_device != on_device(to, 1) || from_device != on_device(from, 1)))
         return result(cudaErrorInvalidValue);
     if ((to_device && !on_device(to, to_size)) || (from_device && !on_device(from, from_size)))
         return result(cudaErrorInvalidValue);
@@ -912,26 +223,6 @@ inline std::map<void *, size_t> dynamic_limits; // of kernels that have asked fo
 typedef cudacpu::Stream *cudaStream_t;
 typedef cudacpu::Event *cudaEvent_t;
 
-inline const char *cudaGetErrorName(cudaError_t e) {
-    return e == cudaSuccess                     ? "cudaSuccess"
-           : e == cudaErrorInvalidValue         ? "cudaErrorInvalidValue"
-           : e == cudaErrorMemoryAllocation     ? "cudaErrorMemoryAllocation"
-           : e == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration"
-           : e == cudaErrorInvalidPitchValue    ? "cudaErrorInvalidPitchValue"
-           : e == cudaErrorInvalidDevice        ? "cudaErrorInvalidDevice"
-           : e == cudaErrorNotReady             ? "cudaErrorNotReady"
-                                                : "cudaErrorInvalidResourceHandle";
-}
-inline const char *cudaGetErrorString(cudaError_t e) {
-    return e == cudaSuccess                     ? "no error"
-           : e == cudaErrorInvalidValue         ? "invalid argument"
-           : e == cudaErrorMemoryAllocation     ? "out of memory"
-           : e == cudaErrorInvalidConfiguration ? "invalid configuration argument"
-           : e == cudaErrorInvalidPitchValue    ? "invalid pitch argument"
-           : e == cudaErrorInvalidDevice        ? "invalid device ordinal"
-           : e == cudaErrorNotReady             ? "device not ready"
-                                                : "invalid resource handle";
-}
 inline cudaError_t cudaPeekAtLastError() {
     return cudacpu::last_error;
 }
@@ -1032,9 +323,6 @@ inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     cudacpu::run_tasks([=] { return event->done >= count; });
     return cudaSuccess;
 }
-inline cudaError_t cudaEventQuery(cudaEvent_t event) {
-    return event->done == event->recorded ? cudaSuccess : cudacpu::result(cudaErrorNotReady);
-}
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
     if (!from->timed || !to->timed || !from->recorded || !to->recorded)
         return cudacpu::result(cudaErrorInvalidResourceHandle);
@@ -1081,7 +369,10 @@ inline cudaError_t cudaFree(void *p) {
     return cudaSuccess;
 }
 inline cudaError_t cudaMallocHost(void **p, size_t n, unsigned = 0) {
-    return posix_memalign(p, 256, n) == 0 ? cudaSuccess : cudacpu::result(cudaErrorMemoryAllocation);
+    if (posix_memalign(p, 256, n) != 0)
+        return cudacpu::result(cudaErrorMemoryAllocation);
+    cudacpu::poison(*p, n);
+    return cudaSuccess;
 }
 template <class T> cudaError_t cudaMallocHost(T **p, size_t n, unsigned = 0) {
     return cudaMallocHost((void **)(void *)p, n);
@@ -1121,7 +412,9 @@ inline cudaError_t cudaMemset(void *p, int value, size_t n) {
 
 namespace cudacpu {
 
-// launch("name", name, grid, block, shared, stream)(arguments...): the arguments become the kernel's types at once.
+inline uint64_t launches = 0;
+
+// launch("name", name, grid, block, shared, stream)(arguments...): the arguments become the kernel's types here and now.
 template <class... P> struct Launch {
     const char *name;
     void (*kernel)(P...);
@@ -1131,20 +424,18 @@ template <class... P> struct Launch {
 
     void operator()(P... arguments) const {
         size_t threads = (size_t)block.x * block.y * block.z;
+        auto asked = dynamic_limits.find((void *)kernel);
+        size_t most = asked == dynamic_limits.end() ? SHARED_LIMIT : std::max(asked->second, SHARED_LIMIT);
         if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
             grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
             result(cudaErrorInvalidConfiguration);
-            return;
-        }
-        auto limit = dynamic_limits.find((void *)kernel);
-        if (dynamic > std::max(SHARED_LIMIT, limit == dynamic_limits.end() ? 0 : limit->second)) {
+        } else if (dynamic > most) {
             result(cudaErrorInvalidValue);
-            return;
+        } else {
+            auto call = [kernel = kernel, kept = std::tuple<P...>(arguments...)] { std::apply(kernel, kept); };
+            size_t limit = most > SHARED_LIMIT ? SHARED_OPTIN : SHARED_LIMIT;
+            enqueue(stream, [g = Grid{name, ++launches, grid, block, dynamic, limit, call}] { run_grid(g); });
         }
-        static uint64_t launches = 0;
-        std::tuple<P...> kept(arguments...);
-        Grid g{name, ++launches, grid, block, dynamic, [kernel = kernel, kept] { std::apply(kernel, kept); }};
-        enqueue(stream, [g] { run_grid(g); });
     }
 };
 template <class... P>
@@ -1155,13 +446,13 @@ Launch<P...> launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 bloc
 } // namespace cudacpu
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 9. What a kernel can call
+// 3. What a kernel can call
 
-inline void __syncthreads(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+#define CUDACPU_WHERE const char *file = __builtin_FILE(), int line = __builtin_LINE() // of the caller
+
+inline void __syncthreads(CUDACPU_WHERE) {
     cudacpu::barrier(file, line);
 }
-
-#define CUDACPU_WHERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 namespace cudacpu {
 
@@ -1184,24 +475,17 @@ template <class T> T shuffle(unsigned mask, T value, int from, const char *what,
     return mine.result;
 }
 
-// all(values of the lanes in mask, in order, how many) for every lane.
-template <class T, class R, class All> R reduce(unsigned mask, T value, const char *what, const char *file, int line, All all) {
+// add(result, own value, value of lane j, j) for each lane j in mask, in order, beginning with T's result of `none`.
+template <class R, class T, class Add> R reduce(unsigned mask, R none, T value, const char *what, const char *file, int line, Add add) {
     struct Mine {
         T value;
         R result;
-    } mine{value, R()};
+    } mine{value, none};
     together(mask, mine, what, file, line, [=](Mine **lane, unsigned mask) {
         for (int i = 0; i < 32; i++) {
-            if (mask >> i & 1) {
-                R result = R();
-                bool first = true;
-                for (int j = 0; j < 32; j++) {
-                    if (mask >> j & 1) {
-                        all(result, lane[i]->value, lane[j]->value, j, first);
-                        first = false;
-                    }
-                }
-                lane[i]->result = result;
+            for (int j = 0; j < 32; j++) {
+                if (mask >> i & mask >> j & 1)
+                    add(lane[i]->result, lane[i]->value, lane[j]->value, j);
             }
         }
     });
@@ -1234,30 +518,25 @@ inline void __syncwarp(unsigned mask = 0xffffffff, CUDACPU_WHERE) {
     cudacpu::together(mask, nothing, "__syncwarp", file, line, [](int **, unsigned) {});
 }
 inline unsigned __ballot_sync(unsigned mask, int x, CUDACPU_WHERE) {
-    return cudacpu::reduce<bool, unsigned>(mask, x != 0, "__ballot_sync", file, line,
-                                           [](unsigned &r, bool, bool other, int i, bool) { r |= (unsigned)other << i; });
+    return cudacpu::reduce(mask, 0u, x != 0, "__ballot_sync", file, line, [](unsigned &r, bool, bool x, int j) { r |= (unsigned)x << j; });
 }
 inline int __any_sync(unsigned mask, int x, CUDACPU_WHERE) {
-    return cudacpu::reduce<bool, int>(mask, x != 0, "__any_sync", file, line, [](int &r, bool, bool other, int, bool) { r |= other; });
+    return cudacpu::reduce(mask, 0, x != 0, "__any_sync", file, line, [](int &r, bool, bool x, int) { r |= x; });
 }
 inline int __all_sync(unsigned mask, int x, CUDACPU_WHERE) {
-    return !cudacpu::reduce<bool, int>(mask, x != 0, "__all_sync", file, line, [](int &r, bool, bool other, int, bool) { r |= !other; });
+    return cudacpu::reduce(mask, 1, x != 0, "__all_sync", file, line, [](int &r, bool, bool x, int) { r &= x; });
 }
 template <class T> unsigned __match_any_sync(unsigned mask, T x, CUDACPU_WHERE) {
-    return cudacpu::reduce<T, unsigned>(mask, x, "__match_any_sync", file, line,
-                                        [](unsigned &r, T mine, T other, int i, bool) { r |= (unsigned)(mine == other) << i; });
+    return cudacpu::reduce(mask, 0u, x, "__match_any_sync", file, line, [](unsigned &r, T own, T x, int j) { r |= (unsigned)(x == own) << j; });
 }
 template <class T> T __reduce_add_sync(unsigned mask, T x, CUDACPU_WHERE) {
-    return (T)cudacpu::reduce<unsigned, unsigned>(mask, x, "__reduce_add_sync", file, line,
-                                                  [](unsigned &r, unsigned, unsigned other, int, bool) { r += other; });
+    return (T)cudacpu::reduce(mask, 0u, (unsigned)x, "__reduce_add_sync", file, line, [](unsigned &r, unsigned, unsigned x, int) { r += x; });
 }
 template <class T> T __reduce_max_sync(unsigned mask, T x, CUDACPU_WHERE) {
-    return cudacpu::reduce<T, T>(mask, x, "__reduce_max_sync", file, line,
-                                 [](T &r, T, T other, int, bool first) { r = first || other > r ? other : r; });
+    return cudacpu::reduce(mask, x, x, "__reduce_max_sync", file, line, [](T &r, T, T x, int) { r = std::max(r, x); });
 }
 template <class T> T __reduce_min_sync(unsigned mask, T x, CUDACPU_WHERE) {
-    return cudacpu::reduce<T, T>(mask, x, "__reduce_min_sync", file, line,
-                                 [](T &r, T, T other, int, bool first) { r = first || other < r ? other : r; });
+    return cudacpu::reduce(mask, x, x, "__reduce_min_sync", file, line, [](T &r, T, T x, int) { r = std::min(r, x); });
 }
 
 // Atomics of integers alone: those of floats would make sums depend on the order.
@@ -1333,9 +612,19 @@ inline long long clock64() { return std::chrono::steady_clock::now().time_since_
 #define rsqrtf(x) cudacpu::reciprocal_root(x)
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 10. Instructions that CUDA C++ has no word for, as the PTX ISA describes them
+// 4. Instructions that CUDA C++ has no word for, as the PTX ISA describes them
 
 namespace cudacpu {
+
+inline void check_address(const void *p, bool is_shared, const char *what, const char *file, int line) {
+    bool found = !is_shared;
+    for (Variable &v : machine->shared)
+        found |= p >= v.data && (char *)p + 16 <= v.data + v.size;
+    if (!found)
+        fail("%s:%d: %s: 16 bytes at %p are not in shared memory", file, line, what, p);
+    if ((uintptr_t)p % 16)
+        fail("%s:%d: %s: address %p is not a multiple of 16", file, line, what, p);
+}
 
 struct Rows {
     unsigned *r;
@@ -1344,7 +633,7 @@ struct Rows {
 
 inline void ldmatrix(unsigned *r, const void *row, bool transposed, const char *what, const char *file, int line) {
     Rows mine{r, row};
-    machine->must_be_shared(row, what);
+    check_address(row, true, what, file, line);
     together(0xffffffff, mine, what, file, line, [=](Rows **lane, unsigned) {
         for (int i = 0; i < 4; i++) {
             uint16_t m[8][8];
@@ -1392,8 +681,10 @@ inline void mma_m16n8k16(float (&d)[4], const unsigned *a, const unsigned *b, CU
         memcpy(A, of_a, sizeof(A));
         memcpy(B, of_b, sizeof(B));
         for (int m = 0; m < 16; m++) {
+            Row sum = D[m];
             for (int k = 0; k < 16; k++)
-                D[m] += A[m][k] * B[k];
+                sum += A[m][k] * B[k];
+            D[m] = sum;
         }
         for (int l = 0; l < 32; l++) {
             for (int i = 0; i < 4; i++)
@@ -1402,13 +693,14 @@ inline void mma_m16n8k16(float (&d)[4], const unsigned *a, const unsigned *b, CU
     });
 }
 
-// Until a thread waits for a copy, its bytes are poison.
-inline void cp_async_16(void *to, const void *from, int n) {
-    machine->must_be_shared(to, "cp.async");
-    if ((uintptr_t)from % 16)
-        fail("cp.async: address %p is not a multiple of 16", from);
+// The bytes come when the thread waits for them; until then poison is in their place.
+inline void cp_async_16(void *to, const void *from, int n, CUDACPU_WHERE) {
+    check_address(to, true, "cp.async", file, line);
+    check_address(from, false, "cp.async", file, line);
     if (n < 0 || n > 16)
-        fail("cp.async: %d of 16 bytes", n);
+        fail("%s:%d: cp.async: %d bytes of 16", file, line, n);
+    if (n) // a wild address shows here, not when it waits
+        (void)(*(volatile const char *)from + ((volatile const char *)from)[n - 1]);
     poison(to, 16);
     current->copies.push_back({to, from, n, current->batch});
 }

@@ -1,0 +1,719 @@
+// machine.h: how a block of CUDA threads runs on the CPU. cuda_runtime.h, which includes this, says what it is for.
+//
+// From top to bottom: chance, poison and the end of a program; fibers; what threads wait for; shared memory; traps; grids.
+
+#ifndef CUDACPU_MACHINE_H
+#define CUDACPU_MACHINE_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <algorithm>
+#include <cfenv>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+#ifdef __GLIBC__
+#include <execinfo.h>
+#include <link.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#define CUDACPU_ASAN
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define CUDACPU_ASAN
+#endif
+#endif
+#ifdef CUDACPU_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct uint3 {
+    unsigned x, y, z;
+};
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {
+    }
+};
+
+namespace cudacpu {
+
+const unsigned MAX_THREADS = 1024;
+const size_t SHARED_LIMIT = 48 << 10, SHARED_OPTIN = 227 << 10; // bytes of shared memory: as it is, and on demand
+const size_t GUARD = 64, GUARD_PAGE = 16 << 10;
+#ifdef CUDACPU_ASAN
+const size_t STACK = 256 << 10; // its frames are larger
+#else
+const size_t STACK = 64 << 10;
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 1. Chance, poison, and the end of a program
+
+struct Random { // xorshift64*, begun with a mixture of three numbers
+    uint64_t state;
+
+    Random(uint64_t a = 0, uint64_t b = 0, uint64_t c = 0) {
+        state = (((a * 0x9e3779b97f4a7c15 ^ b) * 0xbf58476d1ce4e5b9 ^ c) * 0x94d049bb133111eb) | 1;
+        below(1);
+    }
+    unsigned below(unsigned n) {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        return (unsigned)((state * 0x2545f4914f6cdd1d >> 32) * n >> 32);
+    }
+    template <class T> void shuffle(T *list, size_t n) {
+        for (; n > 1; n--)
+            std::swap(list[n - 1], list[below((unsigned)n)]);
+    }
+};
+
+inline uint64_t environment(const char *name, uint64_t otherwise) {
+    const char *text = getenv(name);
+    return text ? strtoull(text, nullptr, 0) : otherwise;
+}
+
+inline uint64_t seed() {
+    static const uint64_t value = environment("CUDACPU_SEED", 1);
+    return value;
+}
+
+// What unwritten memory holds: a0 at even addresses, 7f at odd ones. As a float, or as a bfloat16 made a float, it is a
+// signalling NaN, whose first use in arithmetic raises FE_INVALID; as an index or a pointer it leads far away.
+struct Pattern {
+    unsigned char bytes[4097];
+    Pattern() {
+        for (size_t i = 0; i < sizeof(bytes); i++)
+            bytes[i] = i % 2 ? 0x7f : 0xa0;
+    }
+};
+inline const Pattern pattern;
+
+inline void poison(void *memory, size_t n) {
+    for (char *p = (char *)memory, *end = p + n; p < end; p += 4096)
+        memcpy(p, pattern.bytes + (uintptr_t)p % 2, std::min<size_t>(4096, end - p));
+}
+
+// What a write before or past a piece of memory has changed of the guards around it; nullptr: nothing.
+inline const char *broken_guard(const char *p, size_t n) {
+    size_t odd = (uintptr_t)p % 2, odd_end = (uintptr_t)(p + n) % 2;
+    return memcmp(p + n, pattern.bytes + odd_end, GUARD)      ? "past the end of"
+           : memcmp(p - GUARD, pattern.bytes + odd, GUARD) ? "before the beginning of"
+                                                              : nullptr;
+}
+
+struct Thread;
+struct Machine;
+inline thread_local Thread *current;    // the CUDA thread whose code runs on this thread of the system; nullptr: none
+inline thread_local Machine *machine;   // where it runs
+inline thread_local const char *kernel; // and what
+
+inline int print_place(char *to, size_t size);
+
+// Says what is wrong, and where. Other threads of the system may fail at the same time: the first one speaks.
+inline void complain(const char *format, va_list values) {
+    static bool failed;
+    while (__atomic_exchange_n(&failed, true, __ATOMIC_SEQ_CST))
+        pause();
+    char text[1000];
+    int n = print_place(text, sizeof(text));
+    vsnprintf(text + n, sizeof(text) - n, format, values);
+    fprintf(stderr, "%s\n", text);
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    complain(format, values);
+    fflush(stdout);
+    _exit(1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. Fibers: go(from, to) keeps where it is on `from`'s stack and goes on where `to` was left
+
+#if defined(__x86_64__) || defined(__aarch64__)
+struct Context {
+    void *sp;
+};
+extern "C" __attribute__((visibility("hidden"))) void cudacpu_go(void **from, void *to);
+
+// What a called function must preserve is pushed, the stack changed, and the same popped from there.
+#ifdef __x86_64__
+__asm__(".text\n.balign 16\n.type cudacpu_go, @function\ncudacpu_go:\n"
+        "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
+        "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
+        "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n.size cudacpu_go, .-cudacpu_go\n");
+enum { SAVED = 7, RETURN_TO = 6, ABOVE = 1 }; // words kept on the stack, which of them is the return address, what is above
+#else
+__asm__(".text\n.balign 16\n.type cudacpu_go, %function\ncudacpu_go:\n"
+        "sub sp, sp, #160\n"
+        "stp x19, x20, [sp]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\nstp x25, x26, [sp, #48]\n"
+        "stp x27, x28, [sp, #64]\nstp x29, x30, [sp, #80]\n"
+        "stp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\nstp d14, d15, [sp, #144]\n"
+        "mov x9, sp\nstr x9, [x0]\nmov sp, x1\n"
+        "ldp x19, x20, [sp]\nldp x21, x22, [sp, #16]\nldp x23, x24, [sp, #32]\nldp x25, x26, [sp, #48]\n"
+        "ldp x27, x28, [sp, #64]\nldp x29, x30, [sp, #80]\n"
+        "ldp d8, d9, [sp, #96]\nldp d10, d11, [sp, #112]\nldp d12, d13, [sp, #128]\nldp d14, d15, [sp, #144]\n"
+        "add sp, sp, #160\nret\n.size cudacpu_go, .-cudacpu_go\n");
+enum { SAVED = 20, RETURN_TO = 11, ABOVE = 2 };
+#endif
+inline void prepare(Context &c, char *stack, size_t size, void (*entry)()) {
+    void **sp = (void **)(stack + size) - ABOVE - SAVED; // entry finds the stack aligned as a call would leave it
+    memset(sp, 0, (SAVED + ABOVE) * sizeof(*sp));
+    sp[RETURN_TO] = (void *)entry;
+    c.sp = sp;
+}
+inline void go(Context &from, Context &to) {
+    cudacpu_go(&from.sp, to.sp);
+}
+#else
+} // namespace cudacpu
+#include <ucontext.h>
+namespace cudacpu {
+typedef ucontext_t Context;
+inline void prepare(Context &c, char *stack, size_t size, void (*entry)()) {
+    getcontext(&c);
+    c.uc_stack.ss_sp = stack;
+    c.uc_stack.ss_size = size;
+    c.uc_link = nullptr;
+    makecontext(&c, entry, 0);
+}
+inline void go(Context &from, Context &to) {
+    swapcontext(&from, &to);
+}
+#endif
+
+inline char *new_stack() { // above a page that nobody may touch
+    char *p = (char *)mmap(nullptr, GUARD_PAGE + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, GUARD_PAGE, PROT_NONE) != 0)
+        fail("no memory for the stack of a fiber");
+    return p + GUARD_PAGE;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. The threads of a block, and what they wait for
+
+struct Copy { // cp.async
+    void *to;
+    const void *from;
+    int n;
+    unsigned batch;
+};
+
+enum State { NEW, STARTED, ENDED };
+
+struct Thread {
+    uint3 index;
+    unsigned number; // in the block
+    State state;
+    const char *call, *file; // where it waits, in which warp call (nullptr: for a barrier)
+    int line;
+    Context context;
+    char *stack;
+    size_t stack_size;
+    void *fake; // AddressSanitizer's
+    std::vector<Copy> copies;
+    unsigned batch; // of copies: the one that is still open
+};
+
+// A call that lanes of a warp make together. Each brings the address of what it gives and gets; the one that comes last
+// does the work for all, while the others, and so their stacks, stand still.
+struct Call {
+    const char *name;
+    unsigned mask, here;
+    void *lane[32];
+};
+
+struct Variable { // in shared memory
+    const char *function; // nullptr: the dynamic one
+    int line;
+    char *memory, *data; // what was allocated, what it holds
+    size_t size;
+};
+
+struct Grid {
+    const char *name;
+    uint64_t number; // of the launch
+    dim3 grid, block;
+    size_t dynamic, limit;        // bytes of shared memory
+    std::function<void()> thread; // calls the kernel
+};
+
+// What runs blocks, one after another: each thread of the system has one.
+struct Machine {
+    const Grid *grid;
+    uint3 block;
+    unsigned size = 0; // of the block
+    Thread thread[MAX_THREADS];
+    Thread host; // who runs the block
+    std::vector<Thread *> ready, coming; // who can run in this round, the last one first, and who in the next
+    bool interleaved;
+    unsigned ended, at_barrier;
+    Thread *last_ended, *first_at_barrier;
+    std::vector<Call> calls[MAX_THREADS / 32];
+    Random random;
+    std::vector<char *> stacks; // free ones
+    std::vector<Variable> shared;
+    size_t shared_size;
+    char *arena, *arena_next; // for shared memory
+    void *signal_stack;
+    bool from_host;
+    Machine *other; // so that leaks can be told from what is kept
+
+    Machine();
+    void run(const Grid *g, size_t number);
+    Thread *next();
+    void leave_for(Thread *to);
+    void wait(const char *call, const char *file, int line);
+    char *share(const char *function, int line, size_t n, size_t align);
+    void end_shared();
+};
+
+#define CUDACPU_XYZ(i) (i).x, (i).y, (i).z
+
+inline int print_place(char *to, size_t size) {
+    if (!kernel)
+        return 0;
+    if (!current)
+        return snprintf(to, size, "%.300s: ", kernel);
+    return snprintf(to, size, "kernel %.300s, block (%u,%u,%u), thread (%u,%u,%u): ", kernel, CUDACPU_XYZ(machine->block),
+                    CUDACPU_XYZ(current->index));
+}
+
+[[noreturn]] inline void never_comes(Thread *waiting, Thread *missing) {
+    char why[300] = "";
+    if (missing->state != ENDED)
+        snprintf(why, sizeof(why), ": it waits at %s:%d %s", missing->file, missing->line, missing->call ? missing->call : "for a barrier");
+    current = waiting;
+    if (waiting->call)
+        fail("waits at %s:%d in %s for thread (%u,%u,%u), which never comes%s", waiting->file, waiting->line, waiting->call,
+             CUDACPU_XYZ(missing->index), why);
+    fail("waits at %s:%d for a barrier that thread (%u,%u,%u) never reaches%s", waiting->file, waiting->line, CUDACPU_XYZ(missing->index),
+         why);
+}
+
+// The next thread to run; nullptr when all have ended.
+inline Thread *Machine::next() {
+    if (ready.empty()) {
+        ready.swap(coming);
+        random.shuffle(ready.data(), ready.size());
+        if (ready.empty() && ended < size) { // some wait in a warp call, for others at a barrier or in another call
+            for (unsigned w = 0; w < MAX_THREADS / 32; w++) {
+                for (Call &c : calls[w])
+                    never_comes(&thread[w * 32 + __builtin_ctz(c.here)], &thread[w * 32 + __builtin_ctz(c.mask & ~c.here)]);
+            }
+        }
+        if (ready.empty())
+            return nullptr;
+    }
+    Thread *t = ready.back();
+    ready.pop_back();
+    return t;
+}
+
+inline void fiber();
+
+// From the current thread to another one, or from and to the host, until somebody comes back; nobody does to the ended.
+inline void Machine::leave_for(Thread *to) {
+    Thread *me = current ? current : &host;
+    if (to->state == NEW) {
+        if (stacks.empty())
+            stacks.push_back(new_stack());
+        to->stack = stacks.back();
+        stacks.pop_back();
+        to->state = STARTED;
+#ifdef CUDACPU_ASAN
+        __asan_unpoison_memory_region(to->stack + STACK - (16 << 10), 16 << 10); // where fiber() ended
+#endif
+        // Stacks begin at different places in their pages, or they would all want the same lines of the cache.
+        prepare(to->context, to->stack, STACK - to->number % 32 * 128, fiber);
+    }
+    current = to == &host ? nullptr : to;
+#ifdef CUDACPU_ASAN
+    from_host = me == &host;
+    __sanitizer_start_switch_fiber(me->state == ENDED ? nullptr : &me->fake, to->stack, to == &host ? host.stack_size : STACK);
+#endif
+    go(me->context, to->context);
+#ifdef CUDACPU_ASAN
+    __sanitizer_finish_switch_fiber(me->fake, nullptr, nullptr);
+#endif
+}
+
+// The current thread waits; whoever ends that puts it into `ready` or `coming`.
+inline void Machine::wait(const char *call, const char *file, int line) {
+    Thread *me = current;
+    me->call = call;
+    me->file = file;
+    me->line = line;
+    leave_for(next());
+}
+
+// What runs on a fiber's stack: a thread and, when that has ended, the next one, if it is new and so needs a stack.
+inline void fiber() {
+    Machine *m = machine;
+#ifdef CUDACPU_ASAN
+    const void *bottom;
+    size_t bytes;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+    if (m->from_host) {
+        m->host.stack = (char *)bottom;
+        m->host.stack_size = bytes;
+    }
+#endif
+    for (;;) {
+        Thread *me = current;
+        m->grid->thread();
+        if (!me->copies.empty())
+            fail("ends without having waited for its copies (cp.async)");
+        me->state = ENDED;
+        m->ended++;
+        m->last_ended = me;
+        if (m->at_barrier)
+            never_comes(m->first_at_barrier, me);
+        for (Call &c : m->calls[me->number / 32]) {
+            if (c.mask >> me->number % 32 & 1)
+                never_comes(&m->thread[me->number / 32 * 32 + __builtin_ctz(c.here)], me);
+        }
+        Thread *next = m->next();
+        if (next && next->state == NEW) {
+            next->stack = me->stack;
+            next->state = STARTED;
+            current = next;
+        } else {
+            m->stacks.push_back(me->stack);
+            m->leave_for(next ? next : &m->host);
+        }
+    }
+}
+
+// Waits until all threads of the block have come to this line.
+inline void barrier(const char *file, int line) {
+    Machine *m = machine;
+    Thread *me = current, *first = m->first_at_barrier;
+    me->call = nullptr;
+    me->file = file;
+    me->line = line;
+    if (m->ended)
+        never_comes(me, m->last_ended);
+    if (m->at_barrier++ == 0)
+        m->first_at_barrier = me;
+    else if (first->line != line || strcmp(first->file, file))
+        never_comes(first, me);
+    if (m->at_barrier < m->size)
+        return m->wait(nullptr, file, line);
+    m->at_barrier = 0;
+    for (unsigned i = 0; i < m->size; i++) {
+        if (&m->thread[i] != me)
+            m->coming.push_back(&m->thread[i]);
+    }
+}
+
+// One call by all lanes in mask that exist, each with a `mine` of its own; all(lanes, mask) does what they do together.
+// Then they run before other warps do, which is faster, or (interleaved) after all others that can.
+template <class Mine, class All>
+void together(unsigned mask, Mine &mine, const char *name, const char *file, int line, All all) {
+    Machine *m = machine;
+    Thread *me = current, *warp = m->thread + me->number / 32 * 32;
+    std::vector<Call> &calls = m->calls[me->number / 32];
+    unsigned lane = me->number % 32, rest = m->size - (me->number - lane);
+    mask &= rest < 32 ? (1u << rest) - 1 : ~0u;
+    if (!(mask >> lane & 1))
+        fail("%s:%d: %s: lane %u is not in its own mask %08x", file, line, name, lane, mask);
+    size_t c = 0;
+    while (c < calls.size() && calls[c].mask != mask)
+        c++;
+    if (c == calls.size())
+        calls.push_back({name, mask, 0, {}});
+    me->call = name;
+    me->file = file;
+    me->line = line;
+    if (calls[c].name != name && strcmp(calls[c].name, name))
+        never_comes(&warp[__builtin_ctz(calls[c].here)], me);
+    for (unsigned i = 0; m->ended && i < 32; i++) {
+        if (mask >> i & 1 && warp[i].state == ENDED)
+            never_comes(me, &warp[i]);
+    }
+    calls[c].lane[lane] = &mine;
+    calls[c].here |= 1u << lane;
+    if (calls[c].here != mask)
+        return m->wait(name, file, line);
+    Mine *lanes[32];
+    memcpy(lanes, calls[c].lane, sizeof(lanes));
+    calls.erase(calls.begin() + c);
+    all(lanes, mask);
+    std::vector<Thread *> &list = m->interleaved ? m->coming : m->ready;
+    size_t before = list.size();
+    for (unsigned i = 0; i < 32; i++) {
+        if (mask >> i & 1 && i != lane)
+            list.push_back(&warp[i]);
+    }
+    m->random.shuffle(list.data() + before, list.size() - before);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. Shared memory: a variable is allocated for a block when its first thread comes by, between guards or the red zones of
+// AddressSanitizer, and aligned as its type wants but no better, as nvcc does: what needs more must say __align__
+
+inline char *Machine::share(const char *function, int line, size_t n, size_t align) {
+    for (Variable &v : shared) {
+        if (v.line == line && v.function == function)
+            return v.data;
+    }
+    shared_size += function ? n : 0; // the dynamic one was counted at the start
+    if (shared_size > grid->limit || shared_size - grid->dynamic > SHARED_LIMIT)
+        fail("%zu bytes of shared memory, of which %zu are dynamic, are too many", shared_size, grid->dynamic);
+    Variable v = {function, line, nullptr, nullptr, n};
+#ifdef CUDACPU_ASAN
+    if (posix_memalign((void **)&v.memory, std::max<size_t>(16, 2 * align), n + align) != 0)
+        fail("no memory");
+    v.data = v.memory + align;
+    poison(v.data, n);
+    __asan_poison_memory_region(v.memory, align);
+#else
+    v.data = (char *)(((uintptr_t)arena_next + GUARD + 2 * align - 1) / (2 * align) * (2 * align) + align);
+    arena_next = v.data + n + GUARD;
+    if (arena_next > arena + 2 * SHARED_OPTIN)
+        fail("too many variables in shared memory");
+    poison(v.data - GUARD, n + 2 * GUARD);
+#endif
+    shared.push_back(v);
+    return v.data;
+}
+
+inline void Machine::end_shared() {
+    for (Variable &v : shared) {
+#ifdef CUDACPU_ASAN
+        __asan_unpoison_memory_region(v.memory, v.data - v.memory);
+        free(v.memory);
+#else
+        if (const char *where = broken_guard(v.data, v.size))
+            fail("block (%u,%u,%u) wrote %s %s shared memory of line %d", CUDACPU_XYZ(block), where, v.function ? "the" : "the dynamic",
+                 v.line);
+#endif
+    }
+    shared.clear();
+    arena_next = arena;
+}
+
+template <class T, size_t align = alignof(T)> T &shared(int line, const char *function) {
+    return *(T *)(void *)machine->share(function, line, sizeof(T), align);
+}
+
+template <class T> T *dynamic_shared(int line = __builtin_LINE()) {
+    return (T *)(void *)machine->share(nullptr, line, machine->grid->dynamic, 16);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5. What else stops a kernel: traps and wild addresses
+
+extern "C" char __executable_start, etext; // the linker's: where the program's own code is
+
+// Where in the source the interrupted function is, if there is an addr2line. On the stack are this function and the
+// handler; then, of the C library, what calls handlers, and perhaps a function that the kernel had called; then our own.
+inline void print_source() {
+#ifdef __GLIBC__
+    auto ours = [](void *p) { return (char *)p >= &__executable_start && (char *)p < &etext; };
+    void *frames[64];
+    int n = backtrace(frames, 64), i = 0, handler;
+    while (i < n && ours(frames[i]))
+        i++;
+    for (handler = i; i < n && !ours(frames[i]);)
+        i++;
+    if (i == n)
+        return;
+    uintptr_t bias = 0; // where the program was put, if it can be put anywhere
+    dl_iterate_phdr([](dl_phdr_info *info, size_t, void *to) { return *(uintptr_t *)to = info->dlpi_addr, 1; }, &bias);
+    char exe[4000] = "", at[40];
+    if (readlink("/proc/self/exe", exe, sizeof(exe) - 1) < 0)
+        return;
+    snprintf(at, sizeof(at), "%zx", (size_t)((uintptr_t)frames[i] - bias - (i > handler + 1))); // a call, not what follows
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(2, 1);
+        execlp("addr2line", "addr2line", "-ipfsC", "-e", exe, at, (char *)nullptr);
+        _exit(1);
+    }
+    waitpid(child, nullptr, 0);
+#endif
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail_at_source(const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    complain(format, values);
+    print_source();
+    _exit(1);
+}
+
+inline void trap(int signal, siginfo_t *info, void *) {
+    char *at = (char *)info->si_addr;
+    if (signal == SIGFPE && info->si_code == FPE_INTDIV)
+        fail_at_source("integer division by zero");
+    if (signal == SIGFPE)
+        fail_at_source("an uninitialised or invalid number was used (floating-point exception)");
+    if (current && at >= current->stack - GUARD_PAGE && at < current->stack)
+        fail("too many local variables: the stack is full");
+    fail_at_source("wild address %p", (void *)at);
+}
+
+// While one of these lives, FE_INVALID is trapped in this thread of the system.
+struct Traps {
+    fenv_t before;
+    const char *kernel_before;
+
+    Traps(const char *name) : kernel_before(kernel) {
+        kernel = name;
+        fegetenv(&before);
+#ifdef __GLIBC__
+        feclearexcept(FE_ALL_EXCEPT);
+        feenableexcept(FE_INVALID);
+#endif
+    }
+    ~Traps() {
+        fesetenv(&before);
+        kernel = kernel_before;
+    }
+};
+
+#ifdef CUDACPU_ASAN
+inline void print_sanitized() { // after a sanitizer's report
+    char text[500];
+    if (print_place(text, sizeof(text)) > 0)
+        fprintf(stderr, "%sthis is where the sanitizer stopped it\n", text);
+}
+#endif
+
+// And one of these catches the signals, of the whole process. AddressSanitizer reports wild addresses better itself.
+struct Handlers {
+    struct sigaction before[3];
+#ifdef CUDACPU_ASAN
+    enum { COUNT = 1 };
+#else
+    enum { COUNT = 3 };
+#endif
+    static constexpr int signals[3] = {SIGFPE, SIGSEGV, SIGBUS};
+
+    Handlers() {
+        struct sigaction ours = {};
+        ours.sa_sigaction = trap;
+        ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        for (int i = 0; i < COUNT; i++)
+            sigaction(signals[i], &ours, &before[i]);
+#ifdef CUDACPU_ASAN
+        __sanitizer_set_death_callback(print_sanitized);
+#endif
+    }
+    ~Handlers() {
+        for (int i = 0; i < COUNT; i++)
+            sigaction(signals[i], &before[i], nullptr);
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. Blocks and grids
+
+inline Machine *machines; // a list; none is ever freed
+
+inline Machine::Machine() {
+    const size_t n = 64 << 10;
+    host.state = STARTED;
+    host.stack = nullptr;
+    arena = arena_next = (char *)malloc(2 * SHARED_OPTIN);
+    signal_stack = malloc(n); // a fiber's own may be used up
+    stack_t stack = {};
+    stack.ss_sp = signal_stack;
+    stack.ss_size = n;
+    if (!arena || !signal_stack || sigaltstack(&stack, nullptr) != 0)
+        fail("no memory");
+    other = machines;
+    machines = this;
+}
+
+inline void Machine::run(const Grid *g, size_t number) {
+    dim3 n = g->grid, b = g->block;
+    grid = g;
+    block = {(unsigned)(number % n.x), (unsigned)(number / n.x % n.y), (unsigned)(number / n.x / n.y)};
+    size = b.x * b.y * b.z;
+    random = Random(seed(), g->number, number);
+    interleaved = random.below(4) == 0;
+    ended = at_barrier = 0;
+    shared_size = g->dynamic;
+    uint3 index = {0, 0, 0};
+    for (unsigned i = 0; i < size; i++) {
+        Thread &t = thread[i];
+        t.index = index;
+        t.number = i;
+        t.state = NEW;
+        t.batch = 0;
+        coming.push_back(&t);
+        if (++index.x == b.x) {
+            index.x = 0;
+            if (++index.y == b.y) {
+                index.y = 0;
+                index.z++;
+            }
+        }
+    }
+    leave_for(next());
+    end_shared();
+}
+
+// Threads of the system that share the work. A forked child has none of its parent's, which OpenMP does not know.
+inline const pid_t home = getpid();
+inline int workers() {
+#ifdef _OPENMP
+    return getpid() == home && !omp_in_parallel() ? omp_get_max_threads() : 1;
+#else
+    return 1;
+#endif
+}
+
+inline void run_grid(const Grid &g) {
+    size_t n = (size_t)g.grid.x * g.grid.y * g.grid.z;
+    int threads = (int)std::min<size_t>(n, workers());
+    std::vector<unsigned> order(n);
+    for (size_t i = 0; i < n; i++)
+        order[i] = (unsigned)i;
+    Random(seed(), g.number, n).shuffle(order.data(), n);
+    Handlers handlers;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+#endif
+    {
+        if (!machine) {
+#ifdef _OPENMP
+#pragma omp critical(cudacpu)
+#endif
+            machine = new Machine;
+        }
+        Traps traps(g.name);
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic)
+#endif
+        for (size_t i = 0; i < n; i++)
+            machine->run(&g, order[i]);
+    }
+    (void)threads;
+}
+
+} // namespace cudacpu
+
+#endif
