@@ -92,6 +92,8 @@ dev/test_moe_double: $(TEST_FILES)
 test: dev/test_moe dev/test_moe_double train_moe train_moe_double data/tokenize
 	dev/test_moe
 	dev/test_moe_double
+	@if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory test_emulated; \
+	else echo "the CUDA twin's tests are not run: they need a C++ compiler"; fi
 
 # The CUDA twin on the processor: dev/cudacpu looks like the few headers that train_moe.cu includes, and sed writes a kernel's
 # start as a function call. The compiler may not invent operations here, since invalid ones are errors (hence no
@@ -221,6 +223,15 @@ sanitize: data/stories/tokenizer.json
 	$(TEST_BUILD) $(OPENMP) $(SANITIZE) -DREAL=double test_moe.c -o dev/test_moe_asan_double -lcmocka $(LIBS)
 	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan
 	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan_double
+	if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory sanitize_emulated; fi
+
+##sanitize_emulated: the CUDA twin's tests on the processor, under AddressSanitizer
+.PHONY: sanitize_emulated
+sanitize_emulated: dev/emulated/check.cpp dev/emulated/train_moe_cu.cpp train_moe
+	$(EMULATED) $(SANITIZE) $< -o dev/emulated/check_asan $(LIBS)
+	dev/emulated/check_asan
+	$(EMULATED) $(SANITIZE) $(TWIN) test_moe.c -o dev/emulated/test_asan -lcmocka $(LIBS)
+	TRAIN_MOE_CU= dev/emulated/test_asan
 
 ##tsan: short trainings under ThreadSanitizer (clang and its OpenMP runtime, with Archer, which knows OpenMP's barriers)
 ARCHER := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
@@ -271,7 +282,8 @@ format:
 clean:
 	rm -f train_moe train_moe_double data/tokenize data/make_stories dev/logits dev/bench dev/llmc_step dev/test_moe \
 	    dev/test_moe_double
-	rm -rf dev/plain dev/avx2 dev/arm64
+	rm -rf dev/plain dev/avx2 dev/arm64 dev/emulated
+	rm -f train_moe_cu dev/bench_cu dev/test_moe_cu_* dev/built_*
 	rm -f dev/*_asan dev/*_asan_double dev/*_valgrind dev/*_tsan
 	rm -rf data/stories data/stories.new
 

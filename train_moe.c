@@ -410,7 +410,7 @@ void remove_tree(const char *path) {
     DIR *dir = opendir(path);
     if (dir) {
         char inner[4200];
-        for (struct dirent *entry; (entry = readdir(dir));) {
+        for (struct dirent *entry; (entry = readdir(dir)) != NULL;) {
             if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") &&
                 snprintf(inner, sizeof(inner), "%s/%s", path, entry->d_name) < (int)sizeof(inner) && unlink(inner) != 0)
                 remove_tree(inner);
@@ -4226,7 +4226,7 @@ Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t se
     if (!list)
         fail("%s: cannot open the data folder: %s", dir, strerror(errno));
     char **names = NULL;
-    for (struct dirent *entry; (entry = readdir(list));) {
+    for (struct dirent *entry; (entry = readdir(list)) != NULL;) {
         size_t n = strlen(entry->d_name);
         if (n < 4 || strcmp(entry->d_name + n - 4, ".bin") || !strstr(entry->d_name, kind))
             continue;
@@ -5051,7 +5051,7 @@ long smallest_checkpoint(const char *out, int *count) {
     char rest;
     DIR *dir = opendir(out);
     *count = 0;
-    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
         if (sscanf(entry->d_name, "checkpoint-%ld%c", &step, &rest) != 1)
             continue;
         (*count)++;
@@ -5594,7 +5594,7 @@ void default_out(const Config *asked, int fresh, char out[2048]) {
         snprintf(out, 2048, "runs/%s-%d", recipe, n);
     struct timespec newest = {0, 0};
     DIR *dir = fresh ? NULL : opendir("runs");
-    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
         char path[2048];
         struct stat info;
         size_t n = strlen(recipe);

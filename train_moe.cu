@@ -440,7 +440,8 @@ __global__ void rmsnorm_backward_kernel(float *dx, floatX *dx_low, const float *
 }
 
 // partial (chunks of CHUNK tokens, C) = sum of dout * x * rstd over a chunk
-__global__ void rmsnorm_partial_kernel(float *partial, const float *dout, const float *x, const float *rstd, int N, int C) {
+__global__ void rmsnorm_partial_kernel(float *partial, const float *dout, const float *x, const float *rstd, int N,
+                                       int C) {
     int c = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y * CHUNK;
     float sum = 0;
     if (c < C) {
@@ -451,11 +452,10 @@ __global__ void rmsnorm_partial_kernel(float *partial, const float *dout, const 
     }
 }
 
-// to (C) += the sum over i in from..until of the rows order[i] of x (.,C), of all in turn where order is NULL. For blocks
-// of SUM_WARPS warps in the y's of the grid: each block has 32n columns, each warp every so many-th row.
+// to (C) += the sum over i in from..until of the rows order[i] of x (.,C), of all in turn where order is NULL. For
+// blocks of SUM_WARPS warps in the y's of the grid: each block has 32n columns, each warp every so many-th row.
 #define SUM_WARPS 8
-template <int n>
-__device__ void add_rows(float *to, const float *x, const int *order, int from, int until, int C) {
+template <int n> __device__ void add_rows(float *to, const float *x, const int *order, int from, int until, int C) {
     __shared__ float part[SUM_WARPS * n][32];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = n * (32 * blockIdx.y + lane);
     float a[n], sum[n] = {0};
@@ -535,8 +535,8 @@ void rope(floatX *qkv, size_t ld, int N, int T, int heads, int D, const float *a
 // As in the C twin no (T,T) array exists: a block keeps its queries (or, in backward for dK and dV, its keys) and walks
 // along the others, some at a time, which are fetched while it computes (Dao 2023, FlashAttention-2). What a warp
 // multiplies next it has just computed: the accumulators of one product are, pair by pair, the a of the next, and never
-// leave the registers. A head is W = 16, 32, 64, 128 or 256 wide, beyond D with zeros. Backward has one kernel for dQ and
-// one for dK and dV, each of which computes the probabilities again: so each sum has one owner, and a fixed order.
+// leave the registers. A head is W = 16, 32, 64, 128 or 256 wide, beyond D with zeros. Backward has one kernel for dQ
+// and one for dK and dV, each of which computes the probabilities again: so each sum has one owner, and a fixed order.
 //
 // Scores are powers of 2 all along: exp(s/sqrt(D)) = 2^(s*scale), scale = log2(e)/sqrt(D).
 
@@ -556,18 +556,18 @@ __device__ float power_of_2(float x) {
 // How much a block of WARPS warps holds. Registers bound the 16*MT rows of a warp, shared memory the rows at a time.
 template <int W> struct Attention {
     static const int BYTES = W * (int)sizeof(floatX), LD = W + 8, WARPS = BYTES <= 512 ? 4 : 2;
-    static const int MT = BYTES <= 256 ? 2 : 1, QUERIES_HELD = 16 * MT * WARPS; // forward and dQ
-    static const int KEYS = BYTES <= 512 ? 64 : 32;                             // forward, at a time
+    static const int MT = BYTES <= 256 ? 2 : 1, QUERIES_HELD = 16 * MT * WARPS;      // forward and dQ
+    static const int KEYS = BYTES <= 512 ? 64 : 32;                                  // forward, at a time
     static const int KEY_MT = BYTES <= 128 ? 2 : 1, KEYS_HELD = 16 * KEY_MT * WARPS; // dK and dV
-    static const int PART = W <= 128 ? W : 128; // of whose columns a block makes as many
+    static const int PART = W <= 128 ? W : 128;     // of whose columns a block makes as many
     static const int STEP = BYTES <= 512 ? 32 : 16; // keys or queries at a time in backward
     static const int FORWARD_BYTES = (QUERIES_HELD + 2 * KEYS) * LD * (int)sizeof(floatX);
     static const int QUERY_BYTES = (2 * QUERIES_HELD + 4 * STEP) * LD * (int)sizeof(floatX);
     static const int KEY_BYTES = (2 * KEYS_HELD + 4 * STEP) * LD * (int)sizeof(floatX) + 4 * STEP * (int)sizeof(float);
 };
 
-// tile (ROWS,W), rows W + 8 apart, = the first `rows` rows of x (.,D), which are ld apart; the rest is 0. Where `whole`,
-// x and ld are multiples of 16 bytes and nothing is waited for. Closes the batch of copies.
+// tile (ROWS,W), rows W + 8 apart, = the first `rows` rows of x (.,D), which are ld apart; the rest is 0. Where
+// `whole`, x and ld are multiples of 16 bytes and nothing is waited for. Closes the batch of copies.
 template <int W, int ROWS>
 __device__ void load_tile(floatX *tile, const floatX *x, size_t ld, int rows, int D, int whole) {
     const unsigned n = 16 / sizeof(floatX), threads = 32 * Attention<W>::WARPS, copies = W / n; // of a row
@@ -586,8 +586,8 @@ __device__ void load_tile(floatX *tile, const floatX *x, size_t ld, int rows, in
     copy_commit();
 }
 
-// acc (16*MT,8*NT) += a (16*MT,8*NK) b (8*NK,8*NT): a is in the registers as another product's acc, number (k,n) of b at
-// b[k*ldb + n] in shared memory.
+// acc (16*MT,8*NT) += a (16*MT,8*NK) b (8*NK,8*NT): a is in the registers as another product's acc, number (k,n) of b
+// at b[k*ldb + n] in shared memory.
 template <int MT, int NT, int NK>
 __device__ void register_product(float (&acc)[MT][NT][4], const float (&a)[MT][NK][4], const floatX *b, int ldb) {
     int lane = threadIdx.x % 32;
@@ -631,8 +631,8 @@ __device__ void register_product(float (&acc)[MT][NT][4], const float (&a)[MT][N
 #endif
 }
 
-// Scores of keys that come after the query become -1e30, so that their power of 2 is 0. ahead: how far the first column of s
-// is ahead of the first row; sign 1: columns are keys, -1: rows are.
+// Scores of keys that come after the query become -1e30, so that their power of 2 is 0. ahead: how far the first column
+// of s is ahead of the first row; sign 1: columns are keys, -1: rows are.
 template <int MT, int NT> __device__ void hide_future(float (&s)[MT][NT][4], int ahead, int sign) {
     int lane = threadIdx.x % 32, shift = sign * (ahead + lane % 4 * 2 - lane / 4);
 #pragma unroll
@@ -777,7 +777,8 @@ __global__ void attention_query_kernel(floatX *dqkv, const floatX *dout, const f
         of_delta[i / 2][i % 2] = row < T ? delta[((size_t)b * H + h) * T + row] : 0;
     }
     load_tile<W, A::QUERIES_HELD>(queries, qkv + base + first * ld + (size_t)h * D, ld, T - first, D, whole);
-    load_tile<W, A::QUERIES_HELD>(douts, dout + ((size_t)b * T + first) * width + (size_t)h * D, width, T - first, D, whole);
+    load_tile<W, A::QUERIES_HELD>(douts, dout + ((size_t)b * T + first) * width + (size_t)h * D, width, T - first, D,
+                                  whole);
     load_tile<W, STEP>(steps, k, ld, T, D, whole);
     load_tile<W, STEP>(steps + STEP * LD, v, ld, T, D, whole);
     for (int key = 0; key < last; key += STEP, turn ^= 1) {
@@ -880,21 +881,24 @@ template <int W>
 void attention_forward_of(floatX *out, float *lse, const floatX *qkv, int B, int T, int H, int KV, int D, int whole) {
     typedef Attention<W> A;
     dim3 grid(B * H, div_up(T, A::QUERIES_HELD));
-    CHECK(cudaFuncSetAttribute(attention_forward_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, A::FORWARD_BYTES));
+    CHECK(cudaFuncSetAttribute(attention_forward_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               A::FORWARD_BYTES));
     attention_forward_kernel<W><<<grid, 32 * A::WARPS, A::FORWARD_BYTES, stream>>>(out, lse, qkv, T, H, KV, D, whole);
     CHECK(cudaGetLastError());
 }
 
 template <int W>
-void attention_backward_of(floatX *dqkv, const floatX *dout, const float *lse, const float *delta, const floatX *qkv, int B,
-                           int T, int H, int KV, int D, int whole) {
+void attention_backward_of(floatX *dqkv, const floatX *dout, const float *lse, const float *delta, const floatX *qkv,
+                           int B, int T, int H, int KV, int D, int whole) {
     typedef Attention<W> A;
     dim3 queries(B * H, div_up(T, A::QUERIES_HELD)), keys(B * KV, div_up(T, A::KEYS_HELD), div_up(D, A::PART));
     CHECK(cudaFuncSetAttribute(attention_query_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, A::QUERY_BYTES));
     CHECK(cudaFuncSetAttribute(attention_key_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, A::KEY_BYTES));
-    attention_query_kernel<W><<<queries, 32 * A::WARPS, A::QUERY_BYTES, stream>>>(dqkv, dout, lse, delta, qkv, T, H, KV, D, whole);
+    attention_query_kernel<W><<<queries, 32 * A::WARPS, A::QUERY_BYTES, stream>>>(dqkv, dout, lse, delta, qkv, T, H, KV,
+                                                                                  D, whole);
     CHECK(cudaGetLastError());
-    attention_key_kernel<W><<<keys, 32 * A::WARPS, A::KEY_BYTES, stream>>>(dqkv, dout, lse, delta, qkv, T, H, KV, D, whole);
+    attention_key_kernel<W><<<keys, 32 * A::WARPS, A::KEY_BYTES, stream>>>(dqkv, dout, lse, delta, qkv, T, H, KV, D,
+                                                                              whole);
     CHECK(cudaGetLastError());
 }
 
@@ -946,8 +950,8 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, con
 // A block is one query head. Each warp takes positions some at a time, with a highest score, a sum and an answer of its
 // own, which are put together at the end.
 #define ONE_WARPS 16
-__global__ void attention_of_one_kernel(floatX *out, floatX *cache, const floatX *qkv, int slot, int seen, int H, int KV,
-                                        int D) {
+__global__ void attention_of_one_kernel(floatX *out, floatX *cache, const floatX *qkv, int slot, int seen, int H,
+                                        int KV, int D) {
     const int AT_ONCE = 4, COLUMNS = 256 / 32;
     __shared__ float highest[ONE_WARPS];
     __shared__ float total[ONE_WARPS];
@@ -1022,7 +1026,8 @@ void attention_of_one(floatX *out, floatX *cache, const floatX *qkv, int positio
 
 // ---- embedding
 
-template <int n> __global__ void embedding_forward_kernel(float *x, const float *embedding, const int *tokens, size_t size, int C) {
+template <int n>
+__global__ void embedding_forward_kernel(float *x, const float *embedding, const int *tokens, size_t size, int C) {
     size_t i = n * ((size_t)blockIdx.x * THREADS + threadIdx.x);
     float a[n];
     if (i < size) {
@@ -1051,8 +1056,8 @@ __global__ void embedding_backward_kernel(float *dembedding, const float *dx, co
 
 // dembedding (V,C) += . The host has sorted the tokens: order (N) lists them by word, words (count) are the words that
 // occur, offset (count+1) says where each begins in order.
-void embedding_backward(float *dembedding, const float *dx, const int *order, const int *words, const int *offset, int count,
-                        int C) {
+void embedding_backward(float *dembedding, const float *dx, const int *order, const int *words, const int *offset,
+                        int count, int C) {
     dim3 by_four(count, div_up(C, 4 * 32)), by_one(count, div_up(C, 32));
     if (count == 0)
         return;
@@ -1068,7 +1073,8 @@ void embedding_backward(float *dembedding, const float *dx, const int *order, co
 
 // A block has a row. First pass: each thread keeps the highest of its logits and the sum of exp(logit - highest).
 template <int n>
-__global__ void cross_entropy_kernel(float *nll, floatX *dlogits, const float *logits, const int *targets, int V, float scale) {
+__global__ void cross_entropy_kernel(float *nll, floatX *dlogits, const float *logits, const int *targets, int V,
+                                     float scale) {
     __shared__ float highest[32];
     const float *row = logits + (size_t)blockIdx.x * V;
     int target = targets[blockIdx.x], warps = blockDim.x / 32, lane = threadIdx.x % 32;
@@ -1099,8 +1105,8 @@ __global__ void cross_entropy_kernel(float *nll, floatX *dlogits, const float *l
     }
 }
 
-// The second half of head_loss: nll (rows), in nats, of logits (rows,V) against targets, and, unless NULL, dlogits (rows,V)
-// = scale * (p - onehot), the gradient of scale * sum(nll). In float dlogits may be logits.
+// The second half of head_loss: nll (rows), in nats, of logits (rows,V) against targets, and, unless NULL, dlogits
+// (rows,V) = scale * (p - onehot), the gradient of scale * sum(nll). In float dlogits may be logits.
 void cross_entropy(float *nll, floatX *dlogits, const float *logits, const int *targets, int rows, int V, float scale) {
     if (rows == 0)
         return;
@@ -1163,7 +1169,8 @@ void gradient_norm(double *norm, const float *g, size_t size, double *part) {
 
 template <int n>
 __global__ void adamw_kernel(float *w, floatX *low, float *g, float *m1, float *m2, size_t size, const double *norm,
-                             double clip, float rate, float keep, float b1, float b2, float fix1, float fix2, float eps) {
+                             double clip, float rate, float keep, float b1, float b2, float fix1, float fix2,
+                             float eps) {
     size_t i = n * ((size_t)blockIdx.x * THREADS + threadIdx.x);
     float a[n], grad[n], first[n], second[n], zero[n] = {0};
     if (i >= size || !isfinite(*norm))
@@ -1187,21 +1194,22 @@ __global__ void adamw_kernel(float *w, floatX *low, float *g, float *m1, float *
         store_pack(low + i, a);
 }
 
-// AdamW of one tensor in model_update: keep is 1 - lr * decay, rate lr, fix1 and fix2 are 1 / (1 - b^step). The gradients
-// are scaled down where *norm is above clip, unless clip is 0, and cleared. low (size), unless NULL or w itself, = w
-// rounded. Nothing happens where *norm is not finite.
-void adamw(float *w, floatX *low, float *g, float *m1, float *m2, size_t size, const double *norm, double clip, float rate,
-           float keep, float b1, float b2, float fix1, float fix2, float eps) {
+// AdamW of one tensor in model_update: keep is 1 - lr * decay, rate lr, fix1 and fix2 are 1 / (1 - b^step). The
+// gradients are scaled down where *norm is above clip, unless clip is 0, and cleared. low (size), unless NULL or w
+// itself, = w rounded. Nothing happens where *norm is not finite.
+void adamw(float *w, floatX *low, float *g, float *m1, float *m2, size_t size, const double *norm, double clip,
+           float rate, float keep, float b1, float b2, float fix1, float fix2, float eps) {
     size_t packed = whole<4>(w, low, g, m1, m2) ? size / 4 * 4 : 0, rest = size - packed;
     low = (void *)low == (void *)w ? NULL : low;
     if (packed) {
-        adamw_kernel<4><<<blocks(packed, 4 * THREADS), THREADS, 0, stream>>>(w, low, g, m1, m2, packed, norm, clip, rate, keep,
-                                                                           b1, b2, fix1, fix2, eps);
+        adamw_kernel<4><<<blocks(packed, 4 * THREADS), THREADS, 0, stream>>>(w, low, g, m1, m2, packed, norm, clip,
+                                                                             rate, keep, b1, b2, fix1, fix2, eps);
         CHECK(cudaGetLastError());
     }
     if (rest) {
-        adamw_kernel<1><<<blocks(rest), THREADS, 0, stream>>>(w + packed, low ? low + packed : NULL, g + packed, m1 + packed,
-                                                            m2 + packed, rest, norm, clip, rate, keep, b1, b2, fix1, fix2, eps);
+        adamw_kernel<1><<<blocks(rest), THREADS, 0, stream>>>(w + packed, low ? low + packed : NULL, g + packed,
+                                                              m1 + packed, m2 + packed, rest, norm, clip, rate, keep,
+                                                              b1, b2, fix1, fix2, eps);
         CHECK(cudaGetLastError());
     }
 }
@@ -1677,8 +1685,14 @@ void *own_host(Model *m, size_t count, size_t size);
 
 // ---- sums in a fixed order, and warps that own a row
 
+const int AHEAD = 8; // where few threads read much, each asks for so many numbers before it waits for them
+
 int row_blocks(size_t rows) { // blocks of THREADS for rows that take a warp each
     return blocks(rows, THREADS / 32);
+}
+
+int threads_for(size_t n) { // of a block that has n to do, whole warps, 1024 at most
+    return n < 1024 ? (int)(n + 31) / 32 * 32 : 1024;
 }
 
 __device__ int row_of_warp() {
@@ -1689,14 +1703,20 @@ __device__ size_t thread_of_grid() {
     return (size_t)blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-// *to += scale * the sum of value(i), i < n; by one block
-template <class Value> __global__ void sum_kernel(double *to, Value value, size_t n, double scale) {
+// *to += scale * the sum of value(i), i < n
+template <class Value>
+__global__ void __launch_bounds__(1024) sum_kernel(double *to, Value value, size_t n, double scale) {
     double sum = 0;
     for (size_t i = threadIdx.x; i < n; i += blockDim.x)
         sum += value(i);
     sum = block_sum(sum);
     if (threadIdx.x == 0)
         *to += scale * sum;
+}
+
+template <class Value> void add_sum(double *to, Value value, size_t n, double scale) {
+    sum_kernel<Value><<<1, 1024, 0, stream>>>(to, value, n, scale);
+    CHECK(cudaGetLastError());
 }
 
 // part (groups * chunks, columns): sums of value(row, column) over CHUNK rows of a group of `rows` rows
@@ -1734,7 +1754,8 @@ void column_sums(T *to, Value value, int groups, int rows, int columns, int accu
     size_t size = (size_t)groups * chunks * columns;
     column_sums_kernel<Value><<<blocks(size), THREADS, 0, stream>>>(part, value, size, chunks, rows, columns);
     CHECK(cudaGetLastError());
-    column_totals_kernel<T><<<row_blocks((size_t)groups * columns), THREADS, 0, stream>>>(to, part, groups * columns, chunks, columns, accumulate);
+    column_totals_kernel<T><<<row_blocks((size_t)groups * columns), THREADS, 0, stream>>>(to, part, groups * columns,
+                                                                                          chunks, columns, accumulate);
     CHECK(cudaGetLastError());
 }
 
@@ -1815,7 +1836,8 @@ __device__ int warp_scan(int x) { // the sum over the lanes up to this one
 
 // ---- scores
 
-__global__ void apply_jitter_kernel(float *to, const float *from, size_t size, double jitter, uint64_t stream, uint64_t first) {
+__global__ void apply_jitter_kernel(float *to, const float *from, size_t size, double jitter, uint64_t stream,
+                                    uint64_t first) {
     size_t i = thread_of_grid();
     if (i < size)
         to[i] = from[i] * (float)(1 + jitter * (2 * random_uniform(stream, first + i) - 1));
@@ -1826,7 +1848,8 @@ void apply_jitter(float *to, const float *from, size_t size, double jitter, uint
     CHECK(cudaGetLastError());
 }
 
-__global__ void noise_forward_kernel(float *noisy, const float *logits, int N, int W, int train, uint64_t stream, uint64_t first) {
+__global__ void noise_forward_kernel(float *noisy, const float *logits, int N, int W, int train, uint64_t stream,
+                                     uint64_t first) {
     size_t at = thread_of_grid(), i = at + at / W * W;
     if (at >= (size_t)N * W)
         return;
@@ -1839,8 +1862,8 @@ void noise_forward(float *noisy, const float *logits, int N, int W, int train, u
     CHECK(cudaGetLastError());
 }
 
-__global__ void noise_backward_kernel(float *dlogits, const float *dnoisy, const float *logits, int N, int W, int train, uint64_t stream,
-                                      uint64_t first) {
+__global__ void noise_backward_kernel(float *dlogits, const float *dnoisy, const float *logits, int N, int W, int train,
+                                      uint64_t stream, uint64_t first) {
     size_t at = thread_of_grid(), i = at + at / W * W;
     if (at >= (size_t)N * W)
         return;
@@ -1849,8 +1872,10 @@ __global__ void noise_backward_kernel(float *dlogits, const float *dnoisy, const
     dlogits[i + W] += (float)(d * draw * noise_slope(logits[i + W]));
 }
 
-void noise_backward(float *dlogits, const float *dnoisy, const float *logits, int N, int W, int train, uint64_t random, uint64_t first) {
-    noise_backward_kernel<<<blocks((size_t)N * W), THREADS, 0, stream>>>(dlogits, dnoisy, logits, N, W, train, random, first);
+void noise_backward(float *dlogits, const float *dnoisy, const float *logits, int N, int W, int train, uint64_t random,
+                    uint64_t first) {
+    noise_backward_kernel<<<blocks((size_t)N * W), THREADS, 0, stream>>>(dlogits, dnoisy, logits, N, W, train, random,
+                                                                         first);
     CHECK(cudaGetLastError());
 }
 
@@ -1900,13 +1925,14 @@ __global__ void scores_backward_kernel(float *dlogits, const float *dp, Gate g, 
 }
 
 void scores_backward(float *dlogits, const float *dp, const Gate *g, int N, int W, int score, double z) {
-    scores_backward_kernel<<<row_blocks((size_t)N * g->per), THREADS, 0, stream>>>(dlogits, dp, *g, N * g->per, W, score, z);
+    scores_backward_kernel<<<row_blocks((size_t)N * g->per), THREADS, 0, stream>>>(dlogits, dp, *g, N * g->per, W,
+                                                                                   score, z);
     CHECK(cudaGetLastError());
 }
 
 // a, b (N,3R): the two products
-__global__ void gru_forward_kernel(float *next, float *keep, const float *a, const float *b, const float *h, const float *b_x,
-                                   const float *b_h, int N, int R) {
+__global__ void gru_forward_kernel(float *next, float *keep, const float *a, const float *b, const float *h,
+                                   const float *b_x, const float *b_h, int N, int R) {
     size_t i = thread_of_grid();
     if (i >= (size_t)N * R)
         return;
@@ -1923,8 +1949,8 @@ __global__ void gru_forward_kernel(float *next, float *keep, const float *a, con
     kn[K + R] = (float)hidden;
 }
 
-void gru_forward(float *next, float *keep, const float *x, const float *h, const float *W_x, const float *W_h, const float *b_x,
-                 const float *b_h, int N, int R, float *room) {
+void gru_forward(float *next, float *keep, const float *x, const float *h, const float *W_x, const float *W_h,
+                 const float *b_x, const float *b_h, int N, int R, float *room) {
     float *a = room, *b = room + (size_t)N * 3 * R;
     gpu::product(a, along_rows(x, R), along_rows(W_x, R), N, 3 * R, R, 0);
     if (h)
@@ -1934,7 +1960,8 @@ void gru_forward(float *next, float *keep, const float *x, const float *h, const
 }
 
 // da, db (N,3R): the gradients by the two products
-__global__ void gru_backward_kernel(float *da, float *db, float *dh, const float *dnext, const float *keep, const float *h, int N, int R) {
+__global__ void gru_backward_kernel(float *da, float *db, float *dh, const float *dnext, const float *keep,
+                                    const float *h, int N, int R) {
     size_t i = thread_of_grid();
     if (i >= (size_t)N * R)
         return;
@@ -1952,8 +1979,9 @@ __global__ void gru_backward_kernel(float *da, float *db, float *dh, const float
 }
 
 // part: room for column_sums() of (N,3R)
-void gru_backward(float *dx, float *dh, float *dW_x, float *dW_h, float *db_x, float *db_h, const float *dnext, const float *keep,
-                  const float *x, const float *h, const float *W_x, const float *W_h, int N, int R, float *room, double *part) {
+void gru_backward(float *dx, float *dh, float *dW_x, float *dW_h, float *db_x, float *db_h, const float *dnext,
+                  const float *keep, const float *x, const float *h, const float *W_x, const float *W_h, int N, int R,
+                  float *room, double *part) {
     float *da = room, *db = room + (size_t)N * 3 * R;
     gru_backward_kernel<<<blocks((size_t)N * R), THREADS, 0, stream>>>(da, db, dh, dnext, keep, h, N, R);
     CHECK(cudaGetLastError());
@@ -2035,14 +2063,16 @@ void mask_groups(float *score, int N, int E, int D, int M, int by) {
     CHECK(cudaGetLastError());
 }
 
-__global__ void select_above_kernel(int *expert, const float *p, int N, int E, int K, const float *level, double all, int keep_best) {
+__global__ void select_above_kernel(int *expert, const float *p, int N, int E, int K, const float *level, double all,
+                                    int keep_best) {
     int row = row_of_warp(), lane = threadIdx.x % 32, kept = 0;
     if (row >= N)
         return;
     int *chosen = expert + (size_t)row * K;
     for (int first = 0; first < K; first += 32) {
         int k = first + lane, e = k < K ? chosen[k] : 0;
-        int stays = k < K && ((keep_best && k == 0) || (double)p[(size_t)row * E + e] > (level ? (double)level[e] : all));
+        int stays =
+            k < K && ((keep_best && k == 0) || (double)p[(size_t)row * E + e] > (level ? (double)level[e] : all));
         unsigned who = __ballot_sync(ALL_LANES, stays);
         if (stays)
             chosen[kept + __popc(who & ((1u << lane) - 1))] = e;
@@ -2063,9 +2093,10 @@ void select_above(int *expert, const float *p, int N, int E, int K, const float 
 // highest: of the candidates that agree with it so far, those with each value of the next 8 bits are counted.
 // Candidates say how many a group has for so many units, which rank candidate i has and for which of the units (-1: for
 // none of them), and are told what became of it, and of the lowest order that a unit took.
-const int TAKE_UNITS = 16, TAKE_THREADS = 1024;
+const int TAKE_UNITS = 16;
 
-template <class Candidates> __global__ void take_best_kernel(Candidates candidates, int units, int each, int take) {
+template <class Candidates>
+__global__ void __launch_bounds__(1024) take_best_kernel(Candidates candidates, int units, int each, int take) {
     __shared__ int bins[TAKE_UNITS][256];
     __shared__ Rank least[TAKE_UNITS];
     __shared__ int left[TAKE_UNITS]; // to take of those that agree with least; -1: all of them, the search is over
@@ -2074,7 +2105,7 @@ template <class Candidates> __global__ void take_best_kernel(Candidates candidat
     int parts = div_up(units, each), group = blockIdx.x / parts, first = blockIdx.x % parts * each;
     int mine = min_int(each, units - first), unit = threadIdx.x / 32, lane = threadIdx.x % 32;
     size_t size = candidates.size(mine);
-    if (threadIdx.x < TAKE_UNITS) {
+    if ((int)threadIdx.x < mine) {
         least[threadIdx.x] = 0;
         left[threadIdx.x] = take;
         lowest[threadIdx.x] = 0xffffffffu;
@@ -2085,11 +2116,19 @@ template <class Candidates> __global__ void take_best_kernel(Candidates candidat
         if (threadIdx.x == 0)
             searching = 0;
         __syncthreads();
-        for (size_t i = threadIdx.x; i < size; i += blockDim.x) {
-            int u;
-            Rank rank = candidates.rank(i, group, first, mine, &u);
-            if (u >= 0 && left[u] >= 0 && (shift == 56 || (rank ^ least[u]) >> (shift + 8) == 0))
-                atomicAdd(&bins[u][rank >> shift & 255], 1);
+        for (size_t i = threadIdx.x; i < size; i += AHEAD * blockDim.x) {
+            Rank rank[AHEAD];
+            int of[AHEAD];
+            for (int j = 0; j < AHEAD; j++) {
+                size_t at = i + j * blockDim.x;
+                rank[j] = at < size ? candidates.rank(at, group, first, mine, &of[j]) : 0;
+                of[j] = at < size ? of[j] : -1;
+            }
+            for (int j = 0; j < AHEAD; j++) {
+                int u = of[j];
+                if (u >= 0 && left[u] >= 0 && (shift == 56 || (rank[j] ^ least[u]) >> (shift + 8) == 0))
+                    atomicAdd(&bins[u][rank[j] >> shift & 255], 1);
+            }
         }
         __syncthreads();
         int want = unit < mine ? left[unit] : -1;
@@ -2134,7 +2173,8 @@ template <class Candidates> __global__ void take_best_kernel(Candidates candidat
 
 template <class Candidates> void take_best(Candidates candidates, int groups, int units, int take) {
     int each = min_int(TAKE_UNITS, max_int(1, (int)((size_t)groups * units / 512)));
-    take_best_kernel<Candidates><<<groups * div_up(units, each), TAKE_THREADS, 0, stream>>>(candidates, units, each, take);
+    int grid = groups * div_up(units, each), threads = max_int(32 * each, threads_for(candidates.size(each)));
+    take_best_kernel<Candidates><<<grid, threads, 0, stream>>>(candidates, units, each, take);
     CHECK(cudaGetLastError());
 }
 
@@ -2145,7 +2185,7 @@ struct ExpertsChoice {
     const float *p;
     int n, E;
 
-    __device__ size_t size(int mine) const {
+    BOTH size_t size(int mine) const {
         return (size_t)n * mine;
     }
     __device__ size_t at(size_t i, int group, int first, int mine) const {
@@ -2190,8 +2230,8 @@ __global__ void add_lowest_kernel(double *lowest, const float *of_group, int E, 
 }
 
 // For `groups` groups of n tokens. Scratch: taken (groups*n, E), of_group (groups, E)
-void select_by_experts(int *expert, double *lowest, const float *p, int n, int E, int take, int groups, unsigned char *taken,
-                       float *of_group) {
+void select_by_experts(int *expert, double *lowest, const float *p, int n, int E, int take, int groups,
+                       unsigned char *taken, float *of_group) {
     ExpertsChoice candidates = {taken, of_group, p, n, E};
     gpu::take_best(candidates, groups, E, take);
     taken_experts_kernel<<<row_blocks((size_t)groups * n), THREADS, 0, stream>>>(expert, p, taken, groups * n, E);
@@ -2209,9 +2249,10 @@ __device__ double loss_of(Rank order) {
     return __longlong_as_double((long long)(order >> 63 ? order & ~((Rank)1 << 63) : ~order));
 }
 
-// One block a group of tokens. As in C, only that all of a step happens at once where the order makes no difference: the
-// costs, and what experts b gain by one expert a, one a after the other.
-__global__ void select_balanced_kernel(int *expert, const float *score, int n, int E, int groups, Balancer room) {
+// One block a group of tokens. As in C, only that all of a step happens at once where the order makes no difference:
+// the costs, and what experts b gain by one expert a, one a after the other.
+__global__ void __launch_bounds__(1024)
+    select_balanced_kernel(int *expert, const float *score, int n, int E, int groups, Balancer room) {
     __shared__ double far[MOST_EXPERTS];
     __shared__ unsigned short from[MOST_EXPERTS]; // NOWHERE: a chain begins here
     __shared__ unsigned char stale[MOST_EXPERTS];
@@ -2338,13 +2379,15 @@ int balancers(int E, int groups) {
 // For `groups` groups of n tokens.
 void select_balanced(int *expert, const float *score, int n, int E, int groups, Balancer room) {
     gpu::select_topk(expert, score, groups * n, E, 1);
-    select_balanced_kernel<<<balancers(E, groups), 1024, 0, stream>>>(expert, score, n, E, groups, room);
+    select_balanced_kernel<<<balancers(E, groups), threads_for((size_t)n * E), 0, stream>>>(expert, score, n, E, groups,
+                                                                                            room);
     CHECK(cudaGetLastError());
 }
 
 // ---- gate
 
-__global__ void gate_forward_kernel(float *weight, const float *p, const int *expert, int N, int E, int K, int gate, double scale) {
+__global__ void gate_forward_kernel(float *weight, const float *p, const int *expert, int N, int E, int K, int gate,
+                                    double scale) {
     int row = row_of_warp(), lane = threadIdx.x % 32;
     if (row >= N)
         return;
@@ -2366,8 +2409,8 @@ void gate_forward(float *weight, const float *p, const int *expert, int N, int E
     CHECK(cudaGetLastError());
 }
 
-__global__ void gate_backward_kernel(float *dp, const float *dweight, const float *weight, const float *p, const int *expert, int N, int E,
-                                     int K, int gate, double scale) {
+__global__ void gate_backward_kernel(float *dp, const float *dweight, const float *weight, const float *p,
+                                     const int *expert, int N, int E, int K, int gate, double scale) {
     int row = row_of_warp(), lane = threadIdx.x % 32;
     if (row >= N)
         return;
@@ -2387,8 +2430,8 @@ __global__ void gate_backward_kernel(float *dp, const float *dweight, const floa
     }
 }
 
-void gate_backward(float *dp, const float *dweight, const float *weight, const float *p, const int *expert, int N, int E, int K, int gate,
-                   double scale) {
+void gate_backward(float *dp, const float *dweight, const float *weight, const float *p, const int *expert, int N,
+                   int E, int K, int gate, double scale) {
     gate_backward_kernel<<<row_blocks(N), THREADS, 0, stream>>>(dp, dweight, weight, p, expert, N, E, K, gate, scale);
     CHECK(cudaGetLastError());
 }
@@ -2409,7 +2452,8 @@ void join_gates_forward(int *expert, float *weight, const Gate *groups, const Ga
     CHECK(cudaGetLastError());
 }
 
-__global__ void join_gates_backward_kernel(float *dgroups, float *dinner, const float *dweight, Gate groups, Gate inner, size_t size) {
+__global__ void join_gates_backward_kernel(float *dgroups, float *dinner, const float *dweight, Gate groups, Gate inner,
+                                           size_t size) {
     int M = groups.K, each = inner.K, D = inner.per;
     size_t m = thread_of_grid();
     if (m >= size)
@@ -2423,7 +2467,8 @@ __global__ void join_gates_backward_kernel(float *dgroups, float *dinner, const 
     dgroups[m] = sum;
 }
 
-void join_gates_backward(float *dgroups, float *dinner, const float *dweight, const Gate *groups, const Gate *inner, int N) {
+void join_gates_backward(float *dgroups, float *dinner, const float *dweight, const Gate *groups, const Gate *inner,
+                         int N) {
     size_t size = (size_t)N * groups->K;
     CHECK(cudaMemsetAsync(dinner, 0, (size_t)N * inner->per * inner->K * sizeof(float), stream));
     join_gates_backward_kernel<<<blocks(size), THREADS, 0, stream>>>(dgroups, dinner, dweight, *groups, *inner, size);
@@ -2432,13 +2477,15 @@ void join_gates_backward(float *dgroups, float *dinner, const float *dweight, co
 
 // ---- plan
 
-__global__ void decline_second_kernel(int *key, const float *weight, int N, double threshold, double scale, uint64_t stream, uint64_t first) {
+__global__ void decline_second_kernel(int *key, const float *weight, int N, double threshold, double scale,
+                                      uint64_t stream, uint64_t first) {
     size_t n = thread_of_grid();
     if (n < (size_t)N && random_uniform(stream, first + n) * threshold * scale >= (double)weight[2 * n + 1])
         key[2 * n + 1] = -1;
 }
 
-void decline_second(int *key, const float *weight, int N, double threshold, double scale, uint64_t random, uint64_t first) {
+void decline_second(int *key, const float *weight, int N, double threshold, double scale, uint64_t random,
+                    uint64_t first) {
     decline_second_kernel<<<blocks(N), THREADS, 0, stream>>>(key, weight, N, threshold, scale, random, first);
     CHECK(cudaGetLastError());
 }
@@ -2449,15 +2496,15 @@ __device__ int served(int i, int n, int K, int order) {
 }
 
 // The choices as candidates of the units that have a capacity. Served one after the other, a unit's choice is refused
-// if so many came before it, and an exempt one never; whether exempt ones come before or not, all up to the capacity are
-// taken. So the first `capacity` are, or those with the highest weights, and the exempt ones.
+// if so many came before it, and an exempt one never; whether exempt ones come before or not, all up to the capacity
+// are taken. So the first `capacity` are, or those with the highest weights, and the exempt ones.
 struct UnitsChoice {
     int *key; // put() writes what other blocks read; a choice that they do not own stays one
     const float *weight;
     const unsigned char *exempt;
     int n, E, K, units, order;
 
-    __device__ size_t size(int) const {
+    BOTH size_t size(int) const {
         return (size_t)n * K;
     }
     __device__ size_t at(size_t i, int group) const {
@@ -2478,7 +2525,8 @@ struct UnitsChoice {
 };
 
 // One warp a group of tokens, which goes through its choices one after the other, its lanes over the experts.
-__global__ void overflow_kernel(Plan plan, int n, int capacity, int order, const unsigned char *exempt, const float *p) {
+__global__ void overflow_kernel(Plan plan, int n, int capacity, int order, const unsigned char *exempt,
+                                const float *p) {
     extern __shared__ float4 dynamic[];
     int *taken = (int *)dynamic, E = plan.E, K = plan.K, choices = n * K, lane = threadIdx.x;
     size_t first = (size_t)blockIdx.x * choices;
@@ -2486,7 +2534,8 @@ __global__ void overflow_kernel(Plan plan, int n, int capacity, int order, const
         taken[e] = 0;
     __syncwarp();
     for (int base = 0; base < choices; base += 32) {
-        int i = base + lane, place = i < choices ? served(i, n, K, order) : 0, key = i < choices ? plan.key[first + place] : -1;
+        int i = base + lane, place = i < choices ? served(i, n, K, order) : 0,
+            key = i < choices ? plan.key[first + place] : -1;
         for (int j = 0; j < min_int(32, choices - base); j++) {
             size_t choice = first + __shfl_sync(ALL_LANES, place, j), token = choice / K;
             int e = __shfl_sync(ALL_LANES, key, j);
@@ -2494,6 +2543,7 @@ __global__ void overflow_kernel(Plan plan, int n, int capacity, int order, const
                 continue;
             int refused = taken[e] >= capacity && !(exempt && exempt[token]);
             Rank best = 0;
+            __syncwarp();
             for (int other = lane; refused && other < E; other += 32) {
                 int is_chosen = 0;
                 for (int k = 0; k < K; k++)
@@ -2501,7 +2551,7 @@ __global__ void overflow_kernel(Plan plan, int n, int capacity, int order, const
                 Rank rank = is_chosen || taken[other] >= capacity ? 0 : rank_of(order_of(p[token * E + other]), other);
                 best = rank > best ? rank : best;
             }
-            best = warp_best(best);
+            best = refused ? warp_best(best) : 0;
             if (lane == 0 && refused) {
                 plan.key[choice] = best ? index_of(best) : -1;
                 plan.expert[choice] = best ? index_of(best) : e;
@@ -2513,9 +2563,9 @@ __global__ void overflow_kernel(Plan plan, int n, int capacity, int order, const
     }
 }
 
-// The refused are not counted here: see count_dropped().
-void plan_capacity(Plan *plan, int group_tokens, double factor, int units, int order, const float *weight, const unsigned char *exempt,
-                   const float *p) {
+// The refused are not counted here, but after the sort: see router_forward().
+void plan_capacity(Plan *plan, int group_tokens, double factor, int units, int order, const float *weight,
+                   const unsigned char *exempt, const float *p) {
     int choices = group_tokens * plan->K, groups = plan->N / group_tokens;
     int capacity = (int)fmin(ceil(factor * plan->K * group_tokens / units - 1e-9), (double)choices);
     if (factor <= 0)
@@ -2540,9 +2590,14 @@ __global__ void sort_count_kernel(int *count, const int *key, size_t choices, in
         mine[e] = 0;
     __syncwarp();
     size_t first = (size_t)blockIdx.x * SORT_CHUNK;
-    for (size_t i = first + lane; i < choices && i < first + SORT_CHUNK; i += 32) {
-        if (key[i] >= 0)
-            atomicAdd(&mine[key[i]], 1);
+    for (size_t i = first + lane; i < choices && i < first + SORT_CHUNK; i += AHEAD * 32) {
+        int e[AHEAD];
+        for (int j = 0; j < AHEAD; j++)
+            e[j] = i + j * 32 < choices ? key[i + j * 32] : -1;
+        for (int j = 0; j < AHEAD; j++) {
+            if (e[j] >= 0)
+                atomicAdd(&mine[e[j]], 1);
+        }
     }
     __syncwarp();
     for (int e = lane; e < E; e += 32)
@@ -2582,21 +2637,25 @@ __global__ void sort_place_kernel(Plan plan, const int *before, size_t choices) 
     for (int e = lane; e < plan.E; e += 32)
         next[e] = plan.offset[e] + before[(size_t)blockIdx.x * plan.E + e];
     __syncwarp();
-    size_t end = (size_t)(blockIdx.x + 1) * SORT_CHUNK < choices ? (size_t)(blockIdx.x + 1) * SORT_CHUNK : choices;
-    for (size_t first = (size_t)blockIdx.x * SORT_CHUNK; first < end; first += 32) {
-        size_t i = first + lane;
-        int e = i < end ? plan.key[i] : -1;
-        unsigned same = __match_any_sync(ALL_LANES, e);
-        int earlier = __popc(same & ((1u << lane) - 1)), slot = e < 0 ? -1 : next[e] + earlier;
-        __syncwarp();
-        if (e >= 0 && earlier == 0)
-            next[e] += __popc(same);
-        __syncwarp();
-        if (i < end)
-            plan.slot[i] = slot;
-        if (slot >= 0) {
-            plan.choice[slot] = (int)i;
-            plan.token[slot] = (int)(i / plan.K);
+    size_t begin = (size_t)blockIdx.x * SORT_CHUNK;
+    for (size_t first = begin + lane; first - lane < choices && first < begin + SORT_CHUNK; first += AHEAD * 32) {
+        int key[AHEAD];
+        for (int j = 0; j < AHEAD; j++)
+            key[j] = first + j * 32 < choices ? plan.key[first + j * 32] : -1;
+        for (int j = 0; j < AHEAD; j++) {
+            size_t i = first + j * 32;
+            unsigned same = __match_any_sync(ALL_LANES, key[j]);
+            int e = key[j], earlier = __popc(same & ((1u << lane) - 1)), slot = e < 0 ? -1 : next[e] + earlier;
+            __syncwarp();
+            if (e >= 0 && earlier == 0)
+                next[e] += __popc(same);
+            __syncwarp();
+            if (i < choices)
+                plan.slot[i] = slot;
+            if (slot >= 0) {
+                plan.choice[slot] = (int)i;
+                plan.token[slot] = (int)(i / plan.K);
+            }
         }
     }
 }
@@ -2605,34 +2664,48 @@ size_t sort_room(size_t choices, int E) { // ints
     return ((choices + SORT_CHUNK - 1) / SORT_CHUNK + 1) * E;
 }
 
+// How often each expert is among `choices` keys: the first E ints of room, which is of sort_room() ints. Then the rows
+// (chunks,E) of the chunks before each.
+void count_keys(int *room, const int *key, size_t choices, int E) {
+    int chunks = blocks(choices, SORT_CHUNK);
+    sort_count_kernel<<<chunks, 32, E * sizeof(int), stream>>>(room + E, key, choices, E);
+    CHECK(cudaGetLastError());
+    sort_chunks_kernel<<<row_blocks(E), THREADS, 0, stream>>>(room + E, room, chunks, E);
+    CHECK(cudaGetLastError());
+}
+
 // room: sort_room() ints. What choice and token hold behind the last slot stays as it is.
 void plan_sort(Plan *plan, int *room) {
     size_t choices = (size_t)plan->N * plan->K;
-    int chunks = blocks(choices, SORT_CHUNK), E = plan->E, *count = room + E;
-    sort_count_kernel<<<chunks, 32, E * sizeof(int), stream>>>(count, plan->key, choices, E);
-    CHECK(cudaGetLastError());
-    sort_chunks_kernel<<<row_blocks(E), THREADS, 0, stream>>>(count, room, chunks, E);
-    CHECK(cudaGetLastError());
+    int chunks = blocks(choices, SORT_CHUNK), E = plan->E;
+    gpu::count_keys(room, plan->key, choices, E);
     sort_offsets_kernel<<<1, 32, 0, stream>>>(plan->offset, room, E);
     CHECK(cudaGetLastError());
-    sort_place_kernel<<<chunks, 32, E * sizeof(int), stream>>>(*plan, count, choices);
+    sort_place_kernel<<<chunks, 32, E * sizeof(int), stream>>>(*plan, room + E, choices);
     CHECK(cudaGetLastError());
 }
 
 // ---- balance
 
 // One block for each group of tokens and each of its rows.
-__global__ void count_choices_kernel(double *count, const int *choice, int E, int K, int first, int tokens, int per) {
+__global__ void __launch_bounds__(1024)
+    count_choices_kernel(double *count, const int *choice, int E, int K, int first, int tokens, int per) {
     extern __shared__ float4 dynamic[];
     int *mine = (int *)dynamic;
     for (int e = threadIdx.x; e < E; e += blockDim.x)
         mine[e] = 0;
     __syncthreads();
-    for (size_t i = threadIdx.x; i < (size_t)tokens * first; i += blockDim.x) {
-        size_t row = ((size_t)(blockIdx.x / per) * tokens + i / first) * per + blockIdx.x % per;
-        int e = choice[row * K + i % first];
-        if (e >= 0)
-            atomicAdd(&mine[e], 1);
+    for (size_t i = threadIdx.x; i < (size_t)tokens * first; i += AHEAD * blockDim.x) {
+        int e[AHEAD];
+        for (int j = 0; j < AHEAD; j++) {
+            size_t at = i + j * blockDim.x,
+                   row = ((size_t)(blockIdx.x / per) * tokens + at / first) * per + blockIdx.x % per;
+            e[j] = at < (size_t)tokens * first ? choice[row * K + at % first] : -1;
+        }
+        for (int j = 0; j < AHEAD; j++) {
+            if (e[j] >= 0)
+                atomicAdd(&mine[e[j]], 1);
+        }
     }
     __syncthreads();
     for (int e = threadIdx.x; e < E; e += blockDim.x)
@@ -2641,7 +2714,8 @@ __global__ void count_choices_kernel(double *count, const int *choice, int E, in
 
 void count_choices(double *count, const int *choice, int rows, int E, int K, int first, int group_rows, int per) {
     int groups = rows / group_rows;
-    count_choices_kernel<<<groups * per, 1024, E * sizeof(int), stream>>>(count, choice, E, K, first, group_rows / per, per);
+    count_choices_kernel<<<groups * per, threads_for((size_t)group_rows * first), E * sizeof(int), stream>>>(
+        count, choice, E, K, first, group_rows / per, per);
     CHECK(cudaGetLastError());
 }
 
@@ -2683,7 +2757,8 @@ void add_device_balance(double *slope, const double *count, int E, int D, double
     CHECK(cudaGetLastError());
 }
 
-__global__ void add_communication_balance_kernel(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight) {
+__global__ void __launch_bounds__(1024) add_communication_balance_kernel(double *slope, const int *expert, int n, int E,
+                                                                         int K, int D, int M, double weight) {
     __shared__ int sent[MOST_GROUPS];
     expert += (size_t)blockIdx.x * n * K;
     slope += (size_t)blockIdx.x * E;
@@ -2702,8 +2777,10 @@ __global__ void add_communication_balance_kernel(double *slope, const int *exper
         slope[e] += weight * D / ((double)M * n) * sent[group_of(e, E, D)];
 }
 
-void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight, int groups) {
-    add_communication_balance_kernel<<<groups, 1024, 0, stream>>>(slope, expert, n, E, K, D, M, weight);
+void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight,
+                               int groups) {
+    add_communication_balance_kernel<<<groups, threads_for((size_t)n * K), 0, stream>>>(slope, expert, n, E, K, D, M,
+                                                                                        weight);
     CHECK(cudaGetLastError());
 }
 
@@ -2732,14 +2809,15 @@ __global__ void balance_forward_kernel(double *loss, Gate g, const double *slope
 }
 
 // *loss += . of_row (rows) is scratch.
-void balance_forward(double *loss, const Gate *g, const double *slope, int rows, int group_rows, int score, double *of_row) {
+void balance_forward(double *loss, const Gate *g, const double *slope, int rows, int group_rows, int score,
+                     double *of_row) {
     balance_forward_kernel<<<row_blocks(rows), THREADS, 0, stream>>>(of_row, *g, slope, rows, group_rows, score);
     CHECK(cudaGetLastError());
-    sum_kernel<Doubles><<<1, 1024, 0, stream>>>(loss, Doubles{of_row}, rows, 1.0 / rows);
-    CHECK(cudaGetLastError());
+    gpu::add_sum(loss, Doubles{of_row}, rows, 1.0 / rows);
 }
 
-__global__ void balance_backward_kernel(float *dp, Gate g, const double *slope, int rows, int group_rows, int score, double scale) {
+__global__ void balance_backward_kernel(float *dp, Gate g, const double *slope, int rows, int group_rows, int score,
+                                        double scale) {
     int row = row_of_warp();
     if (row >= rows)
         return;
@@ -2749,7 +2827,8 @@ __global__ void balance_backward_kernel(float *dp, Gate g, const double *slope, 
         dp[(size_t)row * g.E + e] += (float)(scale / rows * (score == SIGMOID ? (c[e] - dot / sum) / sum : c[e]));
 }
 
-void balance_backward(float *dp, const Gate *g, const double *slope, int rows, int group_rows, int score, double scale) {
+void balance_backward(float *dp, const Gate *g, const double *slope, int rows, int group_rows, int score,
+                      double scale) {
     balance_backward_kernel<<<row_blocks(rows), THREADS, 0, stream>>>(dp, *g, slope, rows, group_rows, score, scale);
     CHECK(cudaGetLastError());
 }
@@ -2828,8 +2907,9 @@ struct SmoothLoad { // by token and (row of the token, expert)
     }
 };
 
-__global__ void smooth_load_backward_kernel(float *dnoisy, float *dlogits, const double *dload, int stride, Gate g, const float *noisy,
-                                            const float *logits, int W, int rows, int group_rows, const unsigned char *live, double scale) {
+__global__ void smooth_load_backward_kernel(float *dnoisy, float *dlogits, const double *dload, int stride, Gate g,
+                                            const float *noisy, const float *logits, int W, int rows, int group_rows,
+                                            const unsigned char *live, double scale) {
     int row = row_of_warp(), lane = threadIdx.x % 32;
     if (row >= rows || (live && !live[row]))
         return;
@@ -2859,11 +2939,13 @@ __global__ void smooth_load_backward_kernel(float *dnoisy, float *dlogits, const
 
 // load (groups, per*E) = , of groups of n tokens each; or with dload, whose groups are `stride` apart, scale times the
 // slopes. Scratch: next (groups*n*per), part for column_sums() of (n, per*E)
-void smooth_load(double *load, const double *dload, int stride, float *dnoisy, float *dlogits, const Gate *g, const float *noisy,
-                 const float *logits, int W, int groups, int n, const unsigned char *live, double scale, int *next, double *part) {
+void smooth_load(double *load, const double *dload, int stride, float *dnoisy, float *dlogits, const Gate *g,
+                 const float *noisy, const float *logits, int W, int groups, int n, const unsigned char *live,
+                 double scale, int *next, double *part) {
     int rows = groups * n * g->per;
     if (dload) {
-        smooth_load_backward_kernel<<<row_blocks(rows), THREADS, 0, stream>>>(dnoisy, dlogits, dload, stride, *g, noisy, logits, W, rows, n * g->per, live, scale);
+        smooth_load_backward_kernel<<<row_blocks(rows), THREADS, 0, stream>>>(dnoisy, dlogits, dload, stride, *g, noisy,
+                                                                              logits, W, rows, n * g->per, live, scale);
         CHECK(cudaGetLastError());
         return;
     }
@@ -2979,7 +3061,8 @@ void choose(Model *m, int l, LayerState *s, const float *router_in, int n, int g
         gpu::product(m->choice_score, along_rows(router_in, C), along_rows(w->slow, C), n, W, C, 0);
         score = m->choice_score;
     } else if (w->bias || (c->select == TOP_K && c->group_topk)) {
-        choice_score_kernel<<<blocks((size_t)n * E), THREADS, 0, stream>>>(m->choice_score, g->p, w->bias, E, (size_t)n * E);
+        choice_score_kernel<<<blocks((size_t)n * E), THREADS, 0, stream>>>(m->choice_score, g->p, w->bias, E,
+                                                                           (size_t)n * E);
         CHECK(cudaGetLastError());
         score = m->choice_score;
     }
@@ -3023,14 +3106,15 @@ void mark_groups(Model *m, const LayerState *s, int n) {
     CHECK(cudaMemsetAsync(m->marks, !two, (size_t)n * c->groups, stream));
     if (!two)
         return;
-    mark_groups_kernel<<<blocks(size), THREADS, 0, stream>>>(m->marks, s->groups.expert, size, c->groups, c->group_topk);
+    mark_groups_kernel<<<blocks(size), THREADS, 0, stream>>>(m->marks, s->groups.expert, size, c->groups,
+                                                             c->group_topk);
     CHECK(cudaGetLastError());
 }
 
 // The arrays of RouterScratch.load become slope (groups, E + D) and loss (groups); one block a group of tokens. two:
 // whether groups of experts are chosen first
-__global__ void load_losses_kernel(double *loss, double *slope, double *load, const double *inner, const double *outer, const double *sent,
-                                   int E, int D, int two, double weight) {
+__global__ void load_losses_kernel(double *loss, double *slope, double *load, const double *inner, const double *outer,
+                                   const double *sent, int E, int D, int two, double weight) {
     size_t group = blockIdx.x;
     slope += group * (E + D);
     load += group * E;
@@ -3063,15 +3147,17 @@ void load_losses(Model *m, double *loss, LayerState *s, int n, int group_tokens)
     double *inner = r->load, *load = inner + (size_t)groups * E, *outer = load + (size_t)groups * E,
            *sent = outer + (size_t)groups * D;
     gpu::mark_groups(m, s, n);
-    gpu::smooth_load(inner, NULL, 0, NULL, NULL, &s->gate, s->noisy, s->logits, W, groups, group_tokens, m->marks, 1, r->next, r->part);
+    gpu::smooth_load(inner, NULL, 0, NULL, NULL, &s->gate, s->noisy, s->logits, W, groups, group_tokens, m->marks, 1,
+                     r->next, r->part);
     if (two) {
-        gpu::smooth_load(outer, NULL, 0, NULL, NULL, &s->groups, s->noisy, s->logits, W, groups, group_tokens, NULL, 1, r->next, r->part);
+        gpu::smooth_load(outer, NULL, 0, NULL, NULL, &s->groups, s->noisy, s->logits, W, groups, group_tokens, NULL, 1,
+                         r->next, r->part);
         gpu::column_sums(sent, Entries<unsigned char>{m->marks, D}, groups, group_tokens, D, 0, r->part);
     }
-    load_losses_kernel<<<groups, THREADS, 0, stream>>>(r->rows, s->load_slope, load, inner, outer, sent, E, D, two, c->load_weight * group_tokens / n);
+    load_losses_kernel<<<groups, THREADS, 0, stream>>>(r->rows, s->load_slope, load, inner, outer, sent, E, D, two,
+                                                       c->load_weight * group_tokens / n);
     CHECK(cudaGetLastError());
-    sum_kernel<Doubles><<<1, 1024, 0, stream>>>(loss, Doubles{r->rows}, groups, 1);
-    CHECK(cudaGetLastError());
+    gpu::add_sum(loss, Doubles{r->rows}, groups, 1);
 }
 
 // Whether a loss is of the weights that each expert is given.
@@ -3085,31 +3171,28 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
     RouterScratch *r = &m->router;
     Gate *g = &s->gate;
     const Plan *plan = &s->plan;
-    int E = c->experts, K = plan->K, R = c->routers, rows = n * R, groups = n / group_tokens, group_rows = group_tokens * R;
+    int E = c->experts, K = plan->K, R = c->routers, rows = n * R, groups = n / group_tokens,
+        group_rows = group_tokens * R;
     double *counts = m->counts, *stats = layer_stats(m, l), *aux = stats + 4 * E + AUX;
     CHECK(cudaMemsetAsync(aux, 0, sizeof(double), stream));
-    if (c->z_weight > 0) {
-        sum_kernel<Squares><<<1, 1024, 0, stream>>>(aux, Squares{g->lse}, (size_t)n * g->per, c->z_weight / (n * g->per));
-        CHECK(cudaGetLastError());
-    }
-    if (c->sparsity_weight > 0) {
-        sum_kernel<IsChosen><<<1, 1024, 0, stream>>>(aux, IsChosen{plan->expert}, (size_t)n * K, c->sparsity_weight / n / E);
-        CHECK(cudaGetLastError());
-    }
+    if (c->z_weight > 0)
+        gpu::add_sum(aux, Squares{g->lse}, (size_t)n * g->per, c->z_weight / (n * g->per));
+    if (c->sparsity_weight > 0)
+        gpu::add_sum(aux, IsChosen{plan->expert}, (size_t)n * K, c->sparsity_weight / n / E);
     if (c->load_weight > 0)
         gpu::load_losses(m, aux, s, n, group_tokens);
     if (of_weights(c)) { // of the weights given to each expert
         double mean = c->balance == VARIANCE ? (double)group_tokens / E : 0, weight = c->aux_weight / groups;
         gpu::column_sums(counts, Importance{plan->expert, s->weight, K}, groups, group_tokens, E, 0, r->part);
         gpu::cv_squared(r->rows, counts, s->weight_slope, E, mean, weight, groups);
-        sum_kernel<Doubles><<<1, 1024, 0, stream>>>(aux, Doubles{r->rows}, groups, weight);
-        CHECK(cudaGetLastError());
+        gpu::add_sum(aux, Doubles{r->rows}, groups, weight);
     }
     if (c->select == HIERARCHICAL)
         return;
     if (c->balance == UNBIASED)
         gpu::select_topk(m->unbiased, g->p, n, E, K);
-    gpu::count_choices(counts, c->balance == UNBIASED ? m->unbiased : plan->key, rows, E, K / R, c->balance == GSHARD ? 1 : K / R, group_rows, R);
+    gpu::count_choices(counts, c->balance == UNBIASED ? m->unbiased : plan->key, rows, E, K / R,
+                       c->balance == GSHARD ? 1 : K / R, group_rows, R);
     if (c->group == STEP && m->mode == TRAIN_MODE) // all micro-steps so far (Qiu et al. 2025, Demons in the Detail)
         CHECK(cudaMemcpyAsync(counts, stats, (size_t)E * sizeof(double), cudaMemcpyDeviceToDevice, stream));
     CHECK(cudaMemsetAsync(s->slope, 0, (size_t)groups * R * E * sizeof(double), stream));
@@ -3118,25 +3201,17 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
     if (c->device_weight > 0)
         gpu::add_device_balance(s->slope, counts, E, c->groups, c->device_weight, groups * R);
     if (c->comm_weight > 0)
-        gpu::add_communication_balance(s->slope, plan->key, group_tokens, E, K, c->groups, c->group_topk, c->comm_weight, groups);
+        gpu::add_communication_balance(s->slope, plan->key, group_tokens, E, K, c->groups, c->group_topk,
+                                       c->comm_weight, groups);
     gpu::balance_forward(aux, g, s->slope, rows, group_rows, c->score, r->rows);
 }
 
-// Adds the choices that have a key to count (E), ACTIVE and TOKENS of stats; by one block. *active = their number.
-__global__ void count_keys_kernel(double *stats, int *active, const int *key, size_t choices, int E, int n) {
-    extern __shared__ float4 dynamic[];
-    int *mine = (int *)dynamic, sum = 0;
-    for (int e = threadIdx.x; e < E; e += blockDim.x)
-        mine[e] = 0;
-    __syncthreads();
-    for (size_t i = threadIdx.x; i < choices; i += blockDim.x) {
-        if (key[i] >= 0)
-            atomicAdd(&mine[key[i]], 1);
-    }
-    __syncthreads();
+// Adds count (E) to the count, ACTIVE and TOKENS of stats; by one block. *active = their sum.
+__global__ void add_counts_kernel(double *stats, int *active, const int *count, int E, int n) {
+    int sum = 0;
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        stats[e] += mine[e];
-        sum += mine[e];
+        stats[e] += count[e];
+        sum += count[e];
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) {
@@ -3170,14 +3245,15 @@ void add_router_stats(Model *m, int l, LayerState *s) {
     const Gate *g = &s->gate;
     double *stats = layer_stats(m, l);
     int E = c->experts, n = s->plan.N, rows = n * g->per;
-    count_keys_kernel<<<1, 1024, E * sizeof(int), stream>>>(stats, r->active, s->plan.key, (size_t)n * s->plan.K, E, n);
+    gpu::count_keys(r->sort, s->plan.key, (size_t)n * s->plan.K, E);
+    add_counts_kernel<<<1, THREADS, 0, stream>>>(stats, r->active, r->sort, E, n);
     CHECK(cudaGetLastError());
     if (c->select == HASH)
         return;
-    entropy_kernel<<<row_blocks(rows), THREADS, 0, stream>>>(r->rows, *g, c->select == HIERARCHICAL ? s->groups.p : NULL, rows, c->score);
+    entropy_kernel<<<row_blocks(rows), THREADS, 0, stream>>>(
+        r->rows, *g, c->select == HIERARCHICAL ? s->groups.p : NULL, rows, c->score);
     CHECK(cudaGetLastError());
-    sum_kernel<Doubles><<<1, 1024, 0, stream>>>(stats + 4 * E + ENTROPY, Doubles{r->rows}, rows, 1);
-    CHECK(cudaGetLastError());
+    gpu::add_sum(stats + 4 * E + ENTROPY, Doubles{r->rows}, rows, 1);
 }
 
 __global__ void count_dropped_kernel(double *dropped, const int *active, const int *slots) {
@@ -3198,8 +3274,8 @@ __global__ void mark_exempt_kernel(unsigned char *marks, int n, int T, uint64_t 
         marks[i] = random_uniform(stream, (first + i) / T) < share;
 }
 
-// Where m->decided is given, what was chosen and refused is the C twin's (what an overflowing expert's tokens chose first
-// it does not say).
+// Where m->decided is given, what was chosen and refused is the C twin's (what an overflowing expert's tokens chose
+// first it does not say).
 void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
@@ -3211,7 +3287,8 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
         fail("internal error: %d groups of tokens, but there is room for %d", n / group_tokens, most_groups(m));
     plan->N = n;
     if (c->select == HASH) {
-        look_up_kernel<<<blocks(n), THREADS, 0, stream>>>(plan->expert, s->weight, w->table, m->tokens, n, (float)c->scale);
+        look_up_kernel<<<blocks(n), THREADS, 0, stream>>>(plan->expert, s->weight, w->table, m->tokens, n,
+                                                          (float)c->scale);
         CHECK(cudaGetLastError());
     } else {
         if (train && c->jitter > 0) {
@@ -3221,8 +3298,8 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
         if (R) {
             LayerState *below = gpu::experts_below(m, l);
             gpu::product(s->projected, along_rows(x, C), along_rows(w->project, C), n, R, C, 0);
-            gpu::gru_forward(s->state, s->gru, s->projected, below ? below->state : NULL, m->weights.gru_x, m->weights.gru_h,
-                             m->weights.gru_bx, m->weights.gru_bh, n, R, m->gru_room);
+            gpu::gru_forward(s->state, s->gru, s->projected, below ? below->state : NULL, m->weights.gru_x,
+                             m->weights.gru_h, m->weights.gru_bx, m->weights.gru_bh, n, R, m->gru_room);
             x = s->state;
             C = R;
         }
@@ -3236,7 +3313,8 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
     }
     copy_ints(plan->key, plan->expert, (size_t)n * plan->K, cudaMemcpyDeviceToDevice);
     if (train && c->second_threshold > 0)
-        gpu::decline_second(plan->key, s->weight, n, c->second_threshold, c->scale, layer_stream(m, RANDOM_SECOND, l), first);
+        gpu::decline_second(plan->key, s->weight, n, c->second_threshold, c->scale, layer_stream(m, RANDOM_SECOND, l),
+                            first);
     if (train)
         gpu::add_router_stats(m, l, s);
     if (m->mode != EVAL_MODE && c->select != HASH)
@@ -3248,24 +3326,27 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
         copy_ints(plan->key, m->decided[l].key, (size_t)n * plan->K, cudaMemcpyHostToDevice);
     } else if (factor > 0) {
         if (exempt) {
-            mark_exempt_kernel<<<blocks(n), THREADS, 0, stream>>>(m->marks, n, T, random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->step, 0), first, c->drop_exempt);
+            mark_exempt_kernel<<<blocks(n), THREADS, 0, stream>>>(
+                m->marks, n, T, random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->step, 0), first, c->drop_exempt);
             CHECK(cudaGetLastError());
         }
-        gpu::plan_capacity(plan, group_tokens, factor * c->topk / plan->K, c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts,
-                           train ? c->drop_order : BY_TOKEN, s->weight, exempt ? m->marks : NULL,
-                           c->overflow == NEXT ? s->gate.p : NULL);
+        gpu::plan_capacity(plan, group_tokens, factor * c->topk / plan->K,
+                           c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts, train ? c->drop_order : BY_TOKEN,
+                           s->weight, exempt ? m->marks : NULL, c->overflow == NEXT ? s->gate.p : NULL);
     }
     if (c->overflow == NEXT)
         gpu::gate_forward(s->weight, s->gate.p, plan->expert, n, plan->E, plan->K, c->gate, c->scale);
     gpu::plan_sort(plan, m->router.sort);
     if (train && (factor > 0 || m->decided)) {
-        count_dropped_kernel<<<1, 1, 0, stream>>>(stats + 4 * c->experts + DROPPED, m->router.active, plan->offset + plan->E);
+        count_dropped_kernel<<<1, 1, 0, stream>>>(stats + 4 * c->experts + DROPPED, m->router.active,
+                                                  plan->offset + plan->E);
         CHECK(cudaGetLastError());
     }
 }
 
 // dweight (n,K) += scale * slope (groups,E) of the chosen
-__global__ void add_slopes_kernel(float *dweight, const int *expert, const double *slope, size_t size, size_t group_size, int E, double scale) {
+__global__ void add_slopes_kernel(float *dweight, const int *expert, const double *slope, size_t size,
+                                  size_t group_size, int E, double scale) {
     size_t i = thread_of_grid();
     if (i < size && expert[i] >= 0)
         dweight[i] += (float)(scale * slope[i / group_size * E + expert[i]]);
@@ -3296,7 +3377,8 @@ void router_backward(Model *m, int l, LayerState *s, float *dx, const float *x, 
         CHECK(cudaMemsetAsync(dnoisy, 0, (size_t)n * W * sizeof(float), stream));
     CHECK(cudaMemsetAsync(m->dp, 0, (size_t)n * W * sizeof(float), stream));
     if (of_weights(c)) { // importance
-        add_slopes_kernel<<<blocks((size_t)n * K), THREADS, 0, stream>>>(m->dweight, plan->expert, s->weight_slope, (size_t)n * K, (size_t)group_tokens * K, E, scale);
+        add_slopes_kernel<<<blocks((size_t)n * K), THREADS, 0, stream>>>(
+            m->dweight, plan->expert, s->weight_slope, (size_t)n * K, (size_t)group_tokens * K, E, scale);
         CHECK(cudaGetLastError());
     }
     const float *dgate = m->dweight;
@@ -3315,12 +3397,15 @@ void router_backward(Model *m, int l, LayerState *s, float *dx, const float *x, 
     if (c->load_weight > 0) {
         int stride = E + c->groups;
         gpu::mark_groups(m, s, n);
-        gpu::smooth_load(NULL, s->load_slope, stride, dnoisy, dlogits, g, s->noisy, s->logits, W, groups, group_tokens, m->marks, scale, NULL, NULL);
+        gpu::smooth_load(NULL, s->load_slope, stride, dnoisy, dlogits, g, s->noisy, s->logits, W, groups, group_tokens,
+                         m->marks, scale, NULL, NULL);
         if (two)
-            gpu::smooth_load(NULL, s->load_slope + E, stride, dnoisy, dlogits, &s->groups, s->noisy, s->logits, W, groups, group_tokens, NULL, scale, NULL, NULL);
+            gpu::smooth_load(NULL, s->load_slope + E, stride, dnoisy, dlogits, &s->groups, s->noisy, s->logits, W,
+                             groups, group_tokens, NULL, scale, NULL, NULL);
     }
     if (c->noise)
-        gpu::noise_backward(dlogits, dnoisy, s->logits, n, W, m->mode == TRAIN_MODE, layer_stream(m, RANDOM_NOISE, l), first);
+        gpu::noise_backward(dlogits, dnoisy, s->logits, n, W, m->mode == TRAIN_MODE, layer_stream(m, RANDOM_NOISE, l),
+                            first);
 
     // from the logits back to the router's input
     int jitter = m->mode == TRAIN_MODE && c->jitter > 0;
@@ -3335,16 +3420,17 @@ void router_backward(Model *m, int l, LayerState *s, float *dx, const float *x, 
         gpu::product(m->dstate, along_rows(dlogits, WW), along_columns(w->router, R), n, R, WW, l != last);
         float *dnext = m->dstate + (size_t)n * R;
         CHECK(cudaMemcpyAsync(dnext, m->dstate, (size_t)n * R * sizeof(float), cudaMemcpyDeviceToDevice, stream));
-        gpu::gru_backward(m->dprojected, m->dstate, m->grads.gru_x, m->grads.gru_h, m->grads.gru_bx, m->grads.gru_bh, dnext,
-                          s->gru, s->projected, below ? below->state : NULL, m->weights.gru_x, m->weights.gru_h, n, R,
-                          m->gru_room, room->part);
+        gpu::gru_backward(m->dprojected, m->dstate, m->grads.gru_x, m->grads.gru_h, m->grads.gru_bx, m->grads.gru_bh,
+                          dnext, s->gru, s->projected, below ? below->state : NULL, m->weights.gru_x, m->weights.gru_h,
+                          n, R, m->gru_room, room->part);
         gpu::product(dw->project, along_columns(m->dprojected, R), along_columns(input, C), R, C, n, 1);
         gpu::product(target, along_rows(m->dprojected, R), along_columns(w->project, C), n, C, R, target == dx);
     } else {
         gpu::product(target, along_rows(dlogits, WW), along_columns(w->router, C), n, C, WW, target == dx);
     }
     if (jitter) { // d(x * j)/dx = the same j
-        gpu::apply_jitter(m->drouter, m->drouter, (size_t)n * C, c->jitter, layer_stream(m, RANDOM_JITTER, l), first * C);
+        gpu::apply_jitter(m->drouter, m->drouter, (size_t)n * C, c->jitter, layer_stream(m, RANDOM_JITTER, l),
+                          first * C);
         add_kernel<<<blocks((size_t)n * C), THREADS, 0, stream>>>(dx, m->drouter, (size_t)n * C);
         CHECK(cudaGetLastError());
     }
@@ -3386,11 +3472,13 @@ void router_update(Model *m) {
         LayerWeights *w = &m->weights.layer[l];
         if (!is_moe(c, l))
             continue;
-        router_update_kernel<<<blocks(c->experts), THREADS, 0, stream>>>(norm, layer_stats(m, l), w->bias, w->level, c->experts, c->bias_rate);
+        router_update_kernel<<<blocks(c->experts), THREADS, 0, stream>>>(norm, layer_stats(m, l), w->bias, w->level,
+                                                                         c->experts, c->bias_rate);
         CHECK(cudaGetLastError());
         size_t size = (size_t)router_width(c) * (c->recurrent ? c->recurrent : c->dim / c->subtokens);
         if (w->slow) {
-            follow_kernel<<<blocks(size), THREADS, 0, stream>>>(norm, w->slow, w->router, size, (float)(1 - c->history_decay));
+            follow_kernel<<<blocks(size), THREADS, 0, stream>>>(norm, w->slow, w->router, size,
+                                                                (float)(1 - c->history_decay));
             CHECK(cudaGetLastError());
         }
     }

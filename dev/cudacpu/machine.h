@@ -56,7 +56,7 @@ namespace cudacpu {
 
 const unsigned MAX_THREADS = 1024;
 const size_t SHARED_LIMIT = 48 << 10, SHARED_OPTIN = 227 << 10; // bytes of shared memory: as it is, and on demand
-const size_t GUARD = 64, GUARD_PAGE = 16 << 10;
+const size_t GUARD = 64, GUARD_PAGE = 16 << 10, SIGNAL_STACK = 64 << 10;
 #ifdef CUDACPU_ASAN
 const size_t STACK = 256 << 10; // its frames are larger
 #else
@@ -138,12 +138,16 @@ inline void complain(const char *format, va_list values) {
     fprintf(stderr, "%s\n", text);
 }
 
+[[noreturn]] inline void stop() {
+    fflush(stdout);
+    _exit(1);
+}
+
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char *format, ...) {
     va_list values;
     va_start(values, format);
     complain(format, values);
-    fflush(stdout);
-    _exit(1);
+    stop();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +280,6 @@ struct Machine {
     char *arena, *arena_next; // for shared memory
     void *signal_stack;
     bool from_host;
-    Machine *other; // so that leaks can be told from what is kept
 
     Machine();
     void run(const Grid *g, size_t number);
@@ -415,7 +418,7 @@ inline void barrier(const char *file, int line) {
         never_comes(me, m->last_ended);
     if (m->at_barrier++ == 0)
         m->first_at_barrier = me;
-    else if (first->line != line || strcmp(first->file, file))
+    else if (first->line != line || (first->file != file && strcmp(first->file, file)))
         never_comes(first, me);
     if (m->at_barrier < m->size)
         return m->wait(nullptr, file, line);
@@ -533,6 +536,8 @@ inline void print_source() {
     auto ours = [](void *p) { return (char *)p >= &__executable_start && (char *)p < &etext; };
     void *frames[64];
     int n = backtrace(frames, 64), i = 0, handler;
+    while (i < n && !ours(frames[i])) // AddressSanitizer's backtrace()
+        i++;
     while (i < n && ours(frames[i]))
         i++;
     for (handler = i; i < n && !ours(frames[i]);)
@@ -560,7 +565,7 @@ inline void print_source() {
     va_start(values, format);
     complain(format, values);
     print_source();
-    _exit(1);
+    stop();
 }
 
 inline void trap(int signal, siginfo_t *info, void *) {
@@ -593,13 +598,14 @@ struct Traps {
     }
 };
 
-#ifdef CUDACPU_ASAN
-inline void print_sanitized() { // after a sanitizer's report
+inline void print_sanitized() {
     char text[500];
     if (print_place(text, sizeof(text)) > 0)
-        fprintf(stderr, "%sthis is where the sanitizer stopped it\n", text);
+        fprintf(stderr, "%sthis is what a sanitizer stops\n", text);
 }
-#endif
+extern "C" __attribute__((used)) inline void __ubsan_on_report() { // UBSan calls it
+    print_sanitized();
+}
 
 // And one of these catches the signals, of the whole process. AddressSanitizer reports wild addresses better itself.
 struct Handlers {
@@ -630,22 +636,45 @@ struct Handlers {
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. Blocks and grids
 
-inline Machine *machines; // a list; none is ever freed
-
 inline Machine::Machine() {
-    const size_t n = 64 << 10;
     host.state = STARTED;
     host.stack = nullptr;
     arena = arena_next = (char *)malloc(2 * SHARED_OPTIN);
-    signal_stack = malloc(n); // a fiber's own may be used up
-    stack_t stack = {};
-    stack.ss_sp = signal_stack;
-    stack.ss_size = n;
-    if (!arena || !signal_stack || sigaltstack(&stack, nullptr) != 0)
+    signal_stack = malloc(SIGNAL_STACK);
+    if (!arena || !signal_stack)
         fail("no memory");
-    other = machines;
-    machines = this;
 }
+
+inline std::vector<Machine *> &free_machines = *new std::vector<Machine *>; // never freed, and leaks are looked for
+
+// While one of these lives, this thread of the system has a machine, and a stack for signals: a fiber's may be used up.
+struct Seat {
+    stack_t before;
+
+    Seat() {
+#ifdef _OPENMP
+#pragma omp critical(cudacpu)
+#endif
+        {
+            if (free_machines.empty())
+                free_machines.push_back(new Machine);
+            machine = free_machines.back();
+            free_machines.pop_back();
+        }
+        stack_t stack = {};
+        stack.ss_sp = machine->signal_stack;
+        stack.ss_size = SIGNAL_STACK;
+        sigaltstack(&stack, &before);
+    }
+    ~Seat() {
+        sigaltstack(&before, nullptr);
+#ifdef _OPENMP
+#pragma omp critical(cudacpu)
+#endif
+        free_machines.push_back(machine);
+        machine = nullptr;
+    }
+};
 
 inline void Machine::run(const Grid *g, size_t number) {
     dim3 n = g->grid, b = g->block;
@@ -688,22 +717,16 @@ inline int workers() {
 
 inline void run_grid(const Grid &g) {
     size_t n = (size_t)g.grid.x * g.grid.y * g.grid.z;
-    int threads = (int)std::min<size_t>(n, workers());
     std::vector<unsigned> order(n);
     for (size_t i = 0; i < n; i++)
         order[i] = (unsigned)i;
     Random(seed(), g.number, n).shuffle(order.data(), n);
     Handlers handlers;
 #ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(workers()) if (n > 1)
 #endif
     {
-        if (!machine) {
-#ifdef _OPENMP
-#pragma omp critical(cudacpu)
-#endif
-            machine = new Machine;
-        }
+        Seat seat;
         Traps traps(g.name);
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic)
@@ -711,7 +734,6 @@ inline void run_grid(const Grid &g) {
         for (size_t i = 0; i < n; i++)
             machine->run(&g, order[i]);
     }
-    (void)threads;
 }
 
 } // namespace cudacpu
