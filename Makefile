@@ -92,7 +92,7 @@ dev/test_moe_double: $(TEST_FILES)
 test: dev/test_moe dev/test_moe_double train_moe train_moe_double data/tokenize
 	dev/test_moe
 	dev/test_moe_double
-	@if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory test_emulated; \
+	@if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory -j2 test_emulated; \
 	else echo "the CUDA twin's tests are not run: they need a C++ compiler"; fi
 
 # The CUDA twin on the processor: dev/cudacpu looks like the few headers that train_moe.cu includes, and sed writes a kernel's
@@ -230,7 +230,7 @@ sanitize: data/stories/tokenizer.json
 sanitize_emulated: dev/emulated/check.cpp dev/emulated/train_moe_cu.cpp train_moe
 	$(EMULATED) $(SANITIZE) $< -o dev/emulated/check_asan $(LIBS)
 	dev/emulated/check_asan
-	$(EMULATED) $(SANITIZE) $(TWIN) test_moe.c -o dev/emulated/test_asan -lcmocka $(LIBS)
+	$(EMULATED) -O1 $(SANITIZE) $(TWIN) test_moe.c -o dev/emulated/test_asan -lcmocka $(LIBS)
 	TRAIN_MOE_CU= dev/emulated/test_asan
 
 ##tsan: short trainings under ThreadSanitizer (clang and its OpenMP runtime, with Archer, which knows OpenMP's barriers)

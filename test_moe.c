@@ -4515,7 +4515,7 @@ void test_prompt(void **state) {
     need_program();
     check_leaks(0);
     char first[4096], line[2200];
-    size_t size;
+    size_t size = 0;
     expect(run_tiny("told", "--steps 3"), 0, NULL);
     static const char *const pairs[][3] = {
         // two ways to ask, and "same" where they should get the same answer
@@ -6620,14 +6620,16 @@ void test_gpu_routers(void **state) {
 // Tolerances are of norms: of what is wanted, |found - wanted| / |wanted|. An fp32 build does the same sums in another
 // order, hence 1e-5; what is rounded to bfloat16 on the way is off by 2^-9 each time, hence 2e-2. In bfloat16 the twins
 // begin with numbers that it can hold, and the C twin's choices are taken over: where a token's best scores are closer
-// together than 2^-9, the twins would rightly choose differently, and nothing behind it could be compared.
+// together than 2^-9, the twins would rightly choose differently, and nothing behind it could be compared. Weights have a
+// standard deviation of SPREAD instead of randomize_weights' 0.3, which makes two layers multiply a rounding by up to 30:
+// the worst found is then 3e-6, and 1e-2.
 
 #ifdef FP32
 enum { LOW = 0 };
 #else
 enum { LOW = 1 };
 #endif
-#define SPREAD         (LOW ? 0.1 : 0.3)
+#define SPREAD         (LOW ? 0.06 : 0.2)
 #define TWIN_TOLERANCE (LOW ? 2e-2 : 1e-5)
 
 // Where the random numbers of these tests begin: another place in every run, so that a near-tie or a rare case is met
@@ -6700,9 +6702,7 @@ double distance(const real *a, const real *b, size_t n) {
 void assert_alike_norm(const char *what, const char *name, const real *found, const real *wanted, size_t n, double least,
                        double tolerance) {
     double far = distance(found, wanted, n), scale = fmax(norm_of(wanted, n), least);
-    if (getenv("SHOW") && far > 0)
-        print_message("    %-50s %-20s %8.2g of %g\n", what, name, far / scale, tolerance);
-    if (!(far <= tolerance * scale) && !getenv("SHOW"))
+    if (!(far <= tolerance * scale))
         fail_msg("%s: %s is off by %.3g of %.3g (norm %.3g); allowed %.2g", what, name, far / scale, scale,
                  norm_of(wanted, n), tolerance);
 }
@@ -6813,7 +6813,8 @@ void check_gpu_experts(int N, int E, int K, int C, int F, int activation, int mi
                    {"dw_out", take_back(dw_out_back, out[E]), dw_out, out[E]},
                    {"dweight", found_dweight, dweight, slots}};
     for (int i = 0; i < 7; i++)
-        assert_alike_norm(what, results[i].name, results[i].found, results[i].wanted, results[i].n, 0, TWIN_TOLERANCE);
+        assert_alike_norm(what, results[i].name, results[i].found, results[i].wanted, results[i].n,
+                          0.3 * sqrt((double)results[i].n * (i == 6 ? C : 1)), TWIN_TOLERANCE); // at least their terms' size
     for (size_t i = 0; i < slots; i++) // who has no slot stays as he was
         assert_true(plan.slot[i] >= 0 || found_dweight[i] == 7);
     free_device();
@@ -6865,6 +6866,13 @@ void copy_weights(Twins *t) { // to the device
     gpu::model_store(t->device, WEIGHTS);
 }
 
+// No two sequences begin alike: their first tokens would have the same scores but for roundings, hence ties.
+void draw_tokens(Twins *t) {
+    random_tokens(t->tokens, t->N, t->c.vocab, fresh());
+    for (int b = 1; b < t->B; b++)
+        t->tokens[b * t->T] = (t->tokens[0] + b) % t->c.vocab;
+}
+
 // spread: as standard deviation of the weights, with 0.3 of randomize_weights.
 Twins make_twins(const char *recipe, const char *choices, int B, double spread) {
     Twins t;
@@ -6881,7 +6889,7 @@ Twins make_twins(const char *recipe, const char *choices, int B, double spread) 
     t.tokens = take_ints(t.N);
     t.targets = take_ints(t.N);
     t.plans = (gpu::LayerPlan *)take(t.c.layers, sizeof(gpu::LayerPlan));
-    random_tokens(t.tokens, t.N, t.c.vocab, fresh());
+    draw_tokens(&t);
     random_tokens(t.targets, t.N, t.c.vocab, fresh());
     randomize_weights(t.host);
     for (int i = 0; i < t.host->tensor_count; i++) {
@@ -7034,8 +7042,8 @@ int check_pass(Twins *t, int mode, int decided, double tolerance) {
     return 1;
 }
 
-// The modes up to last_mode. In bfloat16 a derivative of ReLU changes from 0 to 1 where a number near zero is rounded to the other side:
-// about one in 300 of the hidden ones, whose gradients are then wrong altogether, sqrt(1/300) of their norm.
+// The modes up to last_mode. In bfloat16 a derivative of ReLU changes from 0 to 1 where a number near zero is rounded to
+// the other side: about one in 300 of the hidden ones, whose gradients are then wrong altogether, sqrt(1/300) of their norm.
 void check_model(const char *recipe, const char *choices, int last_mode) {
     Twins t = make_twins(recipe, choices, 2, SPREAD);
     int relu = t.c.activation == RELU || t.c.dense_activation == RELU;
@@ -7146,7 +7154,7 @@ void check_gpu_buffers(const char *recipe, const char *choices) {
     Twins t = make_twins(recipe, choices, 2, SPREAD);
     for (int step = 1; step <= 3; step++) {
         double loss, aux, norm;
-        random_tokens(t.tokens, t.N, t.c.vocab, fresh());
+        draw_tokens(&t);
         ::model_forward(t.host, t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, step, 0);
         decide(&t, LOW);
         gpu::model_forward(t.device, t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, step, 0);
@@ -7182,9 +7190,9 @@ void test_gpu_optimizer(void **state) {
     check_gpu_buffers("history", "--history-decay 0.9");
 }
 
-// The next token is 3 times the last one and 1, but one time in five any.
-void structured_tokens(int *tokens, int n, int vocab, uint64_t seed) {
-    tokens[0] = (int)(seed % (uint64_t)vocab);
+// The first token is given, the next one is 3 times the last one and 1, but one time in five any.
+void structured_tokens(int *tokens, int n, int vocab, uint64_t seed, int first) {
+    tokens[0] = first % vocab;
     for (int i = 1; i < n; i++)
         tokens[i] = random_uniform(seed, 2 * i) < 0.8 ? (3 * tokens[i - 1] + 1) % vocab
                                                      : (int)(random_uniform(seed, 2 * i + 1) * vocab);
@@ -7201,7 +7209,7 @@ void check_curve(const char *recipe) {
     for (int step = 1; step <= 30; step++) {
         double loss, aux, norm;
         for (int b = 0; b < t.B; b++) {
-            structured_tokens(text, t.T + 1, 20, fresh());
+            structured_tokens(text, t.T + 1, 20, fresh(), step * t.B + b); // no two begin alike
             memcpy(t.tokens + b * t.T, text, t.T * sizeof(int));
             memcpy(t.targets + b * t.T, text + 1, t.T * sizeof(int));
         }
