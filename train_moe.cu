@@ -2973,18 +2973,18 @@ void allocate_router(Model *m, int n) {
         sums = chunks * E;
     if ((size_t)div_up(n, CHUNK) * 3 * R > sums)
         sums = (size_t)div_up(n, CHUNK) * 3 * R;
-    r->sort = (int *)own(m, sort_room((size_t)n * places(c), E), sizeof(int));
-    r->active = (int *)own(m, 1, sizeof(int));
-    r->next = (int *)own(m, c->noise ? n * per : 0, sizeof(int));
-    r->rows = (double *)own(m, n * per, sizeof(double));
-    r->part = (double *)own(m, sums, sizeof(double));
-    r->load = (double *)own(m, c->noise ? (size_t)groups * 2 * (E + D) : 0, sizeof(double));
-    r->taken = (unsigned char *)own(m, by_experts * n * E, 1);
-    r->lowest = (float *)own(m, by_experts * groups * E, sizeof(float));
-    r->balancer.cost = (Rank *)own(m, balanced * blocks * E * E, sizeof(Rank));
-    r->balancer.mover = (int *)own(m, balanced * blocks * E * E, sizeof(int));
-    r->balancer.excess = (int *)own(m, balanced * blocks * E, sizeof(int));
-    r->balancer.list = (int *)own(m, balanced * blocks * tokens, sizeof(int));
+    r->sort = (int *)gpu::own(m, sort_room((size_t)n * places(c), E), sizeof(int));
+    r->active = (int *)gpu::own(m, 1, sizeof(int));
+    r->next = (int *)gpu::own(m, c->noise ? n * per : 0, sizeof(int));
+    r->rows = (double *)gpu::own(m, n * per, sizeof(double));
+    r->part = (double *)gpu::own(m, sums, sizeof(double));
+    r->load = (double *)gpu::own(m, c->noise ? (size_t)groups * 2 * (E + D) : 0, sizeof(double));
+    r->taken = (unsigned char *)gpu::own(m, by_experts * n * E, 1);
+    r->lowest = (float *)gpu::own(m, by_experts * groups * E, sizeof(float));
+    r->balancer.cost = (Rank *)gpu::own(m, balanced * blocks * E * E, sizeof(Rank));
+    r->balancer.mover = (int *)gpu::own(m, balanced * blocks * E * E, sizeof(int));
+    r->balancer.excess = (int *)gpu::own(m, balanced * blocks * E, sizeof(int));
+    r->balancer.list = (int *)gpu::own(m, balanced * blocks * tokens, sizeof(int));
 }
 
 void own_gate(Model *m, Gate *g, int n, int per, int E, int K, int column) {
@@ -2993,10 +2993,10 @@ void own_gate(Model *m, Gate *g, int n, int per, int E, int K, int column) {
     g->E = E;
     g->K = K;
     g->column = column;
-    g->p = (float *)own(m, rows * E, sizeof(float));
-    g->lse = (float *)own(m, rows, sizeof(float));
-    g->weight = (float *)own(m, rows * K, sizeof(float));
-    g->expert = (int *)own(m, rows * K, sizeof(int));
+    g->p = (float *)gpu::own(m, rows * E, sizeof(float));
+    g->lse = (float *)gpu::own(m, rows, sizeof(float));
+    g->weight = (float *)gpu::own(m, rows * K, sizeof(float));
+    g->expert = (int *)gpu::own(m, rows * K, sizeof(int));
 }
 
 // What the router of one layer keeps.
@@ -3009,17 +3009,17 @@ void allocate_experts(Model *m, int l, int N) {
     gpu::own_gate(m, &s->gate, n, two ? D : R, two ? E / D : E, two ? K / c->group_topk : K / R, two ? D : 0);
     if (two)
         gpu::own_gate(m, &s->groups, n, 1, D, c->group_topk, 0);
-    s->jittered = c->jitter > 0 ? (float *)own(m, (size_t)N * c->dim, real_size) : NULL;
-    s->projected = (float *)own(m, (size_t)N * c->recurrent, real_size);
-    s->gru = (float *)own(m, (size_t)N * 4 * c->recurrent, real_size);
-    s->state = (float *)own(m, (size_t)N * c->recurrent, real_size);
-    s->logits = (float *)own(m, (size_t)n * W * (1 + c->noise), real_size);
-    s->noisy = c->noise ? (float *)own(m, (size_t)n * W, real_size) : s->logits;
-    s->weight = two ? (float *)own(m, nK, real_size) : s->gate.weight;
-    s->slope = (double *)own(m, (size_t)groups * R * E, sizeof(double));
-    s->weight_slope = (double *)own(m, (size_t)groups * E, sizeof(double));
-    s->load_slope = (double *)own(m, (size_t)groups * (E + D), sizeof(double));
-    int *ints = (int *)own(m, nK * 5 + E + 1, sizeof(int));
+    s->jittered = c->jitter > 0 ? (float *)gpu::own(m, (size_t)N * c->dim, real_size) : NULL;
+    s->projected = (float *)gpu::own(m, (size_t)N * c->recurrent, real_size);
+    s->gru = (float *)gpu::own(m, (size_t)N * 4 * c->recurrent, real_size);
+    s->state = (float *)gpu::own(m, (size_t)N * c->recurrent, real_size);
+    s->logits = (float *)gpu::own(m, (size_t)n * W * (1 + c->noise), real_size);
+    s->noisy = c->noise ? (float *)gpu::own(m, (size_t)n * W, real_size) : s->logits;
+    s->weight = two ? (float *)gpu::own(m, nK, real_size) : s->gate.weight;
+    s->slope = (double *)gpu::own(m, (size_t)groups * R * E, sizeof(double));
+    s->weight_slope = (double *)gpu::own(m, (size_t)groups * E, sizeof(double));
+    s->load_slope = (double *)gpu::own(m, (size_t)groups * (E + D), sizeof(double));
+    int *ints = (int *)gpu::own(m, nK * 5 + E + 1, sizeof(int));
     Plan plan = {
         n, E, K, two ? ints : s->gate.expert, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
     s->plan = plan;
@@ -3444,7 +3444,8 @@ void clear_router_stats(Model *m) {
     }
 }
 
-__global__ void router_update_kernel(const double *norm, double *stats, float *bias, float *level, int E, double bias_rate) {
+__global__ void router_update_kernel(const double *norm, double *stats, float *bias, float *level, int E,
+                                     double bias_rate) {
     int e = blockIdx.x * blockDim.x + threadIdx.x;
     if (e >= E || !isfinite(*norm))
         return;
