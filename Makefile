@@ -102,7 +102,7 @@ ifeq ($(origin CXX),default)
 CXX := $(shell command -v g++ || command -v clang++ || echo c++)
 endif
 EMULATED = $(CXX) -x c++ -std=gnu++17 -O2 -g $(WARN) -Wno-unknown-pragmas $(ARCH) -ffp-contract=fast -fno-math-errno \
-    $(OPENMP) -DCUDACPU -Idev/cudacpu -I.
+    $(if $(findstring clang,$(CXX)),-ffp-exception-behavior=maytrap) $(OPENMP) -DCUDACPU -Idev/cudacpu -I.
 CUDACPU  = $(wildcard dev/cudacpu/*.h) dev/cudacpu/rewrite.sed
 TWIN     = -DTWIN='"dev/emulated/train_moe_cu.cpp"'
 

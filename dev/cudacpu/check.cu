@@ -1,5 +1,5 @@
-// check.cu: does the emulator do what a GPU does, and does it see what it is there to see? Built as the Makefile says, by
-// the compiler that builds the emulated twin, plain and with sanitizers. Whatever must fail runs in a forked child.
+// check.cu: does the emulator do what a GPU does, and does it see what it is there to see? Built as the Makefile says,
+// by the compiler that builds the emulated twin, plain and with sanitizers. Whatever must fail runs in a forked child.
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
@@ -7,8 +7,7 @@
 #include <string>
 
 int failures;
-#define EXPECT(what)                                                                                                    \
-    ((what) ? (void)0 : (void)(failures++, fprintf(stderr, "check.cu:%d: %s\n", __LINE__, #what)))
+#define EXPECT(what) ((what) ? (void)0 : (void)(failures++, fprintf(stderr, "check.cu:%d: %s\n", __LINE__, #what)))
 
 const unsigned ALL = 0xffffffff;
 
@@ -208,7 +207,8 @@ template <class T> void check_shuffles() {
 __global__ void votes_kernel(unsigned *out) {
     int i = threadIdx.x;
     out[i] = __ballot_sync(ALL, i % 3 == 0);
-    out[32 + i] = __any_sync(ALL, i == 7) + 2 * __any_sync(ALL, i == 99) + 4 * __all_sync(ALL, i < 32) + 8 * __all_sync(ALL, i != 9);
+    out[32 + i] = __any_sync(ALL, i == 7) + 2 * __any_sync(ALL, i == 99) + 4 * __all_sync(ALL, i < 32) +
+                  8 * __all_sync(ALL, i != 9);
     out[64 + i] = __match_any_sync(ALL, i % 5);
     out[96 + i] = __reduce_add_sync(ALL, (unsigned)i);
     out[128 + i] = (unsigned)(__reduce_max_sync(ALL, i - 40) + 100 * __reduce_min_sync(ALL, 40 - i));
@@ -254,7 +254,8 @@ __global__ void barrier_kernel(int *out) {
     dynamic[i] = 3 * i;
     __syncthreads();
     int j = (i + 77) % n;
-    out[((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * n + i] = (int)(scalar + table[j % 2][j / 2] + dynamic[j]);
+    out[((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * n + i] =
+        (int)(scalar + table[j % 2][j / 2] + dynamic[j]);
 }
 
 __global__ void rotate_kernel(double *out) {
@@ -291,10 +292,10 @@ template <class T> __global__ void atomics_kernel(T *x) {
 }
 
 template <class T> void check_atomics() {
-    T *x = device(std::vector<T>{0, 0, 9999, 0, 5, 0, 0});
-    atomics_kernel<T><<<10, 100>>>(x);
+    T *x = device(std::vector<T>{0, 0, 99999, 0, 5, 0, 0});
+    atomics_kernel<T><<<100, 100>>>(x);
     std::vector<T> r = host(x, 7);
-    EXPECT(r[0] == 499500 && r[1] == 999 && r[2] == 0 && r[3] == 1023 && r[4] == r[5] && r[6] == 2000);
+    EXPECT(r[0] == 49995000 && r[1] == 9999 && r[2] == 0 && r[3] == 16383 && r[4] == r[5] && r[6] == 20000);
 }
 
 template <class T> auto can_add(T *p) -> decltype(atomicAdd(p, T()), true) {
@@ -393,8 +394,8 @@ void check_runtime() {
 
     // Errors
     add_kernel<<<1, 1025>>>(x, 1, 1);
-    EXPECT(cudaPeekAtLastError() == cudaErrorInvalidConfiguration && cudaGetLastError() == cudaErrorInvalidConfiguration &&
-           cudaGetLastError() == cudaSuccess);
+    EXPECT(cudaPeekAtLastError() == cudaErrorInvalidConfiguration &&
+           cudaGetLastError() == cudaErrorInvalidConfiguration && cudaGetLastError() == cudaSuccess);
     add_kernel<<<0, 32>>>(x, 1, 1);
     EXPECT(cudaGetLastError() == cudaErrorInvalidConfiguration);
     float *y = device<float>(32);
@@ -403,7 +404,8 @@ void check_runtime() {
     EXPECT(cudaFuncSetAttribute(large_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536) == cudaSuccess);
     large_kernel<<<1, 32, 65536>>>(y);
     EXPECT(cudaGetLastError() == cudaSuccess && host(y, 32)[31] == 4);
-    EXPECT(cudaFuncSetAttribute(large_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 1 << 20) == cudaErrorInvalidValue);
+    EXPECT(cudaFuncSetAttribute(large_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 1 << 20) ==
+           cudaErrorInvalidValue);
     size_t available, before, total;
     void *p;
     EXPECT(cudaMemGetInfo(&before, &total) == cudaSuccess && total == (size_t)4096 << 20);
@@ -460,7 +462,9 @@ void check_bf16() {
     EXPECT(f.x == -2 && f.y == 1.5f && sizeof(pair) == 4);
 }
 
-template <class AB, class C> void check_product(cublasHandle_t blas, cudaDataType_t ab, cudaDataType_t c_type, int m, int n, int k, float alpha, float beta) {
+template <class AB, class C>
+void check_product(cublasHandle_t blas, cudaDataType_t ab, cudaDataType_t c_type, int m, int n, int k, float alpha,
+                   float beta) {
     for (int transposed = 0; transposed < 4; transposed++) {
         bool at = transposed & 1, bt = transposed & 2;
         int lda = (at ? k : m) + 3, ldb = (bt ? n : k) + 1, ldc = m + 2, count = 3;
@@ -482,11 +486,12 @@ template <class AB, class C> void check_product(cublasHandle_t blas, cudaDataTyp
         float alpha_now = alpha, beta_now = beta;
         if (sizeof(AB) == 4 && alpha == 2) {
             for (int i = 0; i < count; i++)
-                EXPECT(cublasSgemm(blas, ta, tb, m, n, k, &alpha_now, (float *)da + i * sa, lda, (float *)db + i * sb, ldb, &beta_now,
-                                   (float *)dc + i * sc, ldc) == CUBLAS_STATUS_SUCCESS);
+                EXPECT(cublasSgemm(blas, ta, tb, m, n, k, &alpha_now, (float *)da + i * sa, lda, (float *)db + i * sb,
+                                   ldb, &beta_now, (float *)dc + i * sc, ldc) == CUBLAS_STATUS_SUCCESS);
         } else {
-            EXPECT(cublasGemmStridedBatchedEx(blas, ta, tb, m, n, k, &alpha_now, da, ab, lda, sa, db, ab, ldb, sb, &beta_now, dc, c_type,
-                                              ldc, sc, count, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS);
+            EXPECT(cublasGemmStridedBatchedEx(blas, ta, tb, m, n, k, &alpha_now, da, ab, lda, sa, db, ab, ldb, sb,
+                                              &beta_now, dc, c_type, ldc, sc, count, CUBLAS_COMPUTE_32F,
+                                              CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS);
         }
         alpha_now = beta_now = 99; // they were read
         std::vector<C> got = host(dc, c.size());
@@ -495,10 +500,12 @@ template <class AB, class C> void check_product(cublasHandle_t blas, cudaDataTyp
                 for (int i = 0; i < m; i++) {
                     float sum = 0;
                     for (int l = 0; l < k; l++)
-                        sum += a[v * sa + (at ? i * lda + l : l * lda + i)] * b[v * sb + (bt ? l * ldb + j : j * ldb + l)];
+                        sum +=
+                            a[v * sa + (at ? i * lda + l : l * lda + i)] * b[v * sb + (bt ? l * ldb + j : j * ldb + l)];
                     size_t at_c = v * sc + (size_t)j * ldc + i;
                     float right = alpha * sum + beta * c[at_c];
-                    EXPECT(cudacpu::element(got.data(), at_c, c_type) == (sizeof(C) == 4 ? right : __bfloat162float(__float2bfloat16(right))));
+                    EXPECT(cudacpu::element(got.data(), at_c, c_type) ==
+                           (sizeof(C) == 4 ? right : __bfloat162float(__float2bfloat16(right))));
                 }
             }
         }
@@ -519,8 +526,8 @@ void check_blas() {
         check_product<__nv_bfloat16, __nv_bfloat16>(blas, CUDA_R_16BF, CUDA_R_16BF, m, n, k, 1, 2);
     }
     auto gemm = [&](cudaDataType_t a, cudaDataType_t b, cudaDataType_t c, int lda, int ldb, int ldc) {
-        return cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_T, 4, 2, 3, &one, x, a, lda, x, b, ldb, &one, x, c, ldc, CUBLAS_COMPUTE_32F,
-                            CUBLAS_GEMM_DEFAULT);
+        return cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_T, 4, 2, 3, &one, x, a, lda, x, b, ldb, &one, x, c, ldc,
+                            CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     };
     EXPECT(gemm(CUDA_R_32F, CUDA_R_32F, CUDA_R_32F, 4, 2, 4) == CUBLAS_STATUS_SUCCESS);
     EXPECT(gemm(CUDA_R_32F, CUDA_R_16BF, CUDA_R_32F, 4, 2, 4) == CUBLAS_STATUS_NOT_SUPPORTED);
@@ -529,14 +536,14 @@ void check_blas() {
     EXPECT(gemm(CUDA_R_32F, CUDA_R_32F, CUDA_R_32F, 4, 1, 4) == CUBLAS_STATUS_INVALID_VALUE);
     EXPECT(gemm(CUDA_R_32F, CUDA_R_32F, CUDA_R_32F, 4, 2, 3) == CUBLAS_STATUS_INVALID_VALUE);
     must_fail(__LINE__, {"cublasGemmEx: an uninitialised"}, [=] {
-        cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_N, 8, 8, 8, &one, device<__nv_bfloat16>(64), CUDA_R_16BF, 8, x, CUDA_R_16BF, 8, &one, x,
-                     CUDA_R_32F, 8, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+        cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_N, 8, 8, 8, &one, device<__nv_bfloat16>(64), CUDA_R_16BF, 8, x,
+                     CUDA_R_16BF, 8, &one, x, CUDA_R_32F, 8, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     });
     EXPECT(cublasDestroy(blas) == CUBLAS_STATUS_SUCCESS);
 }
 
-// What a compiler might do ahead of its condition, or in unused lanes of a vector, must raise nothing: here every second
-// number is one on which the operation would be invalid.
+// What a compiler might do ahead of its condition, or in unused lanes of a vector, must raise nothing: here every
+// second number is one on which the operation would be invalid.
 __global__ void masks_kernel(float *out, const float *x, int n, int limit) {
     float sum = 0, largest = -INFINITY;
     for (int i = 0; i < n; i++)
@@ -573,10 +580,36 @@ void check_no_false_alarm() {
 // 5. Mistakes
 
 enum {
-    NO_BARRIER, NO_BARRIER_INT, SOME_LEAVE, TWO_BARRIERS, BARRIER_AND_WARP, HALF_WARP, TWO_CALLS, LANE_LEAVES, LANE_NOT_IN_MASK,
-    SHARED_PAST, SHARED_BEFORE, DYNAMIC_PAST, GLOBAL_PAST, GLOBAL_BEFORE, SHARED_FLOAT, GLOBAL_FLOAT, GLOBAL_BF16, INDEX, POINTER,
-    CP_UNALIGNED, CP_TO_UNALIGNED, CP_TOO_EARLY, CP_NEVER, CP_GLOBAL, LDMATRIX_UNALIGNED, ALIGNED_BY_LUCK, DIVISION, INF_MINUS_INF,
-    STACK_FULL, TOO_MUCH_SHARED
+    NO_BARRIER,
+    NO_BARRIER_INT,
+    SOME_LEAVE,
+    TWO_BARRIERS,
+    BARRIER_AND_WARP,
+    HALF_WARP,
+    TWO_CALLS,
+    LANE_LEAVES,
+    LANE_NOT_IN_MASK,
+    SHARED_PAST,
+    SHARED_BEFORE,
+    DYNAMIC_PAST,
+    GLOBAL_PAST,
+    GLOBAL_BEFORE,
+    SHARED_FLOAT,
+    GLOBAL_FLOAT,
+    GLOBAL_BF16,
+    INDEX,
+    POINTER,
+    CP_UNALIGNED,
+    CP_TO_UNALIGNED,
+    CP_TOO_EARLY,
+    CP_NEVER,
+    CP_GLOBAL,
+    LDMATRIX_UNALIGNED,
+    ALIGNED_BY_LUCK,
+    DIVISION,
+    INF_MINUS_INF,
+    STACK_FULL,
+    TOO_MUCH_SHARED
 };
 
 int deep(int n) {
@@ -728,13 +761,16 @@ void check_mistakes() {
             wrong_kernel<<<2, 64, 256>>>(mistake, x, device<__nv_bfloat16>(64), device<int>(64), 64, 0);
         };
     };
-#define FAILS(mistake, ...) must_fail(__LINE__, {"kernel wrong_kernel, block (", ",0,0), thread (", __VA_ARGS__}, wrong(mistake))
+#define FAILS(mistake, ...)                                                                                            \
+    must_fail(__LINE__, {"kernel wrong_kernel, block (", ",0,0), thread (", __VA_ARGS__}, wrong(mistake))
 #define WHERE ",0,0): waits at check.cu:"
     const char *number = "number was used (floating-point exception)";
     FAILS(NO_BARRIER, number);
     FAILS(SOME_LEAVE, WHERE, " for a barrier that thread (33,0,0) never reaches\n");
-    FAILS(TWO_BARRIERS, WHERE, " for a barrier that thread (", ",0,0) never reaches: it waits at check.cu:", " for a barrier\n");
-    FAILS(BARRIER_AND_WARP, WHERE, " in __shfl_sync for thread (", ",0,0), which never comes: it waits at check.cu:", " for a barrier\n");
+    FAILS(TWO_BARRIERS, WHERE, " for a barrier that thread (",
+          ",0,0) never reaches: it waits at check.cu:", " for a barrier\n");
+    FAILS(BARRIER_AND_WARP, WHERE, " in __shfl_sync for thread (",
+          ",0,0), which never comes: it waits at check.cu:", " for a barrier\n");
     FAILS(HALF_WARP, WHERE, " in __syncwarp for thread (", ",0,0), which never comes\n");
     FAILS(TWO_CALLS, WHERE, ", which never comes: it waits at check.cu:");
     FAILS(LANE_LEAVES, WHERE, " in __shfl_sync for thread (40,0,0), which never comes\n");
@@ -763,9 +799,12 @@ void check_mistakes() {
     FAILS(STACK_FULL, "stack-overflow", stopped);
     FAILS(DIVISION, "");
 #else
-    must_fail(__LINE__, {"wrong_kernel: block (", "wrote past the end of the shared memory of line "}, wrong(SHARED_PAST));
-    must_fail(__LINE__, {"wrong_kernel: block (", "wrote before the beginning of the shared memory of line "}, wrong(SHARED_BEFORE));
-    must_fail(__LINE__, {"wrong_kernel: block (", "wrote past the end of the dynamic shared memory"}, wrong(DYNAMIC_PAST));
+    must_fail(__LINE__, {"wrong_kernel: block (", "wrote past the end of the shared memory of line "},
+              wrong(SHARED_PAST));
+    must_fail(__LINE__, {"wrong_kernel: block (", "wrote before the beginning of the shared memory of line "},
+              wrong(SHARED_BEFORE));
+    must_fail(__LINE__, {"wrong_kernel: block (", "wrote past the end of the dynamic shared memory"},
+              wrong(DYNAMIC_PAST));
     must_fail(__LINE__, {"wrote past the end of the 256 bytes of device memory"}, wrong(GLOBAL_PAST));
     must_fail(__LINE__, {"wrote before the beginning of the 256 bytes of device memory"}, wrong(GLOBAL_BEFORE));
     FAILS(INDEX, "wild address");
@@ -785,9 +824,21 @@ void check_mistakes() {
 }
 
 int main() {
-    void (*checks[])() = {check_mma, check_ldmatrix, check_cp_async, check_shuffles<int>, check_shuffles<unsigned>, check_shuffles<float>,
-                          check_shuffles<double>, check_shuffles<unsigned long long>, check_votes, check_blocks, check_runtime, check_bf16,
-                          check_blas, check_no_false_alarm, check_mistakes};
+    void (*checks[])() = {check_mma,
+                          check_ldmatrix,
+                          check_cp_async,
+                          check_shuffles<int>,
+                          check_shuffles<unsigned>,
+                          check_shuffles<float>,
+                          check_shuffles<double>,
+                          check_shuffles<unsigned long long>,
+                          check_votes,
+                          check_blocks,
+                          check_runtime,
+                          check_bf16,
+                          check_blas,
+                          check_no_false_alarm,
+                          check_mistakes};
     for (auto check : checks) {
         check();
         while (!cudacpu::memory.empty())

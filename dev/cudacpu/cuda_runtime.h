@@ -5,15 +5,16 @@
 //
 //   - each thread of a block is a fiber: a stack of its own, which runs until it must wait for others. Blocks, and the
 //     threads of a block whenever there is a choice, run in a shuffled order, so that a missing barrier shows;
-//   - whoever waits for a thread that never comes ends the program, with the kernel, the block, the thread and the line;
+//   - whoever waits for a thread that never comes ends the program, with the kernel, the block, the thread and the
+//   line;
 //   - memory that nobody has written is full of signalling NaNs, and a kernel that computes with one, or computes a
 //     NaN, is ended too; memory past the end is seen by AddressSanitizer, and without it, later, by guard bytes;
 //   - work in a stream is done when something waits for it, so that a host that looks too early, or changes too early
 //     what is to be copied, shows as well.
 //
-// CUDACPU_SEED=n shuffles differently; CUDACPU_MEMORY=n gives the device n MiB (4096). Compile with -ftrapping-math (and
-// clang with -ffp-exception-behavior=maytrap): otherwise compilers compute, and throw away, what the program never asked
-// for, and that may be a NaN. machine.h runs the blocks; this file has what programs call.
+// CUDACPU_SEED=n shuffles differently; CUDACPU_MEMORY=n gives the device n MiB (4096). Compile with -ftrapping-math
+// (and clang with -ffp-exception-behavior=maytrap): otherwise compilers compute, and throw away, what the program never
+// asked for, and that may be a NaN. machine.h runs the blocks; this file has what programs call.
 
 #ifndef CUDACPU_CUDA_RUNTIME_H
 #define CUDACPU_CUDA_RUNTIME_H
@@ -40,9 +41,9 @@
 #define __align__(n) __attribute__((aligned(n)))
 
 #define threadIdx (cudacpu::current->index)
-#define blockIdx (cudacpu::machine->block)
-#define blockDim (cudacpu::machine->grid->block)
-#define gridDim (cudacpu::machine->grid->grid)
+#define blockIdx  (cudacpu::machine->block)
+#define blockDim  (cudacpu::machine->grid->block)
+#define gridDim   (cudacpu::machine->grid->grid)
 
 // clang-format off
 struct alignas(8) int2 { int x, y; };
@@ -74,8 +75,8 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
     ERROR(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                                              \
     ERROR(cudaErrorNotReady, 600, "device not ready")
 #define CUDACPU_ENUM(name, number, text) name = number,
-#define CUDACPU_NAME(name, number, text) e == name ? #name :
-#define CUDACPU_TEXT(name, number, text) e == name ? text :
+#define CUDACPU_NAME(name, number, text) e == name ? #name:
+#define CUDACPU_TEXT(name, number, text) e == name ? text:
 enum cudaError_t { CUDACPU_ERRORS(CUDACPU_ENUM) };
 inline const char *cudaGetErrorName(cudaError_t e) {
     return CUDACPU_ERRORS(CUDACPU_NAME) "unrecognized error code";
@@ -85,15 +86,23 @@ inline const char *cudaGetErrorString(cudaError_t e) {
 }
 
 enum cudaMemcpyKind {
-    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
 };
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
 enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
 struct cudaDeviceProp {
     char name[256];
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
-    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor, regsPerBlock, l2CacheSize;
+    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor, regsPerBlock,
+        l2CacheSize;
 };
 
 namespace cudacpu {
@@ -132,7 +141,8 @@ template <class Enough> void run_tasks(Enough enough) {
         Stream *chosen = nullptr;
         unsigned able = 0;
         for (Stream *s : streams) {
-            if (!s->tasks.empty() && (!s->tasks[0].event || s->tasks[0].event->done >= s->tasks[0].count) && random.below(++able) == 0)
+            if (!s->tasks.empty() && (!s->tasks[0].event || s->tasks[0].event->done >= s->tasks[0].count) &&
+                random.below(++able) == 0)
                 chosen = s;
         }
         Task task = std::move(chosen->tasks[0]);
@@ -196,8 +206,8 @@ inline bool on_device(const void *p, size_t n) {
     return after != memory.begin() && (--after, (char *)p + n <= after->first + after->second);
 }
 
-inline cudaError_t copy(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind,
-                        Stream *stream) {
+inline cudaError_t copy(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
+                        cudaMemcpyKind kind, Stream *stream) {
     if (width == 0 || height == 0)
         return cudaSuccess;
     size_t to_size = (height - 1) * to_pitch + width, from_size = (height - 1) * from_pitch + width;
@@ -387,11 +397,12 @@ inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     *available = *total - cudacpu::memory_used;
     return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind, cudaStream_t stream = nullptr) {
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind,
+                                   cudaStream_t stream = nullptr) {
     return cudacpu::copy(to, n, from, n, n, 1, kind, stream);
 }
-inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
-                                     cudaMemcpyKind kind, cudaStream_t stream = nullptr) {
+inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                                     size_t height, cudaMemcpyKind kind, cudaStream_t stream = nullptr) {
     return cudacpu::copy(to, to_pitch, from, from_pitch, width, height, kind, stream);
 }
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind kind) {
@@ -414,7 +425,8 @@ namespace cudacpu {
 
 inline uint64_t launches = 0;
 
-// launch("name", name, grid, block, shared, stream)(arguments...): the arguments become the kernel's types here and now.
+// launch("name", name, grid, block, shared, stream)(arguments...): the arguments become the kernel's types here and
+// now.
 template <class... P> struct Launch {
     const char *name;
     void (*kernel)(P...);
@@ -439,7 +451,8 @@ template <class... P> struct Launch {
     }
 };
 template <class... P>
-Launch<P...> launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic = 0, Stream *stream = nullptr) {
+Launch<P...> launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic = 0,
+                    Stream *stream = nullptr) {
     return {name, kernel, grid, block, dynamic, stream};
 }
 
@@ -468,7 +481,8 @@ template <class T> T shuffle(unsigned mask, T value, int from, const char *what,
             if (!(mask >> i & 1))
                 continue;
             if (!(mask >> lane[i]->from & 1))
-                fail("%s:%d: %s: lane %d reads from lane %d, which is not in the mask %08x", file, line, what, i, lane[i]->from, mask);
+                fail("%s:%d: %s: lane %d reads from lane %d, which is not in the mask %08x", file, line, what, i,
+                     lane[i]->from, mask);
             lane[i]->result = lane[lane[i]->from]->value;
         }
     });
@@ -476,7 +490,8 @@ template <class T> T shuffle(unsigned mask, T value, int from, const char *what,
 }
 
 // add(result, own value, value of lane j, j) for each lane j in mask, in order, beginning with T's result of `none`.
-template <class R, class T, class Add> R reduce(unsigned mask, R none, T value, const char *what, const char *file, int line, Add add) {
+template <class R, class T, class Add>
+R reduce(unsigned mask, R none, T value, const char *what, const char *file, int line, Add add) {
     struct Mine {
         T value;
         R result;
@@ -499,7 +514,8 @@ inline int lane() {
 } // namespace cudacpu
 
 template <class T> T __shfl_sync(unsigned mask, T x, int from, int width = 32, CUDACPU_WHERE) {
-    return cudacpu::shuffle(mask, x, (cudacpu::lane() & ~(width - 1)) | (from & (width - 1)), "__shfl_sync", file, line);
+    return cudacpu::shuffle(mask, x, (cudacpu::lane() & ~(width - 1)) | (from & (width - 1)), "__shfl_sync", file,
+                            line);
 }
 template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32, CUDACPU_WHERE) {
     int lane = cudacpu::lane(), from = lane ^ bits;
@@ -507,18 +523,21 @@ template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 3
 }
 template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32, CUDACPU_WHERE) {
     int lane = cudacpu::lane();
-    return cudacpu::shuffle(mask, x, (unsigned)(lane & (width - 1)) < by ? lane : lane - (int)by, "__shfl_up_sync", file, line);
+    return cudacpu::shuffle(mask, x, (unsigned)(lane & (width - 1)) < by ? lane : lane - (int)by, "__shfl_up_sync",
+                            file, line);
 }
 template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32, CUDACPU_WHERE) {
     int lane = cudacpu::lane();
-    return cudacpu::shuffle(mask, x, (lane & (width - 1)) + by >= (unsigned)width ? lane : lane + (int)by, "__shfl_down_sync", file, line);
+    return cudacpu::shuffle(mask, x, (lane & (width - 1)) + by >= (unsigned)width ? lane : lane + (int)by,
+                            "__shfl_down_sync", file, line);
 }
 inline void __syncwarp(unsigned mask = 0xffffffff, CUDACPU_WHERE) {
     int nothing = 0;
     cudacpu::together(mask, nothing, "__syncwarp", file, line, [](int **, unsigned) {});
 }
 inline unsigned __ballot_sync(unsigned mask, int x, CUDACPU_WHERE) {
-    return cudacpu::reduce(mask, 0u, x != 0, "__ballot_sync", file, line, [](unsigned &r, bool, bool x, int j) { r |= (unsigned)x << j; });
+    return cudacpu::reduce(mask, 0u, x != 0, "__ballot_sync", file, line,
+                           [](unsigned &r, bool, bool x, int j) { r |= (unsigned)x << j; });
 }
 inline int __any_sync(unsigned mask, int x, CUDACPU_WHERE) {
     return cudacpu::reduce(mask, 0, x != 0, "__any_sync", file, line, [](int &r, bool, bool x, int) { r |= x; });
@@ -527,10 +546,12 @@ inline int __all_sync(unsigned mask, int x, CUDACPU_WHERE) {
     return cudacpu::reduce(mask, 1, x != 0, "__all_sync", file, line, [](int &r, bool, bool x, int) { r &= x; });
 }
 template <class T> unsigned __match_any_sync(unsigned mask, T x, CUDACPU_WHERE) {
-    return cudacpu::reduce(mask, 0u, x, "__match_any_sync", file, line, [](unsigned &r, T own, T x, int j) { r |= (unsigned)(x == own) << j; });
+    return cudacpu::reduce(mask, 0u, x, "__match_any_sync", file, line,
+                           [](unsigned &r, T own, T x, int j) { r |= (unsigned)(x == own) << j; });
 }
 template <class T> T __reduce_add_sync(unsigned mask, T x, CUDACPU_WHERE) {
-    return (T)cudacpu::reduce(mask, 0u, (unsigned)x, "__reduce_add_sync", file, line, [](unsigned &r, unsigned, unsigned x, int) { r += x; });
+    return (T)cudacpu::reduce(mask, 0u, (unsigned)x, "__reduce_add_sync", file, line,
+                              [](unsigned &r, unsigned, unsigned x, int) { r += x; });
 }
 template <class T> T __reduce_max_sync(unsigned mask, T x, CUDACPU_WHERE) {
     return cudacpu::reduce(mask, x, x, "__reduce_max_sync", file, line, [](T &r, T, T x, int) { r = std::max(r, x); });
@@ -539,32 +560,33 @@ template <class T> T __reduce_min_sync(unsigned mask, T x, CUDACPU_WHERE) {
     return cudacpu::reduce(mask, x, x, "__reduce_min_sync", file, line, [](T &r, T, T x, int) { r = std::min(r, x); });
 }
 
+// clang-format off
 // Atomics of integers alone: those of floats would make sums depend on the order.
-#define CUDACPU_ATOMICS(T)                                                                                              \
-    inline T atomicAdd(T *p, T x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }                                \
-    inline T atomicOr(T *p, T x) { return __atomic_fetch_or(p, x, __ATOMIC_RELAXED); }                                  \
-    inline T atomicExch(T *p, T x) { return __atomic_exchange_n(p, x, __ATOMIC_RELAXED); }                              \
-    inline T atomicCAS(T *p, T expected, T x) {                                                                         \
-        __atomic_compare_exchange_n(p, &expected, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);                        \
-        return expected;                                                                                                \
-    }                                                                                                                   \
-    inline T atomicMax(T *p, T x) {                                                                                     \
-        T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                                   \
-        while (old < x && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}       \
-        return old;                                                                                                     \
-    }                                                                                                                   \
-    inline T atomicMin(T *p, T x) {                                                                                     \
-        T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                                   \
-        while (old > x && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}       \
-        return old;                                                                                                     \
+#define CUDACPU_ATOMICS(T)                                                                                             \
+    inline T atomicAdd(T *p, T x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }                               \
+    inline T atomicOr(T *p, T x) { return __atomic_fetch_or(p, x, __ATOMIC_RELAXED); }                                 \
+    inline T atomicExch(T *p, T x) { return __atomic_exchange_n(p, x, __ATOMIC_RELAXED); }                             \
+    inline T atomicCAS(T *p, T expected, T x) {                                                                        \
+        __atomic_compare_exchange_n(p, &expected, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);                       \
+        return expected;                                                                                               \
+    }                                                                                                                  \
+    inline T atomicMax(T *p, T x) {                                                                                    \
+        T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                                  \
+        while (old < x && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}      \
+        return old;                                                                                                    \
+    }                                                                                                                  \
+    inline T atomicMin(T *p, T x) {                                                                                    \
+        T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                                  \
+        while (old > x && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}      \
+        return old;                                                                                                    \
     }
 CUDACPU_ATOMICS(int)
 CUDACPU_ATOMICS(unsigned)
 CUDACPU_ATOMICS(unsigned long long)
 #undef CUDACPU_ATOMICS
 
-#define CUDACPU_MIN_MAX(T)                                                                                              \
-    inline T min(T a, T b) { return b < a ? b : a; }                                                                    \
+#define CUDACPU_MIN_MAX(T)                                                                                             \
+    inline T min(T a, T b) { return b < a ? b : a; }                                                                   \
     inline T max(T a, T b) { return a < b ? b : a; }
 CUDACPU_MIN_MAX(int)
 CUDACPU_MIN_MAX(unsigned)
@@ -610,6 +632,7 @@ inline long long clock64() { return std::chrono::steady_clock::now().time_since_
 #define __logf(x) logf(x)
 #define __fdividef(a, b) cudacpu::quotient(a, b)
 #define rsqrtf(x) cudacpu::reciprocal_root(x)
+// clang-format on
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. Instructions that CUDA C++ has no word for, as the PTX ISA describes them
@@ -641,7 +664,8 @@ inline void ldmatrix(unsigned *r, const void *row, bool transposed, const char *
                 memcpy(m[j], lane[8 * i + j]->row, 16);
             for (int l = 0; l < 32; l++) {
                 int g = l / 4, t = l % 4;
-                lane[l]->r[i] = transposed ? m[2 * t][g] | (unsigned)m[2 * t + 1][g] << 16 : m[g][2 * t] | (unsigned)m[g][2 * t + 1] << 16;
+                lane[l]->r[i] = transposed ? m[2 * t][g] | (unsigned)m[2 * t + 1][g] << 16
+                                           : m[g][2 * t] | (unsigned)m[g][2 * t + 1] << 16;
             }
         }
     });

@@ -1,6 +1,7 @@
 // machine.h: how a block of CUDA threads runs on the CPU. cuda_runtime.h, which includes this, says what it is for.
 //
-// From top to bottom: chance, poison and the end of a program; fibers; what threads wait for; shared memory; traps; grids.
+// From top to bottom: chance, poison and the end of a program; fibers; what threads wait for; shared memory; traps;
+// grids.
 
 #ifndef CUDACPU_MACHINE_H
 #define CUDACPU_MACHINE_H
@@ -114,9 +115,9 @@ inline void poison(void *memory, size_t n) {
 // What a write before or past a piece of memory has changed of the guards around it; nullptr: nothing.
 inline const char *broken_guard(const char *p, size_t n) {
     size_t odd = (uintptr_t)p % 2, odd_end = (uintptr_t)(p + n) % 2;
-    return memcmp(p + n, pattern.bytes + odd_end, GUARD)      ? "past the end of"
+    return memcmp(p + n, pattern.bytes + odd_end, GUARD)   ? "past the end of"
            : memcmp(p - GUARD, pattern.bytes + odd, GUARD) ? "before the beginning of"
-                                                              : nullptr;
+                                                           : nullptr;
 }
 
 struct Thread;
@@ -165,7 +166,11 @@ __asm__(".text\n.balign 16\n.type cudacpu_go, @function\ncudacpu_go:\n"
         "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
         "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
         "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n.size cudacpu_go, .-cudacpu_go\n");
-enum { SAVED = 7, RETURN_TO = 6, ABOVE = 1 }; // words kept on the stack, which of them is the return address, what is above
+enum {
+    SAVED = 7,
+    RETURN_TO = 6,
+    ABOVE = 1
+}; // words kept on the stack, which of them is the return address, what is above
 #else
 __asm__(".text\n.balign 16\n.type cudacpu_go, %function\ncudacpu_go:\n"
         "sub sp, sp, #160\n"
@@ -206,7 +211,8 @@ inline void go(Context &from, Context &to) {
 #endif
 
 inline char *new_stack() { // above a page that nobody may touch
-    char *p = (char *)mmap(nullptr, GUARD_PAGE + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *p = (char *)mmap(nullptr, GUARD_PAGE + STACK, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED || mprotect(p, GUARD_PAGE, PROT_NONE) != 0)
         fail("no memory for the stack of a fiber");
     return p + GUARD_PAGE;
@@ -246,7 +252,7 @@ struct Call {
     void *lane[32];
 };
 
-struct Variable { // in shared memory
+struct Variable {         // in shared memory
     const char *function; // nullptr: the dynamic one
     int line;
     char *memory, *data; // what was allocated, what it holds
@@ -267,7 +273,7 @@ struct Machine {
     uint3 block;
     unsigned size = 0; // of the block
     Thread thread[MAX_THREADS];
-    Thread host; // who runs the block
+    Thread host;                         // who runs the block
     std::vector<Thread *> ready, coming; // who can run in this round, the last one first, and who in the next
     bool interleaved;
     unsigned ended, at_barrier;
@@ -297,20 +303,21 @@ inline int print_place(char *to, size_t size) {
         return 0;
     if (!current)
         return snprintf(to, size, "%.300s: ", kernel);
-    return snprintf(to, size, "kernel %.300s, block (%u,%u,%u), thread (%u,%u,%u): ", kernel, CUDACPU_XYZ(machine->block),
-                    CUDACPU_XYZ(current->index));
+    return snprintf(to, size, "kernel %.300s, block (%u,%u,%u), thread (%u,%u,%u): ", kernel,
+                    CUDACPU_XYZ(machine->block), CUDACPU_XYZ(current->index));
 }
 
 [[noreturn]] inline void never_comes(Thread *waiting, Thread *missing) {
     char why[300] = "";
     if (missing->state != ENDED)
-        snprintf(why, sizeof(why), ": it waits at %s:%d %s", missing->file, missing->line, missing->call ? missing->call : "for a barrier");
+        snprintf(why, sizeof(why), ": it waits at %s:%d %s", missing->file, missing->line,
+                 missing->call ? missing->call : "for a barrier");
     current = waiting;
     if (waiting->call)
-        fail("waits at %s:%d in %s for thread (%u,%u,%u), which never comes%s", waiting->file, waiting->line, waiting->call,
-             CUDACPU_XYZ(missing->index), why);
-    fail("waits at %s:%d for a barrier that thread (%u,%u,%u) never reaches%s", waiting->file, waiting->line, CUDACPU_XYZ(missing->index),
-         why);
+        fail("waits at %s:%d in %s for thread (%u,%u,%u), which never comes%s", waiting->file, waiting->line,
+             waiting->call, CUDACPU_XYZ(missing->index), why);
+    fail("waits at %s:%d for a barrier that thread (%u,%u,%u) never reaches%s", waiting->file, waiting->line,
+         CUDACPU_XYZ(missing->index), why);
 }
 
 // The next thread to run; nullptr when all have ended.
@@ -321,7 +328,8 @@ inline Thread *Machine::next() {
         if (ready.empty() && ended < size) { // some wait in a warp call, for others at a barrier or in another call
             for (unsigned w = 0; w < MAX_THREADS / 32; w++) {
                 for (Call &c : calls[w])
-                    never_comes(&thread[w * 32 + __builtin_ctz(c.here)], &thread[w * 32 + __builtin_ctz(c.mask & ~c.here)]);
+                    never_comes(&thread[w * 32 + __builtin_ctz(c.here)],
+                                &thread[w * 32 + __builtin_ctz(c.mask & ~c.here)]);
             }
         }
         if (ready.empty())
@@ -352,7 +360,8 @@ inline void Machine::leave_for(Thread *to) {
     current = to == &host ? nullptr : to;
 #ifdef CUDACPU_ASAN
     from_host = me == &host;
-    __sanitizer_start_switch_fiber(me->state == ENDED ? nullptr : &me->fake, to->stack, to == &host ? host.stack_size : STACK);
+    __sanitizer_start_switch_fiber(me->state == ENDED ? nullptr : &me->fake, to->stack,
+                                   to == &host ? host.stack_size : STACK);
 #endif
     go(me->context, to->context);
 #ifdef CUDACPU_ASAN
@@ -472,8 +481,8 @@ void together(unsigned mask, Mine &mine, const char *name, const char *file, int
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. Shared memory: a variable is allocated for a block when its first thread comes by, between guards or the red zones of
-// AddressSanitizer, and aligned as its type wants but no better, as nvcc does: what needs more must say __align__
+// 4. Shared memory: a variable is allocated for a block when its first thread comes by, between guards or the red zones
+// of AddressSanitizer, and aligned as its type wants but no better, as nvcc does: what needs more must say __align__
 
 inline char *Machine::share(const char *function, int line, size_t n, size_t align) {
     for (Variable &v : shared) {
@@ -508,8 +517,8 @@ inline void Machine::end_shared() {
         free(v.memory);
 #else
         if (const char *where = broken_guard(v.data, v.size))
-            fail("block (%u,%u,%u) wrote %s %s shared memory of line %d", CUDACPU_XYZ(block), where, v.function ? "the" : "the dynamic",
-                 v.line);
+            fail("block (%u,%u,%u) wrote %s %s shared memory of line %d", CUDACPU_XYZ(block), where,
+                 v.function ? "the" : "the dynamic", v.line);
 #endif
     }
     shared.clear();
@@ -530,7 +539,8 @@ template <class T> T *dynamic_shared(int line = __builtin_LINE()) {
 extern "C" char __executable_start, etext; // the linker's: where the program's own code is
 
 // Where in the source the interrupted function is, if there is an addr2line. On the stack are this function and the
-// handler; then, of the C library, what calls handlers, and perhaps a function that the kernel had called; then our own.
+// handler; then, of the C library, what calls handlers, and perhaps a function that the kernel had called; then our
+// own.
 inline void print_source() {
 #ifdef __GLIBC__
     auto ours = [](void *p) { return (char *)p >= &__executable_start && (char *)p < &etext; };
@@ -549,7 +559,8 @@ inline void print_source() {
     char exe[4000] = "", at[40];
     if (readlink("/proc/self/exe", exe, sizeof(exe) - 1) < 0)
         return;
-    snprintf(at, sizeof(at), "%zx", (size_t)((uintptr_t)frames[i] - bias - (i > handler + 1))); // a call, not what follows
+    snprintf(at, sizeof(at), "%zx",
+             (size_t)((uintptr_t)frames[i] - bias - (i > handler + 1))); // a call, not what follows
     pid_t child = fork();
     if (child == 0) {
         dup2(2, 1);
@@ -716,14 +727,15 @@ inline int workers() {
 }
 
 inline void run_grid(const Grid &g) {
-    size_t n = (size_t)g.grid.x * g.grid.y * g.grid.z;
+    size_t n = (size_t)g.grid.x * g.grid.y * g.grid.z, block = g.block.x * g.block.y * g.block.z;
     std::vector<unsigned> order(n);
     for (size_t i = 0; i < n; i++)
         order[i] = (unsigned)i;
     Random(seed(), g.number, n).shuffle(order.data(), n);
     Handlers handlers;
+    (void)block; // few threads are not worth the others' waking up
 #ifdef _OPENMP
-#pragma omp parallel num_threads(workers()) if (n > 1)
+#pragma omp parallel num_threads(workers()) if (n > 1 && n * block >= 2048)
 #endif
     {
         Seat seat;
