@@ -5749,9 +5749,6 @@ void test_gpu_attention(void **state) {
     check_gpu_generation(130, 6, 2, 64);
     check_gpu_generation(1, 1, 1, 2);
     check_gpu_generation(70, 2, 1, 256);
-    char message[256];
-    assert_int_equal(dies(too_wide, NULL, message, sizeof(message)), 1);
-    assert_non_null(strstr(message, "258"));
 }
 
 void check_gpu_cross_entropy(int rows, int V, double spread) {
@@ -7499,9 +7496,13 @@ void test_gpu_memory(void **state) {
         CHECK(cudaMemGetInfo(&with, &total));
         for (int kind = 0; kind < MEMORY_KINDS; kind++)
             sum += (double)m->bytes[kind];
+        double taken = (double)(before - with), extra = 0;
+#ifndef CUDACPU // a device gives memory 2 MiB at a time, and keeps some for the kernels' code
+        extra = 2097152.0 * ((gpu::Model *)m)->device_count;
+#endif
         gpu::backend.release(m);
         CHECK(cudaMemGetInfo(&after, &total));
-        if (!(fabs(sum / (double)(before - with) - 1) <= 0.05) || after != before)
+        if (!(fabs(taken - sum) <= 0.05 * taken + extra) || fabs((double)before - (double)after) > extra)
             fail_msg("%s: the table says %.1f MiB; it were %.1f, of which %.1f came back", cases[i][0], sum / 1048576,
                      (double)(before - with) / 1048576, ((double)after - (double)with) / 1048576);
     }
@@ -7556,6 +7557,9 @@ void test_gpu_errors(void **state) {
                                : cudaGetErrorString(cudaErrorMemoryAllocation)))
             fail_msg("%s", message);
     }
+    char message[1024];
+    assert_int_equal(dies(too_wide, NULL, message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "258"));
 }
 
 // For the list of tests. The first two must come before any that uses the device: a process that has used one cannot

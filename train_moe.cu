@@ -126,7 +126,8 @@ __device__ void load_matrices(unsigned *r, const void *row) {
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((unsigned)__cvta_generic_to_shared(row)));
+                 : "r"((unsigned)__cvta_generic_to_shared(row))
+                 : "memory");
 #endif
 }
 __device__ void load_matrices_transposed(unsigned *r, const void *row) {
@@ -135,7 +136,8 @@ __device__ void load_matrices_transposed(unsigned *r, const void *row) {
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((unsigned)__cvta_generic_to_shared(row)));
+                 : "r"((unsigned)__cvta_generic_to_shared(row))
+                 : "memory");
 #endif
 }
 
@@ -186,7 +188,7 @@ __device__ void warp_product(float (&acc)[MT][NT][4], const floatX *a, int lda, 
     }
 #else
     for (int k = 0; k < nk; k += 16) {
-        unsigned of_a[MT][4], of_b[NT][2];
+        unsigned of_a[MT][4], of_b[NT / 2][4];
 #pragma unroll
         for (int i = 0; i < MT; i++) {
             if (A_BY_K)
@@ -197,15 +199,15 @@ __device__ void warp_product(float (&acc)[MT][NT][4], const floatX *a, int lda, 
 #pragma unroll
         for (int j = 0; j < NT; j += 2) {
             if (B_BY_K)
-                load_matrices_transposed(of_b[j], b + (k + lane % 16) * ldb + 8 * j + lane / 16 * 8);
+                load_matrices_transposed(of_b[j / 2], b + (k + lane % 16) * ldb + 8 * j + lane / 16 * 8);
             else
-                load_matrices(of_b[j], b + (8 * j + lane % 8 + lane / 16 * 8) * ldb + k + lane / 8 % 2 * 8);
+                load_matrices(of_b[j / 2], b + (8 * j + lane % 8 + lane / 16 * 8) * ldb + k + lane / 8 % 2 * 8);
         }
 #pragma unroll
         for (int i = 0; i < MT; i++) {
 #pragma unroll
             for (int j = 0; j < NT; j++)
-                mma(acc[i][j], of_a[i], of_b[j]);
+                mma(acc[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
         }
     }
 #endif
@@ -676,8 +678,9 @@ __global__ void attention_forward_kernel(floatX *out, float *lse, const floatX *
     const int MT = A::MT, LD = A::LD, KEYS = A::KEYS;
     extern __shared__ float4 dynamic[];
     floatX *queries = (floatX *)dynamic, *keys = queries + A::QUERIES_HELD * LD, *values = keys + KEYS * LD;
-    int b = blockIdx.x / H, h = blockIdx.x % H, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int first = (gridDim.y - 1 - blockIdx.y) * A::QUERIES_HELD, last = min(T, first + A::QUERIES_HELD); // longest first
+    int tiles = div_up(T, A::QUERIES_HELD), head = blockIdx.x / tiles, b = head / H, h = head % H;
+    int first = (tiles - 1 - blockIdx.x % tiles) * A::QUERIES_HELD, last = min(T, first + A::QUERIES_HELD); // longest first
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int mine = first + 16 * MT * warp; // this warp's first query
     size_t ld = (size_t)(H + 2 * KV) * D;
     const floatX *q = qkv + (size_t)b * T * ld + (size_t)h * D;
@@ -765,8 +768,9 @@ __global__ void attention_query_kernel(floatX *dqkv, const floatX *dout, const f
     const int MT = A::MT, LD = A::LD, STEP = A::STEP;
     extern __shared__ float4 dynamic[];
     floatX *queries = (floatX *)dynamic, *douts = queries + A::QUERIES_HELD * LD, *steps = douts + A::QUERIES_HELD * LD;
-    int b = blockIdx.x / H, h = blockIdx.x % H, warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = 0;
-    int first = (gridDim.y - 1 - blockIdx.y) * A::QUERIES_HELD, last = min(T, first + A::QUERIES_HELD);
+    int tiles = div_up(T, A::QUERIES_HELD), head = blockIdx.x / tiles, b = head / H, h = head % H;
+    int first = (tiles - 1 - blockIdx.x % tiles) * A::QUERIES_HELD, last = min(T, first + A::QUERIES_HELD);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = 0;
     int mine = first + 16 * MT * warp;
     size_t ld = (size_t)(H + 2 * KV) * D, width = (size_t)H * D, base = (size_t)b * T * ld;
     const floatX *k = qkv + base + (size_t)(H + h / (H / KV)) * D, *v = k + (size_t)KV * D;
@@ -822,8 +826,9 @@ __global__ void attention_key_kernel(floatX *dqkv, const floatX *dout, const flo
     extern __shared__ float4 dynamic[];
     floatX *keys = (floatX *)dynamic, *values = keys + A::KEYS_HELD * LD, *steps = values + A::KEYS_HELD * LD;
     float *numbers = (float *)(steps + 4 * STEP * LD); // (2,2,STEP) lse and delta
-    int b = blockIdx.x / KV, kv = blockIdx.x % KV, warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = 0;
-    int first = blockIdx.y * A::KEYS_HELD, mine = first + 16 * MT * warp, part = blockIdx.z * A::PART;
+    int tiles = div_up(T, A::KEYS_HELD), head = blockIdx.x / tiles, b = head / KV, kv = head % KV;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, turn = 0, part = blockIdx.y * A::PART;
+    int first = blockIdx.x % tiles * A::KEYS_HELD, mine = first + 16 * MT * warp;
     int start = first / STEP * STEP, steps_of_head = (T - start + STEP - 1) / STEP; // no earlier query sees a key
     size_t ld = (size_t)(H + 2 * KV) * D, width = (size_t)H * D, base = (size_t)b * T * ld;
     size_t key_at = base + (size_t)(H + kv) * D, value_at = key_at + (size_t)KV * D;
@@ -880,7 +885,7 @@ __global__ void attention_key_kernel(floatX *dqkv, const floatX *dout, const flo
 template <int W>
 void attention_forward_of(floatX *out, float *lse, const floatX *qkv, int B, int T, int H, int KV, int D, int whole) {
     typedef Attention<W> A;
-    dim3 grid(B * H, div_up(T, A::QUERIES_HELD));
+    int grid = B * H * div_up(T, A::QUERIES_HELD);
     CHECK(cudaFuncSetAttribute(attention_forward_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                A::FORWARD_BYTES));
     attention_forward_kernel<W><<<grid, 32 * A::WARPS, A::FORWARD_BYTES, stream>>>(out, lse, qkv, T, H, KV, D, whole);
@@ -891,7 +896,8 @@ template <int W>
 void attention_backward_of(floatX *dqkv, const floatX *dout, const float *lse, const float *delta, const floatX *qkv,
                            int B, int T, int H, int KV, int D, int whole) {
     typedef Attention<W> A;
-    dim3 queries(B * H, div_up(T, A::QUERIES_HELD)), keys(B * KV, div_up(T, A::KEYS_HELD), div_up(D, A::PART));
+    int queries = B * H * div_up(T, A::QUERIES_HELD);
+    dim3 keys(B * KV * div_up(T, A::KEYS_HELD), div_up(D, A::PART));
     CHECK(cudaFuncSetAttribute(attention_query_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, A::QUERY_BYTES));
     CHECK(cudaFuncSetAttribute(attention_key_kernel<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, A::KEY_BYTES));
     attention_query_kernel<W><<<queries, 32 * A::WARPS, A::QUERY_BYTES, stream>>>(dqkv, dout, lse, delta, qkv, T, H, KV,
@@ -1258,7 +1264,7 @@ void product(Out *out, Operand<In> a, Operand<In> b, int m, int n, int k, int ac
 //
 // One kernel for all six products of a mixture of experts: hidden, answer, and four backward. A block makes one tile of
 // TM x TN results of one expert. It finds out on the device which (tile list, offsets), fetches rows by index straight
-// into shared memory, STAGES tiles of TK ahead of the tensor cores, and does at the end what would else be a pass over
+// into shared memory, STAGES - 1 tiles of TK ahead of the tensor cores, and does at the end what would else be a pass over
 // memory of its own: the activation, its derivative, the gate's weight.
 //
 //        by slot:                      A (rows,k)              B (k,columns)       at the end
@@ -1271,15 +1277,16 @@ void product(Out *out, Operand<In> a, Operand<In> b, int m, int n, int k, int ac
 //   DIN      dW_in += dhidden^T x      dhidden, by k           x[token], by k
 
 enum { HIDDEN, ANSWER, DHIDDEN, DROWS, DOUT, DIN };
-enum { TM = 128, TN = 128, TK = 32, STAGES = 3 };
+const int TM = 128, TN = 128, TK = 32, STAGES = 3;
 
-struct ExpertsData { // what a product reads and writes
-    const floatX *a, *b, *hidden;
-    floatX *out, *act;        // out: hidden, rows or dhidden
-    float *grad;              // dW_in or dW_out
-    const float *weight;      // (n*K) by choice; NULL: all 1
-    float *dweight;           // (column tiles, slots): each tile's part
+struct ExpertsData { // what a product reads and writes, in the table's order
+    const floatX *a, *b, *hidden; // hidden (slots,H): DHIDDEN's
+    floatX *out, *act;            // out: hidden (slots,H), rows (slots,C) or dhidden (slots,H); act (slots,F)
+    float *grad;                  // dW_out or dW_in
+    const float *weight;          // (n*K) by choice; NULL: all 1
+    float *dweight;               // (column tiles, slots): each tile's part
     size_t slots;
+    int across; // column tiles
 };
 
 // The activation function f at x, and its slope.
@@ -1298,34 +1305,30 @@ __device__ void activate(int activation, float x, float *value, float *slope) {
     }
 }
 
-// Fetches a tile of R rows and W columns, rows ld apart in shared memory: row r begins at row(r), NULL: zeros; of its
-// numbers `valid` are there, then come zeros. All threads of the block.
-template <int R, int W, class Row> __device__ void fetch_tile(floatX *tile, int ld, Row row, int valid, int aligned) {
-    const int each = 16 / sizeof(floatX);
-    for (int i = threadIdx.x; i < R * W / each; i += THREADS) {
-        int r = i / (W / each), c = i % (W / each) * each, n = min(max(valid - c, 0), each);
-        const floatX *from = row(r);
-        floatX *to = tile + r * ld + c;
-        if (aligned) {
-            copy_async(to, from && n ? from + c : row(-1), from ? n * (int)sizeof(floatX) : 0);
-        } else {
-            for (int j = 0; j < each; j++)
-                store(&to[j], from && j < n ? to_float(from[c + j]) : 0);
-        }
+// 16 bytes of a tile in shared memory, of whose numbers n are there; the others are 0.
+template <bool ALIGNED> __device__ void fetch(floatX *to, const floatX *from, int n) {
+    if (ALIGNED) {
+        copy_async(to, from, n * (int)sizeof(floatX));
+        return;
     }
-}
-
-__device__ void store_two(float *to, float x, float y) {
-    *(float2 *)to = make_float2(x, y);
-}
-__device__ void store_two(__nv_bfloat16 *to, float x, float y) {
-    *(__nv_bfloat162 *)to = __floats2bfloat162_rn(x, y);
+    for (int i = 0; i < 16 / (int)sizeof(floatX); i++)
+        store(&to[i], i < n ? to_float(from[i]) : 0);
 }
 
 // Two neighbours, of which n are there.
-__device__ void store_pair(floatX *to, float x, float y, int n, int aligned) {
-    if (aligned && n > 1) {
-        store_two(to, x, y);
+template <bool ALIGNED, class T> __device__ void load_pair(float (&to)[2], const T *from, int n) {
+    if (ALIGNED && n > 1) {
+        load_pack(to, from);
+        return;
+    }
+    to[0] = n > 0 ? to_float(from[0]) : 0;
+    to[1] = n > 1 ? to_float(from[1]) : 0;
+}
+
+template <bool ALIGNED, class T> __device__ void store_pair(T *to, float x, float y, int n) {
+    if (ALIGNED && n > 1) {
+        float pair[2] = {x, y};
+        store_pack(to, pair);
         return;
     }
     if (n > 0)
@@ -1342,22 +1345,23 @@ template <int WHAT> struct Shape { // of the tiles in shared memory: by k, or al
     static constexpr int bytes = STAGES * (a_size + b_size) * (int)sizeof(floatX);
 };
 
-// 8 warps, 2 x 4 of them, each (64,32) of the tile.
-template <int WHAT> __global__ void __launch_bounds__(THREADS) experts_kernel(Experts x, ExpertsData d) {
+// 8 warps, 2 x 4 of them, each (64,32) of the tile. With rows, columns and depth (k) of an expert's product:
+//   HIDDEN rows x H x C   ANSWER rows x C x F   DHIDDEN rows x F x C   DROWS rows x C x H   DOUT C x F x rows   DIN H x C x rows
+template <int WHAT, bool ALIGNED> __global__ void __launch_bounds__(THREADS, 2) experts_kernel(Experts x, ExpertsData d) {
     typedef Shape<WHAT> S;
     extern __shared__ float4 dynamic[];
-    __shared__ int source[TM];
     __shared__ float part[TM][4];
-    int C = x.C, e, first, rows, column = blockIdx.y * TN, m0 = 0;
+    int C = x.C, e, first, rows, m0 = 0, across = S::by_weight ? blockIdx.y : blockIdx.x % d.across, column = across * TN;
     if (S::by_weight) {
         e = blockIdx.z;
         first = x.offset[e];
         rows = x.offset[e + 1] - first;
         m0 = blockIdx.x * TM;
-    } else {
-        e = x.tile[blockIdx.x].x;
-        first = x.tile[blockIdx.x].y;
-        rows = e < 0 ? 0 : min((int)TM, x.offset[e + 1] - first);
+    } else { // the columns of a tile of rows one after another, while its rows are in the cache
+        int2 tile = x.tile[blockIdx.x / d.across];
+        e = tile.x;
+        first = tile.y;
+        rows = e < 0 ? 0 : min(TM, x.offset[e + 1] - first);
     }
     if (rows == 0)
         return;
@@ -1369,64 +1373,76 @@ template <int WHAT> __global__ void __launch_bounds__(THREADS) experts_kernel(Ex
     int high = WHAT == DOUT ? C : WHAT == DIN ? H : rows;
     int depth = S::by_weight ? rows : WHAT == ANSWER ? F : WHAT == DROWS ? H : C;
     for (int r = threadIdx.x; WHAT == DHIDDEN && column >= columns && r < rows; r += THREADS)
-        d.dweight[blockIdx.y * d.slots + first + r] = 0; // of an expert narrower than others
+        d.dweight[across * d.slots + first + r] = 0; // of an expert narrower than others
     if (column >= columns || m0 >= high)
         return;
-    const floatX *w = d.b + (WHAT == HIDDEN || WHAT == DROWS ? x.matrix_in[e] : S::by_weight ? 0 : x.matrix[e]);
-    for (int r = threadIdx.x; r < TM && !S::by_weight; r += THREADS)
-        source[r] = r >= rows ? -1 : WHAT == HIDDEN || WHAT == DHIDDEN ? x.token[first + r] : first + r;
-    __syncthreads();
 
+    // Each thread fetches the same places of each tile: the rows are looked up once, and the pointers move along k. Of rows
+    // that are tokens by k, a tile ahead is looked up.
+    const int EACH = 16 / (int)sizeof(floatX), COUNT = TM * TK / EACH / THREADS;
+    const int A_WIDTH = S::a_by_k ? TM : TK, B_WIDTH = S::b_by_k ? TN : TK;
+    const int A_STEP = THREADS * EACH / A_WIDTH, B_STEP = THREADS * EACH / B_WIDTH;
+    int a_row = threadIdx.x / (A_WIDTH / EACH), a_column = threadIdx.x % (A_WIDTH / EACH) * EACH;
+    int b_row = threadIdx.x / (B_WIDTH / EACH), b_column = threadIdx.x % (B_WIDTH / EACH) * EACH;
+    size_t act_ld = x.widest, hidden_ld = x.hidden_width;
+    size_t a_ld = WHAT == ANSWER ? act_ld : WHAT == DROWS || WHAT == DIN ? hidden_ld : C;
+    size_t b_ld = WHAT == ANSWER || WHAT == DHIDDEN ? F : WHAT == DOUT ? act_ld : C;
+    const floatX *from_a[COUNT], *from_b[COUNT], *w = d.b;
+    if (!S::by_weight)
+        w += WHAT == HIDDEN || WHAT == DROWS ? x.matrix_in[e] : x.matrix[e];
+    int token[COUNT] = {};
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        int r = a_row + i * A_STEP, c = b_row + i * B_STEP, f = column + c;
+        if (S::by_weight) {
+            from_a[i] = d.a + (WHAT == DIN ? (first + r) * a_ld : 0) + m0 + a_column;
+            from_b[i] = w + (WHAT == DOUT ? (first + c) * b_ld : 0) + column + b_column;
+            token[i] = r < depth ? x.token[first + r] : 0;
+            continue;
+        }
+        size_t row = r >= rows ? 0 : WHAT == HIDDEN || WHAT == DHIDDEN ? x.token[first + r] : first + r;
+        from_a[i] = r < rows ? d.a + row * a_ld + a_column : NULL;
+        if (pairs) // eight rows of gate, their eight of up, and so on
+            f = column + c / 16 * 8 + c % 8;
+        if (S::b_by_k)
+            from_b[i] = w + c * b_ld + column + b_column;
+        else
+            from_b[i] = f < columns ? w + (size_t)(pairs ? c / 8 % 2 * F + f : f) * b_ld + b_column : NULL;
+    }
     floatX *tiles = (floatX *)dynamic;
-    size_t act_ld = x.widest, hidden_ld = x.hidden_width, a_ld = WHAT == ANSWER ? act_ld : WHAT == DROWS ? hidden_ld : C;
-    auto fetch = [&](int stage, int k0) {
-        floatX *a = tiles + stage * (S::a_size + S::b_size), *b = a + S::a_size;
+    auto fetch_tiles = [&](int stage, int k0) {
+        floatX *a = tiles + stage * (S::a_size + S::b_size) + a_row * S::a_ld + a_column;
+        floatX *b = tiles + stage * (S::a_size + S::b_size) + S::a_size + b_row * S::b_ld + b_column;
         if (k0 >= depth)
             return;
-        auto a_row = [&](int r) -> const floatX * { // row r of the tile, of the slots' or of k
-            if (r < 0)
-                return d.a;
-            if (!S::by_weight)
-                return source[r] < 0 ? NULL : d.a + source[r] * a_ld + k0;
-            if (k0 + r >= depth)
-                return NULL;
-            return WHAT == DOUT ? d.a + (size_t)x.token[first + k0 + r] * C + m0 : d.a + (first + k0 + r) * hidden_ld + m0;
-        };
-        auto b_row = [&](int r) -> const floatX * {
-            if (r < 0)
-                return d.b;
-            if (WHAT == HIDDEN && pairs) { // eight rows of gate, their eight of up, and so on
-                int f = column + r / 16 * 8 + r % 8;
-                return f < F ? w + (size_t)(r / 8 % 2 * F + f) * C + k0 : NULL;
-            }
-            if (!S::b_by_k)
-                return column + r < columns ? w + (size_t)(column + r) * (WHAT == HIDDEN ? C : F) + k0 : NULL;
-            if (k0 + r >= depth)
-                return NULL;
-            return WHAT == DHIDDEN ? w + (size_t)(k0 + r) * F + column
-                   : WHAT == DROWS ? w + (size_t)(k0 + r) * C + column
-                   : WHAT == DOUT  ? w + (first + k0 + r) * act_ld + column
-                                   : w + (size_t)x.token[first + k0 + r] * C + column;
-        };
-        if (S::a_by_k)
-            fetch_tile<TK, TM>(a, S::a_ld, a_row, high - m0, x.aligned);
-        else
-            fetch_tile<TM, TK>(a, S::a_ld, a_row, depth - k0, x.aligned);
-        if (S::b_by_k)
-            fetch_tile<TK, TN>(b, S::b_ld, b_row, columns - column, x.aligned);
-        else
-            fetch_tile<TN, TK>(b, S::b_ld, b_row, depth - k0, x.aligned);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            int a_k = k0 + (S::a_by_k ? a_row + i * A_STEP : a_column), b_k = k0 + (S::b_by_k ? b_row + i * B_STEP : b_column);
+            int a_n = S::a_by_k ? high - m0 - a_column : depth - a_k, b_n = S::b_by_k ? columns - column - b_column : depth - b_k;
+            a_n = from_a[i] && a_k < depth ? min(max(a_n, 0), EACH) : 0;
+            b_n = from_b[i] && b_k < depth ? min(max(b_n, 0), EACH) : 0;
+            const floatX *next_a = from_a[i] + (WHAT == DOUT ? token[i] * a_ld : 0);
+            const floatX *next_b = from_b[i] + (WHAT == DIN ? token[i] * b_ld : 0);
+            fetch<ALIGNED>(a + i * A_STEP * S::a_ld, a_n ? next_a : d.a, a_n);
+            fetch<ALIGNED>(b + i * B_STEP * S::b_ld, b_n ? next_b : d.b, b_n);
+            if (WHAT != DOUT && from_a[i])
+                from_a[i] += S::a_by_k ? TK * a_ld : TK;
+            if (WHAT != DIN && from_b[i])
+                from_b[i] += S::b_by_k ? TK * b_ld : TK;
+            if (S::by_weight && k0 + TK + a_row + i * A_STEP < depth)
+                token[i] = x.token[first + k0 + TK + a_row + i * A_STEP];
+        }
     };
     float acc[4][4][4] = {};
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp / 4 * 64, wn = warp % 4 * 32;
     for (int s = 0; s < STAGES - 1; s++) {
-        fetch(s, s * TK);
+        fetch_tiles(s, s * TK);
         copy_commit();
     }
     for (int k0 = 0, t = 0; k0 < depth; k0 += TK, t++) {
         copy_wait<STAGES - 2>();
         __syncthreads(); // the tile is there, and the one before it has been used up by all
-        fetch((t + STAGES - 1) % STAGES, k0 + (STAGES - 1) * TK);
+        fetch_tiles((t + STAGES - 1) % STAGES, k0 + (STAGES - 1) * TK);
         copy_commit();
         const floatX *a = tiles + t % STAGES * (S::a_size + S::b_size), *b = a + S::a_size;
         if (m0 + wm < high) // a small expert leaves warps without rows
@@ -1435,59 +1451,65 @@ template <int WHAT> __global__ void __launch_bounds__(THREADS) experts_kernel(Ex
     }
     copy_wait<0>();
 
+    size_t grad_ld = WHAT == DOUT ? F : C;
+    float *grad = S::by_weight ? d.grad + (WHAT == DOUT ? x.matrix[e] : x.matrix_in[e]) : NULL;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int row = wm + 16 * i + lane / 4 + 8 * half, there = m0 + row < high;
+            int row = wm + 16 * i + lane / 4 + 8 * half, c0 = column + wn + lane % 4 * 2;
+            int left = m0 + row < high ? columns - c0 : 0; // columns from c0 on
             size_t slot = (size_t)first + row;
-            float sum = 0, weight = 1;
-            if (there && !S::by_weight && d.weight)
-                weight = d.weight[x.choice[slot]];
+            float sum = 0, weight = !S::by_weight && left > 0 && d.weight ? d.weight[x.choice[slot]] : 1;
+            float gate[4][2], up[4][2]; // what is read, all of a row before anything is written
+            float *g = grad + (m0 + row) * grad_ld + c0;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float *v = &acc[i][j][2 * half];
-                int c = column + wn + 8 * j + lane % 4 * 2, n = there ? columns - c : 0;
-                if (WHAT == HIDDEN && pairs) {
-                    c = column + wn / 2 + j / 2 * 8 + lane % 4 * 2;
-                    n = there ? F - c : 0;
-                    store_pair(d.out + slot * hidden_ld + j % 2 * F + c, v[0], v[1], n, x.aligned);
-                    if (j % 2) {
-                        float f[2], slope;
-                        for (int k = 0; k < 2; k++) {
-                            activate(activation, acc[i][j - 1][2 * half + k], &f[k], &slope);
-                            f[k] *= v[k];
-                        }
-                        store_pair(d.act + slot * act_ld + c, f[0], f[1], n, x.aligned);
-                    }
-                } else if (WHAT == HIDDEN) {
-                    float f[2], slope;
-                    for (int k = 0; k < 2; k++)
-                        activate(activation, v[k], &f[k], &slope);
-                    store_pair(d.out + slot * hidden_ld + c, v[0], v[1], n, x.aligned);
-                    store_pair(d.act + slot * act_ld + c, f[0], f[1], n, x.aligned);
-                } else if (WHAT == ANSWER || WHAT == DROWS) {
-                    store_pair(d.out + slot * C + c, weight * v[0], weight * v[1], n, x.aligned);
-                } else if (WHAT == DHIDDEN) {
-                    const floatX *h = d.hidden + slot * hidden_ld + c;
-                    float dgate[2], dup[2], act[2];
-                    for (int k = 0; k < 2 && k < n; k++) {
-                        float value, slope, u = gated ? to_float(h[F + k]) : 1;
-                        activate(activation, to_float(h[k]), &value, &slope);
-                        sum += v[k] * u * value;
-                        dgate[k] = weight * v[k] * u * slope;
-                        dup[k] = weight * v[k] * value;
-                        act[k] = weight * u * value;
-                    }
-                    store_pair(d.out + slot * hidden_ld + c, dgate[0], dgate[1], n, x.aligned);
+                if (S::by_weight)
+                    load_pair<ALIGNED>(gate[j], g + 8 * j, left - 8 * j);
+                if (WHAT == DHIDDEN) {
+                    const floatX *h = d.hidden + slot * hidden_ld + c0 + 8 * j;
+                    load_pair<ALIGNED>(gate[j], h, left - 8 * j);
                     if (gated)
-                        store_pair(d.out + slot * hidden_ld + F + c, dup[0], dup[1], n, x.aligned);
-                    store_pair(d.act + slot * act_ld + c, act[0], act[1], n, x.aligned);
+                        load_pair<ALIGNED>(up[j], h + F, left - 8 * j);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float *v = &acc[i][j][2 * half], f[2], slope[2];
+                int c = c0 + 8 * j, n = left - 8 * j;
+                if (S::by_weight) {
+                    store_pair<ALIGNED>(g + 8 * j, gate[j][0] + v[0], gate[j][1] + v[1], n);
+                } else if (WHAT == ANSWER || WHAT == DROWS) {
+                    store_pair<ALIGNED>(d.out + slot * C + c, weight * v[0], weight * v[1], n);
+                } else if (WHAT == HIDDEN && pairs) {
+                    c = column + wn / 2 + j / 2 * 8 + lane % 4 * 2;
+                    n = m0 + row < high ? F - c : 0;
+                    store_pair<ALIGNED>(d.out + slot * hidden_ld + j % 2 * F + c, v[0], v[1], n);
+                    if (j % 2 == 0)
+                        continue;
+                    for (int k = 0; k < 2; k++)
+                        activate(activation, acc[i][j - 1][2 * half + k], &f[k], &slope[k]);
+                    store_pair<ALIGNED>(d.act + slot * act_ld + c, f[0] * v[0], f[1] * v[1], n);
+                } else if (WHAT == HIDDEN) {
+                    for (int k = 0; k < 2; k++)
+                        activate(activation, v[k], &f[k], &slope[k]);
+                    store_pair<ALIGNED>(d.out + slot * hidden_ld + c, v[0], v[1], n);
+                    store_pair<ALIGNED>(d.act + slot * act_ld + c, f[0], f[1], n);
                 } else {
-                    size_t ld = WHAT == DOUT ? F : C;
-                    float *g = d.grad + (WHAT == DOUT ? x.matrix[e] : x.matrix_in[e]) + (m0 + row) * ld + c;
-                    for (int k = 0; k < 2 && k < n; k++)
-                        g[k] += v[k];
+                    float dgate[2], dup[2], act[2];
+                    for (int k = 0; k < 2; k++) {
+                        float u = gated ? up[j][k] : 1;
+                        activate(activation, gate[j][k], &f[k], &slope[k]);
+                        sum += k < n ? v[k] * u * f[k] : 0;
+                        dgate[k] = weight * v[k] * u * slope[k];
+                        dup[k] = weight * v[k] * f[k];
+                        act[k] = weight * u * f[k];
+                    }
+                    store_pair<ALIGNED>(d.out + slot * hidden_ld + c, dgate[0], dgate[1], n);
+                    if (gated)
+                        store_pair<ALIGNED>(d.out + slot * hidden_ld + F + c, dup[0], dup[1], n);
+                    store_pair<ALIGNED>(d.act + slot * act_ld + c, act[0], act[1], n);
                 }
             }
             if (WHAT == DHIDDEN) { // four lanes have a row of a warp's tile between them, four warps one of the block's
@@ -1501,18 +1523,25 @@ template <int WHAT> __global__ void __launch_bounds__(THREADS) experts_kernel(Ex
     if (WHAT == DHIDDEN) {
         __syncthreads();
         for (int r = threadIdx.x; r < rows; r += THREADS)
-            d.dweight[blockIdx.y * d.slots + first + r] = part[r][0] + part[r][1] + part[r][2] + part[r][3];
+            d.dweight[across * d.slots + first + r] = part[r][0] + part[r][1] + part[r][2] + part[r][3];
     }
 }
 
 template <int WHAT> void experts_product(const Experts *x, ExpertsData d) {
+    const int BYTES = Shape<WHAT>::bytes;
     int columns = WHAT == HIDDEN ? x->hidden_width : WHAT == DHIDDEN || WHAT == DOUT ? x->widest : x->C;
     int high = WHAT == DOUT ? x->C : x->hidden_width;
-    dim3 grid(x->tiles, div_up(columns, TN));
+    d.across = div_up(columns, TN);
+    dim3 grid(d.across * x->tiles);
     if (Shape<WHAT>::by_weight)
-        grid = dim3(div_up(high, TM), grid.y, x->E);
-    CHECK(cudaFuncSetAttribute(experts_kernel<WHAT>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<WHAT>::bytes));
-    experts_kernel<WHAT><<<grid, THREADS, Shape<WHAT>::bytes, stream>>>(*x, d);
+        grid = dim3(div_up(high, TM), d.across, x->E);
+    if (x->aligned) {
+        CHECK(cudaFuncSetAttribute(experts_kernel<WHAT, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
+        experts_kernel<WHAT, true><<<grid, THREADS, BYTES, stream>>>(*x, d);
+    } else {
+        CHECK(cudaFuncSetAttribute(experts_kernel<WHAT, false>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
+        experts_kernel<WHAT, false><<<grid, THREADS, BYTES, stream>>>(*x, d);
+    }
     CHECK(cudaGetLastError());
 }
 
@@ -1567,7 +1596,7 @@ __global__ void sum_dweight_kernel(float *dweight, const float *part, const int 
 
 // hidden (slots,H) = x[token] W_in^T; act (slots,F) = f(hidden). x (n,C)
 void experts_hidden(floatX *hidden, floatX *act, const floatX *x, const floatX *w_in, const Experts *experts) {
-    ExpertsData d = {x, w_in, NULL, hidden, act, NULL, NULL, NULL, 0};
+    ExpertsData d = {x, w_in, NULL, hidden, act, NULL, NULL, NULL, 0, 0};
     experts_product<HIDDEN>(experts, d);
 }
 
@@ -1575,7 +1604,7 @@ void experts_hidden(floatX *hidden, floatX *act, const floatX *x, const floatX *
 void experts_forward(floatX *rows, floatX *hidden, floatX *act, const floatX *x, const floatX *w_in, const floatX *w_out,
                      const float *weight, const Experts *experts) {
     gpu::experts_hidden(hidden, act, x, w_in, experts);
-    ExpertsData d = {act, w_out, NULL, rows, NULL, NULL, weight, NULL, 0};
+    ExpertsData d = {act, w_out, NULL, rows, NULL, NULL, weight, NULL, 0, 0};
     experts_product<ANSWER>(experts, d);
 }
 
@@ -1584,15 +1613,15 @@ void experts_forward(floatX *rows, floatX *hidden, floatX *act, const floatX *x,
 void experts_backward(floatX *rows, float *dw_in, float *dw_out, float *dweight, const floatX *dout, const floatX *x,
                       const floatX *hidden, const float *weight, const floatX *w_in, const floatX *w_out, floatX *dact,
                       floatX *dhidden, float *part, size_t slots, const Experts *experts) {
-    ExpertsData inner = {dout, w_out, hidden, dhidden, dact, NULL, weight, part, slots};
+    ExpertsData inner = {dout, w_out, hidden, dhidden, dact, NULL, weight, part, slots, 0};
     experts_product<DHIDDEN>(experts, inner);
     sum_dweight_kernel<<<blocks(slots), THREADS, 0, stream>>>(dweight, part, experts->choice, experts->offset + experts->E, slots, div_up(experts->widest, TN));
     CHECK(cudaGetLastError());
-    ExpertsData to_out = {dout, dact, NULL, NULL, NULL, dw_out, NULL, NULL, 0};
+    ExpertsData to_out = {dout, dact, NULL, NULL, NULL, dw_out, NULL, NULL, 0, 0};
     experts_product<DOUT>(experts, to_out);
-    ExpertsData to_in = {dhidden, x, NULL, NULL, NULL, dw_in, NULL, NULL, 0};
+    ExpertsData to_in = {dhidden, x, NULL, NULL, NULL, dw_in, NULL, NULL, 0, 0};
     experts_product<DIN>(experts, to_in);
-    ExpertsData to_x = {dhidden, w_in, NULL, rows, NULL, NULL, NULL, NULL, 0};
+    ExpertsData to_x = {dhidden, w_in, NULL, rows, NULL, NULL, NULL, NULL, 0, 0};
     experts_product<DROWS>(experts, to_x);
 }
 
@@ -1635,41 +1664,63 @@ void combine(Out *out, const float *from, const floatX *branch, const floatX *ro
 
 // ---- feed-forwards that every token passes: cuBLAS, and the activation in between
 
-// act (N,F) = f(hidden), hidden (N,2F or F).
-__global__ void activation_forward_kernel(floatX *act, const floatX *hidden, size_t size, int F, int activation, int gated) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size)
-        return;
-    const floatX *h = hidden + i / F * F * (1 + gated) + i % F;
-    float value, slope;
-    activate(activation, to_float(h[0]), &value, &slope);
-    store(&act[i], gated ? value * to_float(h[F]) : value);
+// act (N,F) = f(hidden), hidden (N,2F or F). A block has a row, its threads n numbers at a time.
+template <int n>
+__global__ void activation_forward_kernel(floatX *act, const floatX *hidden, int F, int activation, int gated) {
+    const floatX *h = hidden + (size_t)blockIdx.x * F * (1 + gated);
+    for (int j = n * threadIdx.x; j < F; j += n * blockDim.x) {
+        float value[n], up[n], slope;
+        load_pack(value, h + j);
+        if (gated)
+            load_pack(up, h + F + j);
+        for (int i = 0; i < n; i++) {
+            activate(activation, value[i], &value[i], &slope);
+            value[i] *= gated ? up[i] : 1;
+        }
+        store_pack(act + (size_t)blockIdx.x * F + j, value);
+    }
 }
 
 // dact (N,F) becomes act; dhidden (N,2F or F) =.
-__global__ void activation_backward_kernel(floatX *dhidden, floatX *dact, const floatX *hidden, size_t size, int F,
-                                           int activation, int gated) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size)
-        return;
-    size_t at = i / F * F * (1 + gated) + i % F;
-    float value, slope, u = gated ? to_float(hidden[at + F]) : 1, d = to_float(dact[i]);
-    activate(activation, to_float(hidden[at]), &value, &slope);
-    store(&dhidden[at], d * u * slope);
-    if (gated)
-        store(&dhidden[at + F], d * value);
-    store(&dact[i], u * value);
+template <int n>
+__global__ void activation_backward_kernel(floatX *dhidden, floatX *dact, const floatX *hidden, int F, int activation,
+                                           int gated) {
+    size_t row = (size_t)blockIdx.x * F * (1 + gated);
+    for (int j = n * threadIdx.x; j < F; j += n * blockDim.x) {
+        float gate[n], up[n], d[n], dup[n], act[n];
+        load_pack(gate, hidden + row + j);
+        if (gated)
+            load_pack(up, hidden + row + F + j);
+        load_pack(d, dact + (size_t)blockIdx.x * F + j);
+        for (int i = 0; i < n; i++) {
+            float value, slope, u = gated ? up[i] : 1;
+            activate(activation, gate[i], &value, &slope);
+            act[i] = u * value;
+            dup[i] = d[i] * value;
+            d[i] *= u * slope;
+        }
+        store_pack(dhidden + row + j, d);
+        if (gated)
+            store_pack(dhidden + row + F + j, dup);
+        store_pack(dact + (size_t)blockIdx.x * F + j, act);
+    }
 }
 
 void activation_forward(floatX *act, const floatX *hidden, int N, int F, int activation) {
-    size_t size = (size_t)N * F;
-    activation_forward_kernel<<<blocks(size), THREADS, 0, stream>>>(act, hidden, size, F, activation, is_gated(activation));
+    int gated = is_gated(activation);
+    if (F % 8 == 0)
+        activation_forward_kernel<8><<<N, row_threads(F, 8), 0, stream>>>(act, hidden, F, activation, gated);
+    else
+        activation_forward_kernel<1><<<N, row_threads(F, 1), 0, stream>>>(act, hidden, F, activation, gated);
     CHECK(cudaGetLastError());
 }
 
 void activation_backward(floatX *dhidden, floatX *dact, const floatX *hidden, int N, int F, int activation) {
-    size_t size = (size_t)N * F;
-    activation_backward_kernel<<<blocks(size), THREADS, 0, stream>>>(dhidden, dact, hidden, size, F, activation, is_gated(activation));
+    int gated = is_gated(activation);
+    if (F % 8 == 0)
+        activation_backward_kernel<8><<<N, row_threads(F, 8), 0, stream>>>(dhidden, dact, hidden, F, activation, gated);
+    else
+        activation_backward_kernel<1><<<N, row_threads(F, 1), 0, stream>>>(dhidden, dact, hidden, F, activation, gated);
     CHECK(cudaGetLastError());
 }
 
@@ -3661,7 +3712,7 @@ void place_all(Model *m, int N, int train, const Model *parent) {
     m->choice_score = own_floats(m, scores);
     m->unbiased = (int *)own(m, moe * nK, sizeof(int));
     m->gru_room = own_floats(m, (size_t)moe * N * 6 * R);
-    m->head_rows = max_int(1, min_int(N, (1 << 26) / V));
+    m->head_rows = max_int(1, min_int(N, (1 << 28) / V / 128 * 128 + 1)); // 1 GiB of float logits at most
     m->logits = own_floats(m, (size_t)m->head_rows * V);
     m->nll = own_floats(m, N);
     m->angles = own_floats(m, (size_t)c->seq * D);
@@ -3748,11 +3799,13 @@ double bytes_of(const Config *c, int N, int train) {
     return sum;
 }
 
-// Stops where the model does not fit, and says what would.
+// Stops where the model does not fit, and says what would. Something is left for what comes later: cuBLAS's own memory, the
+// kernels' code, measured_peak(), what the driver rounds up.
 void check_room(const Config *c, int N, int train) {
     size_t left, total;
     CHECK(cudaMemGetInfo(&left, &total));
     double need = bytes_of(c, N, train), mib = 1048576;
+    left -= left / 32 < (size_t)512 << 20 ? left / 32 : (size_t)512 << 20;
     if (need <= (double)left)
         return;
     Config smaller = *c;
@@ -3777,6 +3830,7 @@ void start_device(void) {
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     CHECK(cublasCreate(&cublas));
     CHECK(cublasSetStream(cublas, stream));
+    CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)); // sums are float32
 }
 
 // Buffers for N tokens. train 0: no gradients, no moments. weights: always NULL; only the C twin shares them here.
@@ -4118,12 +4172,15 @@ const Plan *model_plan(const ::Model *base, int l) {
         *to = p;
     }
     to->N = plan->N;
-    int *const target[] = {to->expert, to->key, to->slot, to->choice, to->token, to->offset};
-    const int *const from[] = {plan->expert, plan->key, plan->slot, plan->choice, plan->token, plan->offset};
-    for (int i = 0; plan->E && i < 6; i++)
-        CHECK(cudaMemcpyAsync(target[i], from[i], (i < 5 ? choices : (size_t)plan->E + 1) * sizeof(int),
-                              cudaMemcpyDeviceToHost, stream));
-    CHECK(cudaStreamSynchronize(stream));
+    if (!plan->E)
+        return to;
+    int *const target[] = {to->offset, to->expert, to->key, to->slot, to->choice, to->token};
+    const int *const from[] = {plan->offset, plan->expert, plan->key, plan->slot, plan->choice, plan->token};
+    for (int i = 0; i < 6; i++) { // behind the last slot nothing was ever written
+        size_t count = i == 0 ? (size_t)plan->E + 1 : i < 4 ? choices : (size_t)to->offset[plan->E];
+        CHECK(cudaMemcpyAsync(target[i], from[i], count * sizeof(int), cudaMemcpyDeviceToHost, stream));
+        CHECK(cudaStreamSynchronize(stream));
+    }
     return to;
 }
 

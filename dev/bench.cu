@@ -510,12 +510,12 @@ void bench_experts(void) {
         LayerState *s = &m->layers[0];
         const LayerWeights *w = &m->weights.layer[0], *dw = &m->grads.layer[0];
         const floatX *w_in = low_of(m, w->w_in), *w_out = low_of(m, w->w_out);
-        const ExpertsData data[] = {{s->h2, w_in, NULL, s->hidden, m->act, NULL, NULL, NULL, 0},
-                                    {m->act, w_out, NULL, m->rows, NULL, NULL, s->weight, NULL, 0},
-                                    {m->dx_low, w_out, s->hidden, m->dhidden, m->act, NULL, s->weight, m->dweight_part, m->slots},
-                                    {m->dhidden, w_in, NULL, m->rows, NULL, NULL, NULL, NULL, 0},
-                                    {m->dx_low, m->act, NULL, NULL, NULL, dw->w_out, NULL, NULL, 0},
-                                    {m->dhidden, s->h2, NULL, NULL, NULL, dw->w_in, NULL, NULL, 0}};
+        const ExpertsData data[] = {{s->h2, w_in, NULL, s->hidden, m->act, NULL, NULL, NULL, 0, 0},
+                                    {m->act, w_out, NULL, m->rows, NULL, NULL, s->weight, NULL, 0, 0},
+                                    {m->dx_low, w_out, s->hidden, m->dhidden, m->act, NULL, s->weight, m->dweight_part, m->slots, 0},
+                                    {m->dhidden, w_in, NULL, m->rows, NULL, NULL, NULL, NULL, 0, 0},
+                                    {m->dx_low, m->act, NULL, NULL, NULL, dw->w_out, NULL, NULL, 0, 0},
+                                    {m->dhidden, s->h2, NULL, NULL, NULL, dw->w_in, NULL, NULL, 0, 0}};
         size_t room = std::max((size_t)slots * max_int(H, C), (size_t)E * H * C);
         floatX *a = random_low(room), *b = random_low(room);
         float *out = room_for<float>(room);
