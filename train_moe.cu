@@ -6,8 +6,8 @@
 //
 // Read train_moe.c first. Here each function has the name, the order of arguments and the meaning of its twin there; what
 // changed is said in its comment. A function runs on the host and starts kernels, which run on the device, one after
-// another in one stream: nothing is waited for until the losses are read at the end of a step. All arrays are the
-// device's; counts, offsets and sizes of groups never leave it.
+// another in one stream: nothing is waited for until the losses are read at the end of a step (but with --accum the host
+// is at most one micro-step ahead). All arrays are the device's; counts, offsets and sizes of groups never leave it.
 //
 // Weights, their gradients, AdamW's moments, the residual stream x, the router and all losses are float32. What the
 // tensor cores multiply is bfloat16 (`floatX`): activations, and a rounded copy of the weights, made by AdamW as it
@@ -63,6 +63,22 @@ int blocks(size_t n, int each = THREADS) {
     return (int)((n + (size_t)each - 1) / (size_t)each);
 }
 
+int row_blocks(size_t rows) { // blocks of THREADS for rows that take a warp each
+    return blocks(rows, THREADS / 32);
+}
+
+int threads_for(size_t n) { // of a block that has n to do, whole warps, 1024 at most
+    return n < 1024 ? (int)(n + 31) / 32 * 32 : 1024;
+}
+
+__device__ int row_of_warp() {
+    return blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+}
+
+__device__ size_t thread_of_grid() {
+    return (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+}
+
 __device__ float to_float(float x) {
     return x;
 }
@@ -87,6 +103,14 @@ template <class T> __device__ T warp_sum(T x) {
 __device__ float warp_max(float x) {
     for (int step = 16; step > 0; step /= 2)
         x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+__device__ int warp_scan(int x) { // the sum over the lanes up to this one
+    for (int step = 1; step < 32; step *= 2) {
+        int below = __shfl_up_sync(ALL_LANES, x, step);
+        x += (int)(threadIdx.x % 32) >= step ? below : 0;
+    }
     return x;
 }
 
@@ -332,7 +356,7 @@ template <int n, class T> __device__ void store_pack(T *to, const float (&from)[
 }
 
 template <int n, class To, class From> __global__ void convert_kernel(To *out, const From *x, size_t size) {
-    size_t i = n * ((size_t)blockIdx.x * THREADS + threadIdx.x);
+    size_t i = n * thread_of_grid();
     float a[n];
     if (i + n <= size) {
         load_pack(a, x + i);
@@ -503,7 +527,7 @@ void rmsnorm_backward(float *dx, floatX *dx_low, float *dw, const float *dout, c
 template <int n>
 __global__ void rope_kernel(floatX *qkv, size_t ld, size_t turns, int T, int heads, int D, const float *angles,
                             float direction) {
-    size_t task = (size_t)blockIdx.x * THREADS + threadIdx.x, row = task / (heads * (D / 2 / n));
+    size_t task = thread_of_grid(), row = task / (heads * (D / 2 / n));
     int rest = (int)(task % (heads * (D / 2 / n))), h = rest / (D / 2 / n), i = rest % (D / 2 / n) * n;
     if (task >= turns)
         return;
@@ -752,7 +776,7 @@ __global__ void attention_forward_kernel(floatX *out, float *lse, const floatX *
 // delta (B,H,T) = dout . out, a warp for each token's head
 __global__ void attention_delta_kernel(float *delta, const floatX *dout, const floatX *out, size_t rows, int T, int H,
                                        int D) {
-    size_t row = ((size_t)blockIdx.x * THREADS + threadIdx.x) / 32, token = row / H;
+    size_t row = thread_of_grid() / 32, token = row / H;
     float sum = 0;
     for (int d = threadIdx.x % 32; row < rows && d < D; d += 32)
         sum += to_float(dout[row * D + d]) * to_float(out[row * D + d]);
@@ -1034,7 +1058,7 @@ void attention_of_one(floatX *out, floatX *cache, const floatX *qkv, int positio
 
 template <int n>
 __global__ void embedding_forward_kernel(float *x, const float *embedding, const int *tokens, size_t size, int C) {
-    size_t i = n * ((size_t)blockIdx.x * THREADS + threadIdx.x);
+    size_t i = n * thread_of_grid();
     float a[n];
     if (i < size) {
         load_pack(a, embedding + (size_t)tokens[i / C] * C + i % C);
@@ -1142,7 +1166,7 @@ void add_mean(double *to, const float *x, int N, double scale) {
 template <int n> __global__ void sum_squares_kernel(double *part, const float *g, size_t size) {
     double sum = 0;
     float a[n];
-    for (size_t i = n * ((size_t)blockIdx.x * THREADS + threadIdx.x); i < size; i += (size_t)n * gridDim.x * THREADS) {
+    for (size_t i = n * thread_of_grid(); i < size; i += (size_t)n * gridDim.x * THREADS) {
         if (i + n <= size)
             load_pack(a, g + i);
         for (int j = 0; j < n; j++) {
@@ -1177,7 +1201,7 @@ template <int n>
 __global__ void adamw_kernel(float *w, floatX *low, float *g, float *m1, float *m2, size_t size, const double *norm,
                              double clip, float rate, float keep, float b1, float b2, float fix1, float fix2,
                              float eps) {
-    size_t i = n * ((size_t)blockIdx.x * THREADS + threadIdx.x);
+    size_t i = n * thread_of_grid();
     float a[n], grad[n], first[n], second[n], zero[n] = {0};
     if (i >= size || !isfinite(*norm))
         return;
@@ -1553,11 +1577,7 @@ __global__ void list_tiles_kernel(int2 *tile, int tiles, const int *offset, int 
     if (threadIdx.x == 0)
         next = 0;
     for (int first = 0; first < E; first += 1024) {
-        int e = first + threadIdx.x, mine = e < E ? div_up(offset[e + 1] - offset[e], TM) : 0, sum = mine;
-        for (int step = 1; step < 32; step *= 2) {
-            int other = __shfl_up_sync(ALL_LANES, sum, step);
-            sum += lane >= step ? other : 0;
-        }
+        int e = first + threadIdx.x, mine = e < E ? div_up(offset[e + 1] - offset[e], TM) : 0, sum = warp_scan(mine);
         if (lane == 31)
             before[warp] = sum;
         __syncthreads();
@@ -1585,8 +1605,8 @@ void list_tiles(int2 *tile, int tiles, const int *offset, int E) {
 // dweight (n*K, by choice) = the sum of the tiles' parts, in their order.
 __global__ void sum_dweight_kernel(float *dweight, const float *part, const int *choice, const int *slots, size_t room,
                                    int tiles) {
-    int slot = blockIdx.x * blockDim.x + threadIdx.x;
-    if (slot >= *slots)
+    size_t slot = thread_of_grid();
+    if (slot >= (size_t)*slots)
         return;
     float sum = 0;
     for (int t = 0; t < tiles; t++)
@@ -1738,22 +1758,6 @@ void *own_host(Model *m, size_t count, size_t size);
 
 const int AHEAD = 8; // where few threads read much, each asks for so many numbers before it waits for them
 
-int row_blocks(size_t rows) { // blocks of THREADS for rows that take a warp each
-    return blocks(rows, THREADS / 32);
-}
-
-int threads_for(size_t n) { // of a block that has n to do, whole warps, 1024 at most
-    return n < 1024 ? (int)(n + 31) / 32 * 32 : 1024;
-}
-
-__device__ int row_of_warp() {
-    return blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-}
-
-__device__ size_t thread_of_grid() {
-    return (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-}
-
 // *to += scale * the sum of value(i), i < n
 template <class Value>
 __global__ void __launch_bounds__(1024) sum_kernel(double *to, Value value, size_t n, double scale) {
@@ -1873,14 +1877,6 @@ __device__ Rank warp_best(Rank x) {
     for (int step = 16; step > 0; step /= 2) {
         Rank other = __shfl_xor_sync(ALL_LANES, x, step);
         x = other > x ? other : x;
-    }
-    return x;
-}
-
-__device__ int warp_scan(int x) { // the sum over the lanes up to this one
-    for (int step = 1; step < 32; step *= 2) {
-        int below = __shfl_up_sync(ALL_LANES, x, step);
-        x += (int)(threadIdx.x % 32) >= step ? below : 0;
     }
     return x;
 }
@@ -2275,7 +2271,7 @@ __global__ void taken_experts_kernel(int *expert, const float *p, const unsigned
 }
 
 __global__ void add_lowest_kernel(double *lowest, const float *of_group, int E, int groups) {
-    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    int e = (int)thread_of_grid();
     for (int group = 0; e < E && group < groups; group++)
         lowest[e] += (double)of_group[(size_t)group * E + e];
 }
@@ -3312,7 +3308,7 @@ __global__ void count_dropped_kernel(double *dropped, const int *active, const i
 }
 
 __global__ void look_up_kernel(int *expert, float *weight, const float *table, const int *tokens, int n, float scale) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    int i = (int)thread_of_grid();
     if (i < n) {
         expert[i] = (int)table[tokens[i]];
         weight[i] = scale;
@@ -3320,7 +3316,7 @@ __global__ void look_up_kernel(int *expert, float *weight, const float *table, c
 }
 
 __global__ void mark_exempt_kernel(unsigned char *marks, int n, int T, uint64_t stream, uint64_t first, double share) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    int i = (int)thread_of_grid();
     if (i < n)
         marks[i] = random_uniform(stream, (first + i) / T) < share;
 }
@@ -3497,7 +3493,7 @@ void clear_router_stats(Model *m) {
 
 __global__ void router_update_kernel(const double *norm, double *stats, float *bias, float *level, int E,
                                      double bias_rate) {
-    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    int e = (int)thread_of_grid();
     if (e >= E || !isfinite(*norm))
         return;
     const double *single = stats + 4 * E;
@@ -4209,7 +4205,7 @@ void model_generate(::Model *base, int token, int position, real *logits) {
 }
 
 __global__ void fill_kernel(floatX *x, size_t size) { // with anything but zeros, on which a device is faster than on numbers
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    size_t i = thread_of_grid();
     if (i < size)
         store(&x[i], (float)random_uniform(1, i) - 0.5f);
 }
