@@ -32,6 +32,9 @@ train_moe_double: train_moe.c data/unicode.h
 
 # PRECISION=fp32: everything in float32, to be compared with the C twin. Without a GPU to ask, for the A100 and the H100.
 PRECISION ?= bf16
+ifeq ($(filter bf16 fp32,$(PRECISION)),)
+$(error PRECISION is bf16 or fp32, not $(PRECISION))
+endif
 CUDA      := $(patsubst %/bin/,%,$(dir $(shell command -v nvcc || echo /usr/local/cuda/bin/nvcc)))
 NVCC      ?= $(CUDA)/bin/nvcc
 GPU       := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -Ex '[0-9]+\.[0-9]+' | head -1 | tr -d .)
@@ -42,6 +45,7 @@ CUDA_BUILD = $(NVCC) -std=c++17 -O3 -lineinfo -I. -diag-suppress 1675,128 $(GPU_
 
 ##train_moe_cu: the trainer on an NVIDIA GPU; needs the CUDA Toolkit. PRECISION=fp32 builds it in float32, for checks
 train_moe_cu: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION) | data/stories/tokenizer.json
+	@command -v $(NVCC) >/dev/null || { echo "no nvcc here: install the CUDA Toolkit, or say where it is: make train_moe_cu CUDA=/path"; exit 1; }
 	$(CUDA_BUILD) $(call precision,$(PRECISION)) train_moe.cu -o $@ -lcublas
 
 # Another PRECISION is another program.
@@ -278,7 +282,7 @@ dev/logits: dev/logits.c train_moe.c data/unicode.h
 format:
 	clang-format -i train_moe.c test_moe.c data/*.c
 
-##clean: removes what was built, but not the data and the runs
+##clean: removes what was built (the built-in stories too), but not other data and the runs
 clean:
 	rm -f train_moe train_moe_double data/tokenize data/make_stories dev/logits dev/bench dev/llmc_step dev/test_moe \
 	    dev/test_moe_double

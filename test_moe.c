@@ -6127,6 +6127,11 @@ void test_gpu_select_by_experts(void **state) {
     for (int round = 0; round < 30; round++) {
         int n = draw(&random, 1, round % 5 ? 40 : 300), groups = draw(&random, 1, 3),
             E = pick(&random, expert_counts, round % 5 ? 12 : 5);
+        if (round == 0) { // so many that a block has several experts
+            n = 20;
+            groups = 4;
+            E = 300;
+        }
         int take_each = draw(&random, 0, 3) ? draw(&random, 1, n) : n;
         size_t NE = (size_t)groups * n * E;
         real *p = draw_scores(&random, groups * n, E);
@@ -7017,6 +7022,7 @@ int check_pass(Twins *t, int mode, int decided, double tolerance) {
     double loss, aux, norm, grad_scale = 0.75;
     gpu::Model *device = (gpu::Model *)t->device;
     clear_gradients(t);
+    device->head_rows = mode == EVAL_MODE ? N : max_int(1, N / 3); // the head in one piece, or in several
     ::model_forward(t->host, t->tokens, t->targets, t->B, t->T, mode, grad_scale, 3, 0);
     decide(t, decided);
     gpu::model_forward(t->device, t->tokens, t->targets, t->B, t->T, mode, grad_scale, 3, 0);
@@ -7025,7 +7031,8 @@ int check_pass(Twins *t, int mode, int decided, double tolerance) {
         return 0;
     real *wanted = take_reals((size_t)N * V);
     all_logits(t->host, wanted, N);
-    assert_alike_norm(t->name, "logits", take_back(device->logits, (size_t)N * V), wanted, (size_t)N * V, 0, TWIN_TOLERANCE);
+    if (mode == EVAL_MODE)
+        assert_alike_norm(t->name, "logits", take_back(device->logits, (size_t)N * V), wanted, (size_t)N * V, 0, TWIN_TOLERANCE);
     assert_alike_norm(t->name, "nll", take_back(device->nll, N), t->host->nll, N, 0, TWIN_TOLERANCE);
     assert_near(loss, t->host->loss, TWIN_TOLERANCE);
     if (mode == TRAIN_MODE)
@@ -7195,10 +7202,10 @@ void structured_tokens(int *tokens, int n, int vocab, uint64_t seed, int first) 
                                                      : (int)(random_uniform(seed, 2 * i + 1) * vocab);
 }
 
-// Thirty steps of training. In bfloat16 a token now and then goes to another expert, which a loss of 16 tokens shows: it
-// is the means of ten steps that are compared.
+// Thirty steps of training, always on the same text. In bfloat16 a token now and then goes to another expert, which the
+// loss of so few tokens shows: it is the means of ten steps that are compared.
 void check_curve(const char *recipe) {
-    Twins t = make_twins(recipe, "--layers 1 --moe-every 1 --dense-first 0 --heads 1 --kv-heads 1 --lr 0.01", 2, SPREAD);
+    Twins t = make_twins(recipe, "--layers 1 --moe-every 1 --dense-first 0 --heads 1 --kv-heads 1 --lr 0.01", 8, SPREAD);
     int *text = take_ints(t.T + 1), every = LOW ? 10 : 1;
     double worst = 0, first = 0, sum = 0, host = 0;
     ::model_init(t.host, NULL);
@@ -7206,7 +7213,7 @@ void check_curve(const char *recipe) {
     for (int step = 1; step <= 30; step++) {
         double loss, aux, norm;
         for (int b = 0; b < t.B; b++) {
-            structured_tokens(text, t.T + 1, 20, fresh(), step * t.B + b); // no two begin alike
+            structured_tokens(text, t.T + 1, 20, hash64(step * t.B + b), step * t.B + b); // no two begin alike
             memcpy(t.tokens + b * t.T, text, t.T * sizeof(int));
             memcpy(t.targets + b * t.T, text + 1, t.T * sizeof(int));
         }
@@ -7530,10 +7537,11 @@ void test_gpu_no_room(void **state) {
     assert_int_equal(dies(create_too_large, &c, message, sizeof(message)), 1);
     const char *hint = strstr(message, "--batch");
     if (sscanf(message, "half: %d", &batch) != 1 || !strstr(message, "out of memory on the device") || !hint ||
-        sscanf(hint, "--batch %d would fit (--accum 6 makes", &said_batch) != 1 || said_batch != batch)
+        sscanf(hint, "--batch %d would fit (and --accum 6 makes", &said_batch) != 1 || said_batch != batch)
         fail_msg("%s", message);
     c.layers = 1000;
     c.dim = 16384;
+    c.heads = c.kv_heads = 128;
     c.ffn = 65536;
     assert_int_equal(dies(create_too_large, &c, message, sizeof(message)), 1);
     if (!strstr(message, "a smaller model or a larger device"))
@@ -7561,14 +7569,12 @@ void test_gpu_errors(void **state) {
     assert_int_equal(dies(too_wide, NULL, message, sizeof(message)), 1);
     assert_non_null(strstr(message, "258"));
 }
-
-// For the list of tests. The first two must come before any that uses the device: a process that has used one cannot
 #endif // TWIN
 
 int main(void) {
     set_threads(1); // small models are slower with more
     const struct CMUnitTest tests[] = {
-#ifdef TWIN
+#ifdef TWIN // the first two fork, which a process that has used a GPU cannot
         cmocka_unit_test(test_gpu_no_room),
         cmocka_unit_test(test_gpu_errors),
         cmocka_unit_test(test_gpu_rows),

@@ -5523,11 +5523,13 @@ int train(Run *run) {
 // 15. The command line, and main
 
 void print_options(void) {
-    printf("train_moe: trains a Mixture-of-Experts language model from scratch.\n\n"
-           "  ./train_moe                            train on the built-in stories, then tell one\n"
-           "  ./train_moe --prompt \"Once upon\"       let the trained model go on\n"
-           "  ./train_moe --out runs/mixtral --resume --steps 2000\n\n"
-           "Options [default]:\n");
+    const char *name = program_name;
+    printf("%s: trains a Mixture-of-Experts language model from scratch.\n\n"
+           "  ./%-36s train on the built-in stories, then tell one\n"
+           "  ./%s --prompt \"Once upon\"       let the trained model go on\n"
+           "  ./%s --out runs/mixtral --resume --steps 2000\n\n"
+           "Options [default]:\n",
+           name, name, name, name);
     for (int i = 0; i < option_count; i++) {
         const Option *o = &options[i];
         if (o->kind == '-') {

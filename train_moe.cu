@@ -739,7 +739,7 @@ __global__ void attention_forward_kernel(floatX *out, float *lse, const floatX *
 #pragma unroll
                     for (int j = 0; j < KEYS / 4; j++) {
                         float *score = &p[i][j / 2][2 * half + j % 2];
-                        sum += *score = power_of_2(*score * scale - top * scale);
+                        sum += *score = power_of_2((*score - top) * scale);
                     }
                     total[i][half] = total[i][half] * shrink + sum; // of this lane's keys
 #pragma unroll
@@ -3777,6 +3777,11 @@ void model_free(::Model *base) {
     free(m);
 }
 
+void own_cache(Model *one) { // what only generation has
+    const Config *c = &one->config;
+    one->cache = own_low(one, (size_t)c->layers * c->seq * 2 * c->kv_heads * (c->dim / c->heads));
+}
+
 Model *new_model(const Config *config, int N, int train, const Model *parent, int dry) {
     Model *m = (Model *)allocate(1, sizeof(Model));
     m->config = *config;
@@ -3786,11 +3791,14 @@ Model *new_model(const Config *config, int N, int train, const Model *parent, in
     return m;
 }
 
+// Bytes of the device that a model takes, generation's included.
 double bytes_of(const Config *c, int N, int train) {
     Model *m = new_model(c, N, train, NULL, 1);
+    m->one = new_model(c, 1, 0, m, 1);
+    own_cache(m->one);
     double sum = 0;
     for (int i = 0; i < MEMORY_KINDS; i++)
-        sum += (double)m->bytes[i];
+        sum += (double)m->bytes[i] + (double)m->one->bytes[i];
     gpu::model_free(m);
     return sum;
 }
@@ -3811,8 +3819,9 @@ void check_room(const Config *c, int N, int train) {
         for (int batch = N / c->seq; batch >= 1 && !found; batch = batch == 1 ? 0 : div_up(batch, 2)) {
             found = bytes_of(&smaller, batch * c->seq, train) <= (double)left;
             if (found)
-                snprintf(hint, sizeof(hint), "--batch %d%s would fit (--accum %d makes as large a step of it)", batch,
-                         recompute > c->recompute ? " --recompute" : "", c->accum * div_up(N / c->seq, batch));
+                snprintf(hint, sizeof(hint), "--batch %d%s would fit (and --accum %d makes a step of %d sequences)", batch,
+                         recompute > c->recompute ? " --recompute" : "", c->accum * div_up(N / c->seq, batch),
+                         c->accum * div_up(N / c->seq, batch) * batch);
         }
     }
     fail("out of memory on the device: the model needs %.0f MiB, %.0f of %.0f are free; %s", need / mib, (double)left / mib,
@@ -3821,8 +3830,12 @@ void check_room(const Config *c, int N, int train) {
 
 // The device's stream and cuBLAS, once.
 void start_device(void) {
+    int count = 0;
     if (stream)
         return;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0)
+        fail("no NVIDIA GPU, or no driver for it: %s", error == cudaSuccess ? "none found" : cudaGetErrorString(error));
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     CHECK(cublasCreate(&cublas));
     CHECK(cublasSetStream(cublas, stream));
@@ -3832,6 +3845,8 @@ void start_device(void) {
 // Buffers for N tokens. train 0: no gradients, no moments. weights: always NULL; only the C twin shares them here.
 ::Model *model_allocate(const Config *config, int N, int train, real *weights) {
     (void)weights;
+    if (config->dim / config->heads > 256)
+        usage_fail("--heads: a head is %d wide; on a GPU 256 is the most", config->dim / config->heads);
     start_device();
     check_room(config, N, train);
     Model *m = new_model(config, N, train, NULL, 0);
@@ -4188,7 +4203,7 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     int D = c->dim / c->heads;
     if (!one) {
         one = m->one = new_model(c, 1, 0, m, 0);
-        one->cache = own_low(one, (size_t)c->layers * c->seq * 2 * c->kv_heads * D);
+        own_cache(one);
         one->B = one->T = 1;
         one->mode = EVAL_MODE;
     }
