@@ -183,7 +183,7 @@ real *random_reals(size_t n) { // in [-0.5, 0.5); aligned like a vector
 
 void bench_machine(void) {
     char device[128];
-    device_name(device);
+    cpu_name(device);
     Thing t[] = {peak, {peak_loop, &far, 0, {0}}, {read_array, &far, (double)far.n * sizeof(real), {0}},
                  {triad, &far, (double)far.n * sizeof(real), {0}}};
     int n = take_turns(t, 4, budget(3));
