@@ -5392,6 +5392,33 @@ void test_tokenize_no_permission(void **state) {
 }
 
 #ifdef TWIN
+// Where the random numbers of these tests begin: another place in every run, so that a near-tie or a rare case is met
+// one day; SEED=number repeats one.
+uint64_t fresh(void) {
+    static uint64_t seed = 0, turn = 0;
+    if (!turn) {
+        seed = getenv("SEED") ? strtoull(getenv("SEED"), NULL, 10) : (uint64_t)time(NULL) * 1000 + (uint64_t)getpid() % 1000;
+        print_message("    SEED=%llu\n", (unsigned long long)seed);
+    }
+    return hash64(seed + turn++);
+}
+
+// Fails where found is further from wanted than tolerance times the size of wanted, taken over all of it.
+template <class T> void assert_alike(const char *what, const T *found, const T *wanted, size_t n, double tolerance) {
+    double error = 0, size = 0;
+    for (size_t i = 0; i < n; i++) {
+        error += ((double)found[i] - (double)wanted[i]) * ((double)found[i] - (double)wanted[i]);
+        size += (double)wanted[i] * (double)wanted[i];
+    }
+    if (!(sqrt(error) <= tolerance * sqrt(size))) {
+        size_t i = 0;
+        while (i + 1 < n && fabs((double)found[i] - (double)wanted[i]) <= tolerance * sqrt(size / (double)n))
+            i++;
+        fail_msg("%s (%zu) is %.3g away from its twin, of %.3g; number %zu is %.9g, not %.9g", what, n, sqrt(error),
+                 sqrt(size), i, (double)found[i], (double)wanted[i]);
+    }
+}
+
 // What a test puts on the device, until free_device(), which ends the test like free_taken(). Behind and before it lies
 // a fence of bytes 0xff, except where AddressSanitizer sees what goes too far.
 typedef struct OnDevice {
@@ -5469,28 +5496,7 @@ template <class T> T *take_back(const T *device, size_t n) { // until free_taken
 // ---------------------------------------------------------------------------------------------------------------------
 // The layers on the device against their C twins, on numbers that are new in each run
 
-uint64_t layers_seed; // from the clock, and printed where something fails
 uint64_t layers_draw; // moves on with each draw
-
-void start_layers(void) {
-    if (!layers_seed)
-        layers_seed = layers_draw = hash64((uint64_t)(seconds() * 1e9));
-}
-
-// Fails where ||found - wanted|| is above tolerance * ||wanted||; NaN fails too.
-void assert_alike(const char *what, const real *found, const real *wanted, size_t n, double tolerance) {
-    double off = 0, size = 0;
-    for (size_t i = 0; i < n; i++) {
-        double d = (double)found[i] - (double)wanted[i];
-        off += d * d;
-        size += (double)wanted[i] * (double)wanted[i];
-    }
-    if (getenv("SHOW_ERRORS"))
-        printf("%s: %.2g\n", what, sqrt(off / fmax(size, 1e-300)));
-    if (!(sqrt(off) <= tolerance * sqrt(size)))
-        fail_msg("%s: off by %.3g of %.3g, which is more than %g; seed %llu", what, sqrt(off), sqrt(size), tolerance,
-                 (unsigned long long)layers_seed);
-}
 
 #define EXACT   1e-5                                     // what is float32 in both builds
 #define ROUNDED (sizeof(gpu::floatX) == 4 ? 1e-5 : 2e-2) // what the tensor cores multiply, and makes of it
@@ -5650,7 +5656,7 @@ void check_gpu_embedding(int N, int C, int V) {
 
 void test_gpu_rows(void **state) {
     (void)state;
-    start_layers();
+    layers_draw = fresh();
     const int widths[] = {1, 2, 6, 8, 20, 33, 64, 100, 132, 260};
     for (int i = 0; i < 6; i++)
         check_convert(draw(&layers_draw, 1, 5000));
@@ -5732,7 +5738,7 @@ void too_wide(void *arg) {
 
 void test_gpu_attention(void **state) {
     (void)state;
-    start_layers();
+    layers_draw = fresh();
     const int lengths[] = {1, 2, 17, 64, 65, 200}, widths[] = {2, 6, 16, 20, 64, 128};
     for (int t = 0; t < 6; t++) {
         for (int d = 0; d < 6; d++) {
@@ -5786,7 +5792,7 @@ void check_gpu_cross_entropy(int rows, int V, double spread) {
 
 void test_gpu_loss(void **state) {
     (void)state;
-    start_layers();
+    layers_draw = fresh();
     const int words[] = {2, 5, 33, 1000, 1001, 5000};
     for (int i = 0; i < 6; i++) {
         check_gpu_cross_entropy(1, words[i], 1);
@@ -5858,7 +5864,7 @@ void check_gpu_update(int size, int shift, double clip, double share) {
 
 void test_gpu_update(void **state) {
     (void)state;
-    start_layers();
+    layers_draw = fresh();
     check_gpu_update(1, 0, 1, 3);
     check_gpu_update(draw(&layers_draw, 1000, 9000), 0, 1, 1);
     check_gpu_update(4 * draw(&layers_draw, 100, 300), 0, 1, 1e-3);
@@ -5872,34 +5878,7 @@ void test_gpu_update(void **state) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The router on the device: each function beside its C twin, on the same random numbers, new ones in each run unless
-// TEST_SEED is set.
-
-uint64_t fresh_random(const char *test) {
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    const char *given = getenv("TEST_SEED");
-    uint64_t seed =
-        given ? strtoull(given, NULL, 10) : hash64((uint64_t)t.tv_sec * 1000000007 + (uint64_t)t.tv_nsec) % 1000000000;
-    print_message("%s: TEST_SEED=%llu\n", test, (unsigned long long)seed);
-    return seed;
-}
-
-// Fails where found is further from wanted than tolerance times the size of wanted, taken over all of it.
-template <class T> void assert_alike(const char *what, const T *found, const T *wanted, size_t n, double tolerance) {
-    double error = 0, size = 0;
-    for (size_t i = 0; i < n; i++) {
-        error += ((double)found[i] - (double)wanted[i]) * ((double)found[i] - (double)wanted[i]);
-        size += (double)wanted[i] * (double)wanted[i];
-    }
-    if (!(sqrt(error) <= tolerance * sqrt(size) + 1e-30)) {
-        size_t i = 0;
-        while (i + 1 < n && fabs((double)found[i] - (double)wanted[i]) <= tolerance * sqrt(size / (double)n))
-            i++;
-        fail_msg("%s (%zu) is %.3g away from its twin, of %.3g; number %zu is %.9g, not %.9g", what, n, sqrt(error),
-                 sqrt(size), i, (double)found[i], (double)wanted[i]);
-    }
-}
+// The router on the device: each function beside its C twin, on the same random numbers.
 
 template <class T>
 void assert_device_alike(const char *what, const T *device, const T *wanted, size_t n, double tolerance) {
@@ -5971,7 +5950,7 @@ Gate draw_gate(uint64_t *random, int N, int per, int E, int K, int column, Gate 
 
 void test_gpu_scores(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_scores");
+    uint64_t random = fresh();
     for (int round = 0; round < 40; round++) {
         int N = draw(&random, 1, 70), E = draw_experts(&random), per = draw(&random, 1, 3),
             column = draw(&random, 0, 1) * 3;
@@ -6012,7 +5991,7 @@ void test_gpu_scores(void **state) {
 
 void test_gpu_gru(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_gru");
+    uint64_t random = fresh();
     for (int round = 0; round < 12; round++) {
         int N = draw(&random, 1, 300), R = draw(&random, 1, 40), first = draw(&random, 0, 1);
         size_t size = (size_t)N * R, square = (size_t)3 * R * R;
@@ -6054,7 +6033,7 @@ void test_gpu_gru(void **state) {
 
 void test_gpu_select(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_select");
+    uint64_t random = fresh();
     for (int round = 0; round < 60; round++) {
         int N = draw(&random, 1, 50), E = draw_experts(&random),
             K = draw(&random, 0, 2) ? draw(&random, 1, min_int(E, 6)) : E;
@@ -6087,7 +6066,7 @@ void test_gpu_select(void **state) {
 // NaN, of whatever sign and bits, finds some place: each expert is still named once.
 void test_gpu_select_nan(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_select_nan");
+    uint64_t random = fresh();
     const uint32_t bits[] = {0x7fc00000u, 0xffc00000u, 0x7fffffffu, 0xffffffffu};
     for (int round = 0; round < 20; round++) {
         int N = draw(&random, 1, 40), E = draw_experts(&random), take_each = draw(&random, 1, N);
@@ -6123,7 +6102,7 @@ void test_gpu_select_nan(void **state) {
 
 void test_gpu_select_by_experts(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_select_by_experts");
+    uint64_t random = fresh();
     for (int round = 0; round < 30; round++) {
         int n = draw(&random, 1, round % 5 ? 40 : 300), groups = draw(&random, 1, 3),
             E = pick(&random, expert_counts, round % 5 ? 12 : 5);
@@ -6160,7 +6139,7 @@ gpu::Balancer device_balancer(int n, int E, int groups) {
 
 void test_gpu_select_balanced(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_select_balanced");
+    uint64_t random = fresh();
     for (int round = 0; round < 30; round++) {
         int n = draw(&random, 1, 40), groups = draw(&random, 1, 3), E = pick(&random, expert_counts, 9), N = n * groups;
         real *score = draw_scores(&random, N, E);
@@ -6179,7 +6158,7 @@ void test_gpu_select_balanced(void **state) {
 
 void test_gpu_gate(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_gate");
+    uint64_t random = fresh();
     for (int round = 0; round < 40; round++) {
         int N = draw(&random, 1, 60), E = draw_experts(&random),
             K = draw(&random, 0, 2) ? draw(&random, 1, min_int(E, 6)) : E;
@@ -6247,7 +6226,7 @@ void check_gpu_sort(Plan *plan, Plan *device) {
 
 void test_gpu_plan(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_plan");
+    uint64_t random = fresh();
     for (int round = 0; round < 60; round++) {
         int tokens = draw(&random, 1, round % 6 ? 20 : 700), groups = draw(&random, 1, 3), N = tokens * groups;
         int E = draw_experts(&random), K = draw(&random, 1, min_int(E, round % 6 ? 6 : 3)),
@@ -6287,7 +6266,7 @@ void test_gpu_plan(void **state) {
 // More chunks than a warp has lanes, and empty experts.
 void test_gpu_sort(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_sort");
+    uint64_t random = fresh();
     const int sizes[][3] = {{1, 1, 1}, {40000, 7, 1}, {3000, 300, 3}, {1024, 32, 1}, {1025, 1, 1}, {6, 4096, 5}};
     for (int i = 0; i < 6; i++) {
         Plan plan = take_plan(sizes[i][0], sizes[i][1], sizes[i][2]);
@@ -6302,7 +6281,7 @@ void test_gpu_sort(void **state) {
 
 void test_gpu_balance(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_balance");
+    uint64_t random = fresh();
     for (int round = 0; round < 40; round++) {
         int tokens = draw(&random, 1, round % 5 ? 30 : 300), groups = draw(&random, 1, 4), n = tokens * groups,
             E = draw_experts(&random);
@@ -6369,7 +6348,7 @@ void test_gpu_balance(void **state) {
 
 void test_gpu_smooth_load(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_smooth_load");
+    uint64_t random = fresh();
     for (int round = 0; round < 25; round++) {
         int tokens = draw(&random, 1, round % 5 ? 20 : 300), groups = draw(&random, 1, 3), N = tokens * groups,
             per = draw(&random, 1, 3);
@@ -6607,7 +6586,7 @@ void check_router(const char *recipe, const char *text, uint64_t random, int *ot
 
 void test_gpu_routers(void **state) {
     (void)state;
-    uint64_t random = fresh_random("test_gpu_routers");
+    uint64_t random = fresh();
     int otherwise = 0;
     for (int i = 0; i < recipe_count; i++)
         check_router(recipes[i].name, "", random = hash64(random), &otherwise);
@@ -6633,17 +6612,6 @@ enum { LOW = 1 };
 #endif
 #define SPREAD         (LOW ? 0.06 : 0.2)
 #define TWIN_TOLERANCE (LOW ? 2e-2 : 1e-5)
-
-// Where the random numbers of these tests begin: another place in every run, so that a near-tie or a rare case is met
-// one day; SEED=number repeats one.
-uint64_t fresh(void) {
-    static uint64_t seed = 0, turn = 0;
-    if (!turn) {
-        seed = getenv("SEED") ? strtoull(getenv("SEED"), NULL, 10) : (uint64_t)time(NULL) * 1000 + (uint64_t)getpid() % 1000;
-        print_message("    SEED=%llu\n", (unsigned long long)seed);
-    }
-    return hash64(seed + turn++);
-}
 
 gpu::floatX rounded(real x) {
 #ifdef FP32

@@ -57,6 +57,10 @@ const char *cause_of(cublasStatus_t status) {
 }
 #define CHECK(call) gpu::check(gpu::cause_of(call), #call, __PRETTY_FUNCTION__, __FILE__, __LINE__)
 
+void zero(void *p, size_t bytes) {
+    CHECK(cudaMemsetAsync(p, 0, bytes, stream));
+}
+
 // Threads of a block where nothing else decides, and blocks for n of something.
 #define THREADS 256
 int blocks(size_t n, int each = THREADS) {
@@ -2517,7 +2521,7 @@ __global__ void join_gates_backward_kernel(float *dgroups, float *dinner, const 
 void join_gates_backward(float *dgroups, float *dinner, const float *dweight, const Gate *groups, const Gate *inner,
                          int N) {
     size_t size = (size_t)N * groups->K;
-    CHECK(cudaMemsetAsync(dinner, 0, (size_t)N * inner->per * inner->K * sizeof(float), stream));
+    zero(dinner, (size_t)N * inner->per * inner->K * sizeof(float));
     join_gates_backward_kernel<<<blocks(size), THREADS, 0, stream>>>(dgroups, dinner, dweight, *groups, *inner, size);
     CHECK(cudaGetLastError());
 }
@@ -3221,7 +3225,7 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
     int E = c->experts, K = plan->K, R = c->routers, rows = n * R, groups = n / group_tokens,
         group_rows = group_tokens * R;
     double *counts = m->counts, *stats = layer_stats(m, l), *aux = stats + 4 * E + AUX;
-    CHECK(cudaMemsetAsync(aux, 0, sizeof(double), stream));
+    zero(aux, sizeof(double));
     if (c->z_weight > 0)
         gpu::add_sum(aux, Squares{g->lse}, (size_t)n * g->per, c->z_weight / (n * g->per));
     if (c->sparsity_weight > 0)
@@ -3242,7 +3246,7 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
                        c->balance == GSHARD ? 1 : K / R, group_rows, R);
     if (c->group == STEP && m->mode == TRAIN_MODE) // all micro-steps so far (Qiu et al. 2025, Demons in the Detail)
         CHECK(cudaMemcpyAsync(counts, stats, (size_t)E * sizeof(double), cudaMemcpyDeviceToDevice, stream));
-    CHECK(cudaMemsetAsync(s->slope, 0, (size_t)groups * R * E * sizeof(double), stream));
+    zero(s->slope, (size_t)groups * R * E * sizeof(double));
     if (c->balance <= WIDTH && c->aux_weight > 0)
         gpu::add_balance(s->slope, counts, c->balance == WIDTH ? m->device_width : NULL, E, c->aux_weight, groups * R);
     if (c->device_weight > 0)
@@ -3419,10 +3423,10 @@ void router_backward(Model *m, int l, LayerState *s, float *dx, const float *x, 
     if (c->select == HASH)
         return;
     float *dlogits = m->dlogits, *dnoisy = c->noise ? m->dnoisy : dlogits; // by the logits, by the noisy ones
-    CHECK(cudaMemsetAsync(dlogits, 0, (size_t)n * WW * sizeof(float), stream));
+    zero(dlogits, (size_t)n * WW * sizeof(float));
     if (c->noise)
-        CHECK(cudaMemsetAsync(dnoisy, 0, (size_t)n * W * sizeof(float), stream));
-    CHECK(cudaMemsetAsync(m->dp, 0, (size_t)n * W * sizeof(float), stream));
+        zero(dnoisy, (size_t)n * W * sizeof(float));
+    zero(m->dp, (size_t)n * W * sizeof(float));
     if (of_weights(c)) { // importance
         add_slopes_kernel<<<blocks((size_t)n * K), THREADS, 0, stream>>>(
             m->dweight, plan->expert, s->weight_slope, (size_t)n * K, (size_t)group_tokens * K, E, scale);
@@ -3431,7 +3435,7 @@ void router_backward(Model *m, int l, LayerState *s, float *dx, const float *x, 
     const float *dgate = m->dweight;
     if (two) {
         gpu::join_gates_backward(m->dgroup_weight, m->dgate, m->dweight, &s->groups, g, n);
-        CHECK(cudaMemsetAsync(m->dgroups, 0, (size_t)n * c->groups * sizeof(float), stream));
+        zero(m->dgroups, (size_t)n * c->groups * sizeof(float));
         gpu::gate_backward(m->dgroups, m->dgroup_weight, s->groups.weight, s->groups.p, s->groups.expert, n, c->groups,
                            c->group_topk, c->gate, 1);
         gpu::scores_backward(dnoisy, m->dgroups, &s->groups, n, W, c->score, 0);
@@ -3486,8 +3490,8 @@ void router_backward(Model *m, int l, LayerState *s, float *dx, const float *x, 
 void clear_router_stats(Model *m) {
     int E = m->config.experts;
     for (int l = 0; l < m->config.layers; l++) { // all but recent, idle and AUX
-        CHECK(cudaMemsetAsync(layer_stats(m, l), 0, (size_t)2 * E * sizeof(double), stream));
-        CHECK(cudaMemsetAsync(layer_stats(m, l) + 4 * E, 0, AUX * sizeof(double), stream));
+        zero(layer_stats(m, l), (size_t)2 * E * sizeof(double));
+        zero(layer_stats(m, l) + 4 * E, AUX * sizeof(double));
     }
 }
 
@@ -3568,10 +3572,6 @@ void upload(Model *m, void *to, const void *from, size_t bytes) { // waits; not 
         return;
     CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream));
     CHECK(cudaStreamSynchronize(stream));
-}
-
-void zero(void *p, size_t bytes) {
-    CHECK(cudaMemsetAsync(p, 0, bytes, stream));
 }
 
 // The rounded copy of a weight.
