@@ -7698,5 +7698,7 @@ int main(void) {
 #endif
     };
     setenv("TOKENIZE", "data/tokenize", 0);
+    if (getenv("TEST")) // only those whose name matches; * and ? stand for anything
+        cmocka_set_test_filter(getenv("TEST"));
     return cmocka_run_group_tests(tests, NULL, scratch_done);
 }

@@ -3857,6 +3857,7 @@ void start_device(void) {
     CHECK(cudaEventCreateWithFlags(&m->staged, cudaEventDisableTiming));
     m->order = (int *)own_host(m, N, sizeof(int));
     m->offset = (int *)own_host(m, (size_t)config->vocab + 2, sizeof(int));
+    CHECK(cudaStreamSynchronize(stream)); // a plain cudaMemcpy does not wait for this stream
     return m;
 }
 
