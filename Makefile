@@ -30,6 +30,20 @@ train_moe: train_moe.c data/unicode.h | data/stories/tokenizer.json
 train_moe_double: train_moe.c data/unicode.h
 	$(BUILD) $(OPENMP) -DREAL=double train_moe.c -o $@ $(LIBS)
 
+# MPI's compiler wrapper, around the compiler that the rest is built by; Debian: openmpi-bin libopenmpi-dev
+MPICC ?= mpicc
+MPI_BUILD = OMPI_CC=$(CC) MPICH_CC=$(CC) $(MPICC) -std=gnu11 $(CFLAGS) $(WARN) $(ARCH) $(FLOATS) $(OPENMP) -DUSE_MPI
+NEED_MPI = @command -v $(firstword $(MPICC)) >/dev/null || { echo "no $(MPICC) here: install MPI (Debian: openmpi-bin libopenmpi-dev)"; exit 1; }
+
+##train_moe_mpi: the trainer for several processes: mpirun -np 4 ./train_moe_mpi; needs MPI
+train_moe_mpi: train_moe.c data/unicode.h | data/stories/tokenizer.json
+	$(NEED_MPI)
+	$(MPI_BUILD) train_moe.c -o $@ $(LIBS)
+
+train_moe_mpi_double: train_moe.c data/unicode.h
+	$(NEED_MPI)
+	$(MPI_BUILD) -DREAL=double train_moe.c -o $@ $(LIBS)
+
 # PRECISION=fp32: everything in float32, to be compared with the C twin. Without a GPU to ask, for the A100 and the H100.
 PRECISION ?= bf16
 ifeq ($(filter bf16 fp32,$(PRECISION)),)
@@ -98,6 +112,20 @@ test: dev/test_moe dev/test_moe_double train_moe train_moe_double data/tokenize
 	dev/test_moe_double
 	@if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory -j2 test_emulated; \
 	else echo "the CUDA twin's tests are not run: they need a C++ compiler"; fi
+
+dev/test_ranks dev/test_ranks_double: $(TEST_FILES)
+	$(GET_CMOCKA)
+	$(NEED_MPI)
+	OMPI_CC=$(CC) MPICH_CC=$(CC) $(MPICC) -std=gnu11 -O2 -g $(WARN) $(ARCH) $(FLOATS) $(OPENMP) -DUSE_MPI -Wno-unused-function \
+	    $(if $(findstring double,$@),-DREAL=double) test_moe.c -o $@ -lcmocka $(LIBS)
+
+# More processes than cores, and, in a container, by root.
+MPIRUN ?= OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 mpirun
+
+##test_mpi: several processes against one: every recipe, uneven loads, crashes; needs MPI
+test_mpi: dev/test_ranks dev/test_ranks_double train_moe_mpi
+	$(MPIRUN) -np 4 dev/test_ranks_double
+	$(MPIRUN) -np 4 dev/test_ranks
 
 # The CUDA twin on the processor: dev/cudacpu looks like the few headers that train_moe.cu includes, and sed writes a kernel's
 # start as a function call. The compiler may not invent operations here, since invalid ones are errors (hence no

@@ -63,6 +63,10 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef USE_MPI
+#include <mpi.h>
+#include <sched.h>
+#endif
 #include "data/unicode.h"
 
 // `real` is the type of every weight and activation: float, or double to check gradients (make train_moe_double).
@@ -130,6 +134,7 @@ typedef struct Config {
     int tokens, top_k;
     double temperature, top_p;
     int resume, seed, recompute, threads;
+    int ep, overlap, replicate, replicate_every, watchdog, trace;
     int vocab;                         // V, from the tokenizer
     int list_recipes, help;
     unsigned char given[MAX_OPTIONS];  // 1 where the command line set options[i]
@@ -239,6 +244,15 @@ const Option options[] = {
     INTEGER("seed", seed, "1", 0, 2147483647, ORDER, "of weights, data order and sampling"),
     FLAG("recompute", recompute, RUN, "keep fewer activations, and work them out again on the way back"),
     INTEGER("threads", threads, "0", 0, 4096, RUN, "threads [all cores]"),
+#ifdef USE_MPI
+    HEADING("Ranks: N processes, each with --batch sequences of a micro-step, started by mpirun -np N"),
+    INTEGER("ep", ep, "0", 0, 65536, RUN, "the experts are divided among so many ranks [the largest common divisor of ranks and experts]"),
+    INTEGER("overlap", overlap, "1", 0, 1, RUN, "1: half of a batch travels while the experts work on the other half"),
+    INTEGER("replicate", replicate, "0", 0, 4096, RUN, "so many of a layer's busiest experts have a second copy on another rank"),
+    INTEGER("replicate-every", replicate_every, "50", 1, 2000000000, RUN, "steps after which these are chosen anew"),
+    INTEGER("watchdog", watchdog, "30", 0, 86400, RUN, "seconds of waiting after which a rank that does not answer ends the job; 0: never"),
+    FLAG("trace", trace, RUN, "each rank writes what it did in each step: trace-RANK.jsonl in --out"),
+#endif
     HEADING("Paces, in steps; 0 turns off"),
     INTEGER("log-every", log_every, "60", 0, 2000000000, TRAIN, "a line in the log"),
     INTEGER("eval-every", eval_every, "600", 0, 2000000000, TRAIN, "validation"),
@@ -397,14 +411,52 @@ int places(const Config *c) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Errors, memory, random numbers, JSON, options
+// 3. Errors, memory, random numbers, ranks, JSON, options
 //
 // A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and machines,
 // exit 2 for the command line. Random numbers are a pure function of what they are for, so that any thread,
 // process or device draws the same ones in any order.
 
+#ifdef USE_MPI
+const char *program_name = "train_moe_mpi";
+#else
 const char *program_name = "train_moe";
+#endif
 char unfinished_path[4096]; // a folder being written; fail() removes it, so that nothing half-written stays
+
+// The processes that train one model together (make train_moe_mpi), and this one's place among them. Each has its share
+// of every batch. The experts are divided among the `ep` ranks of a group; `copies` groups hold the same experts.
+typedef struct Ranks {
+    int rank, size;       // rank = copy * ep + place
+    int ep, place;
+    int copies, copy;
+    int watchdog;         // seconds
+    double waited;        // seconds in which this rank waited for others,
+    double sent, reduced; // bytes that it sent by all-to-all, and to sum gradients and share weights; since a step began
+#ifdef USE_MPI
+    MPI_Comm all, group, twins; // all ranks; those of the group; those with the same place in other groups
+    MPI_Comm watch;             // all ranks, to ask who is alive
+#endif
+} Ranks;
+Ranks ranks = {0, 1, 1, 0, 1, 0, 0, 0, 0, 0
+#ifdef USE_MPI
+               , MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL
+#endif
+};
+// One process alone has none of what follows: there the compiler leaves it out.
+#ifdef USE_MPI
+#define MANY (ranks.size > 1)
+#else
+#define MANY 0
+#endif
+
+__attribute__((noreturn)) void end_program(int status) {
+#ifdef USE_MPI
+    if (MANY)
+        MPI_Abort(MPI_COMM_WORLD, status);
+#endif
+    exit(status);
+}
 
 void remove_tree(const char *path) {
     DIR *dir = opendir(path);
@@ -422,12 +474,16 @@ void remove_tree(const char *path) {
 
 __attribute__((noreturn)) void fail_with(int status, const char *hint, const char *format, va_list args) {
     fflush(stdout);
+    if (ranks.rank)
+        sleep(1); // what all ranks find is said by the first, which ends the others
     fprintf(stderr, "%s: ", program_name);
+    if (ranks.rank)
+        fprintf(stderr, "rank %d: ", ranks.rank);
     vfprintf(stderr, format, args);
     fprintf(stderr, "%s\n", hint);
     if (unfinished_path[0])
         remove_tree(unfinished_path);
-    exit(status);
+    end_program(status);
 }
 
 __attribute__((noreturn, format(printf, 1, 2))) void fail(const char *format, ...) {
@@ -513,6 +569,10 @@ double memory_now(void) {
 #endif
 }
 
+int on_terminal(void) { // and not through mpirun, whose pipes look like one
+    return !MANY && isatty(1);
+}
+
 int thread_count(void) {
 #ifdef _OPENMP
     return omp_get_max_threads();
@@ -528,6 +588,225 @@ int thread_number(void) {
     return 0;
 #endif
 }
+
+// ---- ranks
+//
+// The few messages that everything else is made of. All waiting is done in ranks_wait, which also keeps the watch: who
+// has waited too long asks all others whether they live; those that wait answer, and so do those that compute, between
+// two tiles of a product (ranks_tick, which keeps messages on their way, too). A process that hangs does not.
+
+#ifdef USE_MPI
+#define MPI_REALS (sizeof(real) == 8 ? MPI_DOUBLE : MPI_FLOAT)
+enum { ASK, ALIVE };
+double watch_patience = 10; // seconds to answer
+
+void ranks_send_watch(int to, int tag) {
+    static char nothing;
+    MPI_Request request;
+    MPI_Isend(&nothing, 1, MPI_CHAR, to, tag, ranks.watch, &request);
+    MPI_Request_free(&request);
+}
+
+// The rank that sent such a message, which is received; -1: none did.
+int ranks_received_watch(int tag) {
+    int there = 0;
+    char nothing;
+    MPI_Status status;
+    MPI_Iprobe(MPI_ANY_SOURCE, tag, ranks.watch, &there, &status);
+    if (!there)
+        return -1;
+    MPI_Recv(&nothing, 1, MPI_CHAR, status.MPI_SOURCE, tag, ranks.watch, MPI_STATUS_IGNORE);
+    return status.MPI_SOURCE;
+}
+
+void ranks_answer(void) {
+    for (int from; (from = ranks_received_watch(ASK)) >= 0;)
+        ranks_send_watch(from, ALIVE);
+}
+
+// Asks all others whether they live, and ends the job where some do not answer.
+void ranks_inspect(void) {
+    double start = seconds();
+    int missing = ranks.size - 1;
+    unsigned char *heard = (unsigned char *)allocate(ranks.size, 1);
+    heard[ranks.rank] = 1;
+    while (ranks_received_watch(ALIVE) >= 0) // of an earlier time
+        ;
+    for (int r = 0; r < ranks.size; r++) {
+        if (r != ranks.rank)
+            ranks_send_watch(r, ASK);
+    }
+    while (missing && seconds() - start < watch_patience) {
+        int from = ranks_received_watch(ALIVE);
+        missing -= from >= 0 && !heard[from];
+        if (from >= 0)
+            heard[from] = 1;
+        ranks_answer();
+        sched_yield();
+    }
+    char names[256] = "";
+    for (int r = 0; missing && r < ranks.size; r++) {
+        size_t n = strlen(names);
+        if (!heard[r])
+            snprintf(names + n, sizeof(names) - n, "%s%d", n ? ", " : "", r);
+    }
+    free(heard);
+    if (missing) {
+        fprintf(stderr, "%s: rank %s of %d does not answer: it hangs, or it died (rank %d waited for %.0f seconds); the "
+                        "job ends here, and the last checkpoint is as it was\n",
+                program_name, names, ranks.size, ranks.rank, ranks.watchdog + seconds() - start);
+        end_program(1);
+    }
+}
+
+void ranks_wait(MPI_Request *requests, int count) {
+    double start = seconds(), looked = start, answered = start;
+    for (int done = 0;;) {
+        MPI_Testall(count, requests, &done, MPI_STATUSES_IGNORE);
+        double now = seconds();
+        if (done) {
+            ranks.waited += now - start;
+            return;
+        }
+        if (now - answered > 0.05) {
+            ranks_answer();
+            answered = now;
+        }
+        if (ranks.watchdog && now - looked > ranks.watchdog) {
+            ranks_inspect();
+            looked = seconds();
+        }
+        sched_yield();
+    }
+}
+#endif
+
+// Between two pieces of work.
+void ranks_tick(void) {
+#ifdef USE_MPI
+    if (MANY && thread_number() == 0)
+        ranks_answer();
+#endif
+}
+
+// v (n) = the sum of all ranks' v
+void sum_over_ranks(double *v, int n) {
+    (void)v, (void)n;
+#ifdef USE_MPI
+    MPI_Request request;
+    if (!MANY)
+        return;
+    MPI_Iallreduce(MPI_IN_PLACE, v, n, MPI_DOUBLE, MPI_SUM, ranks.all, &request);
+    ranks_wait(&request, 1);
+#endif
+}
+
+// Rank 0's bytes for all.
+void broadcast(void *bytes, size_t size) {
+    (void)bytes, (void)size;
+#ifdef USE_MPI
+    MPI_Request request;
+    if (!MANY)
+        return;
+    MPI_Ibcast(bytes, (int)size, MPI_BYTE, 0, ranks.all, &request);
+    ranks_wait(&request, 1);
+#endif
+}
+
+// Waits until all ranks have come here.
+void ranks_meet(void) {
+    double nothing = 0;
+    sum_over_ranks(&nothing, 1);
+}
+
+// All ranks' rows, each of `bytes`, one rank's after another's, to be freed; rows[r] is how many rank r has.
+void *gather_rows(const void *mine, const int *rows, size_t bytes) {
+    (void)mine;
+    size_t total = 0;
+    for (int r = 0; r < ranks.size; r++)
+        total += (size_t)rows[r];
+    char *all = (char *)allocate(total, bytes);
+#ifdef USE_MPI
+    int *first = (int *)allocate(ranks.size, sizeof(int));
+    for (int r = 1; r < ranks.size; r++)
+        first[r] = first[r - 1] + rows[r - 1];
+    MPI_Datatype row;
+    MPI_Request request;
+    MPI_Type_contiguous((int)bytes, MPI_BYTE, &row);
+    MPI_Type_commit(&row);
+    MPI_Iallgatherv(mine, rows[ranks.rank], row, all, rows, first, row, ranks.all, &request);
+    ranks_wait(&request, 1);
+    MPI_Type_free(&row);
+    free(first);
+#endif
+    return all;
+}
+
+// For rank 0: the parts of the first `count` ranks, one after another, each rank's of its own size, in `all`, or, where
+// that is NULL, in memory to be freed.
+void *gather_parts(const void *mine, size_t bytes, int count, void *all) {
+    (void)mine;
+    double *size = (double *)allocate(ranks.size, sizeof(double)), total = 0;
+    size[ranks.rank] = ranks.rank < count ? (double)bytes : 0;
+    sum_over_ranks(size, ranks.size);
+    for (int r = 0; r < ranks.size; r++)
+        total += size[r];
+    if (!all)
+        all = allocate(ranks.rank ? 0 : (size_t)total, 1);
+#ifdef USE_MPI
+    size_t at = 0, most = 1 << 30;
+    for (int r = 0; r < count; at += (size_t)size[r++]) { // the sizes may be more than MPI can count
+        for (size_t done = 0; done < (size_t)size[r]; done += most) {
+            int n = (int)((size_t)size[r] - done < most ? (size_t)size[r] - done : most);
+            MPI_Request request = MPI_REQUEST_NULL;
+            if (!r && !ranks.rank)
+                memcpy((char *)all + at + done, (const char *)mine + done, (size_t)n);
+            else if (!ranks.rank)
+                MPI_Irecv((char *)all + at + done, n, MPI_BYTE, r, 0, ranks.all, &request);
+            else if (r == ranks.rank)
+                MPI_Isend((const char *)mine + done, n, MPI_BYTE, 0, 0, ranks.all, &request);
+            ranks_wait(&request, 1);
+        }
+    }
+#endif
+    free(size);
+    return all;
+}
+
+#ifdef USE_MPI
+int ranks_of_machine(void) {
+    int count;
+    MPI_Comm here;
+    MPI_Comm_split_type(ranks.all, MPI_COMM_TYPE_SHARED, ranks.rank, MPI_INFO_NULL, &here);
+    MPI_Comm_size(here, &count);
+    MPI_Comm_free(&here);
+    return count;
+}
+
+// Groups of ep ranks out of all of `comm`.
+void ranks_form(MPI_Comm comm, int ep) {
+    ranks.all = comm;
+    MPI_Comm_rank(comm, &ranks.rank);
+    MPI_Comm_size(comm, &ranks.size);
+    ranks.ep = ep;
+    ranks.place = ranks.rank % ep;
+    ranks.copy = ranks.rank / ep;
+    ranks.copies = ranks.size / ep;
+    MPI_Comm_split(comm, ranks.copy, ranks.rank, &ranks.group);
+    MPI_Comm_split(comm, ranks.place, ranks.rank, &ranks.twins);
+}
+
+void ranks_part(void) {
+    MPI_Comm_free(&ranks.group);
+    MPI_Comm_free(&ranks.twins);
+}
+#else
+int ranks_of_machine(void) {
+    return 1;
+}
+#endif
+
+// ---- random numbers
 
 // A bijection of 64-bit numbers in which every input bit moves every output bit (SplitMix64's finaliser, Steele 2014).
 BOTH uint64_t hash64(uint64_t x) {
@@ -1299,6 +1578,8 @@ void products(const Product *list, int count, int accumulate) {
             product_of_few_rows(task[t].p, task[t].first, task[t].count, accumulate);
         else
             product_rows(task[t].p, task[t].first, task[t].count, accumulate);
+        if (MANY)
+            ranks_tick();
     }
     free(task);
 }
@@ -2266,8 +2547,9 @@ void add_device_balance(double *slope, const double *count, int E, int D, double
 }
 
 // slope (E) += : the communication loss of DeepSeek-V2, sum of f''_g P'_g with f''_g = D / (M n) * tokens sent to group
-// g. expert (n,K)
-void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight) {
+// g. expert (n,K). all: the tokens of the group, where other ranks have the rest of them; else n.
+void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight,
+                               int all) {
     double *sent = (double *)allocate(D, sizeof(double));
     for (int i = 0; i < n * K; i++) {
         int seen = expert[i] < 0;
@@ -2276,8 +2558,10 @@ void add_communication_balance(double *slope, const int *expert, int n, int E, i
         if (!seen)
             sent[group_of(expert[i], E, D)] += 1;
     }
+    if (all != n)
+        sum_over_ranks(sent, D);
     for (int e = 0; e < E; e++)
-        slope[e] += weight * D / ((double)M * n) * sent[group_of(e, E, D)];
+        slope[e] += weight * D / ((double)M * all) * sent[group_of(e, E, D)];
     free(sent);
 }
 
@@ -2583,6 +2867,15 @@ void combine(real *out, const real *rows, const real *weight, const int *slot, i
     }
 }
 
+// out (N,C): row token[r] += rows[r], all tokens different. rows (count,C)
+void combine_rows(real *out, const real *rows, const int *token, int count, int C) {
+#pragma omp parallel for if (count > 16)
+    for (int r = 0; r < count; r++) {
+        for (int c = 0; c < C; c++)
+            out[(size_t)token[r] * C + c] += rows[(size_t)r * C + c];
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. The whole model: weights, activations, forward and backward
 
@@ -2624,13 +2917,19 @@ const char *const tensor_names[] = {
 
 typedef struct Tensor { // one row of the model's table of weights
     char name[40];
-    int layer, kind;   // layer -1: EMBED and what follows
-    int shape[3];      // padded with 1 in front
-    size_t offset, size;
+    int layer, kind;       // layer -1: EMBED and what follows
+    int shape[3];          // padded with 1 in front
+    size_t offset, size;   // in this process's memory
+    size_t place, whole;   // among all numbers of the model, in the order of the table; of all ranks
+    size_t first;          // this rank has numbers first..first+size of the whole
 } Tensor;
 
 int tensor_is_norm(const Tensor *t) {
     return t->kind == NORM1 || t->kind == NORM2 || t->kind == NORM;
+}
+
+int tensor_is_expert(const Tensor *t) { // of which each rank has its own part
+    return t->kind == W_IN || t->kind == W_OUT;
 }
 
 int tensor_is_buffer(const Tensor *t) {
@@ -2643,7 +2942,7 @@ int tensor_is_vector(const Tensor *t) { // one dimension, and no weight decay
 }
 
 // Appends a tensor of a x b x c numbers, if it has any.
-void add_tensor(Tensor *list, int *count, size_t *offset, int layer, int kind, const int shape[3]) {
+void add_tensor(Tensor *list, int *count, int layer, int kind, const int shape[3]) {
     size_t size = (size_t)shape[0] * (size_t)shape[1] * (size_t)shape[2];
     if (!size)
         return;
@@ -2651,21 +2950,58 @@ void add_tensor(Tensor *list, int *count, size_t *offset, int layer, int kind, c
     t->layer = layer;
     t->kind = kind;
     memcpy(t->shape, shape, sizeof(t->shape));
-    t->offset = *offset;
-    t->size = size;
+    t->whole = t->size = size;
     if (layer < 0)
         snprintf(t->name, sizeof(t->name), "%s", tensor_names[kind]);
     else
         snprintf(t->name, sizeof(t->name), "layer%d.%s", layer, tensor_names[kind]);
-    *offset += size;
 }
 
-// The table of all weights, in the order in which they lie in memory. list has room for LAYER_TENSORS*L + KINDS.
+// Numbers of expert e's part of W_IN or W_OUT.
+size_t expert_size(const Config *c, int kind, int e) {
+    size_t size = (size_t)expert_width(c, e) * (size_t)(c->dim / c->subtokens);
+    return kind == W_OUT ? size : size * (1 + is_gated(expert_activation(c, e)));
+}
+
+// Where each tensor lies: in the order of the table. Of several ranks, what all have comes first, filled up so that it
+// divides evenly among them; then come this rank's experts, each tensor with room for as many large ones as it may have
+// to copy from other ranks. Returns the numbers of all, *replicated those of the first part.
+size_t place_tensors(const Config *c, Tensor *list, int count, size_t *replicated) {
+    size_t place = 0, at = 0, unit = 16 * (size_t)ranks.size;
+    for (int i = 0; i < count; i++) {
+        list[i].place = place;
+        place += list[i].whole;
+    }
+    for (int part = 0; part < (MANY ? 2 : 1); part++) {
+        for (int i = 0; i < count; i++) {
+            Tensor *t = &list[i];
+            if (MANY && tensor_is_expert(t) != part)
+                continue;
+            t->offset = at;
+            t->first = 0;
+            t->size = t->whole;
+            size_t largest = 0, each = (size_t)(c->experts / ranks.ep), first = (size_t)ranks.place * each;
+            for (size_t e = 0; MANY && part == 1 && e < (size_t)c->experts; e++) {
+                size_t size = expert_size(c, t->kind, (int)e);
+                t->first += e < first ? size : 0;
+                t->size -= e < first || e >= first + each ? size : 0;
+                largest = size > largest ? size : largest;
+            }
+            at += t->size + largest * (size_t)c->replicate;
+        }
+        if (part == 0)
+            *replicated = at = MANY ? (at + unit - 1) / unit * unit : at;
+    }
+    return at;
+}
+
+// The table of all weights, in the order in which a single process has them in memory. list has room for
+// LAYER_TENSORS*L + KINDS.
 int model_tensors(const Config *c, Tensor *list) {
     int count = 0, last, C = c->dim, D = C / c->heads, F = c->ffn, R = c->recurrent, moe = moe_layers(c, &last);
-    size_t offset = 0;
+    size_t replicated;
     const int embed[3] = {1, c->vocab, C};
-    add_tensor(list, &count, &offset, -1, EMBED, embed);
+    add_tensor(list, &count, -1, EMBED, embed);
     for (int l = 0; l < c->layers; l++) {
         int has = is_moe(c, l), E = has ? c->experts : 0, W = has ? router_width(c) : 0, width = dense_width(c, l);
         int c1 = C / c->subtokens, read = R ? R : c1; // what experts and router read
@@ -2682,13 +3018,14 @@ int model_tensors(const Config *c, Tensor *list) {
             {1, 1, c->select == EXPERT_CHOICE ? E : 0}, {1, 1, c->select == HASH && E ? c->vocab : 0}};
         // clang-format on
         for (int kind = 0; kind < LAYER_TENSORS; kind++)
-            add_tensor(list, &count, &offset, l, kind, shapes[kind]);
+            add_tensor(list, &count, l, kind, shapes[kind]);
     }
     R = moe ? R : 0;
     const int shapes[][3] = {
         {1, 1, C}, {1, c->untied ? c->vocab : 0, C}, {1, 3 * R, R}, {1, 3 * R, R}, {1, 1, 3 * R}, {1, 1, 3 * R}};
     for (int kind = NORM; kind < KINDS; kind++)
-        add_tensor(list, &count, &offset, -1, kind, shapes[kind - NORM]);
+        add_tensor(list, &count, -1, kind, shapes[kind - NORM]);
+    place_tensors(c, list, count, &replicated);
     return count;
 }
 
@@ -2700,14 +3037,14 @@ void count_parameters(const Config *c, double *total, double *active) {
     *total = *active = 0;
     for (int i = 0; i < count; i++) {
         const Tensor *t = &list[i];
-        double uses = t->kind == W_IN || t->kind == W_OUT ? (double)c->topk / c->experts * c->subtokens
-                      : t->kind == ROUTER                 ? c->subtokens
-                      : t->kind >= GRU_X                  ? moe
-                                                          : t->kind != HEAD;
+        double uses = tensor_is_expert(t)   ? (double)c->topk / c->experts * c->subtokens
+                      : t->kind == ROUTER ? c->subtokens
+                      : t->kind >= GRU_X  ? moe
+                                          : t->kind != HEAD;
         if (tensor_is_buffer(t))
             continue;
-        *total += (double)t->size;
-        *active += (double)t->size * uses;
+        *total += (double)t->whole;
+        *active += (double)t->whole * uses;
     }
     free(list);
 }
@@ -2741,6 +3078,7 @@ typedef struct LayerState {
     double *load_slope;          // (groups of tokens, E) and, behind them, (groups of tokens, D): of the smooth load
     Plan plan;
     double aux;                  // all balance losses, weighted
+    struct Exchange *exchange;   // (2) what the other ranks' tokens are to this rank's experts
 } LayerState;
 
 typedef struct RouterStats { // of training, since the step began
@@ -2752,6 +3090,40 @@ typedef struct RouterStats { // of training, since the step began
     int *idle;               // (E) steps since an expert had a token
 } RouterStats;
 
+typedef struct Room { // memory that grows with what arrives
+    void *memory;
+    size_t bytes;
+} Room;
+
+typedef struct Exchange { // half of the tokens of a layer: what was sent and what came
+    int rows, came;                        // rows sent to all ranks of the group, received from all
+    int *sent, *sent_at, *got, *got_at;    // (ep) rows sent to each, received from each, and where they begin
+    int *token;                            // (rows) of this rank
+    real *x, *weight, *hidden;             // (came,C), (came,K), and the experts' first products
+    Plan plan;                             // of what came, for the experts here
+    Room of_token, of_x, of_weight, of_hidden, of_plan;
+} Exchange;
+
+typedef struct Travel { // of half of a layer's tokens, while they are under way
+    real *out, *in;               // (rows,C) there; (came,C) in backward
+    real *choices_out, *choices;  // (rows,2K), (came,2K): weights, then the experts' numbers; -1: elsewhere
+    real *answers, *back;         // (came,C), (rows,C)
+    real *dweight, *dweight_back; // (came,K), (rows,K)
+    Room of_out, of_in, of_choices_out, of_choices, of_answers, of_back, of_dweight, of_dweight_back;
+    Room of_rows, of_act, of_dhidden; // the experts' scratch; the first half's serves both
+#ifdef USE_MPI
+    MPI_Request request[2];
+#endif
+    int requests;
+} Travel;
+
+typedef struct Placement { // of the experts of all layers on the ranks of a group
+    int here, room;           // experts of this rank, and how many copies of others' it has room for
+    int *host, *slot;         // (L,E) the rank with the second copy, -1: none, and its place among that rank's copies
+    int *copy;                // (L,room) whose copies this rank has; -1: none
+    int *width, *activation;  // (L,here+room)
+} Placement;
+
 // What memory is for. HARDLY_TOUCHED is room for the worst case (each token a group of its own); the system gives pages
 // only to what is written, so print_memory leaves it out.
 enum { FOR_WEIGHTS, FOR_GRADIENTS, FOR_MOMENTS, FOR_ACTIVATIONS, FOR_BUFFERS, HARDLY_TOUCHED, MEMORY_KINDS };
@@ -2762,7 +3134,14 @@ typedef struct Model {
     Tensor *tensors;
     int tensor_count;
     size_t size;     // numbers of all weights
-    real *memory[4]; // weights, gradients, AdamW's two moments: (size) each
+    real *memory[4]; // weights, gradients, AdamW's two moments: (size) each, but of several ranks' moments see below
+    // Of several ranks: all have the first `replicated` numbers and update slice..slice_end of them; moments are kept for
+    // these and, behind them, for this rank's experts (ZeRO-1: Rajbhandari et al. 2020).
+    size_t whole, replicated, slice, slice_end; // whole: numbers of all ranks
+    real *whole_memory[4]; // what model_fetch has gathered
+    struct Placement *placement; // of the experts
+    struct Travel *travel;       // (2) rows on their way between ranks
+    int *rank_tokens;            // (ranks) tokens of the last forward pass
     Weights weights, grads;
     int *expert_width, *expert_activation; // (E)
     LayerState *layers;            // (L)
@@ -2785,6 +3164,7 @@ typedef struct Model {
     int B, T, mode;
     double grad_scale;
     uint64_t step, first_token; // of the last forward: they choose the random numbers
+    int last_pass;              // it is the last one of its step
     double loss, total_aux, norm; // of the step: means over its passes so far, each times its grad_scale; of its gradients
     RouterStats *stats; // (L)
     size_t bytes[MEMORY_KINDS]; // of the allocations above, by what they are for
@@ -2814,6 +3194,17 @@ real *own_reals(Model *m, size_t count) {
     return (real *)own(m, count, sizeof(real));
 }
 
+// The table of weights, and how many numbers there are of what. list: room for the table
+void lay_tensors(Model *m, Tensor *list) {
+    const Config *c = &m->config;
+    m->tensors = list;
+    m->tensor_count = model_tensors(c, m->tensors);
+    m->size = place_tensors(c, m->tensors, m->tensor_count, &m->replicated);
+    m->whole = m->tensors[m->tensor_count - 1].place + m->tensors[m->tensor_count - 1].whole;
+    m->slice = m->replicated / (size_t)ranks.size * (size_t)ranks.rank;
+    m->slice_end = m->slice + m->replicated / (size_t)ranks.size;
+}
+
 // Lays the struct of pointers over one allocation.
 void point_weights(Model *m, Weights *w, real *memory) {
     w->layer = (LayerWeights *)own(m, m->config.layers, sizeof(LayerWeights));
@@ -2837,7 +3228,7 @@ void model_init(Model *m, const double *frequency) {
         real *w = m->memory[WEIGHTS] + t->offset;
         int residual = t->kind == PROJ || t->kind == W_OUT || t->kind == DENSE_OUT;
         int by_fan = t->kind == SPLIT || t->kind == MERGE || t->kind == GRU_X || t->kind == GRU_H;
-        int truncated = c->init_scheme == TRUNCATED && t->kind != EMBED, expert = t->kind == W_IN || t->kind == W_OUT;
+        int truncated = c->init_scheme == TRUNCATED && t->kind != EMBED;
         double std = truncated  ? sqrt(0.1 / t->shape[2])
                      : by_fan   ? sqrt(0.5 / t->shape[2])
                      : residual ? 0.02 / sqrt(2.0 * c->layers)
@@ -2846,17 +3237,19 @@ void model_init(Model *m, const double *frequency) {
             std = 0;
 #pragma omp parallel for
         for (size_t j = 0; j < t->size; j++) {
-            double z = random_normal(stream, j);
+            double z = random_normal(stream, t->first + j);
             for (uint64_t again = 1; truncated && fabs(z) > 2; again++)
-                z = random_normal(stream, j + again * t->size);
+                z = random_normal(stream, t->first + j + again * t->whole);
             w[j] = (real)(std * z + tensor_is_norm(t));
         }
-        size_t next = 0, C = (size_t)c->dim / c->subtokens;
-        for (int e = 0; c->mixed && expert && e < c->experts; e++) { // the experts from 0.5 to 1.5 times as large
-            size_t first = next, blocks = t->kind == W_IN ? 1 + is_gated(m->expert_activation[e]) : 1;
-            next += C * m->expert_width[e] * blocks;
-            for (size_t j = first; j < next; j++)
-                w[j] *= (real)(0.5 + (double)e / (c->experts - 1));
+        size_t next = 0;
+        for (int e = 0; c->mixed && tensor_is_expert(t) && e < c->experts; e++) { // from 0.5 to 1.5 times as large
+            size_t first = next;
+            next += expert_size(c, t->kind, e);
+            for (size_t j = first; j < next; j++) {
+                if (j >= t->first && j < t->first + t->size)
+                    w[j - t->first] *= (real)(0.5 + (double)e / (c->experts - 1));
+            }
         }
         if (t->kind == SLOW)
             memcpy(w, m->weights.layer[t->layer].router, t->size * sizeof(real));
@@ -2917,6 +3310,14 @@ void allocate_experts(Model *m, int l, int N) {
     Plan plan = {
         n, E, K, two ? ints : s->gate.expert, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
     s->plan = plan;
+    s->exchange = (Exchange *)own(m, ranks.ep > 1 ? 2 : 0, sizeof(Exchange));
+    for (int half = 0; half < 2 && ranks.ep > 1; half++) {
+        Exchange *e = &s->exchange[half];
+        e->sent = (int *)own(m, (size_t)ranks.ep * 4, sizeof(int));
+        e->sent_at = e->sent + ranks.ep;
+        e->got = e->sent_at + ranks.ep;
+        e->got_at = e->got + ranks.ep;
+    }
     RouterStats *stats = &m->stats[l];
     stats->count = (double *)own(m, (size_t)E * 3, sizeof(double));
     stats->lowest = stats->count + E;
@@ -2928,7 +3329,7 @@ void allocate_experts(Model *m, int l, int N) {
 size_t place_activations(Model *m, int l, int N, real *memory) {
     const Config *c = &m->config;
     LayerState *s = &m->layers[l];
-    size_t C = (size_t)c->dim, used = 0, rows = is_moe(c, l) ? (size_t)N * c->subtokens * places(c) : 0;
+    size_t C = (size_t)c->dim, used = 0, rows = is_moe(c, l) && ranks.ep == 1 ? (size_t)N * c->subtokens * places(c) : 0;
     size_t Q = C + 2 * C / c->heads * c->kv_heads, dense = (size_t)dense_width(c, l), hidden = 0;
     for (int e = 0; e < c->experts; e++)
         hidden = (size_t)max_int((int)hidden, m->expert_width[e] * (1 + is_gated(m->expert_activation[e])));
@@ -2945,6 +3346,39 @@ size_t place_activations(Model *m, int l, int N, real *memory) {
     return used;
 }
 
+// The widths of the experts that this rank has in layer l, copies included.
+void place_experts(Model *m, int l) {
+    Placement *p = m->placement;
+    const Config *c = &m->config;
+    for (int i = 0; i < p->here + p->room; i++) {
+        int e = i < p->here ? ranks.place * p->here + i : p->copy[l * p->room + i - p->here];
+        p->width[l * (p->here + p->room) + i] = e < 0 ? 0 : expert_width(c, e);
+        p->activation[l * (p->here + p->room) + i] = e < 0 ? c->activation : expert_activation(c, e);
+    }
+}
+
+void own_placement(Model *m) {
+    const Config *c = &m->config;
+    Placement *p = m->placement = (Placement *)own(m, 1, sizeof(Placement));
+    p->here = c->experts / ranks.ep;
+    p->room = ranks.ep > 1 ? c->replicate : 0;
+    size_t all = (size_t)c->layers * c->experts, mine = (size_t)c->layers * (p->here + p->room);
+    p->host = (int *)own(m, 2 * all, sizeof(int));
+    p->slot = p->host + all;
+    p->copy = (int *)own(m, (size_t)c->layers * p->room, sizeof(int));
+    p->width = (int *)own(m, 2 * mine, sizeof(int));
+    p->activation = p->width + mine;
+    memset(p->host, -1, all * sizeof(int));
+    memset(p->copy, -1, (size_t)c->layers * p->room * sizeof(int));
+    for (int l = 0; l < c->layers; l++)
+        place_experts(m, l);
+}
+
+// Where the moments of the weight at this offset are.
+size_t moment_place(const Model *m, size_t offset) {
+    return !MANY ? offset : offset < m->replicated ? offset - m->slice : offset - m->replicated + m->slice_end - m->slice;
+}
+
 // Buffers for N tokens. train 0: no gradients, no moments. weights: those of another model, or NULL for its own.
 Model *model_allocate(const Config *config, int N, int train, real *weights) {
     Model *m = (Model *)allocate(1, sizeof(Model));
@@ -2956,9 +3390,8 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     int n = N * c->subtokens, W = router_width(c);
     size_t moe = moe_layers(c, &last) > 0, rows = N, width = 0, hidden = 0, nK = moe * n * places(c);
     size_t two = c->select == HIERARCHICAL ? 1 : 0, scores = moe * n * W;
-    m->tensors = (Tensor *)own(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor));
-    m->tensor_count = model_tensors(c, m->tensors);
-    m->size = m->tensors[m->tensor_count - 1].offset + m->tensors[m->tensor_count - 1].size;
+    lay_tensors(m, (Tensor *)own(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor)));
+    m->rank_tokens = (int *)own(m, ranks.size, sizeof(int));
     m->memory[WEIGHTS] = weights ? weights : own_reals(m, m->size);
     point_weights(m, &m->weights, m->memory[WEIGHTS]);
     m->purpose = FOR_ACTIVATIONS;
@@ -2985,7 +3418,11 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
         width = dense > width ? dense : width;
         hidden = dense * gated > hidden ? dense * gated : hidden;
     }
-    for (int e = 0; moe && e < E; e++) {
+    if (ranks.ep > 1 && moe) {
+        m->travel = (Travel *)own(m, 2, sizeof(Travel));
+        own_placement(m);
+    }
+    for (int e = 0; moe && e < E && ranks.ep == 1; e++) {
         size_t act = nK * m->expert_width[e], both = act * (1 + is_gated(m->expert_activation[e]));
         width = act > width ? act : width;
         hidden = both > hidden ? both : hidden;
@@ -2995,7 +3432,7 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     m->h = own_reals(m, (size_t)N * C);
     m->rstd = own_reals(m, N);
     m->purpose = FOR_BUFFERS;
-    m->rows = own_reals(m, rows * C * moe);
+    m->rows = own_reals(m, ranks.ep == 1 ? rows * C * moe : 0);
     m->act = own_reals(m, width);
     m->choice_score = own_reals(m, scores);
     m->unbiased = (int *)own(m, nK, sizeof(int));
@@ -3014,7 +3451,7 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     if (train) {
         for (int i = GRADS; i <= MOMENT2; i++) {
             m->purpose = i == GRADS ? FOR_GRADIENTS : FOR_MOMENTS;
-            m->memory[i] = own_reals(m, m->size);
+            m->memory[i] = own_reals(m, i == GRADS || !MANY ? m->size : moment_place(m, m->size));
         }
         point_weights(m, &m->grads, m->memory[GRADS]);
         m->purpose = FOR_BUFFERS;
@@ -3040,9 +3477,23 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     return m;
 }
 
+void free_rooms(Room *list, int count) {
+    for (int i = 0; i < count; i++)
+        free(list[i].memory);
+}
+
 void model_free(Model *m) {
     if (m->one)
         model_free(m->one);
+    for (int half = 0; half < 2 && m->travel; half++) {
+        free_rooms(&m->travel[half].of_out, 11);
+        for (int l = 0; l < m->config.layers; l++) {
+            if (m->layers[l].exchange)
+                free_rooms(&m->layers[l].exchange[half].of_token, 5);
+        }
+    }
+    for (int what = 0; what < 4; what++)
+        free(m->whole_memory[what]);
     for (int i = 0; i < m->owned_count; i++)
         free(m->owned[i]);
     free(m->owned);
@@ -3052,6 +3503,29 @@ void model_free(Model *m) {
 // The tokens of a group of tokens, of n in sequences of T.
 int group_size(const Config *c, int n, int T) {
     return c->group == SEQUENCE ? T : n;
+}
+
+// Whether other ranks have tokens of the same group.
+int is_spread(const Config *c) {
+    return MANY && c->group != SEQUENCE;
+}
+
+// The tokens of a group of tokens, on all ranks together, of n on this one.
+int whole_group_size(const Model *m, int n, int T) {
+    const Config *c = &m->config;
+    int total = 0;
+    for (int r = 0; is_spread(c) && r < ranks.size; r++)
+        total += m->rank_tokens[r] * c->subtokens;
+    return is_spread(c) ? total : group_size(c, n, T);
+}
+
+// All tokens' rows of the group, in order, where the group is spread over ranks: each token's `width` things of `size`
+// bytes; to be freed. *first: how many tokens come before this rank's.
+void *gather_tokens(const Model *m, const void *mine, int width, size_t size, int *first) {
+    *first = 0;
+    for (int r = 0; r < ranks.rank; r++)
+        *first += m->rank_tokens[r] * m->config.subtokens;
+    return gather_rows(mine, m->rank_tokens, (size_t)(width * m->config.subtokens) * size);
 }
 
 // The layer of experts below l, NULL where there is none: where the recurrent router comes from.
@@ -3083,14 +3557,29 @@ void choose(Model *m, int l, LayerState *s, const real *router_in, int n, int gr
     }
     if (c->select == TOP_K && c->group_topk)
         mask_groups(m->choice_score, n, E, c->groups, c->group_topk, c->group_score);
-    if (c->select == EXPERT_CHOICE && m->mode == TRAIN_MODE) {
-        int take = max_int(1, (int)((double)group_tokens * c->topk / E));
-        for (int first = 0; first < n; first += group_tokens, m->stats[l].passes += 1)
-            select_by_experts(g->expert + (size_t)first * E, m->stats[l].lowest, g->p + (size_t)first * E, group_tokens,
-                              E, take);
-    } else if (c->select == BALANCED && m->mode == TRAIN_MODE) {
-        for (int first = 0; first < n; first += group_tokens)
-            select_balanced(g->expert + first, s->logits + (size_t)first * E, group_tokens, E);
+    if ((c->select == EXPERT_CHOICE || c->select == BALANCED) && m->mode == TRAIN_MODE) {
+        int take = max_int(1, (int)((double)group_tokens * c->topk / E)), K = g->K, all = n, mine = 0;
+        const real *by = c->select == BALANCED ? s->logits : g->p;
+        real *gathered = NULL;
+        int *expert = g->expert;
+        if (is_spread(c)) { // each rank chooses for all
+            by = gathered = (real *)gather_tokens(m, by, E, sizeof(real), &mine);
+            all = group_tokens;
+            expert = (int *)allocate((size_t)all * K, sizeof(int));
+        }
+        for (int first = 0; first < all; first += group_tokens) {
+            if (c->select == BALANCED) {
+                select_balanced(expert + first, by + (size_t)first * E, group_tokens, E);
+                continue;
+            }
+            select_by_experts(expert + (size_t)first * E, m->stats[l].lowest, by + (size_t)first * E, group_tokens, E, take);
+            m->stats[l].passes += 1;
+        }
+        if (gathered) {
+            memcpy(g->expert, expert + (size_t)mine * K, (size_t)n * K * sizeof(int));
+            free(expert);
+            free(gathered);
+        }
     } else {
         select_topk(g->expert, score, rows, g->E, g->K);
     }
@@ -3117,7 +3606,7 @@ void mark_groups(Model *m, const LayerState *s, int n) {
 // The losses of the smooth load, 1 + CV^2 for each group of tokens, and their slopes. Where groups of experts are
 // chosen first, an expert's load is that of its group times its share of the tokens sent there (Shazeer et al. 2017,
 // appendix B).
-double load_losses(Model *m, LayerState *s, int n, int group_tokens) {
+double load_losses(Model *m, LayerState *s, int n, int group_tokens) { // group_tokens: of this rank
     const Config *c = &m->config;
     int E = c->experts, D = c->groups, two = c->select == HIERARCHICAL, W = router_width(c);
     double loss = 0, weight = c->load_weight * group_tokens / n;
@@ -3132,6 +3621,8 @@ double load_losses(Model *m, LayerState *s, int n, int group_tokens) {
             smooth_load(outer, NULL, NULL, NULL, &s->groups, s->noisy, s->logits, W, first, group_tokens, NULL);
         for (int i = first * D; two && i < (first + group_tokens) * D; i++)
             sent[i % D] += m->marks[i];
+        if (is_spread(c))
+            sum_over_ranks(inner, 2 * (E + D));
         for (int e = 0; e < E; e++) {
             int d = group_of(e, E, D);
             load[e] = !two ? inner[e] : sent[d] > 0 ? outer[d] * inner[e] / sent[d] : 0;
@@ -3143,13 +3634,15 @@ double load_losses(Model *m, LayerState *s, int n, int group_tokens) {
             slope[E + d] += sent[d] > 0 ? slope[e] * inner[e] / sent[d] : 0;
             slope[e] *= sent[d] > 0 ? outer[d] / sent[d] : 0;
         }
+        for (int i = 0; is_spread(c) && i < E + D; i++) // gradients are averaged over ranks, this is a slope of a sum
+            slope[i] *= ranks.size;
     }
     free(inner);
     return loss;
 }
 
 // All balance losses of a layer, weighted, into s->aux, and their slopes.
-void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
+void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens, int whole_group) {
     const Config *c = &m->config;
     Gate *g = &s->gate;
     const Plan *plan = &s->plan;
@@ -3166,13 +3659,17 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
         s->aux += load_losses(m, s, n, group_tokens);
     if (c->balance == CV2 || c->balance == VARIANCE) { // of the weights given to each expert
         memset(counts, 0, (size_t)groups * E * sizeof(double));
-        double mean = c->balance == VARIANCE ? (double)group_tokens / E : 0, weight = c->aux_weight / groups;
+        double mean = c->balance == VARIANCE ? (double)whole_group / E : 0, weight = c->aux_weight / groups;
         for (int i = 0; i < n * K; i++) {
             if (plan->expert[i] >= 0)
                 counts[(size_t)(i / K / group_tokens) * E + plan->expert[i]] += (double)s->weight[i];
         }
+        if (is_spread(c))
+            sum_over_ranks(counts, E);
         for (int i = 0; i < groups && c->aux_weight > 0; i++)
             s->aux += weight * cv_squared(counts + (size_t)i * E, s->weight_slope + (size_t)i * E, E, mean, weight);
+        for (int e = 0; is_spread(c) && e < E; e++) // as in load_losses
+            s->weight_slope[e] *= ranks.size;
         if (c->select == HIERARCHICAL)
             return;
     }
@@ -3181,6 +3678,8 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
     count_choices(counts, c->balance == UNBIASED ? m->unbiased : plan->key, rows, E, K / R, c->balance == GSHARD ? 1 : K / R, group_rows, R);
     if (c->group == STEP && m->mode == TRAIN_MODE) // all micro-steps so far (Qiu et al. 2025, Demons in the Detail)
         memcpy(counts, m->stats[l].count, (size_t)E * sizeof(double));
+    if (is_spread(c))
+        sum_over_ranks(counts, R * E);
     memset(s->slope, 0, (size_t)groups * R * E * sizeof(double));
     for (int i = 0; i < groups * R; i++) {
         double *slope = s->slope + (size_t)i * E, *count = counts + (size_t)i * E;
@@ -3190,7 +3689,7 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
             add_device_balance(slope, count, E, c->groups, c->device_weight);
         if (c->comm_weight > 0)
             add_communication_balance(slope, plan->key + (size_t)i * group_tokens * K, group_tokens, E, K, c->groups,
-                                      c->group_topk, c->comm_weight);
+                                      c->group_topk, c->comm_weight, whole_group);
     }
     s->aux += balance_forward(g, s->slope, rows, group_rows, c->score);
 }
@@ -3227,12 +3726,35 @@ void add_router_stats(Model *m, int l, LayerState *s) {
     free(part);
 }
 
+// plan_capacity, where the group is spread over ranks: each rank does it for all and keeps what is its own.
+void plan_whole_capacity(const Model *m, Plan *plan, int group_tokens, double factor, int units, int order,
+                         const real *weight, const unsigned char *exempt, const real *p) {
+    int K = plan->K, first;
+    size_t mine = (size_t)plan->N * K;
+    Plan all = *plan;
+    all.N = group_tokens;
+    all.key = (int *)gather_tokens(m, plan->key, K, sizeof(int), &first);
+    all.expert = p ? (int *)gather_tokens(m, plan->expert, K, sizeof(int), &first) : NULL;
+    real *weights = order == BY_SCORE ? (real *)gather_tokens(m, weight, K, sizeof(real), &first) : NULL;
+    real *scores = p ? (real *)gather_tokens(m, p, plan->E, sizeof(real), &first) : NULL;
+    unsigned char *marks = exempt ? (unsigned char *)gather_tokens(m, exempt, 1, 1, &first) : NULL;
+    plan_capacity(&all, group_tokens, factor, units, order, weights, marks, scores);
+    plan->dropped = 0;
+    for (size_t i = 0; i < mine; i++)
+        plan->dropped += plan->key[i] >= 0 && all.key[(size_t)first * K + i] < 0;
+    memcpy(plan->key, all.key + (size_t)first * K, mine * sizeof(int));
+    if (p)
+        memcpy(plan->expert, all.expert + (size_t)first * K, mine * sizeof(int));
+    free(all.key), free(all.expert), free(weights), free(scores), free(marks);
+}
+
 // Routes n tokens x (n,C) in sequences of T: fills s->plan, s->weight and the balance losses.
 void router_forward(Model *m, int l, LayerState *s, const real *x, int n, int C, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
     Plan *plan = &s->plan;
-    int train = m->mode == TRAIN_MODE, W = router_width(c), R = c->recurrent, group_tokens = group_size(c, n, T);
+    int train = m->mode == TRAIN_MODE, W = router_width(c), R = c->recurrent, group_tokens = group_size(c, n, T),
+        whole_group = whole_group_size(m, n, T);
     uint64_t first = m->first_token * (uint64_t)c->subtokens;
     plan->N = n;
     if (c->select == HASH) {
@@ -3259,7 +3781,7 @@ void router_forward(Model *m, int l, LayerState *s, const real *x, int n, int C,
         scores_forward(&s->gate, s->noisy, n, W, c->score);
         if (c->select == HIERARCHICAL)
             scores_forward(&s->groups, s->noisy, n, W, c->score);
-        choose(m, l, s, x, n, group_tokens);
+        choose(m, l, s, x, n, whole_group);
     }
     memcpy(plan->key, plan->expert, (size_t)n * plan->K * sizeof(int));
     if (train && c->second_threshold > 0)
@@ -3268,16 +3790,20 @@ void router_forward(Model *m, int l, LayerState *s, const real *x, int n, int C,
     if (train)
         add_router_stats(m, l, s);
     if (m->mode != EVAL_MODE && c->select != HASH)
-        balance_losses(m, l, s, n, group_tokens);
+        balance_losses(m, l, s, n, group_tokens, whole_group);
     if (train) {
         for (int i = 0; i < n && c->drop_exempt > 0; i++)
             m->marks[i] = random_uniform(random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->step, 0), (first + i) / T) <
                           c->drop_exempt;
     }
     double factor = train ? c->capacity_factor : c->eval_capacity_factor;
-    plan_capacity(plan, group_tokens, factor * c->topk / plan->K,
-                  c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts, train ? c->drop_order : BY_TOKEN,
-                  s->weight, train && c->drop_exempt > 0 ? m->marks : NULL, c->overflow == NEXT ? s->gate.p : NULL);
+    int units = c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts, order = train ? c->drop_order : BY_TOKEN;
+    const unsigned char *exempt = train && c->drop_exempt > 0 ? m->marks : NULL;
+    const real *p = c->overflow == NEXT ? s->gate.p : NULL;
+    if (is_spread(c) && factor > 0)
+        plan_whole_capacity(m, plan, whole_group, factor * c->topk / plan->K, units, order, s->weight, exempt, p);
+    else
+        plan_capacity(plan, group_tokens, factor * c->topk / plan->K, units, order, s->weight, exempt, p);
     if (c->overflow == NEXT)
         gate_forward(s->weight, s->gate.p, plan->expert, n, plan->E, plan->K, c->gate, c->scale);
     m->stats[l].dropped += train ? plan->dropped : 0;
@@ -3358,21 +3884,265 @@ void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, in
     }
 }
 
+// ---- experts on several ranks
+//
+// A token's row is sent once to each rank that has some of its experts, with their numbers and weights. There it is a
+// token like any other: the rank sorts what it has received by expert, lets its experts answer, adds each row's answers
+// up and sends one row back. Groups of experts lie whole on ranks where ranks divide groups, so a router that is held to M
+// groups sends a row to M ranks at most. The tokens go in two halves, so that one can travel while the other is
+// worked on.
+
+void *room_for(Room *r, size_t count, size_t size) { // what was in it is lost when it grows
+    if (count * size > r->bytes || !r->memory) {
+        free(r->memory);
+        r->bytes = count * size / 4 * 5;
+        r->memory = allocate(r->bytes, 1);
+    }
+    return r->memory;
+}
+
+real *reals_for(Room *r, size_t count) {
+    return (real *)room_for(r, count, sizeof(real));
+}
+
+// The rank of the group to which token n goes for expert e of layer l, and the expert's number there. Of two copies the
+// one here is best; else even tokens go to one, odd ones to the other.
+int expert_rank(const Model *m, int l, int e, int n, int *number) {
+    const Placement *p = m->placement;
+    int owner = e / p->here, host = p->host[l * m->config.experts + e];
+    int there = host >= 0 && owner != ranks.place && (host == ranks.place || n % 2) ? host : owner;
+    *number = there == owner ? e - owner * p->here : p->here + p->slot[l * m->config.experts + e];
+    return there;
+}
+
+// Sends row after row of `bytes` to the ranks of the group, and receives such.
+void send_rows(Travel *t, const void *out, const int *sent, const int *sent_at, void *in, const int *got,
+               const int *got_at, size_t bytes) {
+    for (int r = 0; r < ranks.ep; r++)
+        ranks.sent += r == ranks.place ? 0 : (double)bytes * sent[r];
+    (void)t, (void)out, (void)sent_at, (void)in, (void)got, (void)got_at;
+#ifdef USE_MPI
+    MPI_Datatype row;
+    MPI_Type_contiguous((int)bytes, MPI_BYTE, &row);
+    MPI_Type_commit(&row);
+    MPI_Ialltoallv(out, sent, sent_at, row, in, got, got_at, row, ranks.group, &t->request[t->requests++]);
+    MPI_Type_free(&row);
+#endif
+}
+
+void await_rows(Travel *t) {
+#ifdef USE_MPI
+    ranks_wait(t->request, t->requests);
+#endif
+    t->requests = 0;
+}
+
+// from (N,C) by token: packs the rows that go, and sends them.
+void send_tokens(Exchange *x, Travel *t, const real *from, real *in, int C) {
+    t->out = reals_for(&t->of_out, (size_t)x->rows * C);
+#pragma omp parallel for if (x->rows > 16)
+    for (int r = 0; r < x->rows; r++)
+        memcpy(t->out + (size_t)r * C, from + (size_t)x->token[r] * C, (size_t)C * sizeof(real));
+    send_rows(t, t->out, x->sent, x->sent_at, in, x->got, x->got_at, (size_t)C * sizeof(real));
+}
+
+// Sends each of the n tokens x (n,C) to the ranks that have its experts.
+void exchange_start(Model *m, int l, LayerState *s, const real *x, int n, int C) {
+    const Plan *plan = &s->plan;
+    int K = plan->K, ep = ranks.ep, halves = m->config.overlap ? 2 : 1, number;
+    int *counts = (int *)allocate((size_t)ep * 5, sizeof(int)), *arriving = counts + 2 * ep, *next = counts + 4 * ep;
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        int first = (int)((long)n * half / halves), end = (int)((long)n * (half + 1) / halves);
+        for (int filling = 0; filling < 2; filling++) { // count the rows, then write them down
+            if (filling) {
+                e->rows = 0;
+                for (int r = 0; r < ep; r++) {
+                    e->sent[r] = counts[2 * r + half];
+                    e->sent_at[r] = next[r] = e->rows;
+                    e->rows += e->sent[r];
+                }
+                e->token = (int *)room_for(&e->of_token, (size_t)e->rows, sizeof(int));
+                m->travel[half].choices_out = reals_for(&m->travel[half].of_choices_out, (size_t)e->rows * 2 * K);
+            }
+            for (int i = first; i < end; i++) {
+                for (int k = 0; k < K; k++) {
+                    int key = plan->key[i * K + k], there = key < 0 ? -1 : expert_rank(m, l, key, i, &number), known = key < 0;
+                    for (int j = 0; j < k && !known; j++)
+                        known = plan->key[i * K + j] >= 0 && expert_rank(m, l, plan->key[i * K + j], i, &number) == there;
+                    if (known)
+                        continue;
+                    if (!filling) {
+                        counts[2 * there + half]++;
+                        continue;
+                    }
+                    real *row = m->travel[half].choices_out + (size_t)next[there] * 2 * K;
+                    for (int j = 0; j < K; j++) {
+                        int other = plan->key[i * K + j];
+                        int with = other >= 0 && expert_rank(m, l, other, i, &number) == there;
+                        row[j] = with ? s->weight[i * K + j] : 0;
+                        row[K + j] = (real)(with ? number : -1);
+                    }
+                    e->token[next[there]++] = i;
+                }
+            }
+        }
+    }
+#ifdef USE_MPI
+    MPI_Request request;
+    MPI_Ialltoall(counts, 2, MPI_INT, arriving, 2, MPI_INT, ranks.group, &request);
+    ranks_wait(&request, 1);
+#endif
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        Travel *t = &m->travel[half];
+        e->came = 0;
+        for (int r = 0; r < ep; r++) {
+            e->got[r] = arriving[2 * r + half];
+            e->got_at[r] = e->came;
+            e->came += e->got[r];
+        }
+        e->x = reals_for(&e->of_x, (size_t)e->came * C);
+        t->choices = reals_for(&t->of_choices, (size_t)e->came * 2 * K);
+        send_rows(t, t->choices_out, e->sent, e->sent_at, t->choices, e->got, e->got_at, (size_t)2 * K * sizeof(real));
+        send_tokens(e, t, x, e->x, C);
+    }
+    free(counts);
+}
+
+// The experts that this rank has in layer l, for the rows that came.
+Experts experts_here(const Model *m, int l, const Exchange *e, int C) {
+    const Placement *p = m->placement;
+    const LayerWeights *w = &m->weights.layer[l];
+    int n = p->here + p->room;
+    Experts x = {n, C, p->width + l * n, p->activation + l * n, w->w_in, w->w_out, e->plan.offset, e->plan.token};
+    return x;
+}
+
+// Sorts what has come by expert, and makes room for the experts' work.
+void exchange_plan(Model *m, int l, Exchange *e, const Travel *t, int K) {
+    Placement *p = m->placement;
+    int E = p->here + p->room, widest = 1;
+    size_t choices = (size_t)e->came * K;
+    int *ints = (int *)room_for(&e->of_plan, 5 * choices + E + 1, sizeof(int));
+    Plan plan = {e->came, E, K, ints, ints, ints + choices, ints + 2 * choices, ints + 3 * choices, ints + 4 * choices, 0};
+    e->weight = reals_for(&e->of_weight, choices);
+    for (int r = 0; r < e->came; r++) {
+        for (int k = 0; k < K; k++) {
+            e->weight[r * K + k] = t->choices[(size_t)r * 2 * K + k];
+            plan.key[r * K + k] = (int)t->choices[(size_t)r * 2 * K + K + k];
+        }
+    }
+    plan_sort(&plan);
+    e->plan = plan;
+    for (int i = l * E; i < (l + 1) * E; i++)
+        widest = max_int(widest, p->width[i] * (1 + is_gated(p->activation[i])));
+    e->hidden = reals_for(&e->of_hidden, (size_t)plan.offset[E] * widest);
+    Travel *scratch = m->travel;
+    reals_for(&scratch->of_act, (size_t)plan.offset[E] * widest);
+    reals_for(&scratch->of_dhidden, (size_t)plan.offset[E] * widest);
+}
+
+// The experts' work on each half as it comes, and their answers' way back: to (n,C) +=
+void exchange_forward(Model *m, int l, LayerState *s, real *to, int C) {
+    int halves = m->config.overlap ? 2 : 1, K = s->plan.K;
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        Travel *t = &m->travel[half], *scratch = m->travel;
+        await_rows(t);
+        exchange_plan(m, l, e, t, K);
+        real *rows = reals_for(&scratch->of_rows, (size_t)e->plan.offset[e->plan.E] * C);
+        Experts here = experts_here(m, l, e, C);
+        experts_forward(rows, e->hidden, (real *)scratch->of_act.memory, e->x, &here, 0);
+        t->answers = reals_for(&t->of_answers, (size_t)e->came * C);
+        t->back = reals_for(&t->of_back, (size_t)e->rows * C);
+        memset(t->answers, 0, (size_t)e->came * C * sizeof(real));
+        combine(t->answers, rows, e->weight, e->plan.slot, e->came, K, C);
+        send_rows(t, t->answers, e->got, e->got_at, t->back, e->sent, e->sent_at, (size_t)C * sizeof(real));
+    }
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        Travel *t = &m->travel[half];
+        await_rows(t);
+        for (int r = 0; r < ranks.ep; r++) // from one rank at most one row for a token
+            combine_rows(to, t->back + (size_t)e->sent_at[r] * C, e->token + e->sent_at[r], e->sent[r], C);
+    }
+}
+
+// Backward, first: dout (n,C), by token, goes where the tokens went.
+void exchange_start_backward(Model *m, LayerState *s, const real *dout, int C) {
+    for (int half = 0; half < (m->config.overlap ? 2 : 1); half++) {
+        Travel *t = &m->travel[half];
+        t->in = reals_for(&t->of_in, (size_t)s->exchange[half].came * C);
+        send_tokens(&s->exchange[half], t, dout, t->in, C);
+    }
+}
+
+// And then: the gradients by the experts' weights, dx (n,C) += , m->dweight (n,K) +=
+void exchange_backward(Model *m, int l, LayerState *s, real *dx, int C) {
+    int halves = m->config.overlap ? 2 : 1, K = s->plan.K;
+    const LayerWeights *dw = &m->grads.layer[l];
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        Travel *t = &m->travel[half], *scratch = m->travel;
+        await_rows(t);
+        real *rows = reals_for(&scratch->of_rows, (size_t)e->plan.offset[e->plan.E] * C);
+        Experts here = experts_here(m, l, e, C);
+        t->dweight = reals_for(&t->of_dweight, (size_t)e->came * K);
+        t->answers = reals_for(&t->of_answers, (size_t)e->came * C);
+        t->back = reals_for(&t->of_back, (size_t)e->rows * C);
+        t->dweight_back = reals_for(&t->of_dweight_back, (size_t)e->rows * K);
+        memset(t->dweight, 0, (size_t)e->came * K * sizeof(real));
+        memset(t->answers, 0, (size_t)e->came * C * sizeof(real));
+        experts_backward(rows, dw->w_in, dw->w_out, t->dweight, t->in, e->x, e->hidden, e->weight, e->plan.choice,
+                         (real *)scratch->of_act.memory, (real *)scratch->of_dhidden.memory, &here, 0);
+        combine(t->answers, rows, NULL, e->plan.slot, e->came, K, C);
+        send_rows(t, t->answers, e->got, e->got_at, t->back, e->sent, e->sent_at, (size_t)C * sizeof(real));
+        send_rows(t, t->dweight, e->got, e->got_at, t->dweight_back, e->sent, e->sent_at, (size_t)K * sizeof(real));
+    }
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        Travel *t = &m->travel[half];
+        await_rows(t);
+        for (int r = 0; r < ranks.ep; r++) {
+            combine_rows(dx, t->back + (size_t)e->sent_at[r] * C, e->token + e->sent_at[r], e->sent[r], C);
+            combine_rows(m->dweight, t->dweight_back + (size_t)e->sent_at[r] * K, e->token + e->sent_at[r], e->sent[r], K);
+        }
+    }
+}
+
 Experts layer_experts(const Model *m, const LayerWeights *w, const Plan *plan, int C) {
     Experts x = {plan->E, C, m->expert_width, m->expert_activation, w->w_in, w->w_out, plan->offset, plan->token};
     return x;
+}
+
+// Shared experts, or a dense layer: out (N,C) +=
+void dense_forward(Model *m, int l, LayerState *s, real *out, int N) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l];
+    int everyone[2] = {0, N}, width = dense_width(c, l), activation = dense_activation(c, l);
+    Experts dense = {1, c->dim, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
+    if (w->dense_in)
+        experts_forward(out, s->dense_hidden, m->act, s->h2, &dense, 1);
+}
+
+void dense_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, int N) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
+    int everyone[2] = {0, N}, width = dense_width(c, l), activation = dense_activation(c, l);
+    Experts dense = {1, c->dim, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
+    if (w->dense_in)
+        experts_backward(dh, dw->dense_in, dw->dense_out, NULL, dout, s->h2, s->dense_hidden, NULL, NULL, m->act,
+                         m->dhidden, &dense, 1);
 }
 
 // One layer's feed-forward: out (N,C) += dense part + mixture of experts, of s->h2 (N,C).
 void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
-    int C = c->dim, h = c->subtokens;
-    if (w->dense_in) {
-        int everyone[2] = {0, N}, width = dense_width(c, l), activation = dense_activation(c, l);
-        Experts dense = {1, C, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
-        experts_forward(out, s->dense_hidden, m->act, s->h2, &dense, 1);
-    }
+    int C = c->dim, h = c->subtokens, apart = MANY && ranks.ep > 1 && is_moe(c, l); // the experts are on several ranks
+    if (!apart)
+        dense_forward(m, l, s, out, N);
     if (!is_moe(c, l))
         return;
     const real *x = s->h2;
@@ -3384,9 +4154,15 @@ void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T) {
         to = s->merged;
     }
     router_forward(m, l, s, x, N * h, C / h, T * h);
-    Experts experts = layer_experts(m, w, &s->plan, C / h);
-    experts_forward(m->rows, s->hidden, m->act, x, &experts, 0);
-    combine(to, m->rows, s->weight, s->plan.slot, N * h, s->plan.K, C / h);
+    if (apart) {
+        exchange_start(m, l, s, x, N * h, C / h);
+        dense_forward(m, l, s, out, N); // while the rows travel
+        exchange_forward(m, l, s, to, C / h);
+    } else {
+        Experts experts = layer_experts(m, w, &s->plan, C / h);
+        experts_forward(m->rows, s->hidden, m->act, x, &experts, 0);
+        combine(to, m->rows, s->weight, s->plan.slot, N * h, s->plan.K, C / h);
+    }
     if (h > 1)
         product(out, along_rows(s->merged, C, NULL), along_rows(w->merge, C, NULL), N, C, C, 1);
 }
@@ -3399,23 +4175,21 @@ void ffn_recompute(Model *m, int l, LayerState *s, int N) {
     Experts dense = {1, c->dim, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
     if (w->dense_in)
         experts_hidden(s->dense_hidden, s->h2, &dense);
+    if (!is_moe(c, l) || (MANY && ranks.ep > 1)) // what came from other ranks is kept
+        return;
     Experts experts = layer_experts(m, w, &s->plan, c->dim / c->subtokens);
-    if (is_moe(c, l))
-        experts_hidden(s->hidden, c->subtokens > 1 ? s->sub : s->h2, &experts);
+    experts_hidden(s->hidden, c->subtokens > 1 ? s->sub : s->h2, &experts);
 }
 
 // Given dout (N,C), writes dh (N,C), the gradient by s->h2, and adds to the weights' gradients.
 void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
-    int C = c->dim, h = c->subtokens;
+    int C = c->dim, h = c->subtokens, apart = MANY && ranks.ep > 1 && is_moe(c, l);
+    const real *of_answers = dout;
     memset(dh, 0, (size_t)N * C * sizeof(real));
-    if (w->dense_in) {
-        int everyone[2] = {0, N}, width = dense_width(c, l), activation = dense_activation(c, l);
-        Experts dense = {1, C, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
-        experts_backward(dh, dw->dense_in, dw->dense_out, NULL, dout, s->h2, s->dense_hidden, NULL, NULL, m->act,
-                         m->dhidden, &dense, 1);
-    }
+    if (!apart)
+        dense_backward(m, l, s, dh, dout, N);
     if (!is_moe(c, l))
         return;
     const real *x = h > 1 ? s->sub : s->h2;
@@ -3424,14 +4198,20 @@ void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, in
         product(m->dmerged, along_rows(dout, C, NULL), along_columns(w->merge, C, NULL), N, C, C, 0);
         product(dw->merge, along_columns(dout, C, NULL), along_columns(s->merged, C, NULL), C, C, N, 1);
         memset(m->dsub, 0, (size_t)N * C * sizeof(real));
-        dout = m->dmerged;
+        of_answers = m->dmerged;
     }
     Plan *plan = &s->plan;
     memset(m->dweight, 0, (size_t)plan->N * plan->K * sizeof(real)); // dropped choices get none
-    Experts experts = layer_experts(m, w, plan, C / h);
-    experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, x, s->hidden, s->weight, plan->choice, m->act,
-                     m->dhidden, &experts, 0);
-    combine(dx, m->rows, NULL, plan->slot, plan->N, plan->K, C / h);
+    if (apart) {
+        exchange_start_backward(m, s, of_answers, C / h);
+        dense_backward(m, l, s, dh, dout, N);
+        exchange_backward(m, l, s, dx, C / h);
+    } else {
+        Experts experts = layer_experts(m, w, plan, C / h);
+        experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, of_answers, x, s->hidden, s->weight, plan->choice,
+                         m->act, m->dhidden, &experts, 0);
+        combine(dx, m->rows, NULL, plan->slot, plan->N, plan->K, C / h);
+    }
     router_backward(m, l, s, dx, x, plan->N, C / h, T * h);
     if (h > 1) {
         product(dh, along_rows(m->dsub, C, NULL), along_columns(w->split, C, NULL), N, C, C, 1);
@@ -3449,9 +4229,33 @@ void clear_router_stats(Model *m) {
     }
 }
 
+// The step's counts of all ranks.
+void sum_router_stats(Model *m) {
+    const Config *c = &m->config;
+    int E = c->experts, each = 2 * E + 5;
+    double *all = (double *)allocate((size_t)c->layers * each, sizeof(double)), *at = all;
+    for (int adding = 1; adding >= 0; adding--) {
+        at = all;
+        for (int l = 0; l < c->layers; l++, at += each) {
+            RouterStats *s = &m->stats[l];
+            if (!is_moe(c, l))
+                continue;
+            double *const single[] = {&s->entropy, &s->dropped, &s->active, &s->tokens, &s->passes};
+            memcpy(adding ? at : s->count, adding ? s->count : at, (size_t)2 * E * sizeof(double)); // and lowest
+            for (int i = 0; i < 5; i++)
+                *(adding ? &at[2 * E + i] : single[i]) = adding ? *single[i] : at[2 * E + i];
+        }
+        if (adding)
+            sum_over_ranks(all, c->layers * each);
+    }
+    free(all);
+}
+
 // What follows a step without a gradient: the buffers of the recipes that have some, and who has had tokens of late.
 void router_update(Model *m) {
     const Config *c = &m->config;
+    if (MANY)
+        sum_router_stats(m);
     for (int l = 0; l < c->layers; l++) {
         LayerWeights *w = &m->weights.layer[l];
         RouterStats *s = &m->stats[l];
@@ -3522,6 +4326,16 @@ double model_aux(const Model *m) {
     return aux;
 }
 
+// m->rank_tokens: how many tokens each rank has.
+void share_token_counts(Model *m, int N) {
+    double *count = (double *)allocate(ranks.size, sizeof(double));
+    count[ranks.rank] = N;
+    sum_over_ranks(count, ranks.size);
+    for (int r = 0; r < ranks.size; r++)
+        m->rank_tokens[r] = (int)count[r];
+    free(count);
+}
+
 // Runs B sequences of T tokens. Returns the mean cross-entropy per token; m->nll (N) holds each token's. In TRAIN_MODE
 // capacity and chance are on. In all modes but EVAL_MODE the head's gradients are taken at once, scaled by grad_scale (1 /
 // micro-steps). step, and the place of the first token in the step's whole batch, choose the random numbers.
@@ -3536,7 +4350,12 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
     m->grad_scale = grad_scale;
     m->step = (uint64_t)step;
     m->first_token = (uint64_t)first_token;
-    if (mode == TRAIN_MODE && first_token == 0)
+    int begins = !first_token || first_token < (long)ranks.size * N; // the step's first micro-step
+    m->last_pass = first_token / max_int(N, 1) / ranks.size == c->accum - 1;
+    memcpy(m->rank_tokens, &N, sizeof(int));
+    if (MANY)
+        share_token_counts(m, N);
+    if (mode == TRAIN_MODE && begins)
         clear_router_stats(m);
     embedding_forward(m->layers[0].x, m->weights.embed, tokens, N, C);
     for (int l = 0; l < L; l++) {
@@ -3549,19 +4368,175 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
     rmsnorm_forward(m->h, m->rstd, m->x, m->weights.norm, N, C, c->norm_eps);
     int train = mode != EVAL_MODE;
     head_loss(m->nll, train ? m->dh : NULL, train ? m->grads.head : NULL, m->h, m->weights.head, targets, N, C,
-              c->vocab, grad_scale / N, m->logits, m->head_rows);
+              c->vocab, grad_scale / max_int(N, 1), m->logits, m->head_rows);
     double loss = 0;
     for (int n = 0; n < N; n++)
         loss += (double)m->nll[n];
-    m->loss = (first_token ? m->loss : 0) + grad_scale * loss / N;
-    m->total_aux = (first_token ? m->total_aux : 0) + grad_scale * model_aux(m);
-    return loss / N;
+    m->loss = (begins ? 0 : m->loss) + grad_scale * loss / max_int(N, 1);
+    m->total_aux = (begins ? 0 : m->total_aux) + grad_scale * model_aux(m);
+    return loss / max_int(N, 1);
+}
+
+// ---- gradients of several ranks
+//
+// Gradients are summed while backward still runs: what is finished is put together to buckets of some size, and each
+// begins its way as soon as it is full.
+
+#define BUCKET (1 << 20) // numbers
+
+#ifdef USE_MPI
+MPI_Request summing[4096];
+#endif
+int summing_count = 0;
+
+void await_sums(void) {
+#ifdef USE_MPI
+    if (summing_count)
+        ranks_wait(summing, summing_count);
+#endif
+    summing_count = 0;
+}
+
+// Begins to sum gradients from..end over all ranks, or, where twins, over those that have the same experts.
+void start_sum(Model *m, size_t from, size_t end, int twins) {
+    (void)m;
+#ifdef USE_MPI
+    int sharing = twins ? ranks.copies : ranks.size;
+    for (size_t n; from < end && sharing > 1; from += n) {
+        if (summing_count == (int)(sizeof(summing) / sizeof(summing[0])))
+            await_sums();
+        n = end - from < 1 << 28 ? end - from : 1 << 28;
+        ranks.reduced += 2.0 * (sharing - 1) / sharing * (double)(n * sizeof(real)); // what a ring sends
+        MPI_Iallreduce(MPI_IN_PLACE, m->memory[GRADS] + from, (int)n, MPI_REALS, MPI_SUM, twins ? ranks.twins : ranks.all,
+                       &summing[summing_count++]);
+    }
+#else
+    (void)from, (void)end, (void)twins;
+#endif
+}
+
+// After the backward pass of layer l (after that of the embedding: -1): sums what is finished. *from: where the gradients
+// begin that are on their way already.
+void sum_layer(Model *m, int l, size_t *from) {
+    size_t begin = m->replicated;
+    for (int i = m->tensor_count - 1; i >= 0; i--) {
+        const Tensor *t = &m->tensors[i];
+        if (tensor_is_expert(t) && t->layer == l && !m->config.replicate)
+            start_sum(m, t->offset, t->offset + t->size, 1);
+        else if (!tensor_is_expert(t) && t->layer == l && (l >= 0 || t->kind == EMBED))
+            begin = t->offset; // the first one's in the end
+    }
+    if (begin < *from && (l < 0 || *from - begin >= BUCKET)) {
+        start_sum(m, begin, *from, 0);
+        *from = begin;
+    }
+}
+
+// Where the numbers of this rank's expert `number` of layer l begin in tensor t of experts.
+size_t expert_offset(const Model *m, const Tensor *t, int number) {
+    const Placement *p = m->placement;
+    int at = t->layer * (p->here + p->room);
+    size_t offset = t->offset, C = (size_t)(m->config.dim / m->config.subtokens);
+    for (int i = at; i < at + number; i++)
+        offset += C * p->width[i] * (t->kind == W_IN ? 1 + is_gated(p->activation[i]) : 1);
+    return offset;
+}
+
+// Of experts with a second copy: the copies' gradients are added to their owners', or the owners' weights are copied.
+void exchange_copies(Model *m, int what) {
+    const Config *c = &m->config;
+    const Placement *p = m->placement;
+    real *memory = m->memory[what], *arrived = NULL;
+    size_t room = 0, used = 0;
+#ifdef USE_MPI
+    int count = 0;
+    MPI_Request *requests = (MPI_Request *)allocate((size_t)m->tensor_count * c->experts, sizeof(MPI_Request));
+#endif
+    for (int pass = what == GRADS ? 0 : 1; pass < 3; pass++) { // count what arrives; send and receive; add what arrived
+        used = 0;
+        for (int i = 0; i < m->tensor_count; i++) {
+            const Tensor *t = &m->tensors[i];
+            for (int e = 0; tensor_is_expert(t) && e < c->experts; e++) {
+                int host = p->host[t->layer * c->experts + e], owner = e / p->here, here = owner == ranks.place;
+                if (host < 0 || (!here && host != ranks.place))
+                    continue;
+                size_t size = expert_size(c, t->kind, e);
+                int number = here ? e - owner * p->here : p->here + p->slot[t->layer * c->experts + e];
+                real *own = memory + expert_offset(m, t, number), *to = own;
+                if (here && what == GRADS) {
+                    to = arrived + used;
+                    used += size;
+                }
+                if (pass == 0)
+                    room = used;
+#ifdef USE_MPI
+                if (pass == 1 && here == (what == GRADS)) {
+                    MPI_Irecv(to, (int)size, MPI_REALS, here ? host : owner, what, ranks.group, &requests[count++]);
+                } else if (pass == 1) {
+                    ranks.reduced += (double)(size * sizeof(real));
+                    MPI_Isend(own, (int)size, MPI_REALS, here ? host : owner, what, ranks.group, &requests[count++]);
+                }
+#endif
+                for (size_t j = 0; pass == 2 && what == GRADS && j < size; j++)
+                    own[j] = here ? own[j] + to[j] : 0;
+            }
+        }
+        if (pass == 0)
+            arrived = allocate_reals(room);
+#ifdef USE_MPI
+        if (pass == 1)
+            ranks_wait(requests, count);
+#endif
+    }
+#ifdef USE_MPI
+    free(requests);
+#endif
+    free(arrived);
+}
+
+// Gives each layer's busiest experts of late a second copy: one after the other on the rank that has least to do by then.
+void choose_copies(Model *m) {
+    const Config *c = &m->config;
+    Placement *p = m->placement;
+    int E = c->experts;
+    Ranked *busy = (Ranked *)allocate(E, sizeof(Ranked));
+    double *load = (double *)allocate(ranks.ep, sizeof(double));
+    int *slots = (int *)allocate(ranks.ep, sizeof(int));
+    memset(p->host, -1, (size_t)c->layers * E * sizeof(int));
+    memset(p->copy, -1, (size_t)c->layers * p->room * sizeof(int));
+    for (int l = 0; l < c->layers; l++) {
+        if (!is_moe(c, l))
+            continue;
+        memset(load, 0, (size_t)ranks.ep * sizeof(double));
+        memset(slots, 0, (size_t)ranks.ep * sizeof(int));
+        for (int e = 0; e < E; e++) {
+            busy[e].score = m->stats[l].recent[e];
+            busy[e].index = e;
+            load[e / p->here] += m->stats[l].recent[e];
+        }
+        qsort(busy, E, sizeof(Ranked), compare_ranked);
+        for (int i = 0; i < min_int(p->room, E); i++) {
+            int e = busy[i].index, owner = e / p->here, host = -1;
+            for (int r = 0; r < ranks.ep; r++)
+                host = r != owner && (host < 0 || load[r] < load[host]) ? r : host;
+            load[owner] -= busy[i].score / 2;
+            load[host] += busy[i].score / 2;
+            p->host[l * E + e] = host;
+            p->slot[l * E + e] = slots[host]++;
+            if (host == ranks.place)
+                p->copy[l * p->room + p->slot[l * E + e]] = e;
+        }
+        place_experts(m, l);
+    }
+    free(busy), free(load), free(slots);
 }
 
 // Adds the gradients of grad_scale * (loss + aux) of the last forward pass, which was not in EVAL_MODE.
 void model_backward(Model *m) {
     const Config *c = &m->config;
     int B = m->B, T = m->T, N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int sums = MANY && m->last_pass;
+    size_t tail = m->grads.norm ? (size_t)(m->grads.norm - m->memory[GRADS]) : 0, from = tail;
     memset(m->dx, 0, (size_t)N * C * sizeof(real));
     rmsnorm_backward(m->dx, m->grads.norm, m->dh, m->x, m->rstd, m->weights.norm, N, C, m->partial);
     for (int l = c->layers - 1; l >= 0; l--) {
@@ -3580,8 +4555,22 @@ void model_backward(Model *m) {
         product(m->dh, along_rows(m->dqkv, Q, NULL), along_columns(w->qkv, C, NULL), N, C, Q, 0);
         product(dw->qkv, along_columns(m->dqkv, Q, NULL), along_columns(s->h1, C, NULL), Q, C, N, 1);
         rmsnorm_backward(m->dx, dw->norm1, m->dh, s->x, s->rstd1, w->norm1, N, C, m->partial);
+        if (sums)
+            sum_layer(m, l, &from);
     }
     embedding_backward(m->grads.embed, m->dx, m->tokens, N, C, c->vocab, m->order, m->offset);
+    if (sums) {
+        sum_layer(m, -1, &from);
+        start_sum(m, tail, m->replicated, 0); // the last norm, and what all layers have in common
+    }
+    if (sums && m->placement && c->replicate) {
+        exchange_copies(m, GRADS);
+        for (int i = 0; i < m->tensor_count; i++) {
+            const Tensor *t = &m->tensors[i];
+            if (tensor_is_expert(t))
+                start_sum(m, t->offset, t->offset + t->size, 1);
+        }
+    }
 }
 
 // The learning rate of step 1, 2, ..., steps.
@@ -3601,16 +4590,14 @@ double learning_rate(const Config *c, int step) {
 
 #define UPDATE_CHUNK 16384
 
-// The norm of all gradients together.
-double gradient_norm(const Model *m) {
-    int chunks = (int)((m->size + UPDATE_CHUNK - 1) / UPDATE_CHUNK);
+double sum_of_squares(const real *g, size_t n) {
+    int chunks = (int)((n + UPDATE_CHUNK - 1) / UPDATE_CHUNK);
     double *part = (double *)allocate(chunks, sizeof(double)), total = 0;
 #pragma omp parallel for
     for (int i = 0; i < chunks; i++) {
         size_t end = (size_t)(i + 1) * UPDATE_CHUNK;
-        end = end < m->size ? end : m->size;
+        end = end < n ? end : n;
         double sum[16] = {0}; // side by side, so that vectors can do it
-        const real *g = m->memory[GRADS];
         size_t j = (size_t)i * UPDATE_CHUNK;
         for (; j + 16 <= end; j += 16) {
             for (int k = 0; k < 16; k++)
@@ -3624,7 +4611,37 @@ double gradient_norm(const Model *m) {
     for (int i = 0; i < chunks; i++)
         total += part[i];
     free(part);
+    return total;
+}
+
+// The norm of all gradients together.
+double gradient_norm(const Model *m) {
+    const real *g = m->memory[GRADS];
+    if (!MANY)
+        return sqrt(sum_of_squares(g, m->size));
+    double total = sum_of_squares(g + m->slice, m->slice_end - m->slice);
+    for (int i = 0; i < m->tensor_count; i++) {
+        if (tensor_is_expert(&m->tensors[i]))
+            total += sum_of_squares(g + m->tensors[i].offset, m->tensors[i].size) / ranks.copies;
+    }
+    sum_over_ranks(&total, 1);
     return sqrt(total);
+}
+
+// After each rank has updated its slice of what all have.
+void share_weights(Model *m) {
+    (void)m;
+#ifdef USE_MPI
+    MPI_Datatype sixteen;
+    MPI_Request request;
+    size_t slice = m->slice_end - m->slice;
+    MPI_Type_contiguous(16, MPI_REALS, &sixteen);
+    MPI_Type_commit(&sixteen);
+    ranks.reduced += (double)(slice * sizeof(real)) * (ranks.size - 1);
+    MPI_Iallgather(MPI_IN_PLACE, 0, sixteen, m->memory[WEIGHTS], (int)(slice / 16), sixteen, ranks.all, &request);
+    ranks_wait(&request, 1);
+    MPI_Type_free(&sixteen);
+#endif
 }
 
 // AdamW with decoupled decay of the matrices (Loshchilov and Hutter 2019), on gradients scaled down to norm clip; then
@@ -3638,11 +4655,19 @@ void model_update(Model *m, int step, double lr, double norm) {
         const Tensor *t = &m->tensors[i];
         if (tensor_is_buffer(t))
             continue;
-        real *w = m->memory[WEIGHTS] + t->offset, *g = m->memory[GRADS] + t->offset;
-        real *m1 = m->memory[MOMENT1] + t->offset, *m2 = m->memory[MOMENT2] + t->offset;
+        size_t at = t->offset, end = at + t->size;
+        if (MANY && !tensor_is_expert(t)) { // of what all ranks have, each updates its slice
+            at = at > m->slice ? at : m->slice;
+            end = end < m->slice_end ? end : m->slice_end;
+        }
+        size_t size = end > at ? end - at : 0, moment = moment_place(m, at);
+        if (!size)
+            continue;
+        real *w = m->memory[WEIGHTS] + at, *g = m->memory[GRADS] + at;
+        real *m1 = m->memory[MOMENT1] + moment, *m2 = m->memory[MOMENT2] + moment;
         real keep = (real)(tensor_is_vector(t) ? 1 : 1 - lr * c->weight_decay);
-#pragma omp parallel for if (t->size > UPDATE_CHUNK)
-        for (size_t j = 0; j < t->size; j++) {
+#pragma omp parallel for if (size > UPDATE_CHUNK)
+        for (size_t j = 0; j < size; j++) {
             real grad = g[j] * scale;
             m1[j] = b1 * m1[j] + (1 - b1) * grad;
             m2[j] = b2 * m2[j] + (1 - b2) * grad * grad;
@@ -3650,7 +4675,16 @@ void model_update(Model *m, int step, double lr, double norm) {
             g[j] = 0;
         }
     }
+    if (MANY) {
+        memset(m->memory[GRADS], 0, m->replicated * sizeof(real)); // the other ranks' slices, too
+        share_weights(m);
+    }
     router_update(m);
+    if (MANY && m->placement && c->replicate) {
+        if (step % c->replicate_every == 0)
+            choose_copies(m);
+        exchange_copies(m, WEIGHTS);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4399,8 +5433,8 @@ Part *model_parts(const Config *c, int *count) {
     for (int i = 0; i < n; i++) {
         const Tensor *t = &tensors[i];
         const char *const *names = part_names[t->kind];
-        int expert = t->kind == W_IN || t->kind == W_OUT, dense = t->kind == DENSE_IN || t->kind == DENSE_OUT;
-        size_t offset = t->offset;
+        int expert = tensor_is_expert(t), dense = t->kind == DENSE_IN || t->kind == DENSE_OUT;
+        size_t offset = t->place;
         for (int e = 0; e < (expert ? c->experts : 1); e++) {
             int F = expert_width(c, e), rows = t->shape[1], cols = t->shape[2], blocks = 1;
             if (t->kind == W_IN || t->kind == DENSE_IN) {
@@ -4473,9 +5507,11 @@ void write_safetensors(const char *dir, const char *name, const Part *parts, int
     fwrite(&length, 8, 1, file);
     fwrite(header, 1, size, file);
     for (int copy = 0; copy < copies; copy++) {
-        for (int i = 0; i < count; i++)
+        for (int i = 0; i < count; i++) {
             fwrite(memory[copy] + parts[i].offset, sizeof(real),
                    (size_t)max_int(parts[i].rows, 1) * (size_t)parts[i].cols, file);
+            ranks_tick();
+        }
     }
     free(header);
     close_written(file, dir, name);
@@ -4597,7 +5633,9 @@ const char *matching_class(const Config *c) {
 }
 
 // "name":value for every option but those of this call alone.
-void write_options(FILE *file, const Config *c) {
+void write_options(FILE *file, const Config *config) {
+    Config whole = *config, *c = &whole;
+    c->batch *= ranks.size; // so that it does not matter how many ranks go on with it
     const char *comma = "";
     for (int i = 0; i < option_count; i++) {
         const Option *o = &options[i];
@@ -4816,6 +5854,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
     int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, L = c->layers, width = 2 * KV * D;
     if (!m->one) {
         m->one = model_allocate(c, 1, 0, m->memory[WEIGHTS]);
+        m->one->placement = m->placement;
         m->cache = own_reals(m, (size_t)L * c->seq * width);
     }
     Model *one = m->one;
@@ -4825,6 +5864,8 @@ void model_generate(Model *m, int token, int position, real *logits) {
     rope_angles(one->angles, position, 1, D, c->rope_theta);
     one->tokens = &token;
     one->mode = EVAL_MODE;
+    for (int r = 0; r < ranks.size; r++) // all ranks go on with the same token
+        one->rank_tokens[r] = 1;
     embedding_forward(one->x, m->weights.embed, &token, 1, C);
     for (int l = 0; l < L; l++, s++) {
         const LayerWeights *w = &m->weights.layer[l];
@@ -4909,14 +5950,17 @@ void cpu_forward(Model *m, const int *inputs, const int *targets, int B, int T, 
 }
 
 void cpu_update(Model *m, int step, double lr) {
+    await_sums();
     m->norm = gradient_norm(m);
     if (isfinite(m->norm))
         model_update(m, step, lr, m->norm);
 }
 
 void model_losses(Model *m, double *loss, double *aux, double *norm) {
-    *loss = m->loss;
-    *aux = m->total_aux;
+    double both[2] = {m->loss, m->total_aux};
+    sum_over_ranks(both, 2);
+    *loss = both[0];
+    *aux = both[1];
     *norm = m->norm;
 }
 
@@ -4928,12 +5972,54 @@ const Plan *model_plan(const Model *m, int layer) {
     return &m->layers[layer].plan;
 }
 
+// What all ranks have, gathered by rank 0 in the order of a single process; the others have but room for it.
+real *fetch_whole(Model *m, int what) {
+    real *whole = m->whole_memory[what], *mine = m->memory[what], *all = NULL;
+    size_t slice = m->slice_end - m->slice;
+    int moments = what == MOMENT1 || what == MOMENT2;
+    if (!whole)
+        whole = m->whole_memory[what] = allocate_reals(m->whole);
+    if (moments)
+        all = (real *)gather_parts(mine, slice * sizeof(real), ranks.size, NULL);
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        if (tensor_is_expert(t))
+            gather_parts(mine + (moments ? moment_place(m, t->offset) : t->offset), t->size * sizeof(real), ranks.ep, whole + t->place);
+        else if (!ranks.rank)
+            memcpy(whole + t->place, (moments ? all : mine) + t->offset, t->size * sizeof(real));
+    }
+    free(all);
+    return whole;
+}
+
+// Takes this rank's part over from what a single process would have, and frees that.
+void store_whole(Model *m, int what) {
+    const real *whole = m->whole_memory[what];
+    int moments = what == MOMENT1 || what == MOMENT2;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        for (size_t j = 0; j < t->size; j++) {
+            size_t at = t->offset + j;
+            if (!moments || tensor_is_expert(t) || (at >= m->slice && at < m->slice_end))
+                m->memory[what][moments ? moment_place(m, at) : at] = whole[t->place + t->first + j];
+        }
+    }
+}
+
+void forget_whole(Model *m) {
+    for (int what = 0; what < 4; what++) {
+        free(m->whole_memory[what]);
+        m->whole_memory[what] = NULL;
+    }
+}
+
 real *model_fetch(Model *m, int what) {
-    return m->memory[what];
+    return MANY ? fetch_whole(m, what) : m->memory[what];
 }
 
 void model_store(Model *m, int what) {
-    (void)m, (void)what; // model_fetch gave the memory itself
+    if (MANY) // else model_fetch gave the memory itself
+        store_whole(m, what);
 }
 
 volatile real peak_result[64]; // or the compiler would leave out what nobody reads
@@ -4997,7 +6083,7 @@ typedef struct Run {
     Data *train, *val;
     int *inputs, *targets; // (B,T)
     char out[2048];
-    FILE *log;
+    FILE *log, *trace;
     int step;          // steps done
     double peak;       // operations per second
     double val_loss, val_bpb, fluctuation;
@@ -5075,7 +6161,12 @@ void save_checkpoint(Run *run) {
     const Config *c = &run->config;
     const Model *shape = run->model;
     real *weights = run->backend->fetch(run->model, WEIGHTS);
-    for (size_t i = 0; i < shape->size; i++) {
+    real *moments[2] = {run->backend->fetch(run->model, MOMENT1), run->backend->fetch(run->model, MOMENT2)};
+    if (ranks.rank) { // rank 0 has it all and writes it as a single process would
+        forget_whole(run->model);
+        return;
+    }
+    for (size_t i = 0; i < shape->whole; i++) {
         if (!isfinite(weights[i]))
             fail("step %d: a weight is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
                  (double)weights[i], run->out);
@@ -5090,7 +6181,6 @@ void save_checkpoint(Run *run) {
     const char *dir = unfinished_path;
     int part_count;
     Part *parts = model_parts(c, &part_count);
-    real *moments[2] = {run->backend->fetch(run->model, MOMENT1), run->backend->fetch(run->model, MOMENT2)};
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
     write_safetensors(dir, "model.safetensors", parts, part_count, &weights, plain, 1);
     write_safetensors(dir, "optimizer.safetensors", parts, part_count, moments, moment_names, 2);
@@ -5131,6 +6221,7 @@ void save_checkpoint(Run *run) {
         if (access(link, F_OK) == 0) // cannot be removed
             break;
     }
+    forget_whole(run->model);
 }
 
 void load_weights(Run *run, const char *dir, int moments) {
@@ -5147,12 +6238,13 @@ void load_weights(Run *run, const char *dir, int moments) {
     const Model *m = run->model;
     const real *weights = run->backend->fetch(run->model, WEIGHTS);
     for (int i = 0; i < m->tensor_count; i++) {
-        const real *w = weights + m->tensors[i].offset;
+        const real *w = weights + m->tensors[i].place;
         for (size_t v = 0; m->tensors[i].kind == TABLE && v < m->tensors[i].size; v++) {
             if (!(w[v] >= 0 && w[v] < m->config.experts))
                 fail("%s: damaged: the table sends word %zu to expert %g of %d", dir, v, (double)w[v], m->config.experts);
         }
     }
+    forget_whole(run->model);
     free(parts);
 }
 
@@ -5195,35 +6287,39 @@ double routing_fluctuation(Run *run) {
             *before = set;
         }
     }
-    return moe && !first ? changed / tokens : -1;
+    double both[2] = {changed, tokens};
+    sum_over_ranks(both, 2);
+    return moe && !first ? both[0] / both[1] : -1;
 }
 
 // Validation: windows spread evenly over the validation files, always the same ones.
 void evaluate(Run *run) {
     const Config *c = &run->config;
     int B = c->batch, T = c->seq;
-    long windows = run->val->windows, wanted = c->eval_batches ? (long)c->eval_batches * B : windows;
+    long windows = run->val->windows, wanted = c->eval_batches ? (long)c->eval_batches * B * ranks.size : windows;
     if (wanted > windows)
         wanted = windows;
     double nats = 0, bytes = 0;
-    for (long first = 0; first < wanted; first += B) {
-        int rows = (int)(wanted - first < B ? wanted - first : B);
+    for (long begin = 0; begin < wanted; begin += (long)B * ranks.size) {
+        long first = begin + (long)B * ranks.rank;
+        int rows = (int)(first >= wanted ? 0 : wanted - first < B ? wanted - first : B);
         for (int b = 0; b < rows; b++) {
             size_t at = (size_t)b * (size_t)T;
             data_window(run->val, (long)((double)(first + b) * (double)windows / (double)wanted), -1, run->inputs + at,
                         run->targets + at);
         }
         double loss, aux, norm;
-        run->backend->forward(run->model, run->inputs, run->targets, rows, T, EVAL_MODE, 1, 0, 0);
+        run->backend->forward(run->model, run->inputs, run->targets, rows, T, EVAL_MODE, rows * T, 0, 0);
         run->backend->losses(run->model, &loss, &aux, &norm);
-        nats += loss * rows * T;
-        if (first == 0)
+        nats += loss;
+        if (begin == 0)
             run->fluctuation = routing_fluctuation(run);
         for (int i = 0; i < rows * T; i++) {
             if (run->targets[i] != run->tokenizer->eot && run->targets[i] < run->tokenizer->vocab)
                 bytes += run->tokenizer->length[run->targets[i]];
         }
     }
+    sum_over_ranks(&bytes, 1);
     run->val_loss = nats / ((double)wanted * T);
     run->val_bpb = nats / 0.6931471805599453 / fmax(bytes, 1);
 }
@@ -5246,6 +6342,7 @@ int generate(Run *run, const char *prompt, size_t size, void (*emit)(void *to, c
     while (made < c->tokens) {
         int id = sample(logits, min_int(c->vocab, t->vocab), c->temperature, c->top_k, c->top_p,
                         random_uniform(stream, (uint64_t)position));
+        broadcast(&id, sizeof(id)); // by the logits' last bits the ranks might differ
         if (id == t->eot)
             break;
         emit(to, t->text[id], t->length[id]);
@@ -5393,7 +6490,7 @@ void warn_of_routing(Run *run) {
         double limit = find_recipe(c->recipe)->load;
         int dead = is_moe(c, l) && s->idle[idle] >= IDLE_STEPS;
         int uneven = is_moe(c, l) && limit > 0 && run->trained >= 2 * IDLE_STEPS && s->recent[top] > limit;
-        const char *begin = isatty(1) ? "\r\033[K" : "";
+        const char *begin = on_terminal() ? "\r\033[K" : "";
         if (dead && !(run->warned[l] & 1))
             printf("%swarning: step %d: expert %d of layer %d has had no token for %d steps; a higher --aux-weight may "
                    "wake it\n",
@@ -5426,7 +6523,7 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
         free(share);
     }
     double sol = tokens_per_second * run->flops / run->peak;
-    if (isatty(1)) {
+    if (on_terminal()) {
         char done[13] = "............";
         memset(done, '#', (size_t)((double)run->step / c->steps * 12));
         printf("\r[%s] %d/%d  loss %.3f  %.0f tokens/s  left %s%s\033[K", done, run->step, c->steps, loss, tokens_per_second,
@@ -5444,12 +6541,40 @@ void show_evaluation(Run *run) {
         snprintf(changed, sizeof(changed), ",\"fluctuation\":%.6g", run->fluctuation);
     log_line(run, "eval", "\"step\":%d,\"val_loss\":%.9g,\"val_bpb\":%.9g%s", run->step, run->val_loss, run->val_bpb,
              changed);
-    printf("%sstep %d: validation loss %.4f nats per token, %.4f bits per byte%s\n", isatty(1) ? "\r" : "", run->step,
-           run->val_loss, run->val_bpb, isatty(1) ? "\033[K" : "");
+    printf("%sstep %d: validation loss %.4f nats per token, %.4f bits per byte%s\n", on_terminal() ? "\r" : "", run->step,
+           run->val_loss, run->val_bpb, on_terminal() ? "\033[K" : "");
 }
 
 int due(int step, int every) {
     return every > 0 && step % every == 0;
+}
+
+// For the log: what a step's time went into, the mean of all ranks; and the bytes that all of them sent in a step. Then
+// begins anew.
+void describe_traffic(int steps, double ms, char text[256]) {
+    double all[3] = {ranks.waited * 1000 / ranks.size, ranks.sent, ranks.reduced};
+    sum_over_ranks(all, 3);
+    snprintf(text, 256, ",\"compute_ms\":%.4g,\"wait_ms\":%.4g,\"all_to_all_bytes\":%.0f,\"reduce_bytes\":%.0f",
+             ms - all[0] / steps, all[0] / steps, all[1] / steps, all[2] / steps);
+    ranks.waited = ranks.sent = ranks.reduced = 0;
+}
+
+// One line a step in trace-RANK.jsonl: the same for this rank alone, all since it began, and the rows that came to its
+// experts in each layer's last forward pass.
+void trace_step(Run *run) {
+    const Config *c = &run->config;
+    fprintf(run->trace, "{\"step\":%d,\"seconds\":%.6f,\"waited\":%.6f,\"all_to_all_bytes\":%.0f,\"reduce_bytes\":%.0f,\"came\":[",
+            run->step, seconds(), ranks.waited, ranks.sent, ranks.reduced);
+    const char *comma = "";
+    for (int l = 0; l < c->layers; l++) {
+        const Exchange *e = run->model->layers[l].exchange;
+        if (!is_moe(c, l))
+            continue;
+        fprintf(run->trace, "%s%d", comma, !e ? run->model->rank_tokens[ranks.rank] * c->subtokens : e[0].came + (c->overlap ? e[1].came : 0));
+        comma = ",";
+    }
+    fprintf(run->trace, "]}\n");
+    fflush(run->trace);
 }
 
 // Steps until config.steps, or until Ctrl-C. Returns 1 where it was interrupted.
@@ -5457,8 +6582,8 @@ int train(Run *run) {
     const Config *c = &run->config;
     const Backend *backend = run->backend;
     int B = c->batch, T = c->seq, timed_step = run->step;
-    int saved = run->step;
-    double timed = seconds();
+    int saved = run->step, stop = 0;
+    double timed = seconds(), sequences = (double)c->accum * B * ranks.size; // of a step
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = ask_stop;
@@ -5466,13 +6591,14 @@ int train(Run *run) {
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     signal(SIGPIPE, SIG_IGN); // training outlives who reads its progress
-    while (run->step < c->steps && !stop_asked) {
+    while (run->step < c->steps && !stop && (MANY || !stop_asked)) {
         int step = run->step + 1;
         double loss, aux, norm, lr = learning_rate(c, step);
         for (int micro = 0; micro < c->accum; micro++) {
-            long first = (long)micro * B;
-            data_batch(run->train, (long)run->step * c->accum * B + first, B, run->inputs, run->targets);
-            backend->forward(run->model, run->inputs, run->targets, B, T, TRAIN_MODE, 1.0 / c->accum, step, first * T);
+            long first = ((long)micro * ranks.size + ranks.rank) * B;
+            data_batch(run->train, run->step * (long)sequences + first, B, run->inputs, run->targets);
+            backend->forward(run->model, run->inputs, run->targets, B, T, TRAIN_MODE, 1.0 / c->accum / ranks.size, step,
+                             first * T);
             backend->backward(run->model);
         }
         backend->update(run->model, step, lr);
@@ -5484,22 +6610,31 @@ int train(Run *run) {
                  step, loss, norm, run->out);
         run->step = step;
         run->trained++;
+        if (run->trace)
+            trace_step(run);
         warn_of_routing(run);
-        int last = step == c->steps || stop_asked, evaluated = due(step, c->eval_every) || step == c->steps;
+        double asked = stop_asked;
+        sum_over_ranks(&asked, 1);
+        stop = asked > 0;
+        int last = step == c->steps || stop, evaluated = due(step, c->eval_every) || step == c->steps;
         if (due(step, c->log_every) || step == 1 || last) {
-            double ms = (seconds() - timed) * 1000 / (step - timed_step), rate = (double)c->accum * B * T / ms * 1000;
+            double ms = (seconds() - timed) * 1000 / (step - timed_step), rate = sequences * T / ms * 1000;
+            char traffic[256] = "";
+            if (MANY)
+                describe_traffic(step - timed_step, ms, traffic);
             log_line(run, "step",
                      "\"step\":%d,\"tokens\":%.0f,\"loss\":%.9g,\"aux\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%."
                      "4g,\"tok_s\":%.6g,"
-                     "\"gflops\":%.4g,\"sol\":%.4g",
-                     step, (double)step * c->accum * B * T, loss, aux, norm, lr, ms, rate, rate * run->flops / 1e9,
-                     rate * run->flops / run->peak);
+                     "\"gflops\":%.4g,\"sol\":%.4g%s",
+                     step, step * sequences * T, loss, aux, norm, lr, ms, rate, rate * run->flops / 1e9,
+                     rate * run->flops / run->peak, traffic);
             log_router(run);
             show_step(run, loss, lr, norm, rate, ms * (c->steps - step) / 1000);
             timed = seconds();
             timed_step = step;
         }
         double pause = seconds();
+        Ranks before = ranks;
         if (evaluated) {
             evaluate(run);
             show_evaluation(run);
@@ -5511,6 +6646,7 @@ int train(Run *run) {
             saved = step;
         }
         timed += seconds() - pause; // none of this is the step's time
+        ranks.waited = before.waited, ranks.sent = before.sent, ranks.reduced = before.reduced;
     }
     if (saved != run->step)
         save_checkpoint(run);
@@ -5628,6 +6764,8 @@ void use_threads(const Config *c) {
 #ifdef _OPENMP
     if (c->threads)
         omp_set_num_threads(c->threads);
+    else if (MANY && !getenv("OMP_NUM_THREADS")) // the cores are shared by all ranks of this machine
+        omp_set_num_threads(max_int(1, min_int(omp_get_num_procs(), (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks_of_machine())));
 #else
     if (c->threads > 1)
         fprintf(stderr, "%s: built without OpenMP, so --threads %d runs as one\n", program_name, c->threads);
@@ -5694,6 +6832,23 @@ void compare_tokenizers(const Run *run, const char *dir) {
     tokenizer_free(other);
 }
 
+// Groups of ranks that have all experts among them.
+void divide_experts(const Config *c) {
+    (void)c;
+#ifdef USE_MPI
+    int last, moe = moe_layers(c, &last), ep = c->ep ? c->ep : 1;
+    for (int n = 2; !c->ep && moe && n <= ranks.size; n++)
+        ep = ranks.size % n == 0 && c->experts % n == 0 ? n : ep;
+    if (ranks.size % ep || (moe && c->experts % ep) || (!moe && ep > 1))
+        usage_fail("--ep %d: it must divide the %d ranks and the %d experts", ep, ranks.size, moe ? c->experts : 0);
+    if (c->replicate && (ep == 1 || c->replicate > c->experts))
+        usage_fail("--replicate %d: at most all %d experts can have a copy, and there must be another rank to have it (here: "
+                   "--ep %d)", c->replicate, c->experts, ep);
+    if (MANY)
+        ranks_form(ranks.all, ep);
+#endif
+}
+
 // Everything before the first step; 0 where there is nothing left to do. Nothing is written before all is checked.
 int open_run(Run *run, const Config *asked) {
     Config *c = &run->config;
@@ -5711,6 +6866,10 @@ int open_run(Run *run, const Config *asked) {
         char *text = read_file(path, &size);
         Json *state = json_parse(text, size, path);
         config_from_directory(c, checkpoint);
+        if (c->batch % ranks.size)
+            usage_fail("%s: a micro-step there has %d sequences, which %d ranks cannot share evenly", checkpoint, c->batch,
+                       ranks.size);
+        c->batch /= ranks.size;
         join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL | 1 << ORDER, checkpoint);
         double step = expect_member(state, "step", 'i', path)->number;
         if (!(step >= 1 && step <= 2e9))
@@ -5757,6 +6916,7 @@ int open_run(Run *run, const Config *asked) {
     run->val = data_open(c->data, "val", c->seq, c->vocab, (uint64_t)c->seed);
     run->inputs = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
     run->targets = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
+    divide_experts(c);
     run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
     if (resumed) {
         load_weights(run, checkpoint, 1);
@@ -5768,7 +6928,18 @@ int open_run(Run *run, const Config *asked) {
         free(frequency);
     }
     run->warned = (unsigned char *)allocate(c->layers, 1);
+    ranks_meet(); // before the first file is written, all have seen that there is none
     make_directories(run->out);
+    if (c->trace) {
+        snprintf(path, sizeof(path), "%s/trace-%d.jsonl", run->out, ranks.rank);
+        run->trace = fopen(path, run->step ? "ab" : "wb");
+        if (!run->trace)
+            fail("%s: cannot open: %s", path, strerror(errno));
+    }
+    if (ranks.rank) { // whose log is nobody's
+        run->log = fopen("/dev/null", "ab");
+        return 1;
+    }
     snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
     run->log = fopen(path, "ab");
     if (!run->log)
@@ -5781,6 +6952,8 @@ int open_run(Run *run, const Config *asked) {
 
 void close_run(Run *run) {
     fclose(run->log);
+    if (run->trace)
+        fclose(run->trace);
     run->backend->release(run->model);
     tokenizer_free(run->tokenizer);
     data_close(run->train);
@@ -5834,17 +7007,23 @@ void announce(Run *run) {
     run->backend->device(device);
     run->flops = flops_per_token(c);
     run->peak = run->backend->peak();
+    sum_over_ranks(&run->peak, 1);
     fprintf(run->log, "{\"type\":\"run\",");
     write_options(run->log, c);
     fprintf(run->log,
-            ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,\"threads\":%d,\"ranks\":1,",
-            c->vocab, total, active, run->flops, thread_count());
+            ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,\"threads\":%d,\"ranks\":%d,",
+            c->vocab, total, active, run->flops, thread_count(), ranks.size);
+    if (MANY)
+        fprintf(run->log, "\"ep\":%d,\"overlap\":%d,\"replicate\":%d,", ranks.ep, c->overlap, c->replicate);
     int last, moe = moe_layers(c, &last);
     printf("%s: %d layers of width %d, %d of them with %d experts of which a token sees %d\n", c->recipe, c->layers, c->dim, moe,
            moe ? c->experts + c->shared : 0, moe ? c->topk + c->shared : 0);
     printf("%.2f million weights, %.2f million at work for each token; vocabulary %d\n", total / 1e6, active / 1e6, c->vocab);
     printf("data %s: %.2f million tokens, %ld windows of %d; a step takes %d of them\n", c->data, run->train->tokens / 1e6,
-           run->train->windows, c->seq, c->batch * c->accum);
+           run->train->windows, c->seq, c->batch * c->accum * ranks.size);
+    if (MANY)
+        printf("%d ranks, %d sequences of a micro-step each; %d of %d experts on a rank%s\n", ranks.size, c->batch,
+               moe ? c->experts / ranks.ep : 0, moe ? c->experts : 0, ranks.copies > 1 ? ", which others have, too" : "");
     print_memory(run);
     printf("%s, %d threads, peak %.0f GFLOP/s; run directory %s\n", device, thread_count(), run->peak / 1e9, run->out);
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,\"device\":", run->step, run->peak / 1e9);
@@ -5868,6 +7047,9 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
     if (asked.init[0] && (asked.prompt || asked.resume))
         usage_fail("--init starts a new run from other weights; --%s goes on from --out: give one of them",
                    asked.prompt ? "prompt" : "resume");
+    if (asked.prompt && MANY)
+        usage_fail("--prompt: one process goes on from a text; start it without mpirun");
+    ranks.watchdog = asked.watchdog;
     use_threads(&asked);
     run.config = asked;
     run.backend = backend;
@@ -5877,6 +7059,7 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
         snprintf(run.out, sizeof(run.out), "%s", asked.out);
     else
         default_out(&asked, !asked.resume && !asked.prompt, run.out);
+    broadcast(run.out, sizeof(run.out));
     if (asked.prompt) {
         answer_prompt(&run, &asked);
         return 0;
@@ -5912,9 +7095,22 @@ int run_program(int argc, char **argv, const Backend *backend) {
         execv("/proc/self/exe", argv);
     }
 #endif
+#ifdef USE_MPI
+    int provided;
+    MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
+    ranks.all = MPI_COMM_WORLD;
+    MPI_Comm_rank(ranks.all, &ranks.rank);
+    MPI_Comm_size(ranks.all, &ranks.size);
+    MPI_Comm_dup(ranks.all, &ranks.watch);
+    if (ranks.rank && !freopen("/dev/null", "w", stdout)) // rank 0 alone speaks
+        fail("/dev/null: cannot open: %s", strerror(errno));
+#endif
     int status = trainer_main(argc, argv, backend);
     if (fflush(stdout) != 0)
         fail("standard output: cannot write: %s", strerror(errno));
+#ifdef USE_MPI
+    MPI_Finalize();
+#endif
     return status;
 }
 

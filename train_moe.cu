@@ -3647,9 +3647,8 @@ void place_all(Model *m, int N, int train, const Model *parent) {
     int n = N * c->subtokens, W = router_width(c), R = c->recurrent, moe = moe_layers(c, &last) > 0, V = c->vocab;
     int groups = c->group == SEQUENCE ? div_up(N, c->seq) : 1, two = c->select == HIERARCHICAL;
     size_t nK = (size_t)n * places(c), scores = moe * (size_t)n * W, width = 0, hidden = 0, NC = (size_t)N * C;
-    m->tensors = (Tensor *)own_host(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor));
-    m->tensor_count = model_tensors(c, m->tensors);
-    m->size = m->tensors[m->tensor_count - 1].offset + m->tensors[m->tensor_count - 1].size;
+    lay_tensors(m, (Tensor *)own_host(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor)));
+    m->rank_tokens = (int *)own_host(m, ranks.size, sizeof(int));
     m->place = (size_t *)own_host(m, (size_t)m->tensor_count, sizeof(size_t));
     for (int i = 0; i < m->tensor_count; i++) {
         m->place[i] = m->padded;
