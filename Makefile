@@ -20,7 +20,7 @@ LIBS   := -lm
 # Tests and benchmarks do not spin while they wait; train_moe sees to that by itself.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help test test_plain test_avx2 test_arm64 sanitize tsan valgrind check_tokenizer check_hf bench bench_all format clean
+.PHONY: help test test_mpi test_plain test_avx2 test_arm64 sanitize tsan valgrind check_tokenizer check_hf bench bench_all format clean
 
 ##train_moe: the trainer, the data tools and the built-in stories
 train_moe: train_moe.c data/unicode.h | data/stories/tokenizer.json
@@ -43,6 +43,10 @@ train_moe_mpi: train_moe.c data/unicode.h | data/stories/tokenizer.json
 train_moe_mpi_double: train_moe.c data/unicode.h
 	$(NEED_MPI)
 	$(MPI_BUILD) -DREAL=double train_moe.c -o $@ $(LIBS)
+
+##dev/scale: simulates a step on 8 to 2,048 devices (doc/scale.md); --check holds it against published figures
+dev/scale: dev/scale.c train_moe.c data/unicode.h
+	$(BUILD) $(OPENMP) dev/scale.c -o $@ $(LIBS)
 
 # PRECISION=fp32: everything in float32, to be compared with the C twin. Without a GPU to ask, for the A100 and the H100.
 PRECISION ?= bf16
@@ -123,9 +127,10 @@ dev/test_ranks dev/test_ranks_double: $(TEST_FILES)
 MPIRUN ?= OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 mpirun
 
 ##test_mpi: several processes against one: every recipe, uneven loads, crashes; needs MPI
-test_mpi: dev/test_ranks dev/test_ranks_double train_moe_mpi
+test_mpi: dev/test_ranks dev/test_ranks_double dev/test_moe train_moe_mpi
 	$(MPIRUN) -np 4 dev/test_ranks_double
 	$(MPIRUN) -np 4 dev/test_ranks
+	MPIRUN="env $(MPIRUN)" TRAIN_MOE_MPI=./train_moe_mpi TEST='test_mpi_*' dev/test_moe
 
 # The CUDA twin on the processor: dev/cudacpu looks like the few headers that train_moe.cu includes, and sed writes a kernel's
 # start as a function call. The compiler may not invent operations here, since invalid ones are errors (hence no
@@ -313,7 +318,7 @@ format:
 ##clean: removes what was built (the built-in stories too), but not other data and the runs
 clean:
 	rm -f train_moe train_moe_double data/tokenize data/make_stories dev/logits dev/bench dev/llmc_step dev/test_moe \
-	    dev/test_moe_double
+	    dev/test_moe_double dev/scale train_moe_mpi train_moe_mpi_double train_moe_cu_nccl dev/test_ranks dev/test_ranks_double
 	rm -rf dev/plain dev/avx2 dev/arm64 dev/emulated
 	rm -f train_moe_cu dev/bench_cu dev/test_moe_cu_* dev/built_*
 	rm -f dev/*_asan dev/*_asan_double dev/*_valgrind dev/*_tsan

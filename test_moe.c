@@ -7583,6 +7583,122 @@ void test_gpu_errors(void **state) {
 }
 #endif // TWIN
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The program on several processes: make test_mpi, which sets TRAIN_MOE_MPI
+
+// Runs `mpirun -np ranks train_moe_mpi options` in a small size.
+int run_ranks(char *output, size_t size, int ranks, const char *options) {
+    return shell(output, size,
+                 "timeout 120 $MPIRUN -np %d $TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
+                 "--eval-batches 1 --tokens 5 --threads 1 %s",
+                 ranks, options);
+}
+
+int has_mpi(void) {
+    if (!getenv("TRAIN_MOE_MPI"))
+        skip();
+    setenv("MPIRUN", "mpirun", 0);
+    return 1;
+}
+
+int times_in(const char *text, const char *part) {
+    int count = 0;
+    for (; (text = strstr(text, part)) != NULL; text++)
+        count++;
+    return count;
+}
+
+// What is said is said once; 4 ranks' checkpoint goes on with 1 and with 2, and these end with the same loss.
+void test_mpi_program(void **state) {
+    (void)state;
+    char output[16384], options[512], copy[512];
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options), "--batch 1 --trace --save-every 3 --out %s", scratch("four"));
+    assert_int_equal(run_ranks(output, sizeof(output), 4, options), 0);
+    assert_int_equal(times_in(output, "step 6/6"), 1);
+    assert_int_equal(times_in(output, "What next"), 1);
+    assert_non_null(strstr(output, "4 ranks, 1 sequences of a micro-step each; 2 of 8 experts on a rank"));
+    shell(output, sizeof(output), "cat %s/log.jsonl; wc -l %s/trace-3.jsonl", scratch("four"), scratch("four"));
+    assert_non_null(strstr(output, "\"ranks\":4,\"ep\":4"));
+    assert_non_null(strstr(output, "\"all_to_all_bytes\""));
+    assert_non_null(strstr(output, "6 /"));
+    char *line = strstr(output, "\"step\":6,\"tokens\":768,\"loss\":");
+    assert_non_null(line);
+    double loss = atof(line + strlen("\"step\":6,\"tokens\":768,\"loss\":"));
+    for (int ranks = 1; ranks <= 2; ranks++) {
+        snprintf(copy, sizeof(copy), "cp -a %s %s && ln -sfn checkpoint-3 %s/latest", scratch("four"), scratch(ranks == 1 ? "one" : "two"),
+                 scratch(ranks == 1 ? "one" : "two"));
+        assert_int_equal(shell(output, sizeof(output), "%s", copy), 0);
+        snprintf(options, sizeof(options), "--resume --replicate %d --out %s", ranks - 1, scratch(ranks == 1 ? "one" : "two"));
+        assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
+        shell(output, sizeof(output), "cat %s/log.jsonl", scratch(ranks == 1 ? "one" : "two"));
+        line = strstr(output, "\"step\":6,\"tokens\":768,\"loss\":");
+        assert_non_null(line);
+        assert_near(atof(line + strlen("\"step\":6,\"tokens\":768,\"loss\":")), loss, 1e-4);
+    }
+    snprintf(options, sizeof(options), "--resume --steps 9 --out %s", scratch("four"));
+    assert_int_equal(run_ranks(output, sizeof(output), 3, options), 2);
+    assert_non_null(strstr(output, "has 4 sequences, which 3 ranks cannot share evenly"));
+    assert_int_equal(shell(output, sizeof(output), "$TRAIN_MOE_MPI --prompt One --tokens 5 --out %s", scratch("four")), 0);
+}
+
+void test_mpi_bad_options(void **state) {
+    (void)state;
+    static const char *const cases[][2] = {
+        {"--nonsense", "there is no option --nonsense"},
+        {"--ep 3", "--ep 3: it must divide the 2 ranks and the 8 experts"},
+        {"--ep 2 --recipe dense", "--ep 2: it must divide the 2 ranks and the 0 experts"},
+        {"--ep 1 --replicate 2", "there must be another rank to have it"},
+        {"--replicate 9", "at most all 8 experts can have a copy"},
+        {"--prompt One", "one process goes on from a text"},
+        {"--data nowhere", "nowhere: no tokenizer.json there"},
+    };
+    char output[8192], options[512];
+    if (!has_mpi())
+        return;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        snprintf(options, sizeof(options), "%s --out %s", cases[i][0], scratch("refused"));
+        assert_true(run_ranks(output, sizeof(output), 2, options) > 0);
+        if (times_in(output, cases[i][1]) != 1)
+            fail_msg("%s: expected \"%s\" once, got %s", cases[i][0], cases[i][1], output);
+    }
+    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch("refused")), 2);
+}
+
+// A rank that is killed, that hangs, and Ctrl-C. The run goes on from its last checkpoint.
+void test_mpi_crash(void **state) {
+    (void)state;
+    static const char *const signals[] = {"KILL", "STOP", "TERM"};
+    char output[16384], options[512];
+    const char *out = scratch("crash");
+    if (!has_mpi())
+        return;
+    for (int i = 0; i < 3; i++) {
+        double start = seconds();
+        shell(output, sizeof(output),
+              "exec 2>&1; timeout 100 $MPIRUN -np 4 $TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --steps 1000000 --batch 1 "
+              "--save-every 5 --eval-every 0 --sample-every 0 --threads 1 --watchdog 3 --out %s & job=$!; "
+              "while [ ! -e %s/latest ] && kill -0 $job; do sleep 0.2; done; "
+              "for p in $(pgrep -f '^[^ ]*train_moe_mpi .*--out %s' | sort -n | sed -n '%sp'); do kill -%s $p; done; "
+              "wait $job; echo status $?",
+              out, out, out, i == 2 ? "1,$" : "3", signals[i]);
+        assert_null(strstr(output, "status 0"));
+        assert_null(strstr(output, "status 124")); // of timeout
+        assert_true(seconds() - start < 60);
+        if (i == 0)
+            assert_non_null(strstr(output, "rank 2"));
+        if (i == 1)
+            assert_non_null(strstr(output, "rank 2 of 4 does not answer"));
+        if (i == 2)
+            assert_int_equal(times_in(output, "stopped after step"), 1);
+        shell(output, sizeof(output), "basename $(readlink %s/latest) | tr -dc 0-9", out);
+        snprintf(options, sizeof(options), "--resume --steps %d --out %s", atoi(output) + 1, out);
+        assert_int_equal(shell(output, sizeof(output), "timeout 100 $MPIRUN -np 2 $TRAIN_MOE_MPI %s", options), 0);
+        shell(output, sizeof(output), "mv %s %s-%d", out, out, i);
+    }
+}
+
 #ifdef USE_MPI
 // ---------------------------------------------------------------------------------------------------------------------
 // Ranks: mpirun -np 4 dev/test_ranks. Four processes train small models together, all four, or two and two; each process
@@ -8061,6 +8177,9 @@ int main(void) {
         cmocka_unit_test(test_tokenize_large_tokenizer),
         cmocka_unit_test(test_tokenize_no_room),
         cmocka_unit_test(test_tokenize_no_permission),
+        cmocka_unit_test(test_mpi_program),
+        cmocka_unit_test(test_mpi_bad_options),
+        cmocka_unit_test(test_mpi_crash),
 #endif
     };
     setenv("TOKENIZE", "data/tokenize", 0);
