@@ -3320,6 +3320,9 @@ void allocate_experts(Model *m, int l, int N) {
         e->got = e->sent_at + ranks.ep;
         e->got_at = e->got + ranks.ep;
     }
+    if (ranks.ep > 1) // what comes with an even load
+        m->bytes[FOR_ACTIVATIONS] += ((size_t)n * min_int(K, ranks.ep) * (C / c->subtokens + K) +
+                                      nK * (size_t)c->ffn * (1 + is_gated(c->activation))) * sizeof(real);
     RouterStats *stats = &m->stats[l];
     stats->count = (double *)own(m, (size_t)E * 3, sizeof(double));
     stats->lowest = stats->count + E;
@@ -3952,47 +3955,47 @@ void send_tokens(Exchange *x, Travel *t, const real *from, real *in, int C) {
 void exchange_start(Model *m, int l, LayerState *s, const real *x, int n, int C) {
     const Plan *plan = &s->plan;
     int K = plan->K, ep = ranks.ep, halves = m->config.overlap ? 2 : 1, number;
-    int *counts = (int *)allocate((size_t)ep * 5, sizeof(int)), *arriving = counts + 2 * ep, *next = counts + 4 * ep;
+    int *sending = (int *)allocate((size_t)ep * 6, sizeof(int)), *arriving = sending + 2 * ep; // (ep,2): rows of each half
+    int *next = sending + 4 * ep, *row = sending + 5 * ep; // (ep): the next row for each rank, and this token's
     for (int half = 0; half < halves; half++) {
         Exchange *e = &s->exchange[half];
-        int first = (int)((long)n * half / halves), end = (int)((long)n * (half + 1) / halves);
+        Travel *t = &m->travel[half];
         for (int filling = 0; filling < 2; filling++) { // count the rows, then write them down
-            if (filling) {
-                e->rows = 0;
-                for (int r = 0; r < ep; r++) {
-                    e->sent[r] = counts[2 * r + half];
-                    e->sent_at[r] = next[r] = e->rows;
-                    e->rows += e->sent[r];
-                }
-                e->token = (int *)room_for(&e->of_token, (size_t)e->rows, sizeof(int));
-                m->travel[half].choices_out = reals_for(&m->travel[half].of_choices_out, (size_t)e->rows * 2 * K);
-            }
-            for (int i = first; i < end; i++) {
+            for (int i = (int)((long)n * half / halves); i < (int)((long)n * (half + 1) / halves); i++) {
+                memset(row, -1, (size_t)ep * sizeof(int));
                 for (int k = 0; k < K; k++) {
-                    int key = plan->key[i * K + k], there = key < 0 ? -1 : expert_rank(m, l, key, i, &number), known = key < 0;
-                    for (int j = 0; j < k && !known; j++)
-                        known = plan->key[i * K + j] >= 0 && expert_rank(m, l, plan->key[i * K + j], i, &number) == there;
-                    if (known)
+                    int expert = plan->key[i * K + k], there = expert < 0 ? 0 : expert_rank(m, l, expert, i, &number);
+                    if (expert < 0)
                         continue;
-                    if (!filling) {
-                        counts[2 * there + half]++;
-                        continue;
+                    if (row[there] < 0) {
+                        row[there] = next[there]++;
+                        if (filling)
+                            e->token[row[there]] = i;
                     }
-                    real *row = m->travel[half].choices_out + (size_t)next[there] * 2 * K;
-                    for (int j = 0; j < K; j++) {
-                        int other = plan->key[i * K + j];
-                        int with = other >= 0 && expert_rank(m, l, other, i, &number) == there;
-                        row[j] = with ? s->weight[i * K + j] : 0;
-                        row[K + j] = (real)(with ? number : -1);
+                    if (filling) {
+                        t->choices_out[(size_t)row[there] * 2 * K + k] = s->weight[i * K + k];
+                        t->choices_out[(size_t)row[there] * 2 * K + K + k] = (real)number;
                     }
-                    e->token[next[there]++] = i;
                 }
+            }
+            e->rows = filling ? e->rows : 0;
+            for (int r = 0; r < ep && !filling; r++) {
+                sending[2 * r + half] = e->sent[r] = next[r];
+                e->sent_at[r] = next[r] = e->rows;
+                e->rows += e->sent[r];
+            }
+            if (!filling) {
+                e->token = (int *)room_for(&e->of_token, (size_t)e->rows, sizeof(int));
+                t->choices_out = reals_for(&t->of_choices_out, (size_t)e->rows * 2 * K);
+                for (size_t i = 0; i < (size_t)e->rows * 2 * K; i++)
+                    t->choices_out[i] = (real)(i / K % 2 ? -1 : 0);
             }
         }
+        memset(next, 0, (size_t)ep * sizeof(int));
     }
 #ifdef USE_MPI
     MPI_Request request;
-    MPI_Ialltoall(counts, 2, MPI_INT, arriving, 2, MPI_INT, ranks.group, &request);
+    MPI_Ialltoall(sending, 2, MPI_INT, arriving, 2, MPI_INT, ranks.group, &request);
     ranks_wait(&request, 1);
 #endif
     for (int half = 0; half < halves; half++) {
@@ -4009,7 +4012,7 @@ void exchange_start(Model *m, int l, LayerState *s, const real *x, int n, int C)
         send_rows(t, t->choices_out, e->sent, e->sent_at, t->choices, e->got, e->got_at, (size_t)2 * K * sizeof(real));
         send_tokens(e, t, x, e->x, C);
     }
-    free(counts);
+    free(sending);
 }
 
 // The experts that this rank has in layer l, for the rows that came.
@@ -6236,6 +6239,7 @@ void load_weights(Run *run, const char *dir, int moments) {
         read_weights(dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", parts, count, run->config.experts,
                      prefix[what], run->backend->fetch(run->model, what));
         run->backend->store(run->model, what);
+        forget_whole(run->model);
     }
     const Model *m = run->model;
     const real *weights = run->backend->fetch(run->model, WEIGHTS);
@@ -7101,6 +7105,8 @@ int run_program(int argc, char **argv, const Backend *backend) {
     int provided;
     MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
     ranks.all = MPI_COMM_WORLD;
+    if (provided < MPI_THREAD_FUNNELED)
+        fail("this MPI cannot be used by a program of several threads");
     MPI_Comm_rank(ranks.all, &ranks.rank);
     MPI_Comm_size(ranks.all, &ranks.size);
     MPI_Comm_dup(ranks.all, &ranks.watch);
