@@ -7742,8 +7742,9 @@ void run_share(Model *m, int first, int sequences, int mode, double grad_scale, 
     int *tokens = take_ints((size_t)(mine + 1) * (T + 1)), *inputs = take_ints(mine * T + 1), *targets = take_ints(mine * T + 1);
     for (int b = 0; b < mine; b++) {
         random_tokens(tokens, T + 1, c->vocab, (uint64_t)(1000 * step + first + begin + b));
-        if (tokens[1] == tokens[0]) // or both would have the same scores, but for rounding
-            tokens[1] = (tokens[0] + 1) % c->vocab;
+        // Equal beginnings would have equal scores, but for rounding, and a tie may go either way.
+        tokens[0] = (13 * step + first + begin + b) % c->vocab;
+        tokens[1] = tokens[1] == tokens[0] ? (tokens[0] + 1) % c->vocab : tokens[1];
         memcpy(inputs + b * T, tokens, T * sizeof(int));
         memcpy(targets + b * T, tokens + 1, T * sizeof(int));
     }

@@ -5512,11 +5512,9 @@ void write_safetensors(const char *dir, const char *name, const Part *parts, int
     fwrite(&length, 8, 1, file);
     fwrite(header, 1, size, file);
     for (int copy = 0; copy < copies; copy++) {
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < count; i++)
             fwrite(memory[copy] + parts[i].offset, sizeof(real),
                    (size_t)max_int(parts[i].rows, 1) * (size_t)parts[i].cols, file);
-            ranks_tick();
-        }
     }
     free(header);
     close_written(file, dir, name);
@@ -6167,8 +6165,12 @@ void save_checkpoint(Run *run) {
     const Model *shape = run->model;
     real *weights = run->backend->fetch(run->model, WEIGHTS);
     real *moments[2] = {run->backend->fetch(run->model, MOMENT1), run->backend->fetch(run->model, MOMENT2)};
-    if (ranks.rank) { // rank 0 has it all and writes it as a single process would
+    if (ranks.rank) { // rank 0 has it all and writes it as a single process would, however long the disk may take
+        int watchdog = ranks.watchdog;
+        ranks.watchdog = 0;
         forget_whole(run->model);
+        ranks_meet();
+        ranks.watchdog = watchdog;
         return;
     }
     for (size_t i = 0; i < shape->whole; i++) {
@@ -6227,6 +6229,7 @@ void save_checkpoint(Run *run) {
             break;
     }
     forget_whole(run->model);
+    ranks_meet();
 }
 
 void load_weights(Run *run, const char *dir, int moments) {
