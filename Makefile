@@ -20,7 +20,7 @@ LIBS   := -lm
 # Tests and benchmarks do not spin while they wait; train_moe sees to that by itself.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help test test_mpi test_plain test_avx2 test_arm64 sanitize tsan valgrind check_tokenizer check_hf bench bench_all format clean
+.PHONY: help test test_mpi test_plain test_avx2 test_arm64 bench_mpi sanitize tsan valgrind check_tokenizer check_hf bench bench_all format clean
 
 ##train_moe: the trainer, the data tools and the built-in stories
 train_moe: train_moe.c data/unicode.h | data/stories/tokenizer.json
@@ -43,6 +43,10 @@ train_moe_mpi: train_moe.c data/unicode.h | data/stories/tokenizer.json
 train_moe_mpi_double: train_moe.c data/unicode.h
 	$(NEED_MPI)
 	$(MPI_BUILD) -DREAL=double train_moe.c -o $@ $(LIBS)
+
+##bench_mpi: a step on one process and on two, with and without overlap; the bytes sent against what they should be
+bench_mpi: train_moe_mpi
+	dev/bench_mpi.sh
 
 ##dev/scale: simulates a step on 8 to 2,048 devices (doc/scale.md); --check holds it against published figures
 dev/scale: dev/scale.c train_moe.c data/unicode.h
