@@ -2343,11 +2343,11 @@ void test_communication_by_hand(void **state) {
     const int expert[2][6] = {{0, 1, 2, 5, 4, 0}, {0, 1, 2, 5, -1, 0}}, even[9] = {0, 1, 2, 2, 4, 3, 4, 5, 1};
     for (int i = 0; i < 2; i++) {
         double slope[6] = {0};
-        add_communication_balance(slope, expert[i], 2, 6, 3, 3, 2, 1, 2);
+        add_communication_balance(slope, expert[i], 2, 6, 3, 3, 2, 1, 2, 0);
         assert_near(slope_form(p, slope, 1, 6), 0.975, 1e-6);
     }
     double slope[6] = {0};
-    add_communication_balance(slope, even, 3, 6, 3, 3, 2, 1, 3);
+    add_communication_balance(slope, even, 3, 6, 3, 3, 2, 1, 3, 0);
     for (int e = 0; e < 6; e++)
         assert_near(slope[e], 1, 1e-12);
 }
@@ -6319,7 +6319,7 @@ void test_gpu_balance(void **state) {
         gpu::add_device_balance(slope_d, count_d, E, D, 0.5, tables);
         for (int i = 0; i < groups && per == 1; i++)
             add_communication_balance(slope + (size_t)i * E, g.expert + (size_t)i * tokens * K, tokens, E, K, D, M,
-                                      0.7, tokens);
+                                      0.7, tokens, 0);
         if (per == 1)
             gpu::add_communication_balance(slope_d, gd.expert, tokens, E, K, D, M, 0.7, groups);
         assert_device_alike("slope", slope_d, slope, size, 1e-12);

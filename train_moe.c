@@ -432,7 +432,7 @@ typedef struct Ranks {
     int copies, copy;
     int watchdog;         // seconds
     double waited;        // seconds in which this rank waited for others,
-    double sent, reduced; // bytes that it sent by all-to-all, and to sum gradients and share weights; since a step began
+    double sent, reduced; // bytes that it sent by all-to-all, and for gradients and weights; since the log's last line
 #ifdef USE_MPI
     MPI_Comm all, group, twins; // all ranks; those of the group; those with the same place in other groups
     MPI_Comm watch;             // all ranks, to ask who is alive
@@ -570,7 +570,7 @@ double memory_now(void) {
 }
 
 int on_terminal(void) { // and not through mpirun, whose pipes look like one
-    return !MANY && isatty(1);
+    return !getenv("OMPI_COMM_WORLD_SIZE") && !getenv("PMI_SIZE") && isatty(1);
 }
 
 int thread_count(void) {
@@ -642,7 +642,7 @@ void ranks_inspect(void) {
         if (from >= 0)
             heard[from] = 1;
         ranks_answer();
-        sched_yield();
+        usleep(1000);
     }
     char names[256] = "";
     for (int r = 0; missing && r < ranks.size; r++) {
@@ -2549,9 +2549,9 @@ void add_device_balance(double *slope, const double *count, int E, int D, double
 }
 
 // slope (E) += : the communication loss of DeepSeek-V2, sum of f''_g P'_g with f''_g = D / (M n) * tokens sent to group
-// g. expert (n,K). all: the tokens of the group, where other ranks have the rest of them; else n.
+// g. expert (n,K). all: the tokens of the group on all ranks, over which it may be spread.
 void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight,
-                               int all) {
+                               int all, int spread) {
     double *sent = (double *)allocate(D, sizeof(double));
     for (int i = 0; i < n * K; i++) {
         int seen = expert[i] < 0;
@@ -2560,7 +2560,7 @@ void add_communication_balance(double *slope, const int *expert, int n, int E, i
         if (!seen)
             sent[group_of(expert[i], E, D)] += 1;
     }
-    if (all != n)
+    if (spread)
         sum_over_ranks(sent, D);
     for (int e = 0; e < E; e++)
         slope[e] += weight * D / ((double)M * all) * sent[group_of(e, E, D)];
@@ -3694,7 +3694,7 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens, int
             add_device_balance(slope, count, E, c->groups, c->device_weight);
         if (c->comm_weight > 0)
             add_communication_balance(slope, plan->key + (size_t)i * group_tokens * K, group_tokens, E, K, c->groups,
-                                      c->group_topk, c->comm_weight, whole_group);
+                                      c->group_topk, c->comm_weight, whole_group, is_spread(c));
     }
     s->aux += balance_forward(g, s->slope, rows, group_rows, c->score);
 }
@@ -6402,10 +6402,10 @@ void show_experts(Run *run) {
     if (!moe_layers(c, &l))
         return;
     double *seen = (double *)allocate((size_t)V, sizeof(double)), *taken = (double *)allocate((size_t)V * E, sizeof(double));
-    int batches = (int)fmin(32, (double)run->val->windows / c->batch);
+    int batches = (int)fmin(32, (double)run->val->windows / c->batch / ranks.size);
     for (int i = 0; i < batches; i++) {
         for (int b = 0; b < c->batch; b++)
-            data_window(run->val, (long)i * c->batch + b, -1, run->inputs + b * c->seq, run->targets + b * c->seq);
+            data_window(run->val, ((long)i * ranks.size + ranks.rank) * c->batch + b, -1, run->inputs + b * c->seq, run->targets + b * c->seq);
         run->backend->forward(run->model, run->inputs, run->targets, c->batch, c->seq, EVAL_MODE, 1, 0, 0);
         const Plan *plan = run->backend->plan(run->model, l);
         for (int n = 0; n < plan->N; n++) {
@@ -6422,6 +6422,8 @@ void show_experts(Run *run) {
             }
         }
     }
+    sum_over_ranks(seen, V);
+    sum_over_ranks(taken, V * E);
     printf("What the experts of layer %d like to read, and how much of it they take:\n", l + 1);
     for (int e = 0; e < min_int(E, 16); e++) {
         printf("  expert %2d:", e);
@@ -6568,7 +6570,7 @@ void describe_traffic(int steps, double ms, char text[256]) {
     ranks.waited = ranks.sent = ranks.reduced = 0;
 }
 
-// One line a step in trace-RANK.jsonl: the same for this rank alone, all since it began, and the rows that came to its
+// One line a step in trace-RANK.jsonl: the same for this rank alone, since the last line of the log, and the rows that came to its
 // experts in each layer's last forward pass.
 void trace_step(Run *run) {
     const Config *c = &run->config;
@@ -6583,7 +6585,8 @@ void trace_step(Run *run) {
         comma = ",";
     }
     fprintf(run->trace, "]}\n");
-    fflush(run->trace);
+    if (fflush(run->trace) != 0)
+        fail("%s/trace-%d.jsonl: cannot write: %s", run->out, ranks.rank, strerror(errno));
 }
 
 // Steps until config.steps, or until Ctrl-C. Returns 1 where it was interrupted.
@@ -6939,23 +6942,25 @@ int open_run(Run *run, const Config *asked) {
     run->warned = (unsigned char *)allocate(c->layers, 1);
     ranks_meet(); // before the first file is written, all have seen that there is none
     make_directories(run->out);
-    if (c->trace) {
-        snprintf(path, sizeof(path), "%s/trace-%d.jsonl", run->out, ranks.rank);
-        run->trace = fopen(path, run->step ? "ab" : "wb");
-        if (!run->trace)
-            fail("%s: cannot open: %s", path, strerror(errno));
-    }
-    if (ranks.rank) { // whose log is nobody's
-        run->log = fopen("/dev/null", "ab");
-        return 1;
-    }
-    snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
+    if (ranks.rank)
+        snprintf(path, sizeof(path), "/dev/null"); // this rank's log is nobody's
+    else
+        snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
     run->log = fopen(path, "ab");
     if (!run->log)
         fail("%s: cannot open: %s", path, strerror(errno));
-    if (flock(fileno(run->log), LOCK_EX | LOCK_NB) != 0)
+    if (!ranks.rank && flock(fileno(run->log), LOCK_EX | LOCK_NB) != 0)
         fail("%s: another process trains there", run->out);
-    cut_log(path, run->step);
+    if (!ranks.rank)
+        cut_log(path, run->step);
+    ranks_meet();
+    if (c->trace) {
+        snprintf(path, sizeof(path), "%s/trace-%d.jsonl", run->out, ranks.rank);
+        cut_log(path, run->step);
+        run->trace = fopen(path, "ab");
+        if (!run->trace)
+            fail("%s: cannot open: %s", path, strerror(errno));
+    }
     return 1;
 }
 
@@ -6982,9 +6987,10 @@ void print_memory(Run *run) {
     double before = run->before + 2 * (run->train->tokens + run->val->tokens), sum = before, mib = 1048576, again = 0;
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
-        int whole = t->kind == QKV || t->kind == PROJ || t->kind == DENSE_IN, some = t->kind == W_IN;
+        int whole = t->kind == QKV || t->kind == PROJ || t->kind == DENSE_IN;
+        int some = t->kind == W_IN && ranks.ep == 1; // what came from other ranks is kept
         if (whole || some) // of the last layer nothing is lost
-            again += 2.0 * (double)t->size * (whole ? 1 : (double)c->topk / c->experts * c->subtokens) * (t->layer < c->layers - 1);
+            again += 2.0 * (double)t->whole * (whole ? 1 : (double)c->topk / c->experts * c->subtokens) * (t->layer < c->layers - 1);
     }
     again += 2.0 * (c->layers - 1) * c->seq * c->dim;
     printf("memory in MiB:");
@@ -7015,6 +7021,7 @@ void announce(Run *run) {
     count_parameters(c, &total, &active);
     run->backend->device(device);
     run->flops = flops_per_token(c);
+    ranks_meet();
     run->peak = run->backend->peak();
     sum_over_ranks(&run->peak, 1);
     fprintf(run->log, "{\"type\":\"run\",");
