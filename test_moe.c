@@ -7589,8 +7589,8 @@ void test_gpu_errors(void **state) {
 // Runs `mpirun -np ranks train_moe_mpi options` in a small size.
 int run_ranks(char *output, size_t size, int ranks, const char *options) {
     return shell(output, size,
-                 "timeout 120 $MPIRUN -np %d $TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
-                 "--eval-batches 1 --tokens 5 --threads 1 %s",
+                 "timeout 120 $MPIRUN -np %d sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
+                 "--eval-batches 1 --tokens 5 --threads 1 %s'",
                  ranks, options);
 }
 
@@ -7653,6 +7653,7 @@ void test_mpi_bad_options(void **state) {
         {"--replicate 9", "at most all 8 experts can have a copy"},
         {"--prompt One", "one process goes on from a text"},
         {"--data nowhere", "nowhere: no tokenizer.json there"},
+        {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
     };
     char output[8192], options[512];
     if (!has_mpi())

@@ -6602,6 +6602,9 @@ int train(Run *run) {
     action.sa_flags = (int)SA_RESETHAND; // the second Ctrl-C ends at once
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+#ifdef USE_MPI
+    sigaction(SIGUSR1, &action, NULL); // which mpirun passes on to all ranks
+#endif
     signal(SIGPIPE, SIG_IGN); // training outlives who reads its progress
     while (run->step < c->steps && !stop && (MANY || !stop_asked)) {
         int step = run->step + 1;
@@ -6861,6 +6864,25 @@ void divide_experts(const Config *c) {
 #endif
 }
 
+// Stops where a rank was started with other options, other data or another checkpoint than rank 0.
+void compare_ranks(Run *run) {
+    char *text = NULL;
+    size_t size = 0;
+    FILE *memory = open_memstream(&text, &size);
+    write_options(memory, &run->config);
+    fprintf(memory, "%d %d %.0f %.0f", run->step, run->config.vocab, data_fingerprint(run->train), data_fingerprint(run->val));
+    fclose(memory);
+    uint64_t mine = 0;
+    for (size_t i = 0; i < size; i++)
+        mine = hash64(mine ^ (unsigned char)text[i]);
+    free(text);
+    uint64_t first = mine;
+    broadcast(&first, sizeof(first));
+    if (mine != first)
+        fail("this rank has other options, other data or another checkpoint than rank 0 (step %d, data %s)", run->step,
+             run->config.data);
+}
+
 // Everything before the first step; 0 where there is nothing left to do. Nothing is written before all is checked.
 int open_run(Run *run, const Config *asked) {
     Config *c = &run->config;
@@ -6928,6 +6950,7 @@ int open_run(Run *run, const Config *asked) {
     run->val = data_open(c->data, "val", c->seq, c->vocab, (uint64_t)c->seed);
     run->inputs = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
     run->targets = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
+    compare_ranks(run);
     divide_experts(c);
     run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
     if (resumed) {
@@ -7084,19 +7107,22 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
         return 0;
     announce(&run);
     int interrupted = train(&run);
+    char begin[32] = "";
     const char *name = program_name;
+    if (MANY)
+        snprintf(begin, sizeof(begin), "mpirun -np %d ", ranks.size);
     if (interrupted) {
-        printf("\nstopped after step %d of %d; go on with\n  ./%s --out %s --resume\n", run.step, run.config.steps,
-               name, run.out);
+        printf("\nstopped after step %d of %d; go on with\n  %s./%s --out %s --resume\n", run.step, run.config.steps,
+               begin, name, run.out);
     } else {
         show_experts(&run);
         printf("The run is in %s: log.jsonl, and in %s/latest the model, which Hugging Face's transformers %s.\n"
                "What next:\n"
                "  ./%s --out %s --prompt \"Once upon a time\"\n"
-               "  ./%s --out %s --resume --steps %d\n"
-               "  data/tinystories.sh && ./%s        (real stories; see README.md)\n",
+               "  %s./%s --out %s --resume --steps %d\n"
+               "  data/tinystories.sh && %s./%s        (real stories; see README.md)\n",
                run.out, run.out, *matching_class(&run.config) ? "opens as it is" : "has no class for", name, run.out,
-               name, run.out, run.config.steps * 2, name);
+               begin, name, run.out, run.config.steps * 2, begin, name);
     }
     close_run(&run);
     return interrupted ? 130 : 0;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints one table of a training step on one process and on two: time, waiting and bytes moved, with and without overlap,
-# with experts divided or not, with and without copies. Then checks the bytes counted against what they should be.
+# Prints one table of a training step on one process and on two: time, waiting, bytes moved; with overlap and without,
+# with experts divided or not, with copies of them. Then checks the bytes counted against what they should be.
 set -euo pipefail
 export LC_ALL=C
 
@@ -47,7 +47,7 @@ run() { # $1: name, $2: ranks, $3: sequences of each, then options of train_moe_
         --data "$root/data/stories" --out "$work/run" --layers $layers --dim $dim --heads $heads --experts $experts \
         --topk 2 --ffn $ffn --seq $seq --batch "$each" --steps $steps --log-every 1 --eval-batches 1 --tokens 1 "$@" \
         > "$work/said" 2>&1 < /dev/null ||
-        { cat "$work/said" >&2; fail "$name: the run failed"; }
+        { status=$?; cat "$work/said" >&2; fail "$name: the run failed with status $status"; }
     cat "$work/run/log.jsonl" >> "$work/$name.jsonl"
 }
 
@@ -84,9 +84,9 @@ mpi=$(env "${mpirun[@]}" --version 2> /dev/null | head -n 1)
 commit=$(git -C "$root" rev-parse --short HEAD 2> /dev/null || echo unknown)
 cat << END
 \`$called\`, $(date +%Y-%m-%d), ${processor:-$(uname -m)}, $cores cores, ${mpi:-MPI}, commit $commit:
-$layers layers of width $dim, $experts experts of $ffn of which a token sees 2, a step of $batch sequences of $seq tokens.
-Of each row the median of steps $first to $steps of all runs, of which it had $rounds, in turns with the others. Computing and
-waiting are those of the mean rank, bytes those of all ranks in a step.
+$layers layers of width $dim, $experts experts of $ffn of which a token sees 2, a step of $batch sequences of
+$seq tokens. A row is the median of steps $first to $steps of $rounds runs, in turns with the other rows. Computing
+and waiting are those of the mean rank, bytes those of all ranks in a step.
 
 | what | threads each | step, ms | computing, ms | waiting, ms | all-to-all, bytes | sums, bytes | tokens/s |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -113,7 +113,7 @@ while IFS='|' read -r row what; do
     }' "$work/$name.jsonl"
 done <<< "$rows"
 
-# ---- the checks: but for the first, nothing of what is expected comes from the program's counters
+# ---- the checks: but for one, nothing of what is expected comes from the program's counters
 echo
 wrong=0
 check() { # $1: what, $2: expected, $3: found
@@ -124,12 +124,12 @@ check() { # $1: what, $2: expected, $3: found
         wrong=1
     fi
 }
-same=$(step_of "$work/two.jsonl" 1 all_to_all_bytes)
-check "all-to-all of 2 ranks, --overlap 0, as with --overlap 1" "$same" "$(step_of "$work/wait.jsonl" 1 all_to_all_bytes)"
+check "all-to-all of 2 ranks, --overlap 0, as with --overlap 1" "$(step_of "$work/two.jsonl" 1 all_to_all_bytes)" \
+    "$(step_of "$work/wait.jsonl" 1 all_to_all_bytes)"
 per_row() { echo $(((4 * dim + 3 * $1) * 4)); } # a row there and back, forward and backward, with K weights and numbers
 
-# Sums: in a ring each rank sends 2(N-1)/N of what is summed; with each rank's share of the new weights that makes 3(N-1)
-# times what all have, filled up to 16 N numbers. Experts are summed by the ranks that have the same ones.
+# Sums: in a ring each rank sends 2(N-1)/N of what is summed; with the shares of the new weights that makes 3(N-1) times
+# what all have, filled up to 16 N numbers. Experts are summed by the ranks that have the same ones.
 params=$(awk "$number"' /^."type":"run"/ { printf "%.0f\n", number("params"); exit }' "$work/two.jsonl")
 of_experts=$((layers * experts * 3 * ffn * dim)) copy=$((3 * ffn * dim))
 all_have=$(((params - of_experts + 31) / 32 * 32))
