@@ -7643,6 +7643,35 @@ void test_mpi_program(void **state) {
     assert_int_equal(shell(output, sizeof(output), "$TRAIN_MOE_MPI --prompt One --tokens 5 --out %s", scratch("four")), 0);
 }
 
+// What is logged does not depend on the number of ranks: validation, bits per byte, the routers' lines.
+void test_mpi_log(void **state) {
+    (void)state;
+    static const char *const names[] = {"val_loss", "val_bpb", "entropy", "dropped", "max_over_mean", "active"};
+    char output[65536], options[512], name[16], key[64];
+    double wanted[6] = {0};
+    if (!has_mpi())
+        return;
+    for (int ranks = 1; ranks <= 6; ranks += ranks < 3 ? 1 : 3) { // 1, 2, 3, 6
+        snprintf(name, sizeof(name), "log%d", ranks);
+        snprintf(options, sizeof(options),
+                 "--batch %d --experts 6 --capacity-factor 0.6 --eval-capacity-factor 0.8 --eval-every 6 --eval-batches %d "
+                 "--save-every 0 --out %s",
+                 6 / ranks, 4, scratch(name));
+        assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
+        shell(output, sizeof(output), "cat %s/log.jsonl", scratch(name));
+        for (int i = 0; i < 6; i++) {
+            char *last = NULL;
+            snprintf(key, sizeof(key), "\"%s\":", names[i]);
+            for (char *at = output; (at = strstr(at, key)) != NULL; at++)
+                last = at + strlen(key);
+            assert_non_null(last);
+            wanted[i] = ranks == 1 ? atof(last) : wanted[i];
+            if (!(fabs(atof(last) - wanted[i]) <= 2e-3 * fmax(1, fabs(wanted[i]))))
+                fail_msg("%d ranks: %s is %g, not %g", ranks, names[i], atof(last), wanted[i]);
+        }
+    }
+}
+
 void test_mpi_bad_options(void **state) {
     (void)state;
     static const char *const cases[][2] = {
@@ -8180,6 +8209,7 @@ int main(void) {
         cmocka_unit_test(test_tokenize_no_room),
         cmocka_unit_test(test_tokenize_no_permission),
         cmocka_unit_test(test_mpi_program),
+        cmocka_unit_test(test_mpi_log),
         cmocka_unit_test(test_mpi_bad_options),
         cmocka_unit_test(test_mpi_crash),
 #endif

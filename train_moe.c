@@ -4357,8 +4357,8 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
     m->first_token = (uint64_t)first_token;
     int begins = !first_token || first_token < (long)ranks.size * N; // the step's first micro-step
     m->last_pass = first_token / max_int(N, 1) / ranks.size == c->accum - 1;
-    memcpy(m->rank_tokens, &N, sizeof(int));
-    if (MANY)
+    m->rank_tokens[ranks.rank] = N;
+    if (is_spread(c))
         share_token_counts(m, N);
     if (mode == TRAIN_MODE && begins)
         clear_router_stats(m);
@@ -6606,7 +6606,7 @@ int train(Run *run) {
     sigaction(SIGUSR1, &action, NULL); // which mpirun passes on to all ranks
 #endif
     signal(SIGPIPE, SIG_IGN); // training outlives who reads its progress
-    while (run->step < c->steps && !stop && (MANY || !stop_asked)) {
+    while (run->step < c->steps && !stop && (MANY || !stop_asked)) { // no rank may stop alone
         int step = run->step + 1;
         double loss, aux, norm, lr = learning_rate(c, step);
         for (int micro = 0; micro < c->accum; micro++) {
