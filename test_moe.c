@@ -7744,7 +7744,7 @@ enum { FORMS = sizeof(forms) / sizeof(forms[0]) };
 MPI_Comm form_comm = MPI_COMM_NULL;
 
 void begin_form(int size, int ep) { // size 1: this process alone
-    static const Ranks alone = {0, 1, 1, 0, 1, 0, 0, 0, 0, 0, MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL};
+    static const Ranks alone = {0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0, MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL};
     int world;
     ranks = alone;
     if (size == 1)

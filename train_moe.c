@@ -431,6 +431,7 @@ typedef struct Ranks {
     int ep, place;
     int copies, copy;
     int watchdog;         // seconds
+    int crowded;          // this machine has more ranks than cores, so that who waits had better sleep
     double waited;        // seconds in which this rank waited for others,
     double sent, reduced; // bytes that it sent by all-to-all, and for gradients and weights; since the log's last line
 #ifdef USE_MPI
@@ -438,7 +439,7 @@ typedef struct Ranks {
     MPI_Comm watch;             // all ranks, to ask who is alive
 #endif
 } Ranks;
-Ranks ranks = {0, 1, 1, 0, 1, 0, 0, 0, 0, 0
+Ranks ranks = {0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0
 #ifdef USE_MPI
                , MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL
 #endif
@@ -672,7 +673,7 @@ void ranks_wait(MPI_Request *requests, int count) {
             ranks_answer();
             answered = now;
         }
-        if (now - start > 0.001) // others may have more ranks than cores
+        if (ranks.crowded || now - start > 0.001)
             usleep(20);
         if (ranks.watchdog && now - looked > ranks.watchdog) {
             ranks_inspect();
@@ -796,6 +797,7 @@ void ranks_form(MPI_Comm comm, int ep) {
     ranks.copies = ranks.size / ep;
     MPI_Comm_split(comm, ranks.copy, ranks.rank, &ranks.group);
     MPI_Comm_split(comm, ranks.place, ranks.rank, &ranks.twins);
+    ranks.crowded = ranks_of_machine() > sysconf(_SC_NPROCESSORS_ONLN);
 }
 
 void ranks_part(void) {
