@@ -263,7 +263,7 @@ sanitize: data/stories/tokenizer.json
 	$(TEST_BUILD) $(OPENMP) $(SANITIZE) test_moe.c -o dev/test_moe_asan -lcmocka $(LIBS)
 	$(TEST_BUILD) $(OPENMP) $(SANITIZE) -DREAL=double test_moe.c -o dev/test_moe_asan_double -lcmocka $(LIBS)
 	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan
-	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan_double
+	VALGRIND=1 dev/test_moe_asan_double # small sizes
 	if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory sanitize_emulated; fi
 
 ##sanitize_emulated: the CUDA twin's tests on the processor, under AddressSanitizer
