@@ -70,6 +70,14 @@ train_moe_cu: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION) | d
 	@command -v $(NVCC) >/dev/null || { echo "no nvcc here: install the CUDA Toolkit, or say where it is: make train_moe_cu CUDA=/path"; exit 1; }
 	$(CUDA_BUILD) $(call precision,$(PRECISION)) train_moe.cu -o $@ -lcublas
 
+##train_moe_cu_nccl: the same for several GPUs: mpirun -np 8 ./train_moe_cu_nccl; needs MPI and NCCL besides
+MPICXX ?= mpicxx
+USE_NCCL = -DUSE_MPI -DUSE_NCCL -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
+train_moe_cu_nccl: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION) | data/stories/tokenizer.json
+	@command -v $(NVCC) $(MPICXX) >/dev/null || { echo "no nvcc or no $(MPICXX) here: install the CUDA Toolkit, NCCL and MPI"; exit 1; }
+	OMPI_CXX=$(CXX) MPICH_CXX=$(CXX) $(CUDA_BUILD) -ccbin $(MPICXX) $(USE_NCCL) $(call precision,$(PRECISION)) \
+	    train_moe.cu -o $@ -lcublas -lnccl
+
 # Another PRECISION is another program.
 dev/built_%:
 	@rm -f dev/built_*; touch $@
@@ -142,8 +150,11 @@ test_mpi: dev/test_ranks dev/test_ranks_double dev/test_moe train_moe_mpi
 ifeq ($(origin CXX),default)
 CXX := $(shell command -v g++ || command -v clang++ || echo c++)
 endif
-EMULATED = $(CXX) -x c++ -std=gnu++17 -O2 -g $(WARN) -Wno-unknown-pragmas $(ARCH) -ffp-contract=fast -fno-math-errno \
+EMULATED_FLAGS = -x c++ -std=gnu++17 -O2 -g $(WARN) -Wno-unknown-pragmas $(ARCH) -ffp-contract=fast -fno-math-errno \
     $(if $(findstring clang,$(CXX)),-ffp-exception-behavior=maytrap) $(OPENMP) -DCUDACPU -Idev/cudacpu -I.
+EMULATED = $(CXX) $(EMULATED_FLAGS)
+# With NCCL, which MPI answers: mpicxx calls the same compiler.
+EMULATED_NCCL = OMPI_CXX=$(CXX) MPICH_CXX=$(CXX) $(MPICXX) $(EMULATED_FLAGS) $(USE_NCCL)
 CUDACPU  = $(wildcard dev/cudacpu/*.h) dev/cudacpu/rewrite.sed
 TWIN     = -DTWIN='"dev/emulated/train_moe_cu.cpp"'
 
@@ -161,9 +172,32 @@ dev/emulated/train_moe_cu: dev/emulated/train_moe_cu.cpp train_moe.c data/unicod
 dev/emulated/check: dev/emulated/check.cpp $(CUDACPU)
 	$(EMULATED) $< -o $@ $(LIBS)
 
+dev/emulated/check_nccl.cpp: dev/cudacpu/check_nccl.cu dev/cudacpu/rewrite.sed
+	@mkdir -p dev/emulated
+	(echo '#line 1 "check_nccl.cu"'; sed -E -f dev/cudacpu/rewrite.sed dev/cudacpu/check_nccl.cu) > $@
+
+dev/emulated/check_nccl: dev/emulated/check_nccl.cpp $(CUDACPU)
+	$(EMULATED_NCCL) $< -o $@ $(LIBS)
+
+dev/emulated/check_nccl_asan: dev/emulated/check_nccl.cpp $(CUDACPU)
+	$(EMULATED_NCCL) $(SANITIZE) $< -o $@ $(LIBS)
+
 dev/emulated/test_%: dev/emulated/train_moe_cu.cpp $(TEST_FILES) $(CUDACPU)
 	$(GET_CMOCKA)
 	$(EMULATED) $(call precision,$*) $(TWIN) test_moe.c -o $@ -lcmocka $(LIBS)
+
+##check_nccl: the emulator's NCCL with one to four ranks, and its mistakes; needs MPI
+.PHONY: check_nccl
+check_nccl: dev/emulated/check_nccl
+	dev/emulated/check_nccl
+
+dev/emulated/train_moe_cu_nccl: dev/emulated/train_moe_cu.cpp train_moe.c data/unicode.h $(CUDACPU)
+	$(EMULATED_NCCL) $< -o $@ $(LIBS)
+
+dev/emulated/test_ranks_%: dev/emulated/train_moe_cu.cpp $(TEST_FILES) $(CUDACPU)
+	$(GET_CMOCKA)
+	$(NEED_MPI)
+	$(EMULATED_NCCL) $(call precision,$*) $(TWIN) -Wno-unused-function test_moe.c -o $@ -lcmocka $(LIBS)
 
 ##test_emulated: the CUDA twin's tests on the processor, in bfloat16 and in float32
 .PHONY: test_emulated test_cu sanitize_cu
@@ -171,6 +205,12 @@ test_emulated: dev/emulated/check dev/emulated/train_moe_cu dev/emulated/test_bf
 	dev/emulated/check
 	TRAIN_MOE_CU=dev/emulated/train_moe_cu dev/emulated/test_bf16
 	TRAIN_MOE_CU=dev/emulated/train_moe_cu dev/emulated/test_fp32
+
+##test_nccl: the CUDA twin on several processes, in the emulator, against the C twin alone; needs MPI
+.PHONY: test_nccl
+test_nccl: dev/emulated/test_ranks_fp32 dev/emulated/test_ranks_bf16
+	OMP_NUM_THREADS=1 $(MPIRUN) -np 4 dev/emulated/test_ranks_fp32
+	OMP_NUM_THREADS=1 $(MPIRUN) -np 4 dev/emulated/test_ranks_bf16
 
 ##bench_cu: the CUDA twin's speed: peak, steps beside dense, each kernel, experts, attention, generation, PyTorch (TORCH_PYTHON)
 .PHONY: bench_cu

@@ -660,26 +660,33 @@ void ranks_inspect(void) {
     }
 }
 
+// Again and again, by who waits since `start`.
+void ranks_watch(double start) {
+    static double looked, answered;
+    double now = seconds();
+    looked = looked > start ? looked : start;
+    if (now - answered > 0.05) {
+        ranks_answer();
+        answered = now;
+    }
+    if (ranks.watchdog && now - looked > ranks.watchdog) {
+        ranks_inspect();
+        looked = seconds();
+    }
+    if (ranks.crowded || now - start > 0.001)
+        usleep(20);
+    sched_yield();
+}
+
 void ranks_wait(MPI_Request *requests, int count) {
-    double start = seconds(), looked = start, answered = start;
+    double start = seconds();
     for (int done = 0;;) {
         MPI_Testall(count, requests, &done, MPI_STATUSES_IGNORE);
-        double now = seconds();
         if (done) {
-            ranks.waited += now - start;
+            ranks.waited += seconds() - start;
             return;
         }
-        if (now - answered > 0.05) {
-            ranks_answer();
-            answered = now;
-        }
-        if (ranks.crowded || now - start > 0.001)
-            usleep(20);
-        if (ranks.watchdog && now - looked > ranks.watchdog) {
-            ranks_inspect();
-            looked = seconds();
-        }
-        sched_yield();
+        ranks_watch(start);
     }
 }
 #endif
@@ -2969,9 +2976,10 @@ size_t expert_size(const Config *c, int kind, int e) {
 
 // Where each tensor lies: in the order of the table. Of several ranks, what all have comes first, filled up so that it
 // divides evenly among them; then come this rank's experts, each tensor with room for as many large ones as it may have
-// to copy from other ranks. Returns the numbers of all, *replicated those of the first part.
-size_t place_tensors(const Config *c, Tensor *list, int count, size_t *replicated) {
-    size_t place = 0, at = 0, unit = 16 * (size_t)ranks.size;
+// to copy from other ranks. Each begins at a multiple of `unit` numbers. Returns the numbers of all, *replicated those of
+// the first part.
+size_t place_tensors(const Config *c, Tensor *list, int count, size_t unit, size_t *replicated) {
+    size_t place = 0, at = 0, even = (unit > 16 ? unit : 16) * (size_t)ranks.size;
     for (int i = 0; i < count; i++) {
         list[i].place = place;
         place += list[i].whole;
@@ -2991,10 +2999,10 @@ size_t place_tensors(const Config *c, Tensor *list, int count, size_t *replicate
                 t->size -= e < first || e >= first + each ? size : 0;
                 largest = size > largest ? size : largest;
             }
-            at += t->size + largest * (size_t)c->replicate;
+            at += (t->size + largest * (size_t)c->replicate + unit - 1) / unit * unit;
         }
         if (part == 0)
-            *replicated = at = MANY ? (at + unit - 1) / unit * unit : at;
+            *replicated = at = MANY ? (at + even - 1) / even * even : at;
     }
     return at;
 }
@@ -3029,7 +3037,7 @@ int model_tensors(const Config *c, Tensor *list) {
         {1, 1, C}, {1, c->untied ? c->vocab : 0, C}, {1, 3 * R, R}, {1, 3 * R, R}, {1, 1, 3 * R}, {1, 1, 3 * R}};
     for (int kind = NORM; kind < KINDS; kind++)
         add_tensor(list, &count, -1, kind, shapes[kind - NORM]);
-    place_tensors(c, list, count, &replicated);
+    place_tensors(c, list, count, 1, &replicated);
     return count;
 }
 
@@ -3146,6 +3154,7 @@ typedef struct Model {
     struct Placement *placement; // of the experts
     struct Travel *travel;       // (2) rows on their way between ranks
     int *rank_tokens;            // (ranks) tokens of the last forward pass
+    int *came;                   // (L) rows that came to this rank's experts in it
     Weights weights, grads;
     int *expert_width, *expert_activation; // (E)
     LayerState *layers;            // (L)
@@ -3198,12 +3207,12 @@ real *own_reals(Model *m, size_t count) {
     return (real *)own(m, count, sizeof(real));
 }
 
-// The table of weights, and how many numbers there are of what. list: room for the table
-void lay_tensors(Model *m, Tensor *list) {
+// The table of weights, and how many numbers there are of what. list: room for the table; unit: see place_tensors
+void lay_tensors(Model *m, Tensor *list, size_t unit) {
     const Config *c = &m->config;
     m->tensors = list;
     m->tensor_count = model_tensors(c, m->tensors);
-    m->size = place_tensors(c, m->tensors, m->tensor_count, &m->replicated);
+    m->size = place_tensors(c, m->tensors, m->tensor_count, unit, &m->replicated);
     m->whole = m->tensors[m->tensor_count - 1].place + m->tensors[m->tensor_count - 1].whole;
     m->slice = m->replicated / (size_t)ranks.size * (size_t)ranks.rank;
     m->slice_end = m->slice + m->replicated / (size_t)ranks.size;
@@ -3397,7 +3406,8 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     int n = N * c->subtokens, W = router_width(c);
     size_t moe = moe_layers(c, &last) > 0, rows = N, width = 0, hidden = 0, nK = moe * n * places(c);
     size_t two = c->select == HIERARCHICAL ? 1 : 0, scores = moe * n * W;
-    lay_tensors(m, (Tensor *)own(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor)));
+    lay_tensors(m, (Tensor *)own(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor)), 1);
+    m->came = (int *)own(m, L, sizeof(int));
     m->rank_tokens = (int *)own(m, ranks.size, sizeof(int));
     m->memory[WEIGHTS] = weights ? weights : own_reals(m, m->size);
     point_weights(m, &m->weights, m->memory[WEIGHTS]);
@@ -3912,14 +3922,18 @@ real *reals_for(Room *r, size_t count) {
     return (real *)room_for(r, count, sizeof(real));
 }
 
-// The rank of the group to which token n goes for expert e of layer l, and the expert's number there. Of two copies the
-// one here is best; else even tokens go to one, odd ones to the other.
-int expert_rank(const Model *m, int l, int e, int n, int *number) {
-    const Placement *p = m->placement;
-    int owner = e / p->here, host = p->host[l * m->config.experts + e];
-    int there = host >= 0 && owner != ranks.place && (host == ranks.place || n % 2) ? host : owner;
-    *number = there == owner ? e - owner * p->here : p->here + p->slot[l * m->config.experts + e];
+// The rank of the group to which token n of the rank at `place` goes for expert e, and the expert's number there. Of two
+// copies the one here is best; else even tokens go to one, odd ones to the other. here: experts of a rank; host, slot (E)
+BOTH int rank_of_expert(const int *host, const int *slot, int here, int place, int e, int n, int *number) {
+    int owner = e / here, there = host[e] >= 0 && owner != place && (host[e] == place || n % 2) ? host[e] : owner;
+    *number = there == owner ? e - owner * here : here + slot[e];
     return there;
+}
+
+int expert_rank(const Model *m, int l, int e, int n, int *number) { // of layer l, for a token of this rank
+    const Placement *p = m->placement;
+    int first = l * m->config.experts;
+    return rank_of_expert(p->host + first, p->slot + first, p->here, ranks.place, e, n, number);
 }
 
 // Sends row after row of `bytes` to the ranks of the group, and receives such.
@@ -4161,10 +4175,12 @@ void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T) {
         to = s->merged;
     }
     router_forward(m, l, s, x, N * h, C / h, T * h);
+    m->came[l] = N * h;
     if (apart) {
         exchange_start(m, l, s, x, N * h, C / h);
         dense_forward(m, l, s, out, N); // while the rows travel
         exchange_forward(m, l, s, to, C / h);
+        m->came[l] = s->exchange[0].came + (m->config.overlap ? s->exchange[1].came : 0);
     } else {
         Experts experts = layer_experts(m, w, &s->plan, C / h);
         experts_forward(m->rows, s->hidden, m->act, x, &experts, 0);
@@ -4423,18 +4439,18 @@ void start_sum(Model *m, size_t from, size_t end, int twins) {
 }
 
 // After the backward pass of layer l (after that of the embedding: -1): sums what is finished. *from: where the gradients
-// begin that are on their way already.
-void sum_layer(Model *m, int l, size_t *from) {
+// begin that are on their way already; start: start_sum, or the CUDA twin's.
+void sum_layer(Model *m, int l, size_t *from, void (*start)(Model *m, size_t from, size_t end, int twins)) {
     size_t begin = m->replicated;
     for (int i = m->tensor_count - 1; i >= 0; i--) {
         const Tensor *t = &m->tensors[i];
         if (tensor_is_expert(t) && t->layer == l && !m->config.replicate)
-            start_sum(m, t->offset, t->offset + t->size, 1);
+            start(m, t->offset, t->offset + t->size, 1);
         else if (!tensor_is_expert(t) && t->layer == l && (l >= 0 || t->kind == EMBED))
             begin = t->offset; // the first one's in the end
     }
     if (begin < *from && (l < 0 || *from - begin >= BUCKET)) {
-        start_sum(m, begin, *from, 0);
+        start(m, begin, *from, 0);
         *from = begin;
     }
 }
@@ -4449,56 +4465,63 @@ size_t expert_offset(const Model *m, const Tensor *t, int number) {
     return offset;
 }
 
-// Of experts with a second copy: the copies' gradients are added to their owners', or the owners' weights are copied.
-void exchange_copies(Model *m, int what) {
+typedef struct Copy { // a matrix of an expert that has a second copy, of which this rank has one
+    int peer, owned;  // who has the other; whether this rank is the owner
+    size_t at, size;  // where it is in memory[what]
+} Copy;
+
+Copy *list_copies(const Model *m, int *count) { // in the same order on all ranks; to be freed
     const Config *c = &m->config;
     const Placement *p = m->placement;
-    real *memory = m->memory[what], *arrived = NULL;
-    size_t room = 0, used = 0;
-#ifdef USE_MPI
-    int count = 0;
-    MPI_Request *requests = (MPI_Request *)allocate((size_t)m->tensor_count * c->experts, sizeof(MPI_Request));
-#endif
-    for (int pass = what == GRADS ? 0 : 1; pass < 3; pass++) { // count what arrives; send and receive; add what arrived
-        used = 0;
-        for (int i = 0; i < m->tensor_count; i++) {
-            const Tensor *t = &m->tensors[i];
-            for (int e = 0; tensor_is_expert(t) && e < c->experts; e++) {
-                int host = p->host[t->layer * c->experts + e], owner = e / p->here, here = owner == ranks.place;
-                if (host < 0 || (!here && host != ranks.place))
-                    continue;
-                size_t size = expert_size(c, t->kind, e);
-                int number = here ? e - owner * p->here : p->here + p->slot[t->layer * c->experts + e];
-                real *own = memory + expert_offset(m, t, number), *to = own;
-                if (here && what == GRADS) {
-                    to = arrived + used;
-                    used += size;
-                }
-                if (pass == 0)
-                    room = used;
-#ifdef USE_MPI
-                if (pass == 1 && here == (what == GRADS)) {
-                    MPI_Irecv(to, (int)size, MPI_REALS, here ? host : owner, what, ranks.group, &requests[count++]);
-                } else if (pass == 1) {
-                    ranks.reduced += (double)(size * sizeof(real));
-                    MPI_Isend(own, (int)size, MPI_REALS, here ? host : owner, what, ranks.group, &requests[count++]);
-                }
-#endif
-                for (size_t j = 0; pass == 2 && what == GRADS && j < size; j++)
-                    own[j] = here ? own[j] + to[j] : 0;
-            }
+    Copy *list = (Copy *)allocate((size_t)m->tensor_count * c->experts, sizeof(Copy));
+    *count = 0;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        for (int e = 0; tensor_is_expert(t) && e < c->experts; e++) {
+            int host = p->host[t->layer * c->experts + e], owner = e / p->here, owned = owner == ranks.place;
+            int number = owned ? e - owner * p->here : p->here + p->slot[t->layer * c->experts + e];
+            if (host < 0 || (!owned && host != ranks.place))
+                continue;
+            Copy copy = {owned ? host : owner, owned, expert_offset(m, t, number), expert_size(c, t->kind, e)};
+            list[(*count)++] = copy;
         }
-        if (pass == 0)
-            arrived = allocate_reals(room);
-#ifdef USE_MPI
-        if (pass == 1)
-            ranks_wait(requests, count);
-#endif
     }
+    return list;
+}
+
+// Of experts with a second copy: the copies' gradients are added to their owners', or the owners' weights are copied.
+void exchange_copies(Model *m, int what) {
+    int count;
+    size_t room = 0;
+    Copy *list = list_copies(m, &count);
+    for (int i = 0; i < count; i++)
+        room += what == GRADS && list[i].owned ? list[i].size : 0;
+    real *arrived = allocate_reals(room), *to = arrived;
 #ifdef USE_MPI
+    MPI_Request *requests = (MPI_Request *)allocate(count, sizeof(MPI_Request));
+    for (int i = 0; i < count; i++) {
+        const Copy *k = &list[i];
+        real *own = m->memory[what] + k->at;
+        if (k->owned == (what == GRADS)) {
+            MPI_Irecv(what == GRADS ? to : own, (int)k->size, MPI_REALS, k->peer, what, ranks.group, &requests[i]);
+            to += k->size;
+        } else {
+            ranks.reduced += (double)(k->size * sizeof(real));
+            MPI_Isend(own, (int)k->size, MPI_REALS, k->peer, what, ranks.group, &requests[i]);
+        }
+    }
+    ranks_wait(requests, count);
     free(requests);
 #endif
+    to = arrived;
+    for (int i = 0; what == GRADS && i < count; i++) {
+        real *own = m->memory[what] + list[i].at;
+        for (size_t j = 0; j < list[i].size; j++)
+            own[j] = list[i].owned ? own[j] + to[j] : 0;
+        to += list[i].owned ? list[i].size : 0;
+    }
     free(arrived);
+    free(list);
 }
 
 // Gives each layer's busiest experts of late a second copy: one after the other on the rank that has least to do by then.
@@ -4563,11 +4586,11 @@ void model_backward(Model *m) {
         product(dw->qkv, along_columns(m->dqkv, Q, NULL), along_columns(s->h1, C, NULL), Q, C, N, 1);
         rmsnorm_backward(m->dx, dw->norm1, m->dh, s->x, s->rstd1, w->norm1, N, C, m->partial);
         if (sums)
-            sum_layer(m, l, &from);
+            sum_layer(m, l, &from, start_sum);
     }
     embedding_backward(m->grads.embed, m->dx, m->tokens, N, C, c->vocab, m->order, m->offset);
     if (sums) {
-        sum_layer(m, -1, &from);
+        sum_layer(m, -1, &from, start_sum);
         start_sum(m, tail, m->replicated, 0); // the last norm, and what all layers have in common
     }
     if (sums && m->placement && c->replicate) {
@@ -6580,10 +6603,9 @@ void trace_step(Run *run) {
             run->step, seconds(), ranks.waited, ranks.sent, ranks.reduced);
     const char *comma = "";
     for (int l = 0; l < c->layers; l++) {
-        const Exchange *e = run->model->layers[l].exchange;
         if (!is_moe(c, l))
             continue;
-        fprintf(run->trace, "%s%d", comma, !e ? run->model->rank_tokens[ranks.rank] * c->subtokens : e[0].came + (c->overlap ? e[1].came : 0));
+        fprintf(run->trace, "%s%d", comma, run->model->came[l]);
         comma = ",";
     }
     fprintf(run->trace, "]}\n");

@@ -3,6 +3,7 @@
 //   make train_moe_cu                    needs the CUDA Toolkit (nvcc, cuBLAS) and nothing else
 //   make train_moe_cu PRECISION=fp32     everything in float32, to be compared with the C twin
 //   ./train_moe_cu                       the same options, files, recipes and log as ./train_moe
+//   make train_moe_cu_nccl               for several GPUs: mpirun -np 4 ./train_moe_cu_nccl; needs MPI and NCCL besides
 //
 // Read train_moe.c first. Here each function has the name, the order of arguments and the meaning of its twin there; what
 // changed is said in its comment. A function runs on the host and starts kernels, which run on the device, one after
@@ -22,6 +23,12 @@
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <initializer_list>
+#ifdef USE_NCCL
+#include <nccl.h>
+#elif defined(USE_MPI)
+#error "ranks of the CUDA twin need NCCL: -DUSE_MPI -DUSE_NCCL"
+#endif
 
 namespace gpu {
 
@@ -55,6 +62,11 @@ const char *cause_of(cudaError_t error) {
 const char *cause_of(cublasStatus_t status) {
     return status == CUBLAS_STATUS_SUCCESS ? NULL : cublasGetStatusString(status);
 }
+#ifdef USE_NCCL
+const char *cause_of(ncclResult_t result) {
+    return result == ncclSuccess ? NULL : ncclGetErrorString(result);
+}
+#endif
 #define CHECK(call) gpu::check(gpu::cause_of(call), #call, __PRETTY_FUNCTION__, __FILE__, __LINE__)
 
 void zero(void *p, size_t bytes) {
@@ -241,6 +253,160 @@ __device__ void warp_product(float (&acc)[MT][NT][4], const floatX *a, int lda, 
 #endif
 }
 
+// ---- ranks
+//
+// Several processes, each with a device of its own (make train_moe_cu_nccl). NCCL moves what is on the devices, in a stream
+// of its own and in the same order on all ranks; MPI starts the processes and moves what is on the hosts.
+
+cudaStream_t traffic;   // all that travels
+cudaEvent_t milestone;  // follow()
+struct Pause {
+    cudaEvent_t begin, end;
+} *pauses; // in which `stream` waited for others, since await_device()
+int pause_count, pause_room;
+
+// What is queued in `later` from now on comes after what is in `earlier` by now.
+void follow(cudaStream_t later, cudaStream_t earlier) {
+    CHECK(cudaEventRecord(milestone, earlier));
+    CHECK(cudaStreamWaitEvent(later, milestone, 0));
+}
+
+// The work queued in `stream` from now on waits for the event. Booked in ranks.waited once it is known how long.
+void wait_for(cudaEvent_t event) {
+    if (pause_count == pause_room) {
+        pauses = (Pause *)reallocate(pauses, (size_t)pause_room + 64, sizeof(Pause));
+        for (; pause_room < pause_count + 64; pause_room++) {
+            CHECK(cudaEventCreate(&pauses[pause_room].begin));
+            CHECK(cudaEventCreate(&pauses[pause_room].end));
+        }
+    }
+    Pause *p = &pauses[pause_count++];
+    CHECK(cudaEventRecord(p->begin, stream));
+    CHECK(cudaStreamWaitEvent(stream, event, 0));
+    CHECK(cudaEventRecord(p->end, stream));
+}
+
+void wait_for_traffic() {
+    CHECK(cudaEventRecord(milestone, traffic));
+    wait_for(milestone);
+}
+
+// The host waits until `stream` has done everything; one of several ranks keeps the watch meanwhile.
+void await_device() {
+#ifdef USE_NCCL
+    double start = seconds();
+    float ms;
+    while (MANY && cudaStreamQuery(stream) == cudaErrorNotReady)
+        ranks_watch(start);
+    CHECK(cudaStreamSynchronize(stream));
+    for (; pause_count > 0; pause_count--) {
+        CHECK(cudaEventElapsedTime(&ms, pauses[pause_count - 1].begin, pauses[pause_count - 1].end));
+        ranks.waited += ms / 1000;
+    }
+#else
+    CHECK(cudaStreamSynchronize(stream));
+#endif
+}
+
+enum { OF_ALL, OF_GROUP, OF_TWINS }; // ranks.all, .group and .twins
+
+#ifdef USE_NCCL
+ncclComm_t comms[3];
+
+void start_ranks() {
+    const MPI_Comm of[] = {ranks.all, ranks.group, ranks.twins};
+    for (int i = 0; i < 3 && !comms[OF_TWINS]; i++) {
+        ncclUniqueId id;
+        int rank, size;
+        MPI_Comm_rank(of[i], &rank);
+        MPI_Comm_size(of[i], &size);
+        if (rank == 0)
+            CHECK(ncclGetUniqueId(&id));
+        MPI_Bcast(&id, sizeof(id), MPI_BYTE, 0, of[i]);
+        CHECK(ncclCommInitRank(&comms[i], size, id, rank));
+    }
+}
+
+void end_ranks() {
+    for (int i = 0; i < 3 && comms[i]; i++) {
+        CHECK(ncclCommDestroy(comms[i]));
+        comms[i] = NULL;
+    }
+}
+
+// What may travel, all of it in `traffic`. In a build without NCCL nothing does.
+void nccl_sum(float *v, size_t n, int of) { // in place
+    CHECK(ncclAllReduce(v, v, n, ncclFloat, ncclSum, comms[of], traffic));
+}
+void nccl_sum(double *v, size_t n, int of) {
+    CHECK(ncclAllReduce(v, v, n, ncclDouble, ncclSum, comms[of], traffic));
+}
+void nccl_gather(float *all, size_t mine, size_t n) { // each rank's n numbers, this one's are at `mine`
+    CHECK(ncclAllGather(all + mine, all, n, ncclFloat, comms[OF_ALL], traffic));
+}
+void nccl_broadcast(const void *from, void *to, size_t bytes, int root) {
+    CHECK(ncclBroadcast(from, to, bytes, ncclUint8, root, comms[OF_ALL], traffic));
+}
+void nccl_send(const void *from, size_t bytes, int rank) { // of the group
+    CHECK(ncclSend(from, bytes, ncclUint8, rank, comms[OF_GROUP], traffic));
+}
+void nccl_receive(void *to, size_t bytes, int rank) {
+    CHECK(ncclRecv(to, bytes, ncclUint8, rank, comms[OF_GROUP], traffic));
+}
+void nccl_begin() { // what is asked for from here on is one operation,
+    CHECK(ncclGroupStart());
+}
+void nccl_end() { // which begins here
+    CHECK(ncclGroupEnd());
+}
+#else
+void nccl_sum(float *, size_t, int) {
+}
+void nccl_sum(double *, size_t, int) {
+}
+void nccl_gather(float *, size_t, size_t) {
+}
+void nccl_broadcast(const void *, void *, size_t, int) {
+}
+void nccl_send(const void *, size_t, int) {
+}
+void nccl_receive(void *, size_t, int) {
+}
+void nccl_begin() {
+}
+void nccl_end() {
+}
+#endif
+
+// v (n), on the device, = the sum of all ranks' v
+void sum_over_ranks(double *v, int n) {
+    follow(traffic, stream);
+    nccl_sum(v, (size_t)n, OF_ALL);
+    wait_for_traffic();
+}
+
+// Sends row after row of `bytes` to the ranks of the group, and receives such: see the C twin.
+void send_rows(const void *out, const int *sent, const int *sent_at, void *in, const int *got, const int *got_at,
+               size_t bytes) {
+    for (int r = 0; r < ranks.ep; r++) {
+        ranks.sent += r == ranks.place ? 0 : (double)bytes * sent[r];
+        if (sent[r])
+            nccl_send((const char *)out + sent_at[r] * bytes, sent[r] * bytes, r);
+        if (got[r])
+            nccl_receive((char *)in + got_at[r] * bytes, got[r] * bytes, r);
+    }
+}
+
+// What is sent between the two travels at once, after what `stream` has done by now; `there` happens when it has come.
+void depart() {
+    follow(traffic, stream);
+    nccl_begin();
+}
+void arrive(cudaEvent_t there) {
+    nccl_end();
+    CHECK(cudaEventRecord(there, traffic));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. The model's arrays
 
@@ -262,11 +428,55 @@ struct RouterScratch {
     int *next;            // (n*per) smooth_load()
     double *rows;         // (n*per) losses of rows, or of groups of tokens
     double *part;         // column_sums()
-    double *load;         // (groups, E) the smooth load within groups of experts, (groups, E) altogether, (groups, D) of
-                          // the groups of experts, (groups, D) tokens sent to them
+    double *load;         // (groups, E) the smooth load within groups of experts, (groups, D) of these, (groups, D) tokens
+                          // sent to them, (groups, E) the load altogether
+    double *sent;         // (groups, D) tokens sent to groups of experts
     unsigned char *taken; // (n,E), and
     float *lowest;        // (groups, E): select_by_experts()
     Balancer balancer;    // select_balanced()
+    // Of all ranks' tokens, where a group of tokens is spread over them:
+    float *all_score, *all_weight;     // (n,E), (n,K)
+    int *all_expert, *all_key;         // (n,K)
+    unsigned char *all_marks;          // (n)
+};
+
+struct Exchange { // half of the tokens of a layer, with several ranks: what was sent and what came
+    int rows, came, slots;              // rows sent to all ranks of the group, received from all; these rows' choices here
+    int *sent, *sent_at, *got, *got_at; // (ep), the host's: rows sent to each, received from each, and where they begin
+    floatX *x, *hidden;                 // (came,C), and the experts' first products
+    float *weight;                      // (came,K)
+    Plan plan;                          // of what came, for the experts here
+    int2 *tile;                         // (tiles) of it
+    int tiles;
+    Room room;                          // for all these
+};
+
+struct Travel { // of half of a layer's tokens, while they are under way
+    floatX *in, *answers;     // (came,C) in backward; (came,C)
+    float *choices, *dweight; // (came,2K): weights, then the experts' numbers, -1: elsewhere; (came,K)
+    Room room;
+    cudaEvent_t there;
+};
+
+// The tables of ::Placement, of all layers, on the device; and in the order of their numbers, where the matrices of the
+// experts here begin.
+struct Places {
+    int *host, *slot;            // (L,E)
+    int *width, *activation;     // (L,here+room)
+    size_t *matrix, *matrix_in;  // (L,here+room+1)
+};
+
+// What experts on several ranks need besides. Rows sent are those of both halves, one after another.
+struct Crossing {
+    Travel half[2];
+    Places places;
+    floatX *out;                       // (rows,C); back come m->rows
+    float *choices_out, *dweight_back; // (rows,2K), (rows,K)
+    int *counts;                       // (4*ep+1), the host's: of the last dispatch
+    floatX *rows, *act, *dhidden;      // the experts' scratch: (slots,C), (slots,F), (slots,H)
+    float *dweight_part;               // (column tiles, slots)
+    int *sort;
+    Room room;
 };
 
 struct LayerState : ::LayerState { // what is float32 is where it is in the C twin; here is what is floatX
@@ -275,6 +485,9 @@ struct LayerState : ::LayerState { // what is float32 is where it is in the C tw
     floatX *sub, *merged;          // (n,c)
     int2 *tile;                    // (tiles): expert and first slot of each tile of rows
     int tiles;
+    // With experts on several ranks:
+    Plan sending;                  // rows to ranks: key (n*K): half * ep + rank of each choice, once for each; -1: none
+    Exchange *exchange;            // (2), of the host
 };
 
 // The experts of a layer. act has rows of `widest` numbers, hidden rows of 2*widest, or of widest where none is gated.
@@ -296,8 +509,8 @@ struct LayerPlan { // the C twin's choices for one layer, on the host: see Model
 struct Model : ::Model {
     LayerState *layers;           // (L), of the host
     floatX *low;                  // the weights rounded, each where it is in memory[WEIGHTS]; see low_of()
-    size_t *place, padded;        // where each tensor begins on the device; numbers of all of them there
     size_t slots;                 // of a layer, at most
+    Crossing *crossing;           // of the host
     Experts experts;              // what all layers have in common
     int *device_width;            // (E)
     int *tokens, *targets, words; // (N), (N); distinct words of the batch
@@ -310,7 +523,6 @@ struct Model : ::Model {
     RouterScratch router;
     double *report, *host_report; // what the host reads after a step: loss, aux, norm, then of each layer stats_size()
     size_t report_size;
-    real *host_copy[4];           // for model_fetch
     Plan *host_plan;              // (L), for model_plan
     int *staging;                 // what is on its way to the device, until the event `staged`
     cudaEvent_t staged;
@@ -1189,14 +1401,20 @@ __global__ void root_of_sum_kernel(double *norm, const double *part, int parts) 
         *norm = sqrt(sum);
 }
 
-// *norm = the norm of all gradients g (size) together. part (NORM_PARTS) is scratch.
-void gradient_norm(double *norm, const float *g, size_t size, double *part) {
+// part (NORM_PARTS) = sums of squares of g (size); returns how many.
+int sum_of_squares(double *part, const float *g, size_t size) {
     int parts = (int)(size < (size_t)NORM_PARTS * 4 * THREADS ? blocks(size + 1, 4 * THREADS) : NORM_PARTS);
     if (whole<4>(g))
         sum_squares_kernel<4><<<parts, THREADS, 0, stream>>>(part, g, size);
     else
         sum_squares_kernel<1><<<parts, THREADS, 0, stream>>>(part, g, size);
     CHECK(cudaGetLastError());
+    return parts;
+}
+
+// *norm = the norm of all gradients g (size) together. part (NORM_PARTS) is scratch.
+void gradient_norm(double *norm, const float *g, size_t size, double *part) {
+    int parts = gpu::sum_of_squares(part, g, size);
     root_of_sum_kernel<<<1, NORM_PARTS, 0, stream>>>(norm, part, parts);
     CHECK(cudaGetLastError());
 }
@@ -1679,6 +1897,8 @@ __global__ void combine_kernel(Out *out, const float *from, const floatX *branch
 
 template <class Out>
 void combine(Out *out, const float *from, const floatX *branch, const floatX *rows, const int *slot, int N, int K, int C) {
+    if (N == 0)
+        return;
     if (C % 4 == 0)
         combine_kernel<4, Out><<<N, row_threads(C, 4), 0, stream>>>(out, from, branch, rows, slot, K, C);
     else
@@ -2808,11 +3028,10 @@ void add_device_balance(double *slope, const double *count, int E, int D, double
     CHECK(cudaGetLastError());
 }
 
-__global__ void __launch_bounds__(1024) add_communication_balance_kernel(double *slope, const int *expert, int n, int E,
-                                                                         int K, int D, int M, double weight) {
+// sent (groups, D): tokens sent to each group of experts. expert (groups*n, K)
+__global__ void __launch_bounds__(1024) count_sent_kernel(double *to, const int *expert, int n, int E, int K, int D) {
     __shared__ int sent[MOST_GROUPS];
     expert += (size_t)blockIdx.x * n * K;
-    slope += (size_t)blockIdx.x * E;
     for (int d = threadIdx.x; d < D; d += blockDim.x)
         sent[d] = 0;
     __syncthreads();
@@ -2824,14 +3043,23 @@ __global__ void __launch_bounds__(1024) add_communication_balance_kernel(double 
             atomicAdd(&sent[group_of(expert[i], E, D)], 1);
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < E; e += blockDim.x)
-        slope[e] += weight * D / ((double)M * n) * sent[group_of(e, E, D)];
+    for (int d = threadIdx.x; d < D; d += blockDim.x)
+        to[(size_t)blockIdx.x * D + d] = sent[d];
 }
 
-void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight,
-                               int groups) {
-    add_communication_balance_kernel<<<groups, threads_for((size_t)n * K), 0, stream>>>(slope, expert, n, E, K, D, M,
-                                                                                        weight);
+__global__ void add_communication_balance_kernel(double *slope, const double *sent, int E, int D, double weight) {
+    for (int e = threadIdx.x; e < E; e += blockDim.x)
+        slope[(size_t)blockIdx.x * E + e] += weight * sent[(size_t)blockIdx.x * D + group_of(e, E, D)];
+}
+
+// all: see the C twin. sent (groups, D) is scratch.
+void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight, int all,
+                               int groups, double *sent) {
+    count_sent_kernel<<<groups, threads_for((size_t)n * K), 0, stream>>>(sent, expert, n, E, K, D);
+    CHECK(cudaGetLastError());
+    if (all != n)
+        gpu::sum_over_ranks(sent, D);
+    add_communication_balance_kernel<<<groups, THREADS, 0, stream>>>(slope, sent, E, D, weight * D / ((double)M * all));
     CHECK(cudaGetLastError());
 }
 
@@ -3020,22 +3248,30 @@ void allocate_router(Model *m, int n) {
     int tokens = c->group == SEQUENCE ? c->seq * c->subtokens : n; // of a group
     size_t per = (size_t)(two ? D : c->routers), sums = 0, chunks = (size_t)groups * div_up(tokens, CHUNK);
     size_t blocks = balancers(E, groups), balanced = c->select == BALANCED, by_experts = c->select == EXPERT_CHOICE;
+    size_t all = is_spread(c) ? (size_t)n * ranks.size : 0, K = (size_t)places(c), scored = all ? all : (size_t)n;
     if (c->noise || c->balance == CV2 || c->balance == VARIANCE)
         sums = chunks * E;
     if ((size_t)div_up(n, CHUNK) * 3 * R > sums)
         sums = (size_t)div_up(n, CHUNK) * 3 * R;
-    r->sort = (int *)gpu::own(m, sort_room((size_t)n * places(c), E), sizeof(int));
+    r->sort = (int *)gpu::own(m, sort_room((size_t)n * places(c), max_int(E, 2 * ranks.ep)), sizeof(int));
     r->active = (int *)gpu::own(m, 1, sizeof(int));
     r->next = (int *)gpu::own(m, c->noise ? n * per : 0, sizeof(int));
     r->rows = (double *)gpu::own(m, n * per, sizeof(double));
     r->part = (double *)gpu::own(m, sums, sizeof(double));
     r->load = (double *)gpu::own(m, c->noise ? (size_t)groups * 2 * (E + D) : 0, sizeof(double));
-    r->taken = (unsigned char *)gpu::own(m, by_experts * n * E, 1);
+    r->sent = (double *)gpu::own(m, c->comm_weight > 0 ? (size_t)groups * D : 0, sizeof(double));
+    r->taken = (unsigned char *)gpu::own(m, by_experts * scored * E, 1);
     r->lowest = (float *)gpu::own(m, by_experts * groups * E, sizeof(float));
     r->balancer.cost = (Rank *)gpu::own(m, balanced * blocks * E * E, sizeof(Rank));
     r->balancer.mover = (int *)gpu::own(m, balanced * blocks * E * E, sizeof(int));
     r->balancer.excess = (int *)gpu::own(m, balanced * blocks * E, sizeof(int));
-    r->balancer.list = (int *)gpu::own(m, balanced * blocks * tokens, sizeof(int));
+    r->balancer.list = (int *)gpu::own(m, balanced * (all ? all : blocks * tokens), sizeof(int));
+    all *= by_experts || balanced || c->capacity_factor > 0 || c->eval_capacity_factor > 0;
+    r->all_score = (float *)gpu::own(m, all * E, sizeof(float));
+    r->all_weight = (float *)gpu::own(m, all * K, sizeof(float));
+    r->all_expert = (int *)gpu::own(m, all * K, sizeof(int));
+    r->all_key = (int *)gpu::own(m, all * K, sizeof(int));
+    r->all_marks = (unsigned char *)gpu::own(m, all, 1);
 }
 
 void own_gate(Model *m, Gate *g, int n, int per, int E, int K, int column) {
@@ -3074,6 +3310,20 @@ void allocate_experts(Model *m, int l, int N) {
     Plan plan = {
         n, E, K, two ? ints : s->gate.expert, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
     s->plan = plan;
+    if (ranks.ep == 1)
+        return;
+    int to = ranks.ep * (c->overlap ? 2 : 1);
+    ints = (int *)gpu::own(m, nK * 5 + to + 1, sizeof(int));
+    Plan sending = {n, to, K, ints, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
+    s->sending = sending;
+    s->exchange = (Exchange *)own_host(m, 2, sizeof(Exchange));
+    for (int half = 0; half < 2; half++) {
+        Exchange *e = &s->exchange[half];
+        e->sent = (int *)own_host(m, (size_t)ranks.ep * 4, sizeof(int));
+        e->sent_at = e->sent + ranks.ep;
+        e->got = e->sent_at + ranks.ep;
+        e->got_at = e->got + ranks.ep;
+    }
 }
 
 LayerState *experts_below(Model *m, int l) {
@@ -3097,6 +3347,23 @@ void copy_ints(int *to, const int *from, size_t n, cudaMemcpyKind where) {
     CHECK(cudaMemcpyAsync(to, from, n * sizeof(int), where, stream));
 }
 
+// All tokens' rows of the group, in order, where the group is spread over ranks: each token's `bytes`. Returns how many
+// tokens come before this rank's.
+int gather_tokens(const Model *m, void *all, const void *mine, size_t bytes) {
+    int before = 0, at = 0;
+    follow(traffic, stream);
+    nccl_begin();
+    for (int r = 0; r < ranks.size; r++) {
+        int tokens = m->rank_tokens[r] * m->config.subtokens;
+        nccl_broadcast(mine, (char *)all + at * bytes, tokens * bytes, r);
+        before += r < ranks.rank ? tokens : 0;
+        at += tokens;
+    }
+    nccl_end();
+    wait_for_traffic();
+    return before;
+}
+
 void choose(Model *m, int l, LayerState *s, const float *router_in, int n, int group_tokens) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
@@ -3105,9 +3372,10 @@ void choose(Model *m, int l, LayerState *s, const float *router_in, int n, int g
     Gate *g = &s->gate;
     Plan *plan = &s->plan;
     int rows = n * g->per, E = c->experts, W = router_width(c), C = c->recurrent ? c->recurrent : c->dim / c->subtokens,
-        groups = n / group_tokens;
+        groups = is_spread(c) ? 1 : n / group_tokens, mine = 0;
     double *stats = layer_stats(m, l);
-    const float *score = g->p;
+    const float *score = g->p, *by = c->select == BALANCED ? s->logits : g->p;
+    int *expert = g->expert, whole = (c->select == EXPERT_CHOICE || c->select == BALANCED) && m->mode == TRAIN_MODE;
     if (w->slow) {
         gpu::product(m->choice_score, along_rows(router_in, C), along_rows(w->slow, C), n, W, C, 0);
         score = m->choice_score;
@@ -3119,16 +3387,23 @@ void choose(Model *m, int l, LayerState *s, const float *router_in, int n, int g
     }
     if (c->select == TOP_K && c->group_topk)
         gpu::mask_groups(m->choice_score, n, E, c->groups, c->group_topk, c->group_score);
+    if (whole && is_spread(c)) { // each rank chooses for all
+        mine = gpu::gather_tokens(m, r->all_score, by, (size_t)E * sizeof(float));
+        by = r->all_score;
+        expert = r->all_expert;
+    }
     if (c->select == EXPERT_CHOICE && m->mode == TRAIN_MODE) {
         int take = max_int(1, (int)((double)group_tokens * c->topk / E));
-        gpu::select_by_experts(g->expert, stats + E, g->p, group_tokens, E, take, groups, r->taken, r->lowest);
+        gpu::select_by_experts(expert, stats + E, by, group_tokens, E, take, groups, r->taken, r->lowest);
         add_passes_kernel<<<1, 1, 0, stream>>>(stats + 4 * E + PASSES, groups);
         CHECK(cudaGetLastError());
     } else if (c->select == BALANCED && m->mode == TRAIN_MODE) {
-        gpu::select_balanced(g->expert, s->logits, group_tokens, E, groups, r->balancer);
+        gpu::select_balanced(expert, by, group_tokens, E, groups, r->balancer);
     } else {
         gpu::select_topk(g->expert, score, rows, g->E, g->K);
     }
+    if (expert != g->expert)
+        copy_ints(g->expert, expert + (size_t)mine * g->K, (size_t)n * g->K, cudaMemcpyDeviceToDevice);
     if (c->select == THRESHOLD || (c->select == EXPERT_CHOICE && m->mode != TRAIN_MODE))
         gpu::select_above(g->expert, g->p, n, E, g->K, w->level, c->threshold > 0 ? c->threshold : 1.0 / E,
                           c->select == THRESHOLD);
@@ -3163,9 +3438,9 @@ void mark_groups(Model *m, const LayerState *s, int n) {
 }
 
 // The arrays of RouterScratch.load become slope (groups, E + D) and loss (groups); one block a group of tokens. two:
-// whether groups of experts are chosen first
+// whether groups of experts are chosen first; of_slope: what slopes are multiplied by
 __global__ void load_losses_kernel(double *loss, double *slope, double *load, const double *inner, const double *outer,
-                                   const double *sent, int E, int D, int two, double weight) {
+                                   const double *sent, int E, int D, int two, double weight, double of_slope) {
     size_t group = blockIdx.x;
     slope += group * (E + D);
     load += group * E;
@@ -3177,7 +3452,7 @@ __global__ void load_losses_kernel(double *loss, double *slope, double *load, co
         load[e] = !two ? inner[e] : sent[d] > 0 ? outer[d] * inner[e] / sent[d] : 0;
     }
     __syncthreads();
-    double value = weight * cv_squared_of(load, slope, E, 0, weight);
+    double value = weight * cv_squared_of(load, slope, E, 0, weight * of_slope);
     if (threadIdx.x == 0)
         loss[group] = value;
     __syncthreads();
@@ -3191,12 +3466,17 @@ __global__ void load_losses_kernel(double *loss, double *slope, double *load, co
     }
 }
 
+// Gradients are averaged over ranks: what the slope of a sum over them is multiplied by.
+double slope_factor(const Config *c) {
+    return is_spread(c) ? ranks.size : 1;
+}
+
 void load_losses(Model *m, double *loss, LayerState *s, int n, int group_tokens) {
     const Config *c = &m->config;
     RouterScratch *r = &m->router;
     int E = c->experts, D = c->groups, two = c->select == HIERARCHICAL, W = router_width(c), groups = n / group_tokens;
-    double *inner = r->load, *load = inner + (size_t)groups * E, *outer = load + (size_t)groups * E,
-           *sent = outer + (size_t)groups * D;
+    double *inner = r->load, *outer = inner + (size_t)groups * E, *sent = outer + (size_t)groups * D,
+           *load = sent + (size_t)groups * D;
     gpu::mark_groups(m, s, n);
     gpu::smooth_load(inner, NULL, 0, NULL, NULL, &s->gate, s->noisy, s->logits, W, groups, group_tokens, m->marks, 1,
                      r->next, r->part);
@@ -3205,8 +3485,10 @@ void load_losses(Model *m, double *loss, LayerState *s, int n, int group_tokens)
                          r->next, r->part);
         gpu::column_sums(sent, Entries<unsigned char>{m->marks, D}, groups, group_tokens, D, 0, r->part);
     }
+    if (is_spread(c))
+        gpu::sum_over_ranks(inner, two ? E + 2 * D : E);
     load_losses_kernel<<<groups, THREADS, 0, stream>>>(r->rows, s->load_slope, load, inner, outer, sent, E, D, two,
-                                                       c->load_weight * group_tokens / n);
+                                                       c->load_weight * group_tokens / n, slope_factor(c));
     CHECK(cudaGetLastError());
     gpu::add_sum(loss, Doubles{r->rows}, groups, 1);
 }
@@ -3217,7 +3499,7 @@ int of_weights(const Config *c) {
 }
 
 // Into the layer's AUX.
-void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
+void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens, int whole_group) {
     const Config *c = &m->config;
     RouterScratch *r = &m->router;
     Gate *g = &s->gate;
@@ -3233,9 +3515,11 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
     if (c->load_weight > 0)
         gpu::load_losses(m, aux, s, n, group_tokens);
     if (of_weights(c)) { // of the weights given to each expert
-        double mean = c->balance == VARIANCE ? (double)group_tokens / E : 0, weight = c->aux_weight / groups;
+        double mean = c->balance == VARIANCE ? (double)whole_group / E : 0, weight = c->aux_weight / groups;
         gpu::column_sums(counts, Importance{plan->expert, s->weight, K}, groups, group_tokens, E, 0, r->part);
-        gpu::cv_squared(r->rows, counts, s->weight_slope, E, mean, weight, groups);
+        if (is_spread(c))
+            gpu::sum_over_ranks(counts, E);
+        gpu::cv_squared(r->rows, counts, s->weight_slope, E, mean, weight * slope_factor(c), groups);
         gpu::add_sum(aux, Doubles{r->rows}, groups, weight);
     }
     if (c->select == HIERARCHICAL)
@@ -3246,6 +3530,8 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
                        c->balance == GSHARD ? 1 : K / R, group_rows, R);
     if (c->group == STEP && m->mode == TRAIN_MODE) // all micro-steps so far (Qiu et al. 2025, Demons in the Detail)
         CHECK(cudaMemcpyAsync(counts, stats, (size_t)E * sizeof(double), cudaMemcpyDeviceToDevice, stream));
+    if (is_spread(c))
+        gpu::sum_over_ranks(counts, R * E);
     zero(s->slope, (size_t)groups * R * E * sizeof(double));
     if (c->balance <= WIDTH && c->aux_weight > 0)
         gpu::add_balance(s->slope, counts, c->balance == WIDTH ? m->device_width : NULL, E, c->aux_weight, groups * R);
@@ -3253,7 +3539,7 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens) {
         gpu::add_device_balance(s->slope, counts, E, c->groups, c->device_weight, groups * R);
     if (c->comm_weight > 0)
         gpu::add_communication_balance(s->slope, plan->key, group_tokens, E, K, c->groups, c->group_topk,
-                                       c->comm_weight, groups);
+                                       c->comm_weight, is_spread(c) ? whole_group : group_tokens, groups, r->sent);
     gpu::balance_forward(aux, g, s->slope, rows, group_rows, c->score, r->rows);
 }
 
@@ -3325,6 +3611,31 @@ __global__ void mark_exempt_kernel(unsigned char *marks, int n, int T, uint64_t 
         marks[i] = random_uniform(stream, (first + i) / T) < share;
 }
 
+// plan_capacity, where the group is spread over ranks: each rank does it for all and keeps what is its own.
+void plan_whole_capacity(Model *m, Plan *plan, int group_tokens, double factor, int units, int order, const float *weight,
+                         const unsigned char *exempt, const float *p) {
+    RouterScratch *r = &m->router;
+    size_t K = (size_t)plan->K, mine = (size_t)plan->N * K;
+    Plan all = *plan;
+    all.N = group_tokens;
+    all.key = r->all_key;
+    all.expert = r->all_expert;
+    size_t first = K * gpu::gather_tokens(m, all.key, plan->key, K * sizeof(int));
+    if (p) {
+        gpu::gather_tokens(m, all.expert, plan->expert, K * sizeof(int));
+        gpu::gather_tokens(m, r->all_score, p, plan->E * sizeof(float));
+    }
+    if (order == BY_SCORE)
+        gpu::gather_tokens(m, r->all_weight, weight, K * sizeof(float));
+    if (exempt)
+        gpu::gather_tokens(m, r->all_marks, exempt, 1);
+    gpu::plan_capacity(&all, group_tokens, factor, units, order, r->all_weight, exempt ? r->all_marks : NULL,
+                       p ? r->all_score : NULL);
+    copy_ints(plan->key, all.key + first, mine, cudaMemcpyDeviceToDevice);
+    if (p)
+        copy_ints(plan->expert, all.expert + first, mine, cudaMemcpyDeviceToDevice);
+}
+
 // Where m->decided is given, what was chosen and refused is the C twin's (what an overflowing expert's tokens chose
 // first it does not say).
 void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C, int T) {
@@ -3332,11 +3643,20 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
     const LayerWeights *w = &m->weights.layer[l];
     Plan *plan = &s->plan;
     double *stats = layer_stats(m, l);
-    int train = m->mode == TRAIN_MODE, W = router_width(c), R = c->recurrent, group_tokens = group_size(c, n, T);
+    int train = m->mode == TRAIN_MODE, W = router_width(c), R = c->recurrent, group_tokens = group_size(c, n, T),
+        whole_group = whole_group_size(m, n, T), order = train ? c->drop_order : BY_TOKEN,
+        units = c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts;
     uint64_t first = m->first_token * (uint64_t)c->subtokens;
+    double factor = train ? c->capacity_factor : c->eval_capacity_factor;
+    plan->N = n;
+    if (n == 0) { // no tokens here, but other ranks have some
+        if (is_spread(c) && factor > 0)
+            gpu::plan_whole_capacity(m, plan, whole_group, factor * c->topk / plan->K, units, order, s->weight, NULL,
+                                     c->overflow == NEXT ? s->gate.p : NULL);
+        return;
+    }
     if (m->mode != EVAL_MODE && n / group_tokens > most_groups(m))
         fail("internal error: %d groups of tokens, but there is room for %d", n / group_tokens, most_groups(m));
-    plan->N = n;
     if (c->select == HASH) {
         look_up_kernel<<<blocks(n), THREADS, 0, stream>>>(plan->expert, s->weight, w->table, m->tokens, n,
                                                           (float)c->scale);
@@ -3360,7 +3680,7 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
         gpu::scores_forward(&s->gate, s->noisy, n, W, c->score);
         if (c->select == HIERARCHICAL)
             gpu::scores_forward(&s->groups, s->noisy, n, W, c->score);
-        gpu::choose(m, l, s, x, n, group_tokens);
+        gpu::choose(m, l, s, x, n, whole_group);
     }
     copy_ints(plan->key, plan->expert, (size_t)n * plan->K, cudaMemcpyDeviceToDevice);
     if (train && c->second_threshold > 0)
@@ -3369,8 +3689,7 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
     if (train)
         gpu::add_router_stats(m, l, s);
     if (m->mode != EVAL_MODE && c->select != HASH)
-        gpu::balance_losses(m, l, s, n, group_tokens);
-    double factor = train ? c->capacity_factor : c->eval_capacity_factor;
+        gpu::balance_losses(m, l, s, n, group_tokens, whole_group);
     int exempt = train && c->drop_exempt > 0;
     if (m->decided) {
         copy_ints(plan->expert, m->decided[l].expert, (size_t)n * plan->K, cudaMemcpyHostToDevice);
@@ -3381,9 +3700,12 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
                 m->marks, n, T, random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->step, 0), first, c->drop_exempt);
             CHECK(cudaGetLastError());
         }
-        gpu::plan_capacity(plan, group_tokens, factor * c->topk / plan->K,
-                           c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts, train ? c->drop_order : BY_TOKEN,
-                           s->weight, exempt ? m->marks : NULL, c->overflow == NEXT ? s->gate.p : NULL);
+        const float *p = c->overflow == NEXT ? s->gate.p : NULL;
+        const unsigned char *marks = exempt ? m->marks : NULL;
+        if (is_spread(c))
+            gpu::plan_whole_capacity(m, plan, whole_group, factor * c->topk / plan->K, units, order, s->weight, marks, p);
+        else
+            gpu::plan_capacity(plan, group_tokens, factor * c->topk / plan->K, units, order, s->weight, marks, p);
     }
     if (c->overflow == NEXT)
         gpu::gate_forward(s->weight, s->gate.p, plan->expert, n, plan->E, plan->K, c->gate, c->scale);
@@ -3516,10 +3838,26 @@ __global__ void follow_kernel(const double *norm, float *slow, const float *rout
         slow[i] += rate * (router[i] - slow[i]);
 }
 
+// The step's counts of all ranks.
+void sum_router_stats(Model *m) {
+    int E = m->config.experts;
+    follow(traffic, stream);
+    nccl_begin();
+    for (int l = 0; l < m->config.layers; l++) { // all but recent, idle and AUX
+        double *count = layer_stats(m, l), *single = count + 4 * E;
+        nccl_sum(count, (size_t)2 * E, OF_ALL);
+        nccl_sum(single, AUX, OF_ALL);
+    }
+    nccl_end();
+    wait_for_traffic();
+}
+
 // After a step whose gradients' norm is not finite nothing changes, as in adamw().
 void router_update(Model *m) {
     const Config *c = &m->config;
     const double *norm = m->report + GRADIENT_NORM;
+    if (MANY)
+        gpu::sum_router_stats(m);
     for (int l = 0; l < c->layers; l++) {
         LayerWeights *w = &m->weights.layer[l];
         if (!is_moe(c, l))
@@ -3579,25 +3917,13 @@ floatX *low_of(const Model *m, const float *weight) {
     return m->low + (weight - m->memory[WEIGHTS]);
 }
 
-// Lays the struct of pointers over one allocation, in which each tensor begins at a multiple of 64 numbers.
-void point_weights(Model *m, Weights *w, float *memory) {
-    w->layer = (LayerWeights *)own_host(m, m->config.layers, sizeof(LayerWeights));
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        real **pointers = t->layer >= 0 ? (real **)&w->layer[t->layer] : (real **)w - EMBED;
-        pointers[t->kind] = memory + m->place[i];
-    }
-    if (!w->head)
-        w->head = w->embed;
-}
-
 // Points to what --recompute shares of a layer's activations, one after another in `memory`; returns their bytes.
 size_t place_activations(Model *m, int l, int N, char *memory) {
     const Config *c = &m->config;
     LayerState *s = &m->layers[l];
     size_t C = (size_t)c->dim, Q = C + 2 * C / c->heads * c->kv_heads, low = sizeof(floatX), used = 0;
     size_t dense = (size_t)dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
-    size_t hidden = is_moe(c, l) ? m->slots * m->experts.hidden_width : 0;
+    size_t hidden = is_moe(c, l) && ranks.ep == 1 ? m->slots * m->experts.hidden_width : 0;
     const struct {
         void *to;
         size_t bytes;
@@ -3640,6 +3966,57 @@ void describe_experts(Model *m) {
     x->matrix_in = places + E + 1;
 }
 
+// ::Placement's tables on the device.
+void place_experts(Model *m) {
+    const Placement *p = m->placement;
+    const Places *to = &m->crossing->places;
+    size_t L = (size_t)m->config.layers, n = (size_t)(p->here + p->room), all = L * (n + 1);
+    size_t *matrix = (size_t *)allocate(2 * all, sizeof(size_t)), *matrix_in = matrix + all, C = (size_t)m->experts.C;
+    for (size_t l = 0, at = 0; l < L; l++, at++) { // in each layer one more than experts
+        for (size_t i = l * n; i < (l + 1) * n; i++, at++) {
+            matrix[at + 1] = matrix[at] + (size_t)p->width[i] * C;
+            matrix_in[at + 1] = matrix_in[at] + (size_t)p->width[i] * (1 + is_gated(p->activation[i])) * C;
+        }
+    }
+    upload(m, to->host, p->host, 2 * L * m->config.experts * sizeof(int)); // and slot
+    upload(m, to->width, p->width, 2 * L * n * sizeof(int));               // and activation
+    upload(m, to->matrix, matrix, 2 * all * sizeof(size_t));               // and matrix_in
+    free(matrix);
+}
+
+// What experts on several ranks need, for n tokens.
+void own_crossing(Model *m, int n, const Model *parent) {
+    const Config *c = &m->config;
+    Crossing *x = m->crossing = (Crossing *)own_host(m, 1, sizeof(Crossing));
+    size_t K = (size_t)places(c), rows = n * (K < (size_t)ranks.ep ? K : (size_t)ranks.ep), L = (size_t)c->layers;
+    x->out = own_low(m, rows * (c->dim / c->subtokens));
+    x->choices_out = own_floats(m, rows * 2 * K);
+    x->dweight_back = own_floats(m, rows * K);
+    for (int half = 0; half < 2 && !m->dry; half++)
+        CHECK(cudaEventCreateWithFlags(&x->half[half].there, cudaEventDisableTiming));
+    if (!m->dry)
+        CHECK(cudaMallocHost((void **)&x->counts, ((size_t)ranks.ep * 4 + 1) * sizeof(int)));
+    if (parent) { // generation's model has the other's experts
+        m->placement = parent->placement;
+        x->places = parent->crossing->places;
+        return;
+    }
+    own_placement(m);
+    size_t each = (size_t)(m->placement->here + m->placement->room);
+    Places *p = &x->places;
+    p->host = (int *)gpu::own(m, 2 * L * c->experts, sizeof(int));
+    p->slot = p->host + L * c->experts;
+    p->width = (int *)gpu::own(m, 2 * L * each, sizeof(int));
+    p->activation = p->width + L * each;
+    p->matrix = (size_t *)gpu::own(m, 2 * L * (each + 1), sizeof(size_t));
+    p->matrix_in = p->matrix + L * (each + 1);
+    gpu::place_experts(m);
+}
+
+size_t numbers_of(const Model *m, int what) { // in memory[what]: weights, gradients or moments
+    return MANY && what >= MOMENT1 ? moment_place(m, m->size) : m->size;
+}
+
 // All memory for N tokens, as in the C twin. parent: the model whose weights it shares, or NULL.
 void place_all(Model *m, int N, int train, const Model *parent) {
     const Config *c = &m->config;
@@ -3647,19 +4024,15 @@ void place_all(Model *m, int N, int train, const Model *parent) {
     int n = N * c->subtokens, W = router_width(c), R = c->recurrent, moe = moe_layers(c, &last) > 0, V = c->vocab;
     int groups = c->group == SEQUENCE ? div_up(N, c->seq) : 1, two = c->select == HIERARCHICAL;
     size_t nK = (size_t)n * places(c), scores = moe * (size_t)n * W, width = 0, hidden = 0, NC = (size_t)N * C;
-    lay_tensors(m, (Tensor *)own_host(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor)));
+    lay_tensors(m, (Tensor *)own_host(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor)), 64);
     m->rank_tokens = (int *)own_host(m, ranks.size, sizeof(int));
-    m->place = (size_t *)own_host(m, (size_t)m->tensor_count, sizeof(size_t));
-    for (int i = 0; i < m->tensor_count; i++) {
-        m->place[i] = m->padded;
-        m->padded += (m->tensors[i].size + 63) / 64 * 64;
-    }
+    m->came = (int *)own_host(m, L, sizeof(int));
     m->purpose = FOR_WEIGHTS;
-    m->memory[WEIGHTS] = parent ? parent->memory[WEIGHTS] : own_floats(m, m->padded);
+    m->memory[WEIGHTS] = parent ? parent->memory[WEIGHTS] : own_floats(m, m->size);
 #ifdef FP32
     m->low = m->memory[WEIGHTS];
 #else
-    m->low = parent ? parent->low : own_low(m, m->padded);
+    m->low = parent ? parent->low : own_low(m, m->size);
 #endif
     point_weights(m, &m->weights, m->memory[WEIGHTS]);
     m->purpose = FOR_ACTIVATIONS;
@@ -3691,7 +4064,8 @@ void place_all(Model *m, int N, int train, const Model *parent) {
         width = dense > width ? dense : width;
         hidden = dense * gated > hidden ? dense * gated : hidden;
     }
-    size_t act = moe * nK * m->experts.widest, both = moe * nK * m->experts.hidden_width;
+    size_t apart = ranks.ep > 1 && moe, slots = apart ? 0 : moe * nK; // the experts' scratch: see own_crossing
+    size_t act = slots * m->experts.widest, both = slots * m->experts.hidden_width;
     width = act > width ? act : width;
     hidden = both > hidden ? both : hidden;
     m->x = own_floats(m, NC);
@@ -3719,6 +4093,8 @@ void place_all(Model *m, int N, int train, const Model *parent) {
     m->marks = (unsigned char *)own(m, moe * (size_t)n * c->groups, 1);
     if (moe)
         allocate_router(m, n);
+    if (apart)
+        own_crossing(m, n, parent);
     m->report_size = SINGLE_REPORTS + (size_t)L * stats_size(c);
     m->report = (double *)own(m, m->report_size, sizeof(double));
     m->host_report = (double *)own_host(m, m->report_size, sizeof(double));
@@ -3726,7 +4102,7 @@ void place_all(Model *m, int N, int train, const Model *parent) {
         return;
     for (int i = GRADS; i <= MOMENT2; i++) {
         m->purpose = i == GRADS ? FOR_GRADIENTS : FOR_MOMENTS;
-        m->memory[i] = own_floats(m, m->padded);
+        m->memory[i] = own_floats(m, numbers_of(m, i));
     }
     point_weights(m, &m->grads, m->memory[GRADS]);
     m->purpose = FOR_BUFFERS;
@@ -3738,7 +4114,7 @@ void place_all(Model *m, int N, int train, const Model *parent) {
     m->delta = own_floats(m, (size_t)N * H);
     m->dhidden = own_low(m, hidden);
     m->dlogits_low = own_low(m, (size_t)m->head_rows * V);
-    m->dweight_part = own_floats(m, moe * m->slots * div_up(m->experts.widest, TN));
+    m->dweight_part = own_floats(m, slots * div_up(m->experts.widest, TN));
     m->dlogits = own_floats(m, scores * (1 + c->noise));
     m->dnoisy = own_floats(m, c->noise ? scores : 0);
     m->dp = own_floats(m, scores);
@@ -3763,10 +4139,21 @@ void model_free(::Model *base) {
         CHECK(cudaStreamSynchronize(stream));
     for (int i = 0; i < m->device_count; i++)
         CHECK(cudaFree(m->device_memory[i]));
+    for (int half = 0; half < 2 && m->crossing && !m->dry; half++) {
+        CHECK(cudaFree(m->crossing->half[half].room.memory));
+        CHECK(cudaEventDestroy(m->crossing->half[half].there));
+        for (int l = 0; l < m->config.layers; l++) {
+            if (m->layers[l].exchange)
+                CHECK(cudaFree(m->layers[l].exchange[half].room.memory));
+        }
+    }
+    if (m->crossing && !m->dry) {
+        CHECK(cudaFree(m->crossing->room.memory));
+        CHECK(cudaFreeHost(m->crossing->counts));
+    }
     for (int i = 0; i < m->owned_count; i++)
         free(m->owned[i]);
-    for (int i = 0; i < 4; i++)
-        free(m->host_copy[i]);
+    forget_whole(m);
     if (m->staging) {
         CHECK(cudaFreeHost(m->staging));
         CHECK(cudaEventDestroy(m->staged));
@@ -3835,6 +4222,16 @@ void start_device(void) {
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0)
         fail("no NVIDIA GPU, or no driver for it: %s", error == cudaSuccess ? "none found" : cudaGetErrorString(error));
+#ifdef USE_NCCL
+    int place;
+    MPI_Comm machine;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+    MPI_Comm_rank(machine, &place);
+    MPI_Comm_free(&machine);
+    CHECK(cudaSetDevice(place % count)); // Slurm may show each rank its own device only
+    CHECK(cudaStreamCreateWithFlags(&traffic, cudaStreamNonBlocking));
+    CHECK(cudaEventCreateWithFlags(&milestone, cudaEventDisableTiming));
+#endif
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     CHECK(cublasCreate(&cublas));
     CHECK(cublasSetStream(cublas, stream));
@@ -3847,11 +4244,15 @@ void start_device(void) {
     if (config->dim / config->heads > 256)
         usage_fail("--heads: a head is %d wide; on a GPU 256 is the most", config->dim / config->heads);
     start_device();
+#ifdef USE_NCCL
+    if (MANY)
+        start_ranks();
+#endif
     check_room(config, N, train);
     Model *m = new_model(config, N, train, NULL, 0);
     zero(m->report, m->report_size * sizeof(double));
     for (int i = 0; i < (train ? 4 : 1); i++)
-        zero(m->memory[i], m->padded * sizeof(float));
+        zero(m->memory[i], numbers_of(m, i) * sizeof(float));
     CHECK(cudaMallocHost((void **)&m->staging, ((size_t)N * 5 + 1) * sizeof(int)));
     CHECK(cudaEventCreateWithFlags(&m->staged, cudaEventDisableTiming));
     m->order = (int *)own_host(m, N, sizeof(int));
@@ -3860,37 +4261,70 @@ void start_device(void) {
     return m;
 }
 
-// All numbers of WEIGHTS, GRADS, MOMENT1 or MOMENT2 in the host's memory, in the C twin's order.
+// Copies memory[what] to the host, or back: tensor by tensor in the order of a single process, or as it is here.
+void copy_memory(Model *m, int what, real *host, int back, int tensors) {
+    for (int i = 0; i < (tensors ? m->tensor_count : 1); i++) {
+        const Tensor *t = &m->tensors[i];
+        real *there = m->memory[what] + (tensors ? t->offset : 0), *here = host + (tensors ? t->place : 0);
+        size_t bytes = (tensors ? t->size : numbers_of(m, what)) * sizeof(real);
+        CHECK(cudaMemcpyAsync(back ? there : here, back ? here : there, bytes,
+                              back ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, stream));
+    }
+    await_device();
+}
+
+// All numbers of WEIGHTS, GRADS, MOMENT1 or MOMENT2 in the host's memory, in the order of a single process of the C twin.
 real *model_fetch(::Model *base, int what) {
     Model *m = (Model *)base;
-    if (!m->host_copy[what])
-        m->host_copy[what] = allocate_reals(m->size);
-    for (int i = 0; i < m->tensor_count; i++)
-        CHECK(cudaMemcpyAsync(m->host_copy[what] + m->tensors[i].offset, m->memory[what] + m->place[i],
-                              m->tensors[i].size * sizeof(float), cudaMemcpyDeviceToHost, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    return m->host_copy[what];
+    real *device = m->memory[what];
+    if (!MANY) {
+        if (!m->whole_memory[what])
+            m->whole_memory[what] = allocate_reals(m->whole);
+        copy_memory(m, what, m->whole_memory[what], 0, 1);
+        return m->whole_memory[what];
+    }
+    real *host = allocate_reals(numbers_of(m, what));
+    copy_memory(m, what, host, 0, 0);
+    m->memory[what] = host;
+    fetch_whole(m, what);
+    m->memory[what] = device;
+    free(host);
+    return m->whole_memory[what];
+}
+
+// Remakes the rounded copies of weights from..end.
+void round_weights(Model *m, size_t from, size_t end) {
+    if ((void *)m->low != (void *)m->memory[WEIGHTS])
+        to_low(m->low + from, m->memory[WEIGHTS] + from, end - from);
 }
 
 // Takes over what was changed in the array that model_fetch gave.
 void model_store(::Model *base, int what) {
     Model *m = (Model *)base;
-    for (int i = 0; i < m->tensor_count; i++)
-        CHECK(cudaMemcpyAsync(m->memory[what] + m->place[i], m->host_copy[what] + m->tensors[i].offset,
-                              m->tensors[i].size * sizeof(float), cudaMemcpyHostToDevice, stream));
-#ifndef FP32
+    real *device = m->memory[what];
+    if (MANY) {
+        real *host = m->memory[what] = allocate_reals(numbers_of(m, what));
+        store_whole(m, what);
+        m->memory[what] = device;
+        copy_memory(m, what, host, 1, 0);
+        free(host);
+    } else {
+        copy_memory(m, what, m->whole_memory[what], 1, 1);
+    }
     if (what == WEIGHTS)
-        to_low(m->low, m->memory[WEIGHTS], m->padded);
-#endif
-    CHECK(cudaStreamSynchronize(stream));
+        round_weights(m, 0, m->size);
+    await_device();
 }
 
 // The C twin's first weights.
 void model_init(::Model *base, const double *frequency) {
-    ::Model *host = ::model_allocate(&base->config, 1, 0, NULL);
+    Model *m = (Model *)base;
+    ::Model *host = ::model_allocate(&m->config, 1, 0, NULL);
     ::model_init(host, frequency);
-    memcpy(gpu::model_fetch(base, WEIGHTS), host->memory[WEIGHTS], host->size * sizeof(real));
-    gpu::model_store(base, WEIGHTS);
+    for (int i = 0; i < m->tensor_count; i++)
+        upload(m, m->memory[WEIGHTS] + m->tensors[i].offset, host->memory[WEIGHTS] + host->tensors[i].offset,
+               host->tensors[i].size * sizeof(real));
+    round_weights(m, 0, m->size);
     ::model_free(host);
 }
 
@@ -3904,17 +4338,323 @@ Experts layer_experts(const Model *m, const LayerState *s) {
     return x;
 }
 
+// ---- experts on several ranks
+//
+// See the C twin. The tokens are counted and sorted by rank on the device, as choices are by expert; only the counts go to
+// the host, which NCCL asks for them: the one time in a layer that it waits.
+
+struct Piece {
+    void *to; // the pointer that shall lead to it
+    size_t bytes;
+};
+
+// Points to memory of the device, one piece after another. What was in the room is lost when it grows.
+void lay_pieces(Room *r, std::initializer_list<Piece> list) {
+    size_t bytes = 0, at = 0;
+    for (const Piece &p : list)
+        bytes += (p.bytes + 255) / 256 * 256;
+    if (bytes > r->bytes) {
+        await_device();
+        CHECK(cudaStreamSynchronize(traffic));
+        CHECK(cudaFree(r->memory));
+        r->memory = NULL;
+        r->bytes = bytes / 4 * 5;
+        if (cudaMalloc(&r->memory, r->bytes) != cudaSuccess)
+            fail("out of memory on the device: %.0f MiB for what other ranks send to the experts here; a smaller --batch, or "
+                 "another --recipe that keeps the load even, needs less", (double)r->bytes / 1048576);
+    }
+    for (const Piece &p : list) {
+        *(void **)p.to = (char *)r->memory + at;
+        at += (p.bytes + 255) / 256 * 256;
+    }
+}
+
+struct Where { // expert_rank(), on the device
+    const int *host, *slot;
+    int here, place;
+    __device__ int operator()(int e, size_t n, int *number) const {
+        return rank_of_expert(host, slot, here, place, e, (int)n, number);
+    }
+};
+
+Where where_is(const Model *m, int l) {
+    const Places *p = &m->crossing->places;
+    int first = l * m->config.experts;
+    return {p->host + first, p->slot + first, m->placement->here, ranks.place};
+}
+
+// all (n*K): where a choice's token goes, half * ep + rank, -1: nowhere; to (n*K): the same, but each place once.
+__global__ void destinations_kernel(int *to, int *all, const int *key, Where where, int n, int K, int ep, int halves) {
+    size_t i = thread_of_grid(), token = i / K;
+    if (i >= (size_t)n * K)
+        return;
+    int number, there = key[i] < 0 ? -1 : where(key[i], token, &number), known = there < 0;
+    for (size_t j = token * K; j < i && !known; j++)
+        known = key[j] >= 0 && where(key[j], token, &number) == there;
+    all[i] = there < 0 ? -1 : there + (halves == 2 && token >= (size_t)n / 2 ? ep : 0);
+    to[i] = known ? -1 : all[i];
+}
+
+// out (rows,2K): of the token of each row, what goes the same way: weights, and the experts' numbers there, else -1.
+__global__ void pack_choices_kernel(float *out, Plan sending, const int *key, const float *weight, Where where, size_t size,
+                                    int ep) {
+    size_t i = thread_of_grid(), row = i / sending.K, k = i % sending.K;
+    if (i >= size)
+        return;
+    int choice = sending.choice[row], token = choice / sending.K, number, with;
+    size_t at = (size_t)token * sending.K + k;
+    with = key[at] >= 0 && where(key[at], token, &number) == sending.key[choice] % ep;
+    out[row * 2 * sending.K + k] = with ? weight[at] : 0;
+    out[row * 2 * sending.K + sending.K + k] = with ? (float)number : -1;
+}
+
+__global__ void unpack_choices_kernel(float *weight, int *key, const float *choices, size_t size, int K) {
+    size_t i = thread_of_grid(), row = i / K, k = i % K;
+    if (i < size) {
+        weight[i] = choices[row * 2 * K + k];
+        key[i] = (int)choices[row * 2 * K + K + k];
+    }
+}
+
+// dweight (n,K) = the sum of the rows (K) that came back for each token
+__global__ void return_dweight_kernel(float *dweight, const float *back, const int *slot, size_t size, int K) {
+    size_t i = thread_of_grid();
+    float sum = 0;
+    if (i >= size)
+        return;
+    for (size_t j = i / K * K; j < i / K * K + K; j++)
+        sum += slot[j] >= 0 ? back[(size_t)slot[j] * K + i % K] : 0;
+    dweight[i] = sum;
+}
+
+int halves_of(const Model *m) {
+    return m->config.overlap ? 2 : 1;
+}
+
+// Room for what is under way, and for the experts' scratch.
+void lay_crossing(Model *m, const LayerState *s, int C) {
+    Crossing *x = m->crossing;
+    size_t low = sizeof(floatX), K = (size_t)s->plan.K, slots = 0, sort = 0;
+    for (int half = 0; half < halves_of(m); half++) {
+        const Exchange *e = &s->exchange[half];
+        Travel *t = &x->half[half];
+        size_t came = (size_t)e->came, room = sort_room(came * K, m->placement->here + m->placement->room);
+        lay_pieces(&t->room, {{&t->in, came * C * low}, {&t->answers, came * C * low},
+                              {&t->choices, came * 2 * K * sizeof(float)}, {&t->dweight, came * K * sizeof(float)}});
+        slots = slots > (size_t)e->slots ? slots : (size_t)e->slots;
+        sort = sort > room ? sort : room;
+    }
+    lay_pieces(&x->room, {{&x->rows, slots * C * low}, {&x->act, slots * m->experts.widest * low},
+                          {&x->dhidden, slots * m->experts.hidden_width * low},
+                          {&x->dweight_part, slots * div_up(m->experts.widest, TN) * sizeof(float)},
+                          {&x->sort, sort * sizeof(int)}});
+}
+
+// How many rows and slots there are for each rank, and from each: the host asks the device, and then the others.
+void exchange_counts(Model *m, LayerState *s, int l) {
+    int ep = ranks.ep, halves = halves_of(m);
+    int *counts = m->crossing->counts, *out = (int *)allocate((size_t)ep * 8, sizeof(int)), *in = out + 4 * ep;
+    await_device();
+    for (int i = 0; i < halves * ep; i++) { // first where rows begin, then the slots
+        out[i % ep * 4 + i / ep] = counts[i + 1] - counts[i];
+        out[i % ep * 4 + 2 + i / ep] = counts[halves * ep + 1 + i];
+    }
+#ifdef USE_NCCL
+    MPI_Request request;
+    MPI_Ialltoall(out, 4, MPI_INT, in, 4, MPI_INT, ranks.group, &request);
+    ranks_wait(&request, 1);
+#endif
+    m->came[l] = 0;
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        e->rows = e->came = e->slots = 0;
+        for (int r = 0; r < ep; r++) {
+            e->sent[r] = out[4 * r + half];
+            e->sent_at[r] = counts[half * ep + r];
+            e->rows += e->sent[r];
+            e->got[r] = in[4 * r + half];
+            e->got_at[r] = e->came;
+            e->came += e->got[r];
+            e->slots += in[4 * r + 2 + half];
+        }
+        m->came[l] += e->came;
+    }
+    free(out);
+}
+
+// Packs the rows of `from` (n,C) that go; send_rows() sends them.
+void pack_rows(Model *m, const LayerState *s, const floatX *from, int C) {
+    int rows = s->exchange[0].rows + (m->config.overlap ? s->exchange[1].rows : 0);
+    combine(m->crossing->out, NULL, NULL, from, s->sending.token, rows, 1, C);
+}
+
+// Sends each of the n tokens x (n,C) to the ranks that have its experts.
+void exchange_start(Model *m, int l, LayerState *s, const floatX *x, int n, int C) {
+    const Plan *plan = &s->plan;
+    Plan *sending = &s->sending;
+    Crossing *cross = m->crossing;
+    int K = plan->K, halves = halves_of(m), to = sending->E, *room = m->router.sort;
+    size_t choices = (size_t)n * K;
+    sending->N = n;
+    memset(cross->counts, 0, (size_t)(2 * to + 1) * sizeof(int));
+    if (n) {
+        destinations_kernel<<<blocks(choices), THREADS, 0, stream>>>(sending->key, sending->expert, plan->key, where_is(m, l), n,
+                                                                     K, ranks.ep, halves);
+        CHECK(cudaGetLastError());
+        gpu::count_keys(room, sending->expert, choices, to);
+        copy_ints(cross->counts + to + 1, room, to, cudaMemcpyDeviceToHost);
+        gpu::plan_sort(sending, room);
+        copy_ints(cross->counts, sending->offset, to + 1, cudaMemcpyDeviceToHost);
+    }
+    exchange_counts(m, s, l);
+    lay_crossing(m, s, C);
+    size_t rows = (size_t)cross->counts[to], E = (size_t)(m->placement->here + m->placement->room);
+    if (rows) {
+        pack_choices_kernel<<<blocks(rows * K), THREADS, 0, stream>>>(cross->choices_out, *sending, plan->key, s->weight,
+                                                                      where_is(m, l), rows * K, ranks.ep);
+        CHECK(cudaGetLastError());
+        pack_rows(m, s, x, C);
+    }
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        Travel *t = &cross->half[half];
+        size_t came = (size_t)e->came, ints = came * K * sizeof(int);
+        Plan p = {e->came, (int)E, K, NULL, NULL, NULL, NULL, NULL, NULL, 0};
+        e->tiles = e->slots / TM + (int)E;
+        lay_pieces(&e->room, {{&e->x, came * C * sizeof(floatX)},
+                              {&e->hidden, (size_t)e->slots * m->experts.hidden_width * sizeof(floatX)},
+                              {&e->weight, came * K * sizeof(float)},
+                              {&e->tile, e->tiles * sizeof(int2)},
+                              {&p.key, ints}, {&p.slot, ints}, {&p.choice, ints}, {&p.token, ints},
+                              {&p.offset, (E + 1) * sizeof(int)}});
+        e->plan = p;
+        depart();
+        send_rows(cross->choices_out, e->sent, e->sent_at, t->choices, e->got, e->got_at, 2 * K * sizeof(float));
+        send_rows(cross->out, e->sent, e->sent_at, e->x, e->got, e->got_at, C * sizeof(floatX));
+        arrive(t->there);
+    }
+}
+
+// The experts that this rank has in layer l, for the rows that came.
+Experts experts_here(const Model *m, int l, const Exchange *e) {
+    const Places *p = &m->crossing->places;
+    Experts x = m->experts;
+    int n = e->plan.E;
+    x.E = n;
+    x.width = p->width + l * n;
+    x.activation = p->activation + l * n;
+    x.matrix = p->matrix + l * (n + 1);
+    x.matrix_in = p->matrix_in + l * (n + 1);
+    x.offset = e->plan.offset;
+    x.token = e->plan.token;
+    x.choice = e->plan.choice;
+    x.tile = e->tile;
+    x.tiles = e->tiles;
+    return x;
+}
+
+// The experts' work on each half as it comes, and their answers' way back: to m->rows, by s->sending.slot.
+void exchange_forward(Model *m, int l, LayerState *s, int C) {
+    const LayerWeights *w = &m->weights.layer[l];
+    Crossing *x = m->crossing;
+    int K = s->plan.K, halves = halves_of(m);
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        Travel *t = &x->half[half];
+        size_t choices = (size_t)e->came * K;
+        wait_for(t->there);
+        if (e->came) {
+            unpack_choices_kernel<<<blocks(choices), THREADS, 0, stream>>>(e->weight, e->plan.key, t->choices, choices, K);
+            CHECK(cudaGetLastError());
+            gpu::plan_sort(&e->plan, x->sort);
+            list_tiles(e->tile, e->tiles, e->plan.offset, e->plan.E);
+            Experts here = gpu::experts_here(m, l, e);
+            gpu::experts_forward(x->rows, e->hidden, x->act, e->x, low_of(m, w->w_in), low_of(m, w->w_out), e->weight,
+                                 &here);
+            combine(t->answers, NULL, NULL, x->rows, e->plan.slot, e->came, K, C);
+        }
+        depart();
+        send_rows(t->answers, e->got, e->got_at, m->rows, e->sent, e->sent_at, C * sizeof(floatX));
+        arrive(t->there);
+    }
+    wait_for(x->half[halves - 1].there);
+}
+
+// Backward, first: dout (n,C), by token, goes where the tokens went.
+void exchange_start_backward(Model *m, LayerState *s, const floatX *dout, int C) {
+    lay_crossing(m, s, C);
+    pack_rows(m, s, dout, C);
+    for (int half = 0; half < halves_of(m); half++) {
+        Exchange *e = &s->exchange[half];
+        Travel *t = &m->crossing->half[half];
+        depart();
+        send_rows(m->crossing->out, e->sent, e->sent_at, t->in, e->got, e->got_at, C * sizeof(floatX));
+        arrive(t->there);
+    }
+}
+
+// And then: the gradients by the experts' weights, by the tokens' rows (m->rows, by s->sending.slot), m->dweight (n,K).
+void exchange_backward(Model *m, int l, LayerState *s, int C) {
+    const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
+    Crossing *x = m->crossing;
+    int K = s->plan.K, halves = halves_of(m);
+    for (int half = 0; half < halves; half++) {
+        Exchange *e = &s->exchange[half];
+        Travel *t = &x->half[half];
+        wait_for(t->there);
+        if (e->came) {
+            Experts here = gpu::experts_here(m, l, e);
+            zero(t->dweight, (size_t)e->came * K * sizeof(float));
+            gpu::experts_backward(x->rows, dw->w_in, dw->w_out, t->dweight, t->in, e->x, e->hidden, e->weight,
+                                  low_of(m, w->w_in), low_of(m, w->w_out), x->act, x->dhidden, x->dweight_part, e->slots,
+                                  &here);
+            combine(t->answers, NULL, NULL, x->rows, e->plan.slot, e->came, K, C);
+        }
+        depart();
+        send_rows(t->answers, e->got, e->got_at, m->rows, e->sent, e->sent_at, C * sizeof(floatX));
+        send_rows(t->dweight, e->got, e->got_at, x->dweight_back, e->sent, e->sent_at, K * sizeof(float));
+        arrive(t->there);
+    }
+    wait_for(x->half[halves - 1].there);
+    size_t choices = (size_t)s->sending.N * K;
+    return_dweight_kernel<<<blocks(choices), THREADS, 0, stream>>>(m->dweight, x->dweight_back, s->sending.slot, choices, K);
+    CHECK(cudaGetLastError());
+}
+
+// Shared experts, or a dense layer: m->branch (N,C) =
+void dense_forward(Model *m, int l, LayerState *s, int N) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l];
+    if (!w->dense_in || N == 0)
+        return;
+    int C = c->dim, F = dense_width(c, l), activation = dense_activation(c, l), H = F * (1 + is_gated(activation));
+    product(s->dense_hidden, along_rows(s->h2, C), along_rows(low_of(m, w->dense_in), C), N, H, C, 0);
+    gpu::activation_forward(m->act, s->dense_hidden, N, F, activation);
+    product(m->branch, along_rows(m->act, F), along_rows(low_of(m, w->dense_out), F), N, C, F, 0);
+}
+
+// dh (N,C) =
+void dense_backward(Model *m, int l, LayerState *s, float *dh, const floatX *dout, int N) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
+    if (!w->dense_in)
+        return;
+    int C = c->dim, F = dense_width(c, l), activation = dense_activation(c, l), H = F * (1 + is_gated(activation));
+    product(m->act, along_rows(dout, C), along_columns(low_of(m, w->dense_out), F), N, F, C, 0);
+    gpu::activation_backward(m->dhidden, m->act, s->dense_hidden, N, F, activation);
+    product(dw->dense_out, along_columns(dout, C), along_columns(m->act, F), C, F, N, 1);
+    product(dw->dense_in, along_columns(m->dhidden, H), along_columns(s->h2, C), H, C, N, 1);
+    product(dh, along_rows(m->dhidden, H), along_columns(low_of(m, w->dense_in), C), N, C, H, 0);
+}
+
 // One layer's feed-forward: out (N,C) = s->mid + dense part + mixture of experts, of s->h2 (N,C).
 void ffn_forward(Model *m, int l, LayerState *s, float *out, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
-    int C = c->dim, h = c->subtokens, moe = is_moe(c, l);
-    if (w->dense_in) {
-        int F = dense_width(c, l), activation = dense_activation(c, l), H = F * (1 + is_gated(activation));
-        product(s->dense_hidden, along_rows(s->h2, C), along_rows(low_of(m, w->dense_in), C), N, H, C, 0);
-        gpu::activation_forward(m->act, s->dense_hidden, N, F, activation);
-        product(m->branch, along_rows(m->act, F), along_rows(low_of(m, w->dense_out), F), N, C, F, 0);
-    }
+    int C = c->dim, h = c->subtokens, moe = is_moe(c, l), apart = MANY && ranks.ep > 1 && moe;
+    const int *slot = apart ? s->sending.slot : s->plan.slot;
+    if (!apart)
+        gpu::dense_forward(m, l, s, N);
     if (moe) {
         const floatX *x = s->h2;
         if (h > 1) {
@@ -3923,16 +4663,23 @@ void ffn_forward(Model *m, int l, LayerState *s, float *out, int N, int T) {
             x = s->sub;
         }
         gpu::router_forward(m, l, s, m->router_in, N * h, C / h, T * h);
-        list_tiles(s->tile, s->tiles, s->plan.offset, c->experts);
-        Experts experts = layer_experts(m, s);
-        gpu::experts_forward(m->rows, s->hidden, m->act, x, low_of(m, w->w_in), low_of(m, w->w_out), s->weight, &experts);
+        m->came[l] = N * h;
+        if (apart) {
+            gpu::exchange_start(m, l, s, x, N * h, C / h);
+            gpu::dense_forward(m, l, s, N); // while the rows travel
+            gpu::exchange_forward(m, l, s, C / h);
+        } else if (N) {
+            list_tiles(s->tile, s->tiles, s->plan.offset, c->experts);
+            Experts experts = layer_experts(m, s);
+            gpu::experts_forward(m->rows, s->hidden, m->act, x, low_of(m, w->w_in), low_of(m, w->w_out), s->weight,
+                                 &experts);
+        }
         if (h > 1) {
-            combine(s->merged, NULL, NULL, m->rows, s->plan.slot, N * h, s->plan.K, C / h);
+            combine(s->merged, NULL, NULL, m->rows, slot, N * h, s->plan.K, C / h);
             product(m->branch, along_rows(s->merged, C), along_rows(low_of(m, w->merge), C), N, C, C, w->dense_in != NULL);
         }
     }
-    combine(out, s->mid, w->dense_in || h > 1 ? m->branch : NULL, moe && h == 1 ? m->rows : NULL, s->plan.slot, N,
-            s->plan.K, C);
+    combine(out, s->mid, w->dense_in || h > 1 ? m->branch : NULL, moe && h == 1 ? m->rows : NULL, slot, N, s->plan.K, C);
 }
 
 // With --recompute: the hidden layers again, of s->h2 and the plan as it was.
@@ -3943,7 +4690,7 @@ void ffn_recompute(Model *m, int l, LayerState *s, int N) {
     if (w->dense_in)
         product(s->dense_hidden, along_rows(s->h2, C), along_rows(low_of(m, w->dense_in), C), N, H, C, 0);
     Experts experts = layer_experts(m, s);
-    if (is_moe(c, l))
+    if (is_moe(c, l) && !(MANY && ranks.ep > 1)) // what came from other ranks is kept
         gpu::experts_hidden(s->hidden, m->act, c->subtokens > 1 ? s->sub : s->h2, low_of(m, w->w_in), &experts);
 }
 
@@ -3951,16 +4698,10 @@ void ffn_recompute(Model *m, int l, LayerState *s, int N) {
 void ffn_backward(Model *m, int l, LayerState *s, float *dh, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
-    int C = c->dim, h = c->subtokens;
+    int C = c->dim, h = c->subtokens, apart = MANY && ranks.ep > 1 && is_moe(c, l);
     const floatX *dout = m->dx_low;
-    if (w->dense_in) {
-        int F = dense_width(c, l), activation = dense_activation(c, l), H = F * (1 + is_gated(activation));
-        product(m->act, along_rows(dout, C), along_columns(low_of(m, w->dense_out), F), N, F, C, 0);
-        gpu::activation_backward(m->dhidden, m->act, s->dense_hidden, N, F, activation);
-        product(dw->dense_out, along_columns(dout, C), along_columns(m->act, F), C, F, N, 1);
-        product(dw->dense_in, along_columns(m->dhidden, H), along_columns(s->h2, C), H, C, N, 1);
-        product(dh, along_rows(m->dhidden, H), along_columns(low_of(m, w->dense_in), C), N, C, H, 0);
-    }
+    if (!apart)
+        gpu::dense_backward(m, l, s, dh, dout, N);
     if (!is_moe(c, l))
         return;
     const floatX *x = s->h2;
@@ -3976,11 +4717,18 @@ void ffn_backward(Model *m, int l, LayerState *s, float *dh, int N, int T) {
         gpu::rmsnorm_forward(NULL, m->router_in, s->rstd2, s->mid, w->norm2, N, C, c->norm_eps);
     }
     Plan *plan = &s->plan;
-    zero(m->dweight, (size_t)plan->N * plan->K * sizeof(float)); // dropped choices get none
-    Experts experts = layer_experts(m, s);
-    gpu::experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, x, s->hidden, s->weight, low_of(m, w->w_in),
-                          low_of(m, w->w_out), m->act, m->dhidden, m->dweight_part, m->slots, &experts);
-    combine(dx, w->dense_in && h == 1 ? dh : NULL, NULL, m->rows, plan->slot, plan->N, plan->K, C / h);
+    if (apart) {
+        gpu::exchange_start_backward(m, s, dout, C / h);
+        gpu::dense_backward(m, l, s, dh, m->dx_low, N);
+        gpu::exchange_backward(m, l, s, C / h);
+    } else {
+        zero(m->dweight, (size_t)plan->N * plan->K * sizeof(float)); // dropped choices get none
+        Experts experts = layer_experts(m, s);
+        gpu::experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, x, s->hidden, s->weight, low_of(m, w->w_in),
+                              low_of(m, w->w_out), m->act, m->dhidden, m->dweight_part, m->slots, &experts);
+    }
+    combine(dx, w->dense_in && h == 1 ? dh : NULL, NULL, m->rows, apart ? s->sending.slot : plan->slot, plan->N, plan->K,
+            C / h);
     gpu::router_backward(m, l, s, dx, m->router_in, plan->N, C / h, T * h);
     if (h > 1) {
         floatX *dsub = m->dmerged; // no longer needed for itself
@@ -4013,9 +4761,11 @@ void attend_forward(Model *m, int l) {
 void layers_forward(Model *m) {
     const Config *c = &m->config;
     int N = m->B * m->T, C = c->dim, L = c->layers;
-    gpu::embedding_forward(m->layers[0].x, m->weights.embed, m->tokens, N, C);
+    if (N)
+        gpu::embedding_forward(m->layers[0].x, m->weights.embed, m->tokens, N, C);
     for (int l = 0; l < L; l++) {
-        gpu::attend_forward(m, l);
+        if (N) // without tokens of its own, a rank's experts have those of others
+            gpu::attend_forward(m, l);
         gpu::ffn_forward(m, l, &m->layers[l], l + 1 < L ? m->layers[l + 1].x : m->x, N, m->T);
     }
     gpu::rmsnorm_forward(m->h, NULL, m->rstd, m->x, m->weights.norm, N, C, c->norm_eps);
@@ -4078,18 +4828,74 @@ void model_forward(::Model *base, const int *tokens, const int *targets, int B, 
     m->grad_scale = grad_scale;
     m->step = (uint64_t)step;
     m->first_token = (uint64_t)first_token;
+    int begins = !first_token || first_token < (long)ranks.size * N; // the step's first micro-step
+    m->last_pass = first_token / max_int(N, 1) / ranks.size == c->accum - 1;
+    m->rank_tokens[ranks.rank] = N;
+    if (is_spread(c))
+        share_token_counts(m, N);
     send_batch(m, tokens, targets, N);
-    if (first_token == 0)
+    if (begins)
         zero(m->report, 2 * sizeof(double)); // LOSS and TOTAL_AUX
-    if (mode == TRAIN_MODE && first_token == 0)
+    if (mode == TRAIN_MODE && begins)
         gpu::clear_router_stats(m);
     layers_forward(m);
-    gpu::head_loss(m, N, grad_scale / N);
-    add_mean(m->report + LOSS, m->nll, N, grad_scale);
+    if (N) {
+        gpu::head_loss(m, N, grad_scale / N);
+        add_mean(m->report + LOSS, m->nll, N, grad_scale);
+    }
     if (moe_layers(c, &last) && mode != EVAL_MODE) {
         add_aux_kernel<<<1, 1, 0, stream>>>(m->report, c->layers, stats_size(c), 4 * c->experts + AUX, grad_scale);
         CHECK(cudaGetLastError());
     }
+}
+
+// ---- gradients of several ranks
+
+// Begins to sum gradients from..end: see the C twin.
+void start_sum(::Model *m, size_t from, size_t end, int twins) {
+    int sharing = twins ? ranks.copies : ranks.size;
+    if (from >= end || sharing == 1)
+        return;
+    ranks.reduced += 2.0 * (sharing - 1) / sharing * (double)((end - from) * sizeof(float)); // what a ring sends
+    follow(traffic, stream);
+    nccl_sum(m->memory[GRADS] + from, end - from, twins ? OF_TWINS : OF_ALL);
+}
+
+void exchange_copies(Model *m, int what) {
+    int count;
+    size_t room = 0;
+    float *arrived, *to;
+    Copy *list = list_copies(m, &count);
+    for (int i = 0; i < count; i++)
+        room += what == GRADS && list[i].owned ? list[i].size : 0;
+    lay_pieces(&m->crossing->room, {{&arrived, room * sizeof(float)}});
+    to = arrived;
+    depart();
+    for (int i = 0; i < count; i++) {
+        const Copy *k = &list[i];
+        int receives = k->owned == (what == GRADS);
+        float *own = m->memory[what] + k->at;
+        if (receives)
+            nccl_receive(what == GRADS ? to : own, k->size * sizeof(float), k->peer);
+        else
+            nccl_send(own, k->size * sizeof(float), k->peer);
+        ranks.reduced += receives ? 0 : (double)(k->size * sizeof(float));
+        to += receives ? k->size : 0;
+    }
+    arrive(m->crossing->half[0].there);
+    wait_for(m->crossing->half[0].there);
+    to = arrived;
+    for (int i = 0; what == GRADS && i < count; i++) {
+        float *own = m->memory[what] + list[i].at;
+        if (!list[i].owned) {
+            zero(own, list[i].size * sizeof(float));
+            continue;
+        }
+        add_kernel<<<blocks(list[i].size), THREADS, 0, stream>>>(own, to, list[i].size);
+        CHECK(cudaGetLastError());
+        to += list[i].size;
+    }
+    free(list);
 }
 
 // Adds the gradients of grad_scale * (loss + aux) of the last forward pass, which was not in EVAL_MODE.
@@ -4097,6 +4903,8 @@ void model_backward(::Model *base) {
     Model *m = (Model *)base;
     const Config *c = &m->config;
     int B = m->B, T = m->T, N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int sums = MANY && m->last_pass;
+    size_t tail = (size_t)(m->grads.norm - m->memory[GRADS]), from = tail;
     zero(m->dx, (size_t)N * C * sizeof(float));
     gpu::rmsnorm_backward(m->dx, m->dx_low, m->grads.norm, m->dh, m->x, m->rstd, m->weights.norm, N, C, m->partial);
     for (int l = c->layers - 1; l >= 0; l--) {
@@ -4115,40 +4923,51 @@ void model_backward(::Model *base) {
         product(m->dh, along_rows(m->dqkv, Q), along_columns(low_of(m, w->qkv), C), N, C, Q, 0);
         product(dw->qkv, along_columns(m->dqkv, Q), along_columns(s->h1, C), Q, C, N, 1);
         gpu::rmsnorm_backward(m->dx, m->dx_low, dw->norm1, m->dh, s->x, s->rstd1, w->norm1, N, C, m->partial);
+        if (sums)
+            sum_layer(m, l, &from, gpu::start_sum);
     }
     const int *order = m->tokens + 2 * m->max_tokens;
     gpu::embedding_backward(m->grads.embed, m->dx, order, order + m->max_tokens, order + 2 * m->max_tokens, m->words, C);
-}
-
-// The gradients' norm, AdamW, and what the router does without gradients; where the norm is not finite nothing is.
-void model_update(::Model *base, int step, double lr) {
-    Model *m = (Model *)base;
-    const Config *c = &m->config;
-    double *norm = m->report + GRADIENT_NORM;
-    gpu::gradient_norm(norm, m->memory[GRADS], m->padded, m->norm_part);
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        if (tensor_is_buffer(t))
-            continue;
-        size_t at = m->place[i];
-        adamw(m->memory[WEIGHTS] + at, m->low + at, m->memory[GRADS] + at, m->memory[MOMENT1] + at, m->memory[MOMENT2] + at,
-              t->size, norm, c->clip, (float)lr, (float)(tensor_is_vector(t) ? 1 : 1 - lr * c->weight_decay),
-              (float)c->beta1, (float)c->beta2, (float)(1 / (1 - pow(c->beta1, step))),
-              (float)(1 / (1 - pow(c->beta2, step))), 1e-8f);
+    if (!sums)
+        return;
+    sum_layer(m, -1, &from, gpu::start_sum);
+    gpu::start_sum(m, tail, m->replicated, 0); // the last norm, and what all layers have in common
+    if (m->placement && c->replicate) {
+        gpu::exchange_copies(m, GRADS);
+        gpu::start_sum(m, m->replicated, m->size, 1);
     }
-    gpu::router_update(m);
 }
 
-void model_losses(::Model *base, double *loss, double *aux, double *norm) {
-    Model *m = (Model *)base;
+// *norm of all ranks' gradients: of this rank's slice of what all have, and of its experts, which `copies` ranks have.
+void whole_norm(Model *m, double *norm) {
+    const float *g = m->memory[GRADS];
+    zero(norm, sizeof(double));
+    int parts = gpu::sum_of_squares(m->norm_part, g + m->slice, m->slice_end - m->slice);
+    gpu::add_sum(norm, Doubles{m->norm_part}, parts, 1);
+    parts = gpu::sum_of_squares(m->norm_part, g + m->replicated, m->size - m->replicated);
+    gpu::add_sum(norm, Doubles{m->norm_part}, parts, 1.0 / ranks.copies);
+    gpu::sum_over_ranks(norm, 1);
+    root_of_sum_kernel<<<1, 32, 0, stream>>>(norm, norm, 1);
+    CHECK(cudaGetLastError());
+}
+
+// After each rank has updated its slice of what all have.
+void share_weights(Model *m) {
+    size_t slice = m->slice_end - m->slice;
+    ranks.reduced += (double)(slice * sizeof(float)) * (ranks.size - 1);
+    follow(traffic, stream);
+    nccl_gather(m->memory[WEIGHTS], m->slice, slice);
+    wait_for_traffic();
+    round_weights(m, 0, m->replicated);
+}
+
+// The report on the host; waits until the device has done all.
+void fetch_report(Model *m) {
     CHECK(cudaMemcpyAsync(m->host_report, m->report, m->report_size * sizeof(double), cudaMemcpyDeviceToHost, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    *loss = m->host_report[LOSS];
-    *aux = m->host_report[TOTAL_AUX];
-    *norm = m->host_report[GRADIENT_NORM];
+    await_device();
 }
 
-// As of the last model_losses.
+// As of the last fetch_report.
 const RouterStats *model_stats(const ::Model *base, int l) {
     const Model *m = (const Model *)base;
     RouterStats *s = &m->stats[l];
@@ -4169,6 +4988,63 @@ const RouterStats *model_stats(const ::Model *base, int l) {
     return s;
 }
 
+// The gradients' norm, AdamW, and what the router does without gradients; where the norm is not finite nothing is.
+void model_update(::Model *base, int step, double lr) {
+    Model *m = (Model *)base;
+    const Config *c = &m->config;
+    double *norm = m->report + GRADIENT_NORM;
+    if (MANY) {
+        wait_for_traffic(); // for the gradients' sums
+        whole_norm(m, norm);
+    } else {
+        gpu::gradient_norm(norm, m->memory[GRADS], m->size, m->norm_part);
+    }
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        if (tensor_is_buffer(t))
+            continue;
+        size_t at = t->offset, end = at + t->size;
+        if (MANY && !tensor_is_expert(t)) { // of what all ranks have, each updates its slice
+            at = at > m->slice ? at : m->slice;
+            end = end < m->slice_end ? end : m->slice_end;
+        }
+        size_t moment = moment_place(m, at);
+        if (end <= at)
+            continue;
+        adamw(m->memory[WEIGHTS] + at, m->low + at, m->memory[GRADS] + at, m->memory[MOMENT1] + moment,
+              m->memory[MOMENT2] + moment, end - at, norm, c->clip, (float)lr,
+              (float)(tensor_is_vector(t) ? 1 : 1 - lr * c->weight_decay),
+              (float)c->beta1, (float)c->beta2, (float)(1 / (1 - pow(c->beta1, step))),
+              (float)(1 / (1 - pow(c->beta2, step))), 1e-8f);
+    }
+    if (MANY) {
+        zero(m->memory[GRADS], m->replicated * sizeof(float)); // the other ranks' slices, too
+        gpu::share_weights(m);
+    }
+    gpu::router_update(m);
+    if (MANY && m->placement && c->replicate) {
+        if (step % c->replicate_every == 0) {
+            fetch_report(m);
+            for (int l = 0; l < c->layers; l++)
+                gpu::model_stats(m, l);
+            choose_copies(m);
+            gpu::place_experts(m);
+        }
+        gpu::exchange_copies(m, WEIGHTS);
+        round_weights(m, m->replicated, m->size);
+    }
+}
+
+void model_losses(::Model *base, double *loss, double *aux, double *norm) {
+    Model *m = (Model *)base;
+    fetch_report(m);
+    double both[2] = {m->host_report[LOSS], m->host_report[TOTAL_AUX]};
+    ::sum_over_ranks(both, 2);
+    *loss = both[0];
+    *aux = both[1];
+    *norm = m->host_report[GRADIENT_NORM];
+}
+
 // The plan of the last forward pass, copied to the host.
 const Plan *model_plan(const ::Model *base, int l) {
     Model *m = (Model *)base;
@@ -4183,7 +5059,7 @@ const Plan *model_plan(const ::Model *base, int l) {
         *to = p;
     }
     to->N = plan->N;
-    if (!plan->E)
+    if (!plan->E || !plan->N)
         return to;
     int *const target[] = {to->offset, to->expert, to->key, to->slot, to->choice, to->token};
     const int *const from[] = {plan->offset, plan->expert, plan->key, plan->slot, plan->choice, plan->token};
@@ -4206,6 +5082,8 @@ void model_generate(::Model *base, int token, int position, real *logits) {
         own_cache(one);
         one->B = one->T = 1;
         one->mode = EVAL_MODE;
+        for (int r = 0; r < ranks.size; r++) // all ranks go on with the same token
+            one->rank_tokens[r] = 1;
     }
     one->position = position;
     float *angles = (float *)allocate(D, sizeof(float));
@@ -4215,7 +5093,7 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     layers_forward(one);
     product(one->logits, along_rows(one->h, c->dim), along_rows(low_of(m, m->weights.head), c->dim), 1, c->vocab, c->dim, 0);
     CHECK(cudaMemcpyAsync(logits, one->logits, (size_t)c->vocab * sizeof(float), cudaMemcpyDeviceToHost, stream));
-    CHECK(cudaStreamSynchronize(stream));
+    await_device();
     free(angles);
 }
 
@@ -4280,7 +5158,11 @@ const Backend backend = {"cuda",         model_allocate, model_free,     model_i
 
 #ifdef TRAIN_MOE_CU_MAIN
 int main(int argc, char **argv) {
+#ifdef USE_NCCL
+    program_name = "train_moe_cu_nccl";
+#else
     program_name = "train_moe_cu";
+#endif
     return run_program(argc, argv, &gpu::backend);
 }
 #endif

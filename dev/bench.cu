@@ -207,10 +207,10 @@ int batch_for(const char *options, int most, double share) {
 Model *random_model(const Config *c, int N, int train) {
     Model *m = (Model *)backend.create(c, N, train, NULL);
     for (int i = 0; i < m->tensor_count; i++)
-        random_floats(m->memory[WEIGHTS] + m->place[i], m->tensors[i].size, (float)tensor_is_norm(&m->tensors[i]),
+        random_floats(m->memory[WEIGHTS] + m->tensors[i].offset, m->tensors[i].size, (float)tensor_is_norm(&m->tensors[i]),
                       tensor_is_norm(&m->tensors[i]) ? 0 : 0.07f);
 #ifndef FP32
-    to_low(m->low, m->memory[WEIGHTS], m->padded);
+    to_low(m->low, m->memory[WEIGHTS], m->size);
 #endif
     return m;
 }
@@ -347,7 +347,7 @@ std::map<std::string, std::pair<double, double>> work_of_functions(const Trainee
             {"cross_entropy", {0, N * c->vocab * (4 + X)}},
             {"embedding_forward", {0, N * C * 8}},
             {"embedding_backward", {0, N * C * 4 + t->model->words * C * 8}},
-            {"gradient_norm", {0, total * 4}},
+            {"sum_of_squares", {0, total * 4}},
             {"adamw", {0, total * (X < 4 ? 32 + X : 32)}}};
 }
 

@@ -25,6 +25,7 @@
 #include <deque>
 #include <map>
 #include <math.h>
+#include <sched.h>
 #include <tuple>
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -121,9 +122,8 @@ struct Event {
 };
 
 struct Task {
-    std::function<void()> run; // may be empty
-    Event *event;              // what it waits for, and for which of its records; nullptr: nothing
-    unsigned count;
+    std::function<void()> run;  // may be empty
+    std::function<bool()> able; // whether its time has come; empty: whenever it is the stream's first
 };
 
 struct Stream {
@@ -134,17 +134,26 @@ struct Stream {
 inline Stream null_stream;
 inline std::vector<Stream *> streams{&null_stream};
 
-// Does what is to be done in the streams, each time the next task of one that need not wait, until `enough`.
+// Does what is to be done in the streams, each time the next task of one that need not wait, until `enough`. Where all
+// wait, it is for other processes (nccl.h).
 template <class Enough> void run_tasks(Enough enough) {
     static Random random(seed());
+    static unsigned idle = 0; // also from call to call: who asks again and again shall not keep others from working
     while (!enough()) {
         Stream *chosen = nullptr;
         unsigned able = 0;
         for (Stream *s : streams) {
-            if (!s->tasks.empty() && (!s->tasks[0].event || s->tasks[0].event->done >= s->tasks[0].count) &&
-                random.below(++able) == 0)
+            if (!s->tasks.empty() && (!s->tasks[0].able || s->tasks[0].able()) && random.below(++able) == 0)
                 chosen = s;
         }
+        if (!chosen) {
+            if (idle++ < 100)
+                sched_yield();
+            else
+                usleep(50);
+            continue;
+        }
+        idle = 0;
         Task task = std::move(chosen->tasks[0]);
         chosen->tasks.pop_front();
         if (task.run)
@@ -162,7 +171,7 @@ inline void run_all(bool only_blocking = false) {
     }
 }
 
-inline void enqueue(Stream *s, std::function<void()> run, Event *event = nullptr, unsigned count = 0) {
+inline void enqueue(Stream *s, std::function<void()> run, std::function<bool()> able = nullptr) {
     s = s ? s : &null_stream;
     if (s == &null_stream) {
         for (Stream *other : streams) {
@@ -172,7 +181,7 @@ inline void enqueue(Stream *s, std::function<void()> run, Event *event = nullptr
     } else if (s->blocking) {
         run_stream(&null_stream);
     }
-    s->tasks.push_back({std::move(run), event, count});
+    s->tasks.push_back({std::move(run), std::move(able)});
     if (s->tasks.size() > 10000)
         run_stream(s);
 }
@@ -299,6 +308,11 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
         cudacpu::run_all(true);
     return cudaSuccess;
 }
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) { // a task is done between two questions
+    int asked = 0;
+    cudacpu::run_tasks([&] { return stream->tasks.empty() || asked++ > 0; });
+    return stream->tasks.empty() ? cudaSuccess : cudaErrorNotReady;
+}
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     if (!stream)
         return cudacpu::result(cudaErrorInvalidResourceHandle);
@@ -308,7 +322,7 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
-    cudacpu::enqueue(stream, nullptr, event, event->recorded);
+    cudacpu::enqueue(stream, nullptr, [event, count = event->recorded] { return event->done >= count; });
     return cudaSuccess;
 }
 

@@ -91,8 +91,9 @@ inline uint64_t environment(const char *name, uint64_t otherwise) {
     return text ? strtoull(text, nullptr, 0) : otherwise;
 }
 
-inline uint64_t seed() {
-    static const uint64_t value = environment("CUDACPU_SEED", 1);
+inline uint64_t seed() { // each rank that mpirun has started shuffles in its own way
+    static const uint64_t rank = environment("OMPI_COMM_WORLD_RANK", environment("PMI_RANK", 0));
+    static const uint64_t value = environment("CUDACPU_SEED", 1) + 1000003 * rank;
     return value;
 }
 
