@@ -7678,7 +7678,7 @@ void test_mpi_bad_options(void **state) {
     static const char *const cases[][2] = {
         {"--nonsense", "there is no option --nonsense"},
         {"--ep 3", "--ep 3: it must divide the 2 ranks and the 8 experts"},
-        {"--ep 2 --recipe dense", "--ep 2: it must divide the 2 ranks and the 0 experts"},
+        {"--ep 2 --recipe dense", "--ep 2: this model has no experts to divide"},
         {"--ep 1 --replicate 2", "there must be another rank to have it"},
         {"--replicate 9", "at most all 8 experts can have a copy"},
         {"--prompt One", "one process goes on from a text"},
@@ -7756,14 +7756,14 @@ MPI_Comm form_comm = MPI_COMM_NULL;
 const Backend *trained = &cpu_backend; // whose models are trained together
 
 void begin_form(int size, int ep) { // size 1: this process alone
-    static const Ranks alone = {0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0, MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL};
+    static const Ranks alone = {1, 0, 1, 0, 1, 0, 0, {0, 0, 0}};
     int world;
     ranks = alone;
     if (size == 1)
         return;
     MPI_Comm_rank(MPI_COMM_WORLD, &world);
     MPI_Comm_split(MPI_COMM_WORLD, world / size, world, &form_comm);
-    MPI_Comm_dup(form_comm, &ranks.watch);
+    MPI_Comm_dup(form_comm, &comm.watch);
     ranks_form(form_comm, ep);
 }
 
@@ -7772,8 +7772,9 @@ void end_form(void) {
 #ifdef TWIN
         gpu::end_ranks();
 #endif
-        ranks_part();
-        MPI_Comm_free(&ranks.watch);
+        MPI_Comm_free(&comm.group);
+        MPI_Comm_free(&comm.peers);
+        MPI_Comm_free(&comm.watch);
         MPI_Comm_free(&form_comm);
     }
     begin_form(1, 1);
@@ -7985,9 +7986,9 @@ double pass_bytes(const char *recipe, const char *choices, double *expected) {
     trained = RANKS_BACKEND;
     Model *m = trained->create(&c, c.seq, 1, NULL);
     draw_weights(m, 0);
-    ranks.sent = 0;
+    ranks.traffic.sent = 0;
     run_share(m, 0, ranks.size, TRAIN_MODE, 1, 1, 0);
-    double both[2] = {ranks.sent, expected_bytes(m, RANKS_WIDE)};
+    double both[2] = {ranks.traffic.sent, expected_bytes(m, RANKS_WIDE)};
     sum_over_ranks(both, 2);
     await_sums();
     trained->release(m);
@@ -8070,7 +8071,7 @@ void test_ranks_uneven(void **state) {
                 size_t size = expert_size(&c, W_IN, 0), at = expert_offset(m, t, ranks.place ? m->placement->here : 0);
                 real *weights = weights_here(m) + at, *other = take_reals(size);
                 MPI_Sendrecv(weights, (int)size, MPI_REALS, 1 - ranks.place, 7, other, (int)size, MPI_REALS, 1 - ranks.place, 7,
-                             ranks.group, MPI_STATUS_IGNORE);
+                             comm.group, MPI_STATUS_IGNORE);
                 assert_memory_equal(weights, other, size * sizeof(real));
                 free_taken();
             }

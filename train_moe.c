@@ -411,7 +411,7 @@ int places(const Config *c) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Errors, memory, random numbers, ranks, JSON, options
+// 3. Errors, memory, random numbers, JSON, options, ranks
 //
 // A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and machines,
 // exit 2 for the command line. Random numbers are a pure function of what they are for, so that any thread,
@@ -424,32 +424,28 @@ const char *program_name = "train_moe";
 #endif
 char unfinished_path[4096]; // a folder being written; fail() removes it, so that nothing half-written stays
 
-// The processes that train one model together (make train_moe_mpi), and this one's place among them. Each has its share
-// of every batch. The experts are divided among the `ep` ranks of a group; `copies` groups hold the same experts.
+// The processes that train one model together (make train_moe_mpi), and this one's place among them: see "ranks" below.
+typedef struct Traffic {  // of this rank, since the log's last line
+    double waited;        // seconds in which it waited for others
+    double sent, reduced; // bytes that it sent by all-to-all, and for gradients and weights
+} Traffic;
+
 typedef struct Ranks {
-    int rank, size;       // rank = copy * ep + place
-    int ep, place;
-    int copies, copy;
-    int watchdog;         // seconds
-    int crowded;          // this machine has more ranks than cores, so that who waits had better sleep
-    double waited;        // seconds in which this rank waited for others,
-    double sent, reduced; // bytes that it sent by all-to-all, and for gradients and weights; since the log's last line
-#ifdef USE_MPI
-    MPI_Comm all, group, twins; // all ranks; those of the group; those with the same place in other groups
-    MPI_Comm watch;             // all ranks, to ask who is alive
-#endif
+    int size, rank;
+    int ep, place;    // ranks of a group, which have all experts among them; rank = group number * ep + place
+    int groups;       // size / ep, of which each has the same experts
+    int watchdog;     // seconds
+    int crowded;      // this machine has more ranks than cores, so that who waits had better sleep
+    Traffic traffic;
 } Ranks;
-Ranks ranks = {0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0
-#ifdef USE_MPI
-               , MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL, MPI_COMM_NULL
-#endif
-};
+Ranks ranks = {1, 0, 1, 0, 1, 0, 0, {0, 0, 0}};
 // One process alone has none of what follows: there the compiler leaves it out.
 #ifdef USE_MPI
 #define MANY (ranks.size > 1)
 #else
 #define MANY 0
 #endif
+#define APART (MANY && ranks.ep > 1) // the experts are on several ranks
 
 __attribute__((noreturn)) void end_program(int status) {
 #ifdef USE_MPI
@@ -589,233 +585,6 @@ int thread_number(void) {
     return 0;
 #endif
 }
-
-// ---- ranks
-//
-// The few messages that everything else is made of. All waiting is done in ranks_wait, which also keeps the watch: who
-// has waited too long asks all others whether they live; those that wait answer, and so do those that compute, between
-// two tiles of a product (ranks_tick, which keeps messages on their way, too). A process that hangs does not.
-
-#ifdef USE_MPI
-#define MPI_REALS (sizeof(real) == 8 ? MPI_DOUBLE : MPI_FLOAT)
-enum { ASK, ALIVE };
-double watch_patience = 10; // seconds to answer
-
-void ranks_send_watch(int to, int tag) {
-    static char nothing;
-    MPI_Request request;
-    MPI_Isend(&nothing, 1, MPI_CHAR, to, tag, ranks.watch, &request);
-    MPI_Request_free(&request);
-}
-
-// The rank that sent such a message, which is received; -1: none did.
-int ranks_received_watch(int tag) {
-    int there = 0;
-    char nothing;
-    MPI_Status status;
-    MPI_Iprobe(MPI_ANY_SOURCE, tag, ranks.watch, &there, &status);
-    if (!there)
-        return -1;
-    MPI_Recv(&nothing, 1, MPI_CHAR, status.MPI_SOURCE, tag, ranks.watch, MPI_STATUS_IGNORE);
-    return status.MPI_SOURCE;
-}
-
-void ranks_answer(void) {
-    for (int from; (from = ranks_received_watch(ASK)) >= 0;)
-        ranks_send_watch(from, ALIVE);
-}
-
-// Asks all others whether they live, and ends the job where some do not answer.
-void ranks_inspect(void) {
-    double start = seconds();
-    int missing = ranks.size - 1;
-    unsigned char *heard = (unsigned char *)allocate(ranks.size, 1);
-    heard[ranks.rank] = 1;
-    while (ranks_received_watch(ALIVE) >= 0) // of an earlier time
-        ;
-    for (int r = 0; r < ranks.size; r++) {
-        if (r != ranks.rank)
-            ranks_send_watch(r, ASK);
-    }
-    while (missing && seconds() - start < watch_patience) {
-        int from = ranks_received_watch(ALIVE);
-        missing -= from >= 0 && !heard[from];
-        if (from >= 0)
-            heard[from] = 1;
-        ranks_answer();
-        usleep(1000);
-    }
-    char names[256] = "";
-    for (int r = 0; missing && r < ranks.size; r++) {
-        size_t n = strlen(names);
-        if (!heard[r])
-            snprintf(names + n, sizeof(names) - n, "%s%d", n ? ", " : "", r);
-    }
-    free(heard);
-    if (missing) {
-        fprintf(stderr, "%s: rank %s of %d does not answer: it hangs, or it died (rank %d waited for %.0f seconds); the "
-                        "job ends here, and the last checkpoint is as it was\n",
-                program_name, names, ranks.size, ranks.rank, ranks.watchdog + seconds() - start);
-        end_program(1);
-    }
-}
-
-// Again and again, by who waits since `start`.
-void ranks_watch(double start) {
-    static double looked, answered;
-    double now = seconds();
-    looked = looked > start ? looked : start;
-    if (now - answered > 0.05) {
-        ranks_answer();
-        answered = now;
-    }
-    if (ranks.watchdog && now - looked > ranks.watchdog) {
-        ranks_inspect();
-        looked = seconds();
-    }
-    if (ranks.crowded || now - start > 0.001)
-        usleep(20);
-    sched_yield();
-}
-
-void ranks_wait(MPI_Request *requests, int count) {
-    double start = seconds();
-    for (int done = 0;;) {
-        MPI_Testall(count, requests, &done, MPI_STATUSES_IGNORE);
-        if (done) {
-            ranks.waited += seconds() - start;
-            return;
-        }
-        ranks_watch(start);
-    }
-}
-#endif
-
-// Between two pieces of work.
-void ranks_tick(void) {
-#ifdef USE_MPI
-    if (MANY && thread_number() == 0)
-        ranks_answer();
-#endif
-}
-
-// v (n) = the sum of all ranks' v
-void sum_over_ranks(double *v, int n) {
-    (void)v, (void)n;
-#ifdef USE_MPI
-    MPI_Request request;
-    if (!MANY)
-        return;
-    MPI_Iallreduce(MPI_IN_PLACE, v, n, MPI_DOUBLE, MPI_SUM, ranks.all, &request);
-    ranks_wait(&request, 1);
-#endif
-}
-
-// Rank 0's bytes for all.
-void broadcast(void *bytes, size_t size) {
-    (void)bytes, (void)size;
-#ifdef USE_MPI
-    MPI_Request request;
-    if (!MANY)
-        return;
-    MPI_Ibcast(bytes, (int)size, MPI_BYTE, 0, ranks.all, &request);
-    ranks_wait(&request, 1);
-#endif
-}
-
-// Waits until all ranks have come here.
-void ranks_meet(void) {
-    double nothing = 0;
-    sum_over_ranks(&nothing, 1);
-}
-
-// All ranks' rows, each of `bytes`, one rank's after another's, to be freed; rows[r] is how many rank r has.
-void *gather_rows(const void *mine, const int *rows, size_t bytes) {
-    (void)mine;
-    size_t total = 0;
-    for (int r = 0; r < ranks.size; r++)
-        total += (size_t)rows[r];
-    char *all = (char *)allocate(total, bytes);
-#ifdef USE_MPI
-    int *first = (int *)allocate(ranks.size, sizeof(int));
-    for (int r = 1; r < ranks.size; r++)
-        first[r] = first[r - 1] + rows[r - 1];
-    MPI_Datatype row;
-    MPI_Request request;
-    MPI_Type_contiguous((int)bytes, MPI_BYTE, &row);
-    MPI_Type_commit(&row);
-    MPI_Iallgatherv(mine, rows[ranks.rank], row, all, rows, first, row, ranks.all, &request);
-    ranks_wait(&request, 1);
-    MPI_Type_free(&row);
-    free(first);
-#endif
-    return all;
-}
-
-// For rank 0: the parts of the first `count` ranks, one after another, each rank's of its own size, in `all`, or, where
-// that is NULL, in memory to be freed.
-void *gather_parts(const void *mine, size_t bytes, int count, void *all) {
-    (void)mine;
-    double *size = (double *)allocate(ranks.size, sizeof(double)), total = 0;
-    size[ranks.rank] = ranks.rank < count ? (double)bytes : 0;
-    sum_over_ranks(size, ranks.size);
-    for (int r = 0; r < ranks.size; r++)
-        total += size[r];
-    if (!all)
-        all = allocate(ranks.rank ? 0 : (size_t)total, 1);
-#ifdef USE_MPI
-    size_t at = 0, most = 1 << 30;
-    for (int r = 0; r < count; at += (size_t)size[r++]) { // the sizes may be more than MPI can count
-        for (size_t done = 0; done < (size_t)size[r]; done += most) {
-            int n = (int)((size_t)size[r] - done < most ? (size_t)size[r] - done : most);
-            MPI_Request request = MPI_REQUEST_NULL;
-            if (!r && !ranks.rank)
-                memcpy((char *)all + at + done, (const char *)mine + done, (size_t)n);
-            else if (!ranks.rank)
-                MPI_Irecv((char *)all + at + done, n, MPI_BYTE, r, 0, ranks.all, &request);
-            else if (r == ranks.rank)
-                MPI_Isend((const char *)mine + done, n, MPI_BYTE, 0, 0, ranks.all, &request);
-            ranks_wait(&request, 1);
-        }
-    }
-#endif
-    free(size);
-    return all;
-}
-
-#ifdef USE_MPI
-int ranks_of_machine(void) {
-    int count;
-    MPI_Comm here;
-    MPI_Comm_split_type(ranks.all, MPI_COMM_TYPE_SHARED, ranks.rank, MPI_INFO_NULL, &here);
-    MPI_Comm_size(here, &count);
-    MPI_Comm_free(&here);
-    return count;
-}
-
-// Groups of ep ranks out of all of `comm`.
-void ranks_form(MPI_Comm comm, int ep) {
-    ranks.all = comm;
-    MPI_Comm_rank(comm, &ranks.rank);
-    MPI_Comm_size(comm, &ranks.size);
-    ranks.ep = ep;
-    ranks.place = ranks.rank % ep;
-    ranks.copy = ranks.rank / ep;
-    ranks.copies = ranks.size / ep;
-    MPI_Comm_split(comm, ranks.copy, ranks.rank, &ranks.group);
-    MPI_Comm_split(comm, ranks.place, ranks.rank, &ranks.twins);
-    ranks.crowded = ranks_of_machine() > sysconf(_SC_NPROCESSORS_ONLN);
-}
-
-void ranks_part(void) {
-    MPI_Comm_free(&ranks.group);
-    MPI_Comm_free(&ranks.twins);
-}
-#else
-int ranks_of_machine(void) {
-    return 1;
-}
-#endif
 
 // ---- random numbers
 
@@ -1251,6 +1020,271 @@ BOTH int div_up(int a, int b) {
     return (a + b - 1) / b;
 }
 
+// ---- ranks
+//
+// The few messages that everything else is made of; of one process nothing of it is there, so it can wait for a second
+// reading. Each rank has its share of every batch; the experts are divided among the ranks of a group. All waiting is
+// done in ranks_wait, which also keeps the watch: who has waited too long asks all others whether they live; those that
+// wait answer, and so do those that compute, between two tiles of a product (ranks_tick, which keeps messages on their
+// way, too). A process that hangs does not.
+
+#ifdef USE_MPI
+struct {
+    MPI_Comm all, group, peers; // all ranks; those of the group; those with the same experts, of other groups
+    MPI_Comm watch;             // all ranks, to ask who is alive
+} comm;
+typedef MPI_Request Request;
+#define MPI_REALS (sizeof(real) == 8 ? MPI_DOUBLE : MPI_FLOAT)
+enum { ASK, ALIVE };
+double watch_patience = 10; // seconds to answer
+
+void ranks_send_watch(int to, int tag) {
+    static char nothing;
+    Request request;
+    MPI_Isend(&nothing, 1, MPI_CHAR, to, tag, comm.watch, &request);
+    MPI_Request_free(&request);
+}
+
+// The rank that sent such a message, which is received; -1: none did.
+int ranks_received_watch(int tag) {
+    int there = 0;
+    char nothing;
+    MPI_Status status;
+    MPI_Iprobe(MPI_ANY_SOURCE, tag, comm.watch, &there, &status);
+    if (!there)
+        return -1;
+    MPI_Recv(&nothing, 1, MPI_CHAR, status.MPI_SOURCE, tag, comm.watch, MPI_STATUS_IGNORE);
+    return status.MPI_SOURCE;
+}
+
+void ranks_answer(void) {
+    for (int from; (from = ranks_received_watch(ASK)) >= 0;)
+        ranks_send_watch(from, ALIVE);
+}
+
+// Asks all others whether they live, and ends the job where some do not answer.
+void ranks_inspect(void) {
+    double start = seconds();
+    int missing = ranks.size - 1;
+    unsigned char *heard = (unsigned char *)allocate(ranks.size, 1);
+    heard[ranks.rank] = 1;
+    while (ranks_received_watch(ALIVE) >= 0) // of an earlier time
+        ;
+    for (int r = 0; r < ranks.size; r++) {
+        if (r != ranks.rank)
+            ranks_send_watch(r, ASK);
+    }
+    while (missing && seconds() - start < watch_patience) {
+        int from = ranks_received_watch(ALIVE);
+        missing -= from >= 0 && !heard[from];
+        if (from >= 0)
+            heard[from] = 1;
+        ranks_answer();
+        usleep(1000);
+    }
+    char names[256] = "";
+    for (int r = 0; missing && r < ranks.size; r++) {
+        size_t n = strlen(names);
+        if (!heard[r])
+            snprintf(names + n, sizeof(names) - n, "%s%d", n ? ", " : "", r);
+    }
+    free(heard);
+    if (missing) {
+        fprintf(stderr, "%s: rank %s of %d does not answer: it hangs, or it died (rank %d waited for %.0f seconds); the "
+                        "job ends here, and the last checkpoint is as it was\n",
+                program_name, names, ranks.size, ranks.rank, ranks.watchdog + seconds() - start);
+        end_program(1);
+    }
+}
+
+// Again and again, by who waits since `start`.
+void ranks_watch(double start) {
+    static double looked, answered;
+    double now = seconds();
+    looked = looked > start ? looked : start;
+    if (now - answered > 0.05) {
+        ranks_answer();
+        answered = now;
+    }
+    if (ranks.watchdog && now - looked > ranks.watchdog) {
+        ranks_inspect();
+        looked = seconds();
+    }
+    if (ranks.crowded || now - start > 0.001)
+        usleep(20);
+    sched_yield();
+}
+
+void ranks_wait(Request *requests, int count) {
+    double start = seconds();
+    for (int done = 0;;) {
+        MPI_Testall(count, requests, &done, MPI_STATUSES_IGNORE);
+        if (done) {
+            ranks.traffic.waited += seconds() - start;
+            return;
+        }
+        ranks_watch(start);
+    }
+}
+
+// Between two pieces of work.
+void ranks_tick(void) {
+    if (MANY && thread_number() == 0)
+        ranks_answer();
+}
+
+// v (n) = the sum of all ranks' v
+void sum_over_ranks(double *v, int n) {
+    Request request;
+    if (!MANY)
+        return;
+    MPI_Iallreduce(MPI_IN_PLACE, v, n, MPI_DOUBLE, MPI_SUM, comm.all, &request);
+    ranks_wait(&request, 1);
+}
+
+// Rank 0's bytes for all.
+void broadcast(void *bytes, size_t size) {
+    Request request;
+    if (!MANY)
+        return;
+    MPI_Ibcast(bytes, (int)size, MPI_BYTE, 0, comm.all, &request);
+    ranks_wait(&request, 1);
+}
+
+// Begins to sum v (n), of all ranks, or, where `peers`, of those that have the same experts.
+void start_sum_of_reals(real *v, size_t n, int peers, Request *request) {
+    MPI_Iallreduce(MPI_IN_PLACE, v, (int)n, MPI_REALS, MPI_SUM, peers ? comm.peers : comm.all, request);
+}
+
+// Begins to send to, or to receive from, a rank of the group.
+void start_send(const real *v, size_t n, int rank, int tag, Request *request) {
+    MPI_Isend(v, (int)n, MPI_REALS, rank, tag, comm.group, request);
+}
+void start_receive(real *v, size_t n, int rank, int tag, Request *request) {
+    MPI_Irecv(v, (int)n, MPI_REALS, rank, tag, comm.group, request);
+}
+
+// Each rank of the group sends `each` numbers to each.
+void all_to_all(const int *out, int *in, int each) {
+    Request request;
+    MPI_Ialltoall(out, each, MPI_INT, in, each, MPI_INT, comm.group, &request);
+    ranks_wait(&request, 1);
+}
+
+MPI_Datatype pieces_of(size_t bytes) { // MPI counts in int, and only up to 2^31
+    MPI_Datatype type;
+    MPI_Type_contiguous((int)bytes, MPI_BYTE, &type);
+    MPI_Type_commit(&type);
+    return type;
+}
+
+// Begins to send rows of `bytes` to the ranks of the group, sent[r] of them from row sent_at[r] on, and to receive such.
+void start_all_to_all(const void *out, const int *sent, const int *sent_at, void *in, const int *got, const int *got_at,
+                      size_t bytes, Request *request) {
+    MPI_Datatype row = pieces_of(bytes);
+    MPI_Ialltoallv(out, sent, sent_at, row, in, got, got_at, row, comm.group, request);
+    MPI_Type_free(&row);
+}
+
+// All ranks' slices, one after another, each of n * 16 numbers, of which this rank has its own.
+void gather_slices(real *v, size_t n) {
+    Request request;
+    MPI_Datatype sixteen = pieces_of(16 * sizeof(real));
+    MPI_Iallgather(MPI_IN_PLACE, 0, sixteen, v, (int)n, sixteen, comm.all, &request);
+    ranks_wait(&request, 1);
+    MPI_Type_free(&sixteen);
+}
+
+// All ranks' rows, each of `bytes`, one rank's after another's, to be freed; rows[r] is how many rank r has.
+void *gather_rows(const void *mine, const int *rows, size_t bytes) {
+    int *first = (int *)allocate((size_t)ranks.size + 1, sizeof(int));
+    for (int r = 0; r < ranks.size; r++)
+        first[r + 1] = first[r] + rows[r];
+    char *all = (char *)allocate((size_t)first[ranks.size], bytes);
+    MPI_Datatype row = pieces_of(bytes);
+    Request request;
+    MPI_Iallgatherv(mine, rows[ranks.rank], row, all, rows, first, row, comm.all, &request);
+    ranks_wait(&request, 1);
+    MPI_Type_free(&row);
+    free(first);
+    return all;
+}
+
+// For rank 0: the parts of the first `count` ranks, one after another, each rank's of its own size, in `all`, or, where
+// that is NULL, in memory to be freed.
+void *gather_parts(const void *mine, size_t bytes, int count, void *all) {
+    double *size = (double *)allocate(ranks.size, sizeof(double)), total = 0;
+    size[ranks.rank] = ranks.rank < count ? (double)bytes : 0;
+    sum_over_ranks(size, ranks.size);
+    for (int r = 0; r < ranks.size; r++)
+        total += size[r];
+    if (!all)
+        all = allocate(ranks.rank ? 0 : (size_t)total, 1);
+    size_t at = 0, most = 1 << 30;
+    for (int r = 0; r < count; at += (size_t)size[r++]) { // the sizes may be more than MPI can count
+        for (size_t done = 0; done < (size_t)size[r]; done += most) {
+            int n = (int)((size_t)size[r] - done < most ? (size_t)size[r] - done : most);
+            Request request = MPI_REQUEST_NULL;
+            if (!r && !ranks.rank)
+                memcpy((char *)all + at + done, (const char *)mine + done, (size_t)n);
+            else if (!ranks.rank)
+                MPI_Irecv((char *)all + at + done, n, MPI_BYTE, r, 0, comm.all, &request);
+            else if (r == ranks.rank)
+                MPI_Isend((const char *)mine + done, n, MPI_BYTE, 0, 0, comm.all, &request);
+            ranks_wait(&request, 1);
+        }
+    }
+    free(size);
+    return all;
+}
+
+int ranks_of_machine(void) {
+    int count;
+    MPI_Comm here;
+    MPI_Comm_split_type(comm.all, MPI_COMM_TYPE_SHARED, ranks.rank, MPI_INFO_NULL, &here);
+    MPI_Comm_size(here, &count);
+    MPI_Comm_free(&here);
+    return count;
+}
+
+// `of`: all ranks; ep of them are a group.
+void ranks_form(MPI_Comm of, int ep) {
+    comm.all = of;
+    MPI_Comm_rank(of, &ranks.rank);
+    MPI_Comm_size(of, &ranks.size);
+    ranks.ep = ep;
+    ranks.place = ranks.rank % ep;
+    ranks.groups = ranks.size / ep;
+    MPI_Comm_split(of, ranks.rank / ep, ranks.rank, &comm.group);
+    MPI_Comm_split(of, ranks.place, ranks.rank, &comm.peers);
+    ranks.crowded = ranks_of_machine() > sysconf(_SC_NPROCESSORS_ONLN);
+}
+#else // of one process: nothing to do
+typedef int Request;
+int ranks_of_machine(void) { return 1; }
+void ranks_tick(void) { }
+void ranks_wait(Request *request, int n) { (void)request, (void)n; }
+void sum_over_ranks(double *v, int n) { (void)v, (void)n; }
+void broadcast(void *bytes, size_t size) { (void)bytes, (void)size; }
+void start_sum_of_reals(real *v, size_t n, int peers, Request *request) { (void)v, (void)n, (void)peers, (void)request; }
+void start_send(const real *v, size_t n, int rank, int tag, Request *r) { (void)v, (void)n, (void)rank, (void)tag, (void)r; }
+void start_receive(real *v, size_t n, int rank, int tag, Request *r) { (void)v, (void)n, (void)rank, (void)tag, (void)r; }
+void all_to_all(const int *out, int *in, int each) { (void)out, (void)in, (void)each; }
+void start_all_to_all(const void *out, const int *sent, const int *sent_at, void *in, const int *got, const int *got_at,
+                      size_t bytes, Request *r) {
+    (void)out, (void)sent, (void)sent_at, (void)in, (void)got, (void)got_at, (void)bytes, (void)r;
+}
+void gather_slices(real *v, size_t n) { (void)v, (void)n; }
+void *gather_rows(const void *mine, const int *rows, size_t bytes) { return (void)mine, (void)rows, (void)bytes, (void *)0; }
+void *gather_parts(const void *mine, size_t bytes, int n, void *all) { return (void)mine, (void)bytes, (void)n, all; }
+#endif
+
+// Waits until all ranks have come here.
+void ranks_meet(void) {
+    double nothing = 0;
+    sum_over_ranks(&nothing, 1);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. The matrix product
 //
@@ -1589,8 +1623,7 @@ void products(const Product *list, int count, int accumulate) {
             product_of_few_rows(task[t].p, task[t].first, task[t].count, accumulate);
         else
             product_rows(task[t].p, task[t].first, task[t].count, accumulate);
-        if (MANY)
-            ranks_tick();
+        ranks_tick();
     }
     free(task);
 }
@@ -2975,7 +3008,7 @@ size_t expert_size(const Config *c, int kind, int e) {
 }
 
 // Where each tensor lies: in the order of the table. Of several ranks, what all have comes first, filled up so that it
-// divides evenly among them; then come this rank's experts, each tensor with room for as many large ones as it may have
+// divides evenly among them (into slices of whole 64 bytes, which share_weights counts by 16); then come this rank's experts, each tensor with room for as many large ones as it may have
 // to copy from other ranks. Each begins at a multiple of `unit` numbers. Returns the numbers of all, *replicated those of
 // the first part.
 size_t place_tensors(const Config *c, Tensor *list, int count, size_t unit, size_t *replicated) {
@@ -3122,10 +3155,7 @@ typedef struct Travel { // of half of a layer's tokens, while they are under way
     real *answers, *back;         // (came,C), (rows,C)
     real *dweight, *dweight_back; // (came,K), (rows,K)
     Room of_out, of_in, of_choices_out, of_choices, of_answers, of_back, of_dweight, of_dweight_back;
-    Room of_rows, of_act, of_dhidden; // the experts' scratch; the first half's serves both
-#ifdef USE_MPI
-    MPI_Request request[2];
-#endif
+    Request request[2];
     int requests;
 } Travel;
 
@@ -3153,6 +3183,7 @@ typedef struct Model {
     real *whole_memory[4]; // what model_fetch has gathered
     struct Placement *placement; // of the experts
     struct Travel *travel;       // (2) rows on their way between ranks
+    Room of_rows, of_act, of_dhidden; // the experts' scratch for what came
     int *rank_tokens;            // (ranks) tokens of the last forward pass
     int *came;                   // (L) rows that came to this rank's experts in it
     Weights weights, grads;
@@ -3325,11 +3356,11 @@ void allocate_experts(Model *m, int l, int N) {
     s->plan = plan;
     s->exchange = (Exchange *)own(m, ranks.ep > 1 ? 2 : 0, sizeof(Exchange));
     for (int half = 0; half < 2 && ranks.ep > 1; half++) {
-        Exchange *e = &s->exchange[half];
-        e->sent = (int *)own(m, (size_t)ranks.ep * 4, sizeof(int));
-        e->sent_at = e->sent + ranks.ep;
-        e->got = e->sent_at + ranks.ep;
-        e->got_at = e->got + ranks.ep;
+        Exchange *ex = &s->exchange[half];
+        ex->sent = (int *)own(m, (size_t)ranks.ep * 4, sizeof(int));
+        ex->sent_at = ex->sent + ranks.ep;
+        ex->got = ex->sent_at + ranks.ep;
+        ex->got_at = ex->got + ranks.ep;
     }
     if (ranks.ep > 1) // what comes with an even load
         m->bytes[FOR_ACTIVATIONS] += ((size_t)n * min_int(K, ranks.ep) * (C / c->subtokens + K) +
@@ -3503,12 +3534,13 @@ void model_free(Model *m) {
     if (m->one)
         model_free(m->one);
     for (int half = 0; half < 2 && m->travel; half++) {
-        free_rooms(&m->travel[half].of_out, 11);
+        free_rooms(&m->travel[half].of_out, 8);
         for (int l = 0; l < m->config.layers; l++) {
             if (m->layers[l].exchange)
                 free_rooms(&m->layers[l].exchange[half].of_token, 5);
         }
     }
+    free_rooms(&m->of_rows, 3);
     for (int what = 0; what < 4; what++)
         free(m->whole_memory[what]);
     for (int i = 0; i < m->owned_count; i++)
@@ -3529,11 +3561,12 @@ int is_spread(const Config *c) {
 
 // The tokens of a group of tokens, on all ranks together, of n on this one.
 int whole_group_size(const Model *m, int n, int T) {
-    const Config *c = &m->config;
     int total = 0;
-    for (int r = 0; is_spread(c) && r < ranks.size; r++)
-        total += m->rank_tokens[r] * c->subtokens;
-    return is_spread(c) ? total : group_size(c, n, T);
+    if (!is_spread(&m->config))
+        return group_size(&m->config, n, T);
+    for (int r = 0; r < ranks.size; r++)
+        total += m->rank_tokens[r] * m->config.subtokens;
+    return total;
 }
 
 // All tokens' rows of the group, in order, where the group is spread over ranks: each token's `width` things of `size`
@@ -3940,31 +3973,22 @@ int expert_rank(const Model *m, int l, int e, int n, int *number) { // of layer 
 void send_rows(Travel *t, const void *out, const int *sent, const int *sent_at, void *in, const int *got,
                const int *got_at, size_t bytes) {
     for (int r = 0; r < ranks.ep; r++)
-        ranks.sent += r == ranks.place ? 0 : (double)bytes * sent[r];
-    (void)t, (void)out, (void)sent_at, (void)in, (void)got, (void)got_at;
-#ifdef USE_MPI
-    MPI_Datatype row;
-    MPI_Type_contiguous((int)bytes, MPI_BYTE, &row);
-    MPI_Type_commit(&row);
-    MPI_Ialltoallv(out, sent, sent_at, row, in, got, got_at, row, ranks.group, &t->request[t->requests++]);
-    MPI_Type_free(&row);
-#endif
+        ranks.traffic.sent += r == ranks.place ? 0 : (double)bytes * sent[r];
+    start_all_to_all(out, sent, sent_at, in, got, got_at, bytes, &t->request[t->requests++]);
 }
 
 void await_rows(Travel *t) {
-#ifdef USE_MPI
     ranks_wait(t->request, t->requests);
-#endif
     t->requests = 0;
 }
 
 // from (N,C) by token: packs the rows that go, and sends them.
-void send_tokens(Exchange *x, Travel *t, const real *from, real *in, int C) {
-    t->out = reals_for(&t->of_out, (size_t)x->rows * C);
-#pragma omp parallel for if (x->rows > 16)
-    for (int r = 0; r < x->rows; r++)
-        memcpy(t->out + (size_t)r * C, from + (size_t)x->token[r] * C, (size_t)C * sizeof(real));
-    send_rows(t, t->out, x->sent, x->sent_at, in, x->got, x->got_at, (size_t)C * sizeof(real));
+void send_tokens(Exchange *ex, Travel *t, const real *from, real *in, int C) {
+    t->out = reals_for(&t->of_out, (size_t)ex->rows * C);
+#pragma omp parallel for if (ex->rows > 16)
+    for (int r = 0; r < ex->rows; r++)
+        memcpy(t->out + (size_t)r * C, from + (size_t)ex->token[r] * C, (size_t)C * sizeof(real));
+    send_rows(t, t->out, ex->sent, ex->sent_at, in, ex->got, ex->got_at, (size_t)C * sizeof(real));
 }
 
 // Sends each of the n tokens x (n,C) to the ranks that have its experts.
@@ -3974,7 +3998,7 @@ void exchange_start(Model *m, int l, LayerState *s, const real *x, int n, int C)
     int *sending = (int *)allocate((size_t)ep * 6, sizeof(int)), *arriving = sending + 2 * ep; // (ep,2): rows of each half
     int *next = sending + 4 * ep, *row = sending + 5 * ep; // (ep): the next row for each rank, and this token's
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
+        Exchange *ex = &s->exchange[half];
         Travel *t = &m->travel[half];
         for (int filling = 0; filling < 2; filling++) { // count the rows, then write them down
             for (int i = (int)((long)n * half / halves); i < (int)((long)n * (half + 1) / halves); i++) {
@@ -3986,7 +4010,7 @@ void exchange_start(Model *m, int l, LayerState *s, const real *x, int n, int C)
                     if (row[there] < 0) {
                         row[there] = next[there]++;
                         if (filling)
-                            e->token[row[there]] = i;
+                            ex->token[row[there]] = i;
                     }
                     if (filling) {
                         t->choices_out[(size_t)row[there] * 2 * K + k] = s->weight[i * K + k];
@@ -3994,99 +4018,96 @@ void exchange_start(Model *m, int l, LayerState *s, const real *x, int n, int C)
                     }
                 }
             }
-            e->rows = filling ? e->rows : 0;
+            ex->rows = filling ? ex->rows : 0;
             for (int r = 0; r < ep && !filling; r++) {
-                sending[2 * r + half] = e->sent[r] = next[r];
-                e->sent_at[r] = next[r] = e->rows;
-                e->rows += e->sent[r];
+                sending[2 * r + half] = ex->sent[r] = next[r];
+                ex->sent_at[r] = next[r] = ex->rows;
+                ex->rows += ex->sent[r];
             }
             if (!filling) {
-                e->token = (int *)room_for(&e->of_token, (size_t)e->rows, sizeof(int));
-                t->choices_out = reals_for(&t->of_choices_out, (size_t)e->rows * 2 * K);
-                for (size_t i = 0; i < (size_t)e->rows * 2 * K; i++)
+                ex->token = (int *)room_for(&ex->of_token, (size_t)ex->rows, sizeof(int));
+                t->choices_out = reals_for(&t->of_choices_out, (size_t)ex->rows * 2 * K);
+                for (size_t i = 0; i < (size_t)ex->rows * 2 * K; i++)
                     t->choices_out[i] = (real)(i / K % 2 ? -1 : 0);
             }
         }
         memset(next, 0, (size_t)ep * sizeof(int));
     }
-#ifdef USE_MPI
-    MPI_Request request;
-    MPI_Ialltoall(sending, 2, MPI_INT, arriving, 2, MPI_INT, ranks.group, &request);
-    ranks_wait(&request, 1);
-#endif
+    all_to_all(sending, arriving, 2);
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
+        Exchange *ex = &s->exchange[half];
         Travel *t = &m->travel[half];
-        e->came = 0;
+        ex->came = 0;
         for (int r = 0; r < ep; r++) {
-            e->got[r] = arriving[2 * r + half];
-            e->got_at[r] = e->came;
-            e->came += e->got[r];
+            ex->got[r] = arriving[2 * r + half];
+            ex->got_at[r] = ex->came;
+            ex->came += ex->got[r];
         }
-        e->x = reals_for(&e->of_x, (size_t)e->came * C);
-        t->choices = reals_for(&t->of_choices, (size_t)e->came * 2 * K);
-        send_rows(t, t->choices_out, e->sent, e->sent_at, t->choices, e->got, e->got_at, (size_t)2 * K * sizeof(real));
-        send_tokens(e, t, x, e->x, C);
+        ex->x = reals_for(&ex->of_x, (size_t)ex->came * C);
+        t->choices = reals_for(&t->of_choices, (size_t)ex->came * 2 * K);
+        send_rows(t, t->choices_out, ex->sent, ex->sent_at, t->choices, ex->got, ex->got_at, (size_t)2 * K * sizeof(real));
+        send_tokens(ex, t, x, ex->x, C);
     }
     free(sending);
 }
 
-// The experts that this rank has in layer l, for the rows that came.
-Experts experts_here(const Model *m, int l, const Exchange *e, int C) {
-    const Placement *p = m->placement;
+// The experts of layer l for the tokens of a plan: all of them, or those that this rank has, for what came.
+Experts layer_experts(const Model *m, int l, const Plan *plan, int C) {
     const LayerWeights *w = &m->weights.layer[l];
-    int n = p->here + p->room;
-    Experts x = {n, C, p->width + l * n, p->activation + l * n, w->w_in, w->w_out, e->plan.offset, e->plan.token};
-    return x;
+    Experts all = {plan->E, C, m->expert_width, m->expert_activation, w->w_in, w->w_out, plan->offset, plan->token};
+    if (APART) {
+        all.width = m->placement->width + l * plan->E;
+        all.activation = m->placement->activation + l * plan->E;
+    }
+    return all;
 }
 
 // Sorts what has come by expert, and makes room for the experts' work.
-void exchange_plan(Model *m, int l, Exchange *e, const Travel *t, int K) {
+void exchange_plan(Model *m, int l, Exchange *ex, const Travel *t, int K) {
     Placement *p = m->placement;
     int E = p->here + p->room, widest = 1;
-    size_t choices = (size_t)e->came * K;
-    int *ints = (int *)room_for(&e->of_plan, 5 * choices + E + 1, sizeof(int));
-    Plan plan = {e->came, E, K, ints, ints, ints + choices, ints + 2 * choices, ints + 3 * choices, ints + 4 * choices, 0};
-    e->weight = reals_for(&e->of_weight, choices);
-    for (int r = 0; r < e->came; r++) {
+    size_t choices = (size_t)ex->came * K;
+    int *ints = (int *)room_for(&ex->of_plan, 5 * choices + E + 1, sizeof(int));
+    Plan plan = {ex->came, E, K, ints, ints, ints + choices, ints + 2 * choices, ints + 3 * choices, ints + 4 * choices, 0};
+    ex->weight = reals_for(&ex->of_weight, choices);
+    for (int r = 0; r < ex->came; r++) {
         for (int k = 0; k < K; k++) {
-            e->weight[r * K + k] = t->choices[(size_t)r * 2 * K + k];
+            ex->weight[r * K + k] = t->choices[(size_t)r * 2 * K + k];
             plan.key[r * K + k] = (int)t->choices[(size_t)r * 2 * K + K + k];
         }
     }
     plan_sort(&plan);
-    e->plan = plan;
+    ex->plan = plan;
     for (int i = l * E; i < (l + 1) * E; i++)
         widest = max_int(widest, p->width[i] * (1 + is_gated(p->activation[i])));
-    e->hidden = reals_for(&e->of_hidden, (size_t)plan.offset[E] * widest);
-    Travel *scratch = m->travel;
-    reals_for(&scratch->of_act, (size_t)plan.offset[E] * widest);
-    reals_for(&scratch->of_dhidden, (size_t)plan.offset[E] * widest);
+    ex->hidden = reals_for(&ex->of_hidden, (size_t)plan.offset[E] * widest);
+    reals_for(&m->of_act, (size_t)plan.offset[E] * widest);
+    reals_for(&m->of_dhidden, (size_t)plan.offset[E] * widest);
 }
 
 // The experts' work on each half as it comes, and their answers' way back: to (n,C) +=
 void exchange_forward(Model *m, int l, LayerState *s, real *to, int C) {
     int halves = m->config.overlap ? 2 : 1, K = s->plan.K;
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
-        Travel *t = &m->travel[half], *scratch = m->travel;
+        Exchange *ex = &s->exchange[half];
+        Travel *t = &m->travel[half];
         await_rows(t);
-        exchange_plan(m, l, e, t, K);
-        real *rows = reals_for(&scratch->of_rows, (size_t)e->plan.offset[e->plan.E] * C);
-        Experts here = experts_here(m, l, e, C);
-        experts_forward(rows, e->hidden, (real *)scratch->of_act.memory, e->x, &here, 0);
-        t->answers = reals_for(&t->of_answers, (size_t)e->came * C);
-        t->back = reals_for(&t->of_back, (size_t)e->rows * C);
-        memset(t->answers, 0, (size_t)e->came * C * sizeof(real));
-        combine(t->answers, rows, e->weight, e->plan.slot, e->came, K, C);
-        send_rows(t, t->answers, e->got, e->got_at, t->back, e->sent, e->sent_at, (size_t)C * sizeof(real));
+        exchange_plan(m, l, ex, t, K);
+        real *rows = reals_for(&m->of_rows, (size_t)ex->plan.offset[ex->plan.E] * C);
+        Experts here = layer_experts(m, l, &ex->plan, C);
+        experts_forward(rows, ex->hidden, (real *)m->of_act.memory, ex->x, &here, 0);
+        t->answers = reals_for(&t->of_answers, (size_t)ex->came * C);
+        t->back = reals_for(&t->of_back, (size_t)ex->rows * C);
+        memset(t->answers, 0, (size_t)ex->came * C * sizeof(real));
+        combine(t->answers, rows, ex->weight, ex->plan.slot, ex->came, K, C);
+        send_rows(t, t->answers, ex->got, ex->got_at, t->back, ex->sent, ex->sent_at, (size_t)C * sizeof(real));
     }
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
+        Exchange *ex = &s->exchange[half];
         Travel *t = &m->travel[half];
         await_rows(t);
         for (int r = 0; r < ranks.ep; r++) // from one rank at most one row for a token
-            combine_rows(to, t->back + (size_t)e->sent_at[r] * C, e->token + e->sent_at[r], e->sent[r], C);
+            combine_rows(to, t->back + (size_t)ex->sent_at[r] * C, ex->token + ex->sent_at[r], ex->sent[r], C);
     }
 }
 
@@ -4104,37 +4125,32 @@ void exchange_backward(Model *m, int l, LayerState *s, real *dx, int C) {
     int halves = m->config.overlap ? 2 : 1, K = s->plan.K;
     const LayerWeights *dw = &m->grads.layer[l];
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
-        Travel *t = &m->travel[half], *scratch = m->travel;
+        Exchange *ex = &s->exchange[half];
+        Travel *t = &m->travel[half];
         await_rows(t);
-        real *rows = reals_for(&scratch->of_rows, (size_t)e->plan.offset[e->plan.E] * C);
-        Experts here = experts_here(m, l, e, C);
-        t->dweight = reals_for(&t->of_dweight, (size_t)e->came * K);
-        t->answers = reals_for(&t->of_answers, (size_t)e->came * C);
-        t->back = reals_for(&t->of_back, (size_t)e->rows * C);
-        t->dweight_back = reals_for(&t->of_dweight_back, (size_t)e->rows * K);
-        memset(t->dweight, 0, (size_t)e->came * K * sizeof(real));
-        memset(t->answers, 0, (size_t)e->came * C * sizeof(real));
-        experts_backward(rows, dw->w_in, dw->w_out, t->dweight, t->in, e->x, e->hidden, e->weight, e->plan.choice,
-                         (real *)scratch->of_act.memory, (real *)scratch->of_dhidden.memory, &here, 0);
-        combine(t->answers, rows, NULL, e->plan.slot, e->came, K, C);
-        send_rows(t, t->answers, e->got, e->got_at, t->back, e->sent, e->sent_at, (size_t)C * sizeof(real));
-        send_rows(t, t->dweight, e->got, e->got_at, t->dweight_back, e->sent, e->sent_at, (size_t)K * sizeof(real));
+        real *rows = reals_for(&m->of_rows, (size_t)ex->plan.offset[ex->plan.E] * C);
+        Experts here = layer_experts(m, l, &ex->plan, C);
+        t->dweight = reals_for(&t->of_dweight, (size_t)ex->came * K);
+        t->answers = reals_for(&t->of_answers, (size_t)ex->came * C);
+        t->back = reals_for(&t->of_back, (size_t)ex->rows * C);
+        t->dweight_back = reals_for(&t->of_dweight_back, (size_t)ex->rows * K);
+        memset(t->dweight, 0, (size_t)ex->came * K * sizeof(real));
+        memset(t->answers, 0, (size_t)ex->came * C * sizeof(real));
+        experts_backward(rows, dw->w_in, dw->w_out, t->dweight, t->in, ex->x, ex->hidden, ex->weight, ex->plan.choice,
+                         (real *)m->of_act.memory, (real *)m->of_dhidden.memory, &here, 0);
+        combine(t->answers, rows, NULL, ex->plan.slot, ex->came, K, C);
+        send_rows(t, t->answers, ex->got, ex->got_at, t->back, ex->sent, ex->sent_at, (size_t)C * sizeof(real));
+        send_rows(t, t->dweight, ex->got, ex->got_at, t->dweight_back, ex->sent, ex->sent_at, (size_t)K * sizeof(real));
     }
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
+        Exchange *ex = &s->exchange[half];
         Travel *t = &m->travel[half];
         await_rows(t);
         for (int r = 0; r < ranks.ep; r++) {
-            combine_rows(dx, t->back + (size_t)e->sent_at[r] * C, e->token + e->sent_at[r], e->sent[r], C);
-            combine_rows(m->dweight, t->dweight_back + (size_t)e->sent_at[r] * K, e->token + e->sent_at[r], e->sent[r], K);
+            combine_rows(dx, t->back + (size_t)ex->sent_at[r] * C, ex->token + ex->sent_at[r], ex->sent[r], C);
+            combine_rows(m->dweight, t->dweight_back + (size_t)ex->sent_at[r] * K, ex->token + ex->sent_at[r], ex->sent[r], K);
         }
     }
-}
-
-Experts layer_experts(const Model *m, const LayerWeights *w, const Plan *plan, int C) {
-    Experts x = {plan->E, C, m->expert_width, m->expert_activation, w->w_in, w->w_out, plan->offset, plan->token};
-    return x;
 }
 
 // Shared experts, or a dense layer: out (N,C) +=
@@ -4161,7 +4177,7 @@ void dense_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, 
 void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
-    int C = c->dim, h = c->subtokens, apart = MANY && ranks.ep > 1 && is_moe(c, l); // the experts are on several ranks
+    int C = c->dim, h = c->subtokens, apart = APART && is_moe(c, l);
     if (!apart)
         dense_forward(m, l, s, out, N);
     if (!is_moe(c, l))
@@ -4182,7 +4198,7 @@ void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T) {
         exchange_forward(m, l, s, to, C / h);
         m->came[l] = s->exchange[0].came + (m->config.overlap ? s->exchange[1].came : 0);
     } else {
-        Experts experts = layer_experts(m, w, &s->plan, C / h);
+        Experts experts = layer_experts(m, l, &s->plan, C / h);
         experts_forward(m->rows, s->hidden, m->act, x, &experts, 0);
         combine(to, m->rows, s->weight, s->plan.slot, N * h, s->plan.K, C / h);
     }
@@ -4198,9 +4214,9 @@ void ffn_recompute(Model *m, int l, LayerState *s, int N) {
     Experts dense = {1, c->dim, &width, &activation, w->dense_in, w->dense_out, everyone, NULL};
     if (w->dense_in)
         experts_hidden(s->dense_hidden, s->h2, &dense);
-    if (!is_moe(c, l) || (MANY && ranks.ep > 1)) // what came from other ranks is kept
+    if (!is_moe(c, l) || APART) // what came from other ranks is kept
         return;
-    Experts experts = layer_experts(m, w, &s->plan, c->dim / c->subtokens);
+    Experts experts = layer_experts(m, l, &s->plan, c->dim / c->subtokens);
     experts_hidden(s->hidden, c->subtokens > 1 ? s->sub : s->h2, &experts);
 }
 
@@ -4208,7 +4224,7 @@ void ffn_recompute(Model *m, int l, LayerState *s, int N) {
 void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
-    int C = c->dim, h = c->subtokens, apart = MANY && ranks.ep > 1 && is_moe(c, l);
+    int C = c->dim, h = c->subtokens, apart = APART && is_moe(c, l);
     const real *of_answers = dout;
     memset(dh, 0, (size_t)N * C * sizeof(real));
     if (!apart)
@@ -4230,7 +4246,7 @@ void ffn_backward(Model *m, int l, LayerState *s, real *dh, const real *dout, in
         dense_backward(m, l, s, dh, dout, N);
         exchange_backward(m, l, s, dx, C / h);
     } else {
-        Experts experts = layer_experts(m, w, plan, C / h);
+        Experts experts = layer_experts(m, l, plan, C / h);
         experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, of_answers, x, s->hidden, s->weight, plan->choice,
                          m->act, m->dhidden, &experts, 0);
         combine(dx, m->rows, NULL, plan->slot, plan->N, plan->K, C / h);
@@ -4252,24 +4268,26 @@ void clear_router_stats(Model *m) {
     }
 }
 
-// The step's counts of all ranks.
+// The step's counts of all ranks, of all layers in one message.
 void sum_router_stats(Model *m) {
-    const Config *c = &m->config;
-    int E = c->experts, each = 2 * E + 5;
-    double *all = (double *)allocate((size_t)c->layers * each, sizeof(double)), *at = all;
-    for (int adding = 1; adding >= 0; adding--) {
-        at = all;
-        for (int l = 0; l < c->layers; l++, at += each) {
-            RouterStats *s = &m->stats[l];
-            if (!is_moe(c, l))
-                continue;
-            double *const single[] = {&s->entropy, &s->dropped, &s->active, &s->tokens, &s->passes};
-            memcpy(adding ? at : s->count, adding ? s->count : at, (size_t)2 * E * sizeof(double)); // and lowest
-            for (int i = 0; i < 5; i++)
-                *(adding ? &at[2 * E + i] : single[i]) = adding ? *single[i] : at[2 * E + i];
+    int L = m->config.layers, E = m->config.experts, each = 2 * E + 5;
+    double *all = (double *)allocate((size_t)L * each, sizeof(double));
+    for (int l = 0; l < L; l++) {
+        const RouterStats *s = &m->stats[l];
+        double *counts = all + (size_t)l * each;
+        double single[] = {s->entropy, s->dropped, s->active, s->tokens, s->passes};
+        if (is_moe(&m->config, l)) {
+            memcpy(counts, s->count, (size_t)2 * E * sizeof(double)); // and lowest
+            memcpy(counts + 2 * E, single, sizeof(single));
         }
-        if (adding)
-            sum_over_ranks(all, c->layers * each);
+    }
+    sum_over_ranks(all, L * each);
+    for (int l = 0; l < L; l++) {
+        RouterStats *s = &m->stats[l];
+        const double *counts = all + (size_t)l * each, *single = counts + 2 * E;
+        if (is_moe(&m->config, l))
+            memcpy(s->count, counts, (size_t)2 * E * sizeof(double));
+        s->entropy = single[0], s->dropped = single[1], s->active = single[2], s->tokens = single[3], s->passes = single[4];
     }
     free(all);
 }
@@ -4402,45 +4420,35 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
 
 // ---- gradients of several ranks
 //
-// Gradients are summed while backward still runs: what is finished is put together to buckets of some size, and each
-// begins its way as soon as it is full.
+// Gradients are summed while backward still runs: those of an expert's tensor as soon as its layer is done; all others
+// are put together to buckets, and each begins its way as soon as it is full, or backward at its end.
 
 #define BUCKET (1 << 20) // numbers
 
-#ifdef USE_MPI
-MPI_Request summing[4096];
-#endif
+Request summing[4096];
 int summing_count = 0;
 
 void await_sums(void) {
-#ifdef USE_MPI
     if (summing_count)
         ranks_wait(summing, summing_count);
-#endif
     summing_count = 0;
 }
 
-// Begins to sum gradients from..end over all ranks, or, where twins, over those that have the same experts.
-void start_sum(Model *m, size_t from, size_t end, int twins) {
-    (void)m;
-#ifdef USE_MPI
-    int sharing = twins ? ranks.copies : ranks.size;
+// Begins to sum gradients from..end over all ranks, or, where `peers`, over those that have the same experts.
+void start_sum(Model *m, size_t from, size_t end, int peers) {
+    int sharing = peers ? ranks.groups : ranks.size;
     for (size_t n; from < end && sharing > 1; from += n) {
         if (summing_count == (int)(sizeof(summing) / sizeof(summing[0])))
             await_sums();
         n = end - from < 1 << 28 ? end - from : 1 << 28;
-        ranks.reduced += 2.0 * (sharing - 1) / sharing * (double)(n * sizeof(real)); // what a ring sends
-        MPI_Iallreduce(MPI_IN_PLACE, m->memory[GRADS] + from, (int)n, MPI_REALS, MPI_SUM, twins ? ranks.twins : ranks.all,
-                       &summing[summing_count++]);
+        ranks.traffic.reduced += 2.0 * (sharing - 1) / sharing * (double)(n * sizeof(real)); // what a ring sends
+        start_sum_of_reals(m->memory[GRADS] + from, n, peers, &summing[summing_count++]);
     }
-#else
-    (void)from, (void)end, (void)twins;
-#endif
 }
 
 // After the backward pass of layer l (after that of the embedding: -1): sums what is finished. *from: where the gradients
 // begin that are on their way already; start: start_sum, or the CUDA twin's.
-void sum_layer(Model *m, int l, size_t *from, void (*start)(Model *m, size_t from, size_t end, int twins)) {
+void sum_layer(Model *m, int l, size_t *from, void (*start)(Model *m, size_t from, size_t end, int peers)) {
     size_t begin = m->replicated;
     for (int i = m->tensor_count - 1; i >= 0; i--) {
         const Tensor *t = &m->tensors[i];
@@ -4455,7 +4463,7 @@ void sum_layer(Model *m, int l, size_t *from, void (*start)(Model *m, size_t fro
     }
 }
 
-// Where the numbers of this rank's expert `number` of layer l begin in tensor t of experts.
+// Where this rank's expert `number` begins in memory, of tensor t; its own experts count first, then its copies.
 size_t expert_offset(const Model *m, const Tensor *t, int number) {
     const Placement *p = m->placement;
     int at = t->layer * (p->here + p->room);
@@ -4497,22 +4505,20 @@ void exchange_copies(Model *m, int what) {
     for (int i = 0; i < count; i++)
         room += what == GRADS && list[i].owned ? list[i].size : 0;
     real *arrived = allocate_reals(room), *to = arrived;
-#ifdef USE_MPI
-    MPI_Request *requests = (MPI_Request *)allocate(count, sizeof(MPI_Request));
+    Request *requests = (Request *)allocate(count, sizeof(Request));
     for (int i = 0; i < count; i++) {
         const Copy *k = &list[i];
         real *own = m->memory[what] + k->at;
         if (k->owned == (what == GRADS)) {
-            MPI_Irecv(what == GRADS ? to : own, (int)k->size, MPI_REALS, k->peer, what, ranks.group, &requests[i]);
+            start_receive(what == GRADS ? to : own, k->size, k->peer, what, &requests[i]);
             to += k->size;
         } else {
-            ranks.reduced += (double)(k->size * sizeof(real));
-            MPI_Isend(own, (int)k->size, MPI_REALS, k->peer, what, ranks.group, &requests[i]);
+            ranks.traffic.reduced += (double)(k->size * sizeof(real));
+            start_send(own, k->size, k->peer, what, &requests[i]);
         }
     }
     ranks_wait(requests, count);
     free(requests);
-#endif
     to = arrived;
     for (int i = 0; what == GRADS && i < count; i++) {
         real *own = m->memory[what] + list[i].at;
@@ -4652,7 +4658,7 @@ double gradient_norm(const Model *m) {
     double total = sum_of_squares(g + m->slice, m->slice_end - m->slice);
     for (int i = 0; i < m->tensor_count; i++) {
         if (tensor_is_expert(&m->tensors[i]))
-            total += sum_of_squares(g + m->tensors[i].offset, m->tensors[i].size) / ranks.copies;
+            total += sum_of_squares(g + m->tensors[i].offset, m->tensors[i].size) / ranks.groups;
     }
     sum_over_ranks(&total, 1);
     return sqrt(total);
@@ -4660,18 +4666,9 @@ double gradient_norm(const Model *m) {
 
 // After each rank has updated its slice of what all have.
 void share_weights(Model *m) {
-    (void)m;
-#ifdef USE_MPI
-    MPI_Datatype sixteen;
-    MPI_Request request;
     size_t slice = m->slice_end - m->slice;
-    MPI_Type_contiguous(16, MPI_REALS, &sixteen);
-    MPI_Type_commit(&sixteen);
-    ranks.reduced += (double)(slice * sizeof(real)) * (ranks.size - 1);
-    MPI_Iallgather(MPI_IN_PLACE, 0, sixteen, m->memory[WEIGHTS], (int)(slice / 16), sixteen, ranks.all, &request);
-    ranks_wait(&request, 1);
-    MPI_Type_free(&sixteen);
-#endif
+    ranks.traffic.reduced += (double)(slice * sizeof(real)) * (ranks.size - 1);
+    gather_slices(m->memory[WEIGHTS], slice / 16);
 }
 
 // AdamW with decoupled decay of the matrices (Loshchilov and Hutter 2019), on gradients scaled down to norm clip; then
@@ -6001,10 +5998,12 @@ const Plan *model_plan(const Model *m, int layer) {
 }
 
 // What all ranks have, gathered by rank 0 in the order of a single process; the others have but room for it.
-real *fetch_whole(Model *m, int what) {
+real *model_fetch(Model *m, int what) {
     real *whole = m->whole_memory[what], *mine = m->memory[what], *all = NULL;
     size_t slice = m->slice_end - m->slice;
     int moments = what == MOMENT1 || what == MOMENT2;
+    if (!MANY)
+        return mine;
     if (!whole)
         whole = m->whole_memory[what] = allocate_reals(m->whole);
     if (moments)
@@ -6020,11 +6019,11 @@ real *fetch_whole(Model *m, int what) {
     return whole;
 }
 
-// Takes this rank's part over from what a single process would have, and frees that.
-void store_whole(Model *m, int what) {
+// Takes this rank's part over from model_fetch's memory, after that was filled with what a single process would have.
+void model_store(Model *m, int what) {
     const real *whole = m->whole_memory[what];
     int moments = what == MOMENT1 || what == MOMENT2;
-    for (int i = 0; i < m->tensor_count; i++) {
+    for (int i = 0; MANY && i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         for (size_t j = 0; j < t->size; j++) {
             size_t at = t->offset + j;
@@ -6039,15 +6038,6 @@ void forget_whole(Model *m) {
         free(m->whole_memory[what]);
         m->whole_memory[what] = NULL;
     }
-}
-
-real *model_fetch(Model *m, int what) {
-    return MANY ? fetch_whole(m, what) : m->memory[what];
-}
-
-void model_store(Model *m, int what) {
-    if (MANY) // else model_fetch gave the memory itself
-        store_whole(m, what);
 }
 
 volatile real peak_result[64]; // or the compiler would leave out what nobody reads
@@ -6264,21 +6254,20 @@ void load_weights(Run *run, const char *dir, int moments) {
     for (int what = WEIGHTS; what <= (moments ? MOMENT2 : WEIGHTS); what++) {
         if (what == GRADS)
             continue;
+        real *all = run->backend->fetch(run->model, what);
         read_weights(dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", parts, count, run->config.experts,
-                     prefix[what], run->backend->fetch(run->model, what));
+                     prefix[what], all);
+        for (int i = 0; what == WEIGHTS && i < run->model->tensor_count; i++) {
+            const Tensor *t = &run->model->tensors[i];
+            const real *w = all + t->place;
+            for (size_t v = 0; t->kind == TABLE && v < t->size; v++) {
+                if (!(w[v] >= 0 && w[v] < run->config.experts))
+                    fail("%s: damaged: the table sends word %zu to expert %g of %d", dir, v, (double)w[v], run->config.experts);
+            }
+        }
         run->backend->store(run->model, what);
         forget_whole(run->model);
     }
-    const Model *m = run->model;
-    const real *weights = run->backend->fetch(run->model, WEIGHTS);
-    for (int i = 0; i < m->tensor_count; i++) {
-        const real *w = weights + m->tensors[i].place;
-        for (size_t v = 0; m->tensors[i].kind == TABLE && v < m->tensors[i].size; v++) {
-            if (!(w[v] >= 0 && w[v] < m->config.experts))
-                fail("%s: damaged: the table sends word %zu to expert %g of %d", dir, v, (double)w[v], m->config.experts);
-        }
-    }
-    forget_whole(run->model);
     free(parts);
 }
 
@@ -6588,19 +6577,20 @@ int due(int step, int every) {
 // For the log: what a step's time went into, the mean of all ranks; and the bytes that all of them sent in a step. Then
 // begins anew.
 void describe_traffic(int steps, double ms, char text[256]) {
-    double all[3] = {ranks.waited * 1000 / ranks.size, ranks.sent, ranks.reduced};
+    Traffic *t = &ranks.traffic, none = {0, 0, 0};
+    double all[3] = {t->waited * 1000 / ranks.size, t->sent, t->reduced};
     sum_over_ranks(all, 3);
     snprintf(text, 256, ",\"compute_ms\":%.4g,\"wait_ms\":%.4g,\"all_to_all_bytes\":%.0f,\"reduce_bytes\":%.0f",
              ms - all[0] / steps, all[0] / steps, all[1] / steps, all[2] / steps);
-    ranks.waited = ranks.sent = ranks.reduced = 0;
+    *t = none;
 }
 
-// One line a step in trace-RANK.jsonl: the same for this rank alone, since the last line of the log, and the rows that came to its
-// experts in each layer's last forward pass.
+// One line a step in trace-RANK.jsonl: the same for this rank alone, since the last line of the log, and the rows that
+// came to its experts in each layer's last forward pass (--ep 1: its tokens).
 void trace_step(Run *run) {
     const Config *c = &run->config;
     fprintf(run->trace, "{\"step\":%d,\"seconds\":%.6f,\"waited\":%.6f,\"all_to_all_bytes\":%.0f,\"reduce_bytes\":%.0f,\"came\":[",
-            run->step, seconds(), ranks.waited, ranks.sent, ranks.reduced);
+            run->step, seconds(), ranks.traffic.waited, ranks.traffic.sent, ranks.traffic.reduced);
     const char *comma = "";
     for (int l = 0; l < c->layers; l++) {
         if (!is_moe(c, l))
@@ -6658,22 +6648,22 @@ int train(Run *run) {
         int last = step == c->steps || stop, evaluated = due(step, c->eval_every) || step == c->steps;
         if (due(step, c->log_every) || step == 1 || last) {
             double ms = (seconds() - timed) * 1000 / (step - timed_step), rate = sequences * T / ms * 1000;
-            char traffic[256] = "";
+            char sent[256] = "";
             if (MANY)
-                describe_traffic(step - timed_step, ms, traffic);
+                describe_traffic(step - timed_step, ms, sent);
             log_line(run, "step",
                      "\"step\":%d,\"tokens\":%.0f,\"loss\":%.9g,\"aux\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%."
                      "4g,\"tok_s\":%.6g,"
                      "\"gflops\":%.4g,\"sol\":%.4g%s",
                      step, step * sequences * T, loss, aux, norm, lr, ms, rate, rate * run->flops / 1e9,
-                     rate * run->flops / run->peak, traffic);
+                     rate * run->flops / run->peak, sent);
             log_router(run);
             show_step(run, loss, lr, norm, rate, ms * (c->steps - step) / 1000);
             timed = seconds();
             timed_step = step;
         }
         double pause = seconds();
-        Ranks before = ranks;
+        Traffic traffic = ranks.traffic;
         if (evaluated) {
             evaluate(run);
             show_evaluation(run);
@@ -6685,7 +6675,7 @@ int train(Run *run) {
             saved = step;
         }
         timed += seconds() - pause; // none of this is the step's time
-        ranks.waited = before.waited, ranks.sent = before.sent, ranks.reduced = before.reduced;
+        ranks.traffic = traffic;
     }
     if (saved != run->step)
         save_checkpoint(run);
@@ -6878,13 +6868,15 @@ void divide_experts(const Config *c) {
     int last, moe = moe_layers(c, &last), ep = c->ep ? c->ep : 1;
     for (int n = 2; !c->ep && moe && n <= ranks.size; n++)
         ep = ranks.size % n == 0 && c->experts % n == 0 ? n : ep;
-    if (ranks.size % ep || (moe && c->experts % ep) || (!moe && ep > 1))
-        usage_fail("--ep %d: it must divide the %d ranks and the %d experts", ep, ranks.size, moe ? c->experts : 0);
+    if (!moe && ep > 1)
+        usage_fail("--ep %d: this model has no experts to divide", ep);
+    if (ranks.size % ep || (moe && c->experts % ep))
+        usage_fail("--ep %d: it must divide the %d ranks and the %d experts", ep, ranks.size, c->experts);
     if (c->replicate && (ep == 1 || c->replicate > c->experts))
         usage_fail("--replicate %d: at most all %d experts can have a copy, and there must be another rank to have it (here: "
                    "--ep %d)", c->replicate, c->experts, ep);
     if (MANY)
-        ranks_form(ranks.all, ep);
+        ranks_form(comm.all, ep);
 #endif
 }
 
@@ -7086,7 +7078,7 @@ void announce(Run *run) {
            run->train->windows, c->seq, c->batch * c->accum * ranks.size);
     if (MANY)
         printf("%d ranks, %d sequences of a micro-step each; %d of %d experts on a rank%s\n", ranks.size, c->batch,
-               moe ? c->experts / ranks.ep : 0, moe ? c->experts : 0, ranks.copies > 1 ? ", which others have, too" : "");
+               moe ? c->experts / ranks.ep : 0, moe ? c->experts : 0, ranks.groups > 1 ? ", which others have, too" : "");
     print_memory(run);
     printf("%s, %d threads, peak %.0f GFLOP/s; run directory %s\n", device, thread_count(), run->peak / 1e9, run->out);
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,\"device\":", run->step, run->peak / 1e9);
@@ -7164,12 +7156,12 @@ int run_program(int argc, char **argv, const Backend *backend) {
 #ifdef USE_MPI
     int provided;
     MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
-    ranks.all = MPI_COMM_WORLD;
+    comm.all = MPI_COMM_WORLD;
     if (provided < MPI_THREAD_FUNNELED)
         fail("this MPI cannot be used by a program of several threads");
-    MPI_Comm_rank(ranks.all, &ranks.rank);
-    MPI_Comm_size(ranks.all, &ranks.size);
-    MPI_Comm_dup(ranks.all, &ranks.watch);
+    MPI_Comm_rank(comm.all, &ranks.rank);
+    MPI_Comm_size(comm.all, &ranks.size);
+    MPI_Comm_dup(comm.all, &comm.watch);
     if (ranks.rank && !freopen("/dev/null", "w", stdout)) // rank 0 alone speaks
         fail("/dev/null: cannot open: %s", strerror(errno));
 #endif

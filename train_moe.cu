@@ -64,7 +64,10 @@ const char *cause_of(cublasStatus_t status) {
 }
 #ifdef USE_NCCL
 const char *cause_of(ncclResult_t result) {
-    return result == ncclSuccess ? NULL : ncclGetErrorString(result);
+    if (result == ncclSuccess)
+        return NULL;
+    const char *more = ncclGetLastError(NULL); // "Duplicate GPU detected"
+    return more && *more ? more : ncclGetErrorString(result);
 }
 #endif
 #define CHECK(call) gpu::check(gpu::cause_of(call), #call, __PRETTY_FUNCTION__, __FILE__, __LINE__)
@@ -271,7 +274,7 @@ void follow(cudaStream_t later, cudaStream_t earlier) {
     CHECK(cudaStreamWaitEvent(later, milestone, 0));
 }
 
-// The work queued in `stream` from now on waits for the event. Booked in ranks.waited once it is known how long.
+// The work queued in `stream` from now on waits for the event. Booked in ranks.traffic.waited once it is known how long.
 void wait_for(cudaEvent_t event) {
     if (pause_count == pause_room) {
         pauses = (Pause *)reallocate(pauses, (size_t)pause_room + 64, sizeof(Pause));
@@ -301,21 +304,21 @@ void await_device() {
     CHECK(cudaStreamSynchronize(stream));
     for (; pause_count > 0; pause_count--) {
         CHECK(cudaEventElapsedTime(&ms, pauses[pause_count - 1].begin, pauses[pause_count - 1].end));
-        ranks.waited += ms / 1000;
+        ranks.traffic.waited += ms / 1000;
     }
 #else
     CHECK(cudaStreamSynchronize(stream));
 #endif
 }
 
-enum { OF_ALL, OF_GROUP, OF_TWINS }; // ranks.all, .group and .twins
+enum { OF_ALL, OF_GROUP, OF_PEERS }; // comm.all, .group and .peers
 
 #ifdef USE_NCCL
 ncclComm_t comms[3];
 
 void start_ranks() {
-    const MPI_Comm of[] = {ranks.all, ranks.group, ranks.twins};
-    for (int i = 0; i < 3 && !comms[OF_TWINS]; i++) {
+    const MPI_Comm of[] = {comm.all, comm.group, comm.peers};
+    for (int i = 0; i < 3 && !comms[OF_PEERS]; i++) {
         ncclUniqueId id;
         int rank, size;
         MPI_Comm_rank(of[i], &rank);
@@ -389,7 +392,7 @@ void sum_over_ranks(double *v, int n) {
 void send_rows(const void *out, const int *sent, const int *sent_at, void *in, const int *got, const int *got_at,
                size_t bytes) {
     for (int r = 0; r < ranks.ep; r++) {
-        ranks.sent += r == ranks.place ? 0 : (double)bytes * sent[r];
+        ranks.traffic.sent += r == ranks.place ? 0 : (double)bytes * sent[r];
         if (sent[r])
             nccl_send((const char *)out + sent_at[r] * bytes, sent[r] * bytes, r);
         if (got[r])
@@ -3318,11 +3321,11 @@ void allocate_experts(Model *m, int l, int N) {
     s->sending = sending;
     s->exchange = (Exchange *)own_host(m, 2, sizeof(Exchange));
     for (int half = 0; half < 2; half++) {
-        Exchange *e = &s->exchange[half];
-        e->sent = (int *)own_host(m, (size_t)ranks.ep * 4, sizeof(int));
-        e->sent_at = e->sent + ranks.ep;
-        e->got = e->sent_at + ranks.ep;
-        e->got_at = e->got + ranks.ep;
+        Exchange *ex = &s->exchange[half];
+        ex->sent = (int *)own_host(m, (size_t)ranks.ep * 4, sizeof(int));
+        ex->sent_at = ex->sent + ranks.ep;
+        ex->got = ex->sent_at + ranks.ep;
+        ex->got_at = ex->got + ranks.ep;
     }
 }
 
@@ -4286,7 +4289,7 @@ real *model_fetch(::Model *base, int what) {
     real *host = allocate_reals(numbers_of(m, what));
     copy_memory(m, what, host, 0, 0);
     m->memory[what] = host;
-    fetch_whole(m, what);
+    ::model_fetch(m, what);
     m->memory[what] = device;
     free(host);
     return m->whole_memory[what];
@@ -4304,7 +4307,7 @@ void model_store(::Model *base, int what) {
     real *device = m->memory[what];
     if (MANY) {
         real *host = m->memory[what] = allocate_reals(numbers_of(m, what));
-        store_whole(m, what);
+        ::model_store(m, what);
         m->memory[what] = device;
         copy_memory(m, what, host, 1, 0);
         free(host);
@@ -4436,12 +4439,12 @@ void lay_crossing(Model *m, const LayerState *s, int C) {
     Crossing *x = m->crossing;
     size_t low = sizeof(floatX), K = (size_t)s->plan.K, slots = 0, sort = 0;
     for (int half = 0; half < halves_of(m); half++) {
-        const Exchange *e = &s->exchange[half];
+        const Exchange *ex = &s->exchange[half];
         Travel *t = &x->half[half];
-        size_t came = (size_t)e->came, room = sort_room(came * K, m->placement->here + m->placement->room);
+        size_t came = (size_t)ex->came, room = sort_room(came * K, m->placement->here + m->placement->room);
         lay_pieces(&t->room, {{&t->in, came * C * low}, {&t->answers, came * C * low},
                               {&t->choices, came * 2 * K * sizeof(float)}, {&t->dweight, came * K * sizeof(float)}});
-        slots = slots > (size_t)e->slots ? slots : (size_t)e->slots;
+        slots = slots > (size_t)ex->slots ? slots : (size_t)ex->slots;
         sort = sort > room ? sort : room;
     }
     lay_pieces(&x->room, {{&x->rows, slots * C * low}, {&x->act, slots * m->experts.widest * low},
@@ -4459,25 +4462,21 @@ void exchange_counts(Model *m, LayerState *s, int l) {
         out[i % ep * 4 + i / ep] = counts[i + 1] - counts[i];
         out[i % ep * 4 + 2 + i / ep] = counts[halves * ep + 1 + i];
     }
-#ifdef USE_NCCL
-    MPI_Request request;
-    MPI_Ialltoall(out, 4, MPI_INT, in, 4, MPI_INT, ranks.group, &request);
-    ranks_wait(&request, 1);
-#endif
+    all_to_all(out, in, 4);
     m->came[l] = 0;
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
-        e->rows = e->came = e->slots = 0;
+        Exchange *ex = &s->exchange[half];
+        ex->rows = ex->came = ex->slots = 0;
         for (int r = 0; r < ep; r++) {
-            e->sent[r] = out[4 * r + half];
-            e->sent_at[r] = counts[half * ep + r];
-            e->rows += e->sent[r];
-            e->got[r] = in[4 * r + half];
-            e->got_at[r] = e->came;
-            e->came += e->got[r];
-            e->slots += in[4 * r + 2 + half];
+            ex->sent[r] = out[4 * r + half];
+            ex->sent_at[r] = counts[half * ep + r];
+            ex->rows += ex->sent[r];
+            ex->got[r] = in[4 * r + half];
+            ex->got_at[r] = ex->came;
+            ex->came += ex->got[r];
+            ex->slots += in[4 * r + 2 + half];
         }
-        m->came[l] += e->came;
+        m->came[l] += ex->came;
     }
     free(out);
 }
@@ -4516,40 +4515,40 @@ void exchange_start(Model *m, int l, LayerState *s, const floatX *x, int n, int 
         pack_rows(m, s, x, C);
     }
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
+        Exchange *ex = &s->exchange[half];
         Travel *t = &cross->half[half];
-        size_t came = (size_t)e->came, ints = came * K * sizeof(int);
-        Plan p = {e->came, (int)E, K, NULL, NULL, NULL, NULL, NULL, NULL, 0};
-        e->tiles = e->slots / TM + (int)E;
-        lay_pieces(&e->room, {{&e->x, came * C * sizeof(floatX)},
-                              {&e->hidden, (size_t)e->slots * m->experts.hidden_width * sizeof(floatX)},
-                              {&e->weight, came * K * sizeof(float)},
-                              {&e->tile, e->tiles * sizeof(int2)},
+        size_t came = (size_t)ex->came, ints = came * K * sizeof(int);
+        Plan p = {ex->came, (int)E, K, NULL, NULL, NULL, NULL, NULL, NULL, 0};
+        ex->tiles = ex->slots / TM + (int)E;
+        lay_pieces(&ex->room, {{&ex->x, came * C * sizeof(floatX)},
+                              {&ex->hidden, (size_t)ex->slots * m->experts.hidden_width * sizeof(floatX)},
+                              {&ex->weight, came * K * sizeof(float)},
+                              {&ex->tile, ex->tiles * sizeof(int2)},
                               {&p.key, ints}, {&p.slot, ints}, {&p.choice, ints}, {&p.token, ints},
                               {&p.offset, (E + 1) * sizeof(int)}});
-        e->plan = p;
+        ex->plan = p;
         depart();
-        send_rows(cross->choices_out, e->sent, e->sent_at, t->choices, e->got, e->got_at, 2 * K * sizeof(float));
-        send_rows(cross->out, e->sent, e->sent_at, e->x, e->got, e->got_at, C * sizeof(floatX));
+        send_rows(cross->choices_out, ex->sent, ex->sent_at, t->choices, ex->got, ex->got_at, 2 * K * sizeof(float));
+        send_rows(cross->out, ex->sent, ex->sent_at, ex->x, ex->got, ex->got_at, C * sizeof(floatX));
         arrive(t->there);
     }
 }
 
 // The experts that this rank has in layer l, for the rows that came.
-Experts experts_here(const Model *m, int l, const Exchange *e) {
+Experts experts_here(const Model *m, int l, const Exchange *ex) {
     const Places *p = &m->crossing->places;
     Experts x = m->experts;
-    int n = e->plan.E;
+    int n = ex->plan.E;
     x.E = n;
     x.width = p->width + l * n;
     x.activation = p->activation + l * n;
     x.matrix = p->matrix + l * (n + 1);
     x.matrix_in = p->matrix_in + l * (n + 1);
-    x.offset = e->plan.offset;
-    x.token = e->plan.token;
-    x.choice = e->plan.choice;
-    x.tile = e->tile;
-    x.tiles = e->tiles;
+    x.offset = ex->plan.offset;
+    x.token = ex->plan.token;
+    x.choice = ex->plan.choice;
+    x.tile = ex->tile;
+    x.tiles = ex->tiles;
     return x;
 }
 
@@ -4559,22 +4558,22 @@ void exchange_forward(Model *m, int l, LayerState *s, int C) {
     Crossing *x = m->crossing;
     int K = s->plan.K, halves = halves_of(m);
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
+        Exchange *ex = &s->exchange[half];
         Travel *t = &x->half[half];
-        size_t choices = (size_t)e->came * K;
+        size_t choices = (size_t)ex->came * K;
         wait_for(t->there);
-        if (e->came) {
-            unpack_choices_kernel<<<blocks(choices), THREADS, 0, stream>>>(e->weight, e->plan.key, t->choices, choices, K);
+        if (ex->came) {
+            unpack_choices_kernel<<<blocks(choices), THREADS, 0, stream>>>(ex->weight, ex->plan.key, t->choices, choices, K);
             CHECK(cudaGetLastError());
-            gpu::plan_sort(&e->plan, x->sort);
-            list_tiles(e->tile, e->tiles, e->plan.offset, e->plan.E);
-            Experts here = gpu::experts_here(m, l, e);
-            gpu::experts_forward(x->rows, e->hidden, x->act, e->x, low_of(m, w->w_in), low_of(m, w->w_out), e->weight,
+            gpu::plan_sort(&ex->plan, x->sort);
+            list_tiles(ex->tile, ex->tiles, ex->plan.offset, ex->plan.E);
+            Experts here = gpu::experts_here(m, l, ex);
+            gpu::experts_forward(x->rows, ex->hidden, x->act, ex->x, low_of(m, w->w_in), low_of(m, w->w_out), ex->weight,
                                  &here);
-            combine(t->answers, NULL, NULL, x->rows, e->plan.slot, e->came, K, C);
+            combine(t->answers, NULL, NULL, x->rows, ex->plan.slot, ex->came, K, C);
         }
         depart();
-        send_rows(t->answers, e->got, e->got_at, m->rows, e->sent, e->sent_at, C * sizeof(floatX));
+        send_rows(t->answers, ex->got, ex->got_at, m->rows, ex->sent, ex->sent_at, C * sizeof(floatX));
         arrive(t->there);
     }
     wait_for(x->half[halves - 1].there);
@@ -4585,10 +4584,10 @@ void exchange_start_backward(Model *m, LayerState *s, const floatX *dout, int C)
     lay_crossing(m, s, C);
     pack_rows(m, s, dout, C);
     for (int half = 0; half < halves_of(m); half++) {
-        Exchange *e = &s->exchange[half];
+        Exchange *ex = &s->exchange[half];
         Travel *t = &m->crossing->half[half];
         depart();
-        send_rows(m->crossing->out, e->sent, e->sent_at, t->in, e->got, e->got_at, C * sizeof(floatX));
+        send_rows(m->crossing->out, ex->sent, ex->sent_at, t->in, ex->got, ex->got_at, C * sizeof(floatX));
         arrive(t->there);
     }
 }
@@ -4599,20 +4598,20 @@ void exchange_backward(Model *m, int l, LayerState *s, int C) {
     Crossing *x = m->crossing;
     int K = s->plan.K, halves = halves_of(m);
     for (int half = 0; half < halves; half++) {
-        Exchange *e = &s->exchange[half];
+        Exchange *ex = &s->exchange[half];
         Travel *t = &x->half[half];
         wait_for(t->there);
-        if (e->came) {
-            Experts here = gpu::experts_here(m, l, e);
-            zero(t->dweight, (size_t)e->came * K * sizeof(float));
-            gpu::experts_backward(x->rows, dw->w_in, dw->w_out, t->dweight, t->in, e->x, e->hidden, e->weight,
-                                  low_of(m, w->w_in), low_of(m, w->w_out), x->act, x->dhidden, x->dweight_part, e->slots,
+        if (ex->came) {
+            Experts here = gpu::experts_here(m, l, ex);
+            zero(t->dweight, (size_t)ex->came * K * sizeof(float));
+            gpu::experts_backward(x->rows, dw->w_in, dw->w_out, t->dweight, t->in, ex->x, ex->hidden, ex->weight,
+                                  low_of(m, w->w_in), low_of(m, w->w_out), x->act, x->dhidden, x->dweight_part, ex->slots,
                                   &here);
-            combine(t->answers, NULL, NULL, x->rows, e->plan.slot, e->came, K, C);
+            combine(t->answers, NULL, NULL, x->rows, ex->plan.slot, ex->came, K, C);
         }
         depart();
-        send_rows(t->answers, e->got, e->got_at, m->rows, e->sent, e->sent_at, C * sizeof(floatX));
-        send_rows(t->dweight, e->got, e->got_at, x->dweight_back, e->sent, e->sent_at, K * sizeof(float));
+        send_rows(t->answers, ex->got, ex->got_at, m->rows, ex->sent, ex->sent_at, C * sizeof(floatX));
+        send_rows(t->dweight, ex->got, ex->got_at, x->dweight_back, ex->sent, ex->sent_at, K * sizeof(float));
         arrive(t->there);
     }
     wait_for(x->half[halves - 1].there);
@@ -4651,7 +4650,7 @@ void dense_backward(Model *m, int l, LayerState *s, float *dh, const floatX *dou
 void ffn_forward(Model *m, int l, LayerState *s, float *out, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l];
-    int C = c->dim, h = c->subtokens, moe = is_moe(c, l), apart = MANY && ranks.ep > 1 && moe;
+    int C = c->dim, h = c->subtokens, moe = is_moe(c, l), apart = APART && moe;
     const int *slot = apart ? s->sending.slot : s->plan.slot;
     if (!apart)
         gpu::dense_forward(m, l, s, N);
@@ -4690,7 +4689,7 @@ void ffn_recompute(Model *m, int l, LayerState *s, int N) {
     if (w->dense_in)
         product(s->dense_hidden, along_rows(s->h2, C), along_rows(low_of(m, w->dense_in), C), N, H, C, 0);
     Experts experts = layer_experts(m, s);
-    if (is_moe(c, l) && !(MANY && ranks.ep > 1)) // what came from other ranks is kept
+    if (is_moe(c, l) && !APART) // what came from other ranks is kept
         gpu::experts_hidden(s->hidden, m->act, c->subtokens > 1 ? s->sub : s->h2, low_of(m, w->w_in), &experts);
 }
 
@@ -4698,7 +4697,7 @@ void ffn_recompute(Model *m, int l, LayerState *s, int N) {
 void ffn_backward(Model *m, int l, LayerState *s, float *dh, int N, int T) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
-    int C = c->dim, h = c->subtokens, apart = MANY && ranks.ep > 1 && is_moe(c, l);
+    int C = c->dim, h = c->subtokens, apart = APART && is_moe(c, l);
     const floatX *dout = m->dx_low;
     if (!apart)
         gpu::dense_backward(m, l, s, dh, dout, N);
@@ -4852,13 +4851,13 @@ void model_forward(::Model *base, const int *tokens, const int *targets, int B, 
 // ---- gradients of several ranks
 
 // Begins to sum gradients from..end: see the C twin.
-void start_sum(::Model *m, size_t from, size_t end, int twins) {
-    int sharing = twins ? ranks.copies : ranks.size;
+void start_sum(::Model *m, size_t from, size_t end, int peers) {
+    int sharing = peers ? ranks.groups : ranks.size;
     if (from >= end || sharing == 1)
         return;
-    ranks.reduced += 2.0 * (sharing - 1) / sharing * (double)((end - from) * sizeof(float)); // what a ring sends
+    ranks.traffic.reduced += 2.0 * (sharing - 1) / sharing * (double)((end - from) * sizeof(float)); // what a ring sends
     follow(traffic, stream);
-    nccl_sum(m->memory[GRADS] + from, end - from, twins ? OF_TWINS : OF_ALL);
+    nccl_sum(m->memory[GRADS] + from, end - from, peers ? OF_PEERS : OF_ALL);
 }
 
 void exchange_copies(Model *m, int what) {
@@ -4879,7 +4878,7 @@ void exchange_copies(Model *m, int what) {
             nccl_receive(what == GRADS ? to : own, k->size * sizeof(float), k->peer);
         else
             nccl_send(own, k->size * sizeof(float), k->peer);
-        ranks.reduced += receives ? 0 : (double)(k->size * sizeof(float));
+        ranks.traffic.reduced += receives ? 0 : (double)(k->size * sizeof(float));
         to += receives ? k->size : 0;
     }
     arrive(m->crossing->half[0].there);
@@ -4938,14 +4937,14 @@ void model_backward(::Model *base) {
     }
 }
 
-// *norm of all ranks' gradients: of this rank's slice of what all have, and of its experts, which `copies` ranks have.
+// *norm of all ranks' gradients: of this rank's slice of what all have, and of its experts, which `groups` ranks have.
 void whole_norm(Model *m, double *norm) {
     const float *g = m->memory[GRADS];
     zero(norm, sizeof(double));
     int parts = gpu::sum_of_squares(m->norm_part, g + m->slice, m->slice_end - m->slice);
     gpu::add_sum(norm, Doubles{m->norm_part}, parts, 1);
     parts = gpu::sum_of_squares(m->norm_part, g + m->replicated, m->size - m->replicated);
-    gpu::add_sum(norm, Doubles{m->norm_part}, parts, 1.0 / ranks.copies);
+    gpu::add_sum(norm, Doubles{m->norm_part}, parts, 1.0 / ranks.groups);
     gpu::sum_over_ranks(norm, 1);
     root_of_sum_kernel<<<1, 32, 0, stream>>>(norm, norm, 1);
     CHECK(cudaGetLastError());
@@ -4954,7 +4953,7 @@ void whole_norm(Model *m, double *norm) {
 // After each rank has updated its slice of what all have.
 void share_weights(Model *m) {
     size_t slice = m->slice_end - m->slice;
-    ranks.reduced += (double)(slice * sizeof(float)) * (ranks.size - 1);
+    ranks.traffic.reduced += (double)(slice * sizeof(float)) * (ranks.size - 1);
     follow(traffic, stream);
     nccl_gather(m->memory[WEIGHTS], m->slice, slice);
     wait_for_traffic();

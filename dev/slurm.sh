@@ -2,6 +2,7 @@
 # Trains on several nodes under Slurm. Start it from the repository, its options first, then train_moe's:
 #
 #   sbatch --nodes 4 --ntasks-per-node 2 --cpus-per-task 32 dev/slurm.sh --steps 20000      a rank for each NUMA node
+#   PROGRAM=./train_moe_cu_nccl sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 8 dev/slurm.sh  or GPU
 #
 # Five minutes before its time is up a job saves, queues again and goes on. The run of a job named NAME is in runs/NAME,
 # its output in NAME-NUMBER.out. The repository is in a folder that all nodes share. MPI_TYPE: see srun --mpi=list.
