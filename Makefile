@@ -65,16 +65,20 @@ precision  = $(if $(filter fp32,$(1)),-DFP32)
 CUDA_BUILD = $(NVCC) -std=c++17 -O3 -lineinfo -I. -diag-suppress 1675,128 $(GPU_ARCH) \
     -Xcompiler "$(ARCH) $(FLOATS) $(filter -fopenmp,$(OPENMP)) $(WERROR)"
 
+NEED_NVCC  = @command -v $(NVCC) >/dev/null || { echo "no nvcc here: install the CUDA Toolkit, or say where it is: make $@ CUDA=/path"; exit 1; }
+
 ##train_moe_cu: the trainer on an NVIDIA GPU; needs the CUDA Toolkit. PRECISION=fp32 builds it in float32, for checks
 train_moe_cu: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION) | data/stories/tokenizer.json
-	@command -v $(NVCC) >/dev/null || { echo "no nvcc here: install the CUDA Toolkit, or say where it is: make train_moe_cu CUDA=/path"; exit 1; }
+	$(NEED_NVCC)
 	$(CUDA_BUILD) $(call precision,$(PRECISION)) train_moe.cu -o $@ -lcublas
 
 ##train_moe_cu_nccl: the same for several GPUs: mpirun -np 8 ./train_moe_cu_nccl; needs MPI and NCCL besides
 MPICXX ?= mpicxx
 USE_NCCL = -DUSE_MPI -DUSE_NCCL -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
 train_moe_cu_nccl: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION) | data/stories/tokenizer.json
-	@command -v $(NVCC) $(MPICXX) >/dev/null || { echo "no nvcc or no $(MPICXX) here: install the CUDA Toolkit, NCCL and MPI"; exit 1; }
+	$(NEED_NVCC)
+	$(NEED_MPI)
+	@echo '\043include <nccl.h>' | $(NVCC) -x cu -E - >/dev/null 2>&1 || { echo "no nccl.h here: install NCCL (libnccl-dev)"; exit 1; }
 	OMPI_CXX=$(CXX) MPICH_CXX=$(CXX) $(CUDA_BUILD) -ccbin $(MPICXX) $(USE_NCCL) $(call precision,$(PRECISION)) \
 	    train_moe.cu -o $@ -lcublas -lnccl
 
@@ -177,6 +181,7 @@ dev/emulated/check_nccl.cpp: dev/cudacpu/check_nccl.cu dev/cudacpu/rewrite.sed
 	(echo '#line 1 "check_nccl.cu"'; sed -E -f dev/cudacpu/rewrite.sed dev/cudacpu/check_nccl.cu) > $@
 
 dev/emulated/check_nccl: dev/emulated/check_nccl.cpp $(CUDACPU)
+	$(NEED_MPI)
 	$(EMULATED_NCCL) $< -o $@ $(LIBS)
 
 dev/emulated/check_nccl_asan: dev/emulated/check_nccl.cpp $(CUDACPU)
@@ -192,6 +197,7 @@ check_nccl: dev/emulated/check_nccl
 	dev/emulated/check_nccl
 
 dev/emulated/train_moe_cu_nccl: dev/emulated/train_moe_cu.cpp train_moe.c data/unicode.h $(CUDACPU)
+	$(NEED_MPI)
 	$(EMULATED_NCCL) $< -o $@ $(LIBS)
 
 dev/emulated/test_ranks_%: dev/emulated/train_moe_cu.cpp $(TEST_FILES) $(CUDACPU)

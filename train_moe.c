@@ -4423,7 +4423,7 @@ double model_forward(Model *m, const int *tokens, const int *targets, int B, int
 // Gradients are summed while backward still runs: those of an expert's tensor as soon as its layer is done; all others
 // are put together to buckets, and each begins its way as soon as it is full, or backward at its end.
 
-#define BUCKET (1 << 20) // numbers
+size_t bucket = 1 << 20; // numbers
 
 Request summing[4096];
 int summing_count = 0;
@@ -4457,7 +4457,7 @@ void sum_layer(Model *m, int l, size_t *from, void (*start)(Model *m, size_t fro
         else if (!tensor_is_expert(t) && t->layer == l && (l >= 0 || t->kind == EMBED))
             begin = t->offset; // the first one's in the end
     }
-    if (begin < *from && (l < 0 || *from - begin >= BUCKET)) {
+    if (begin < *from && (l < 0 || *from - begin >= bucket)) {
         start(m, begin, *from, 0);
         *from = begin;
     }
