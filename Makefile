@@ -40,6 +40,7 @@ train_moe_mpi: train_moe.c data/unicode.h | data/stories/tokenizer.json
 	$(NEED_MPI)
 	$(MPI_BUILD) train_moe.c -o $@ $(LIBS)
 
+##train_moe_mpi_double: the same in double
 train_moe_mpi_double: train_moe.c data/unicode.h
 	$(NEED_MPI)
 	$(MPI_BUILD) -DREAL=double train_moe.c -o $@ $(LIBS)

@@ -7615,7 +7615,7 @@ void test_mpi_program(void **state) {
     char output[16384], options[512], copy[512];
     if (!has_mpi())
         return;
-    snprintf(options, sizeof(options), "--batch 1 --trace --save-every 3 --out %s", scratch("four"));
+    snprintf(options, sizeof(options), "--batch 1 --trace --save-every 3 --lr 0.02 --warmup 1 --out %s", scratch("four"));
     assert_int_equal(run_ranks(output, sizeof(output), 4, options), 0);
     assert_int_equal(times_in(output, "step 6/6"), 1);
     assert_int_equal(times_in(output, "What next"), 1);
@@ -7636,7 +7636,7 @@ void test_mpi_program(void **state) {
         shell(output, sizeof(output), "cat %s/log.jsonl", scratch(ranks == 1 ? "one" : "two"));
         line = strstr(output, "\"step\":6,\"tokens\":768,\"loss\":");
         assert_non_null(line);
-        assert_near(atof(line + strlen("\"step\":6,\"tokens\":768,\"loss\":")), loss, 1e-4);
+        assert_near(atof(line + strlen("\"step\":6,\"tokens\":768,\"loss\":")), loss, 1e-5);
     }
     snprintf(options, sizeof(options), "--resume --steps 9 --out %s", scratch("four"));
     assert_int_equal(run_ranks(output, sizeof(output), 3, options), 2);
@@ -7656,9 +7656,9 @@ void test_mpi_log(void **state) {
     for (int ranks = 1; ranks <= 6; ranks += ranks < 3 ? 1 : 3) { // 1, 2, 3, 6
         snprintf(name, sizeof(name), "log%d", ranks);
         snprintf(options, sizeof(options),
-                 "--batch %d --experts 6 --capacity-factor 0.6 --eval-capacity-factor 0.8 --jitter 0.9 --eval-every 3 "
-                 "--eval-batches %d --save-every 0 --out %s",
-                 6 / ranks, 4, scratch(name));
+                 "--batch %d --accum 2 --experts 6 --capacity-factor 0.6 --eval-capacity-factor 0.8 --jitter 0.9 --eval-every 3 "
+                 "--eval-batches 0 --save-every 0 --out %s",
+                 6 / ranks, scratch(name));
         assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
         shell(output, sizeof(output), "cat %s/log.jsonl", scratch(name));
         for (int i = 0; i < COUNT; i++) {
@@ -7685,6 +7685,8 @@ void test_mpi_bad_options(void **state) {
         {"--prompt One", "one process goes on from a text"},
         {"--data nowhere", "nowhere: no tokenizer.json there"},
         {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
+        {"--ep $((1 + $OMPI_COMM_WORLD_RANK))", "rank 1: this rank has other options"},
+        {"--overlap $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
     };
     char output[8192], options[512];
     if (!has_mpi())
@@ -7850,9 +7852,12 @@ Model *train_curve(const Config *config, int steps, Curve *curve) {
         trained->losses(m, &curve->loss[step - 1], &curve->aux[step - 1], &curve->norm[step - 1]);
         free_taken();
     }
+    curve->validation = 0;
     for (int sequences = 1; sequences <= 3; sequences += 2) { // some ranks have none
+        double validation;
         run_share(m, 0, sequences, EVAL_MODE, 0, 999, 0);
-        trained->losses(m, &curve->validation, &aux, &norm);
+        trained->losses(m, &validation, &aux, &norm);
+        curve->validation += validation;
     }
     free_taken();
     return m;
@@ -8121,6 +8126,8 @@ void test_ranks_checkpoints(void **state) {
             trained = RANKS_BACKEND;
             Config mine = c;
             mine.batch = 4 / ranks.size;
+            mine.replicate = ranks.ep > 1;
+            mine.replicate_every = 1;
             m = trained->create(&mine, mine.batch * c.seq, 1, NULL);
             draw_weights(m, 0);
             for (int what = WEIGHTS; what <= MOMENT2 && half; what++) {
@@ -8195,6 +8202,22 @@ void test_ranks_copies(void **state) {
     assert_false(agreed(wrong));
 }
 
+// A rank that computes for long answers those that wait, and the job goes on.
+void test_ranks_busy(void **state) {
+    (void)state;
+    double patience = watch_patience, start = seconds();
+    begin_form(4, 4);
+    ranks.watchdog = 1;
+    watch_patience = 0.5;
+    real *a = take_reals(256 * 256), *out = take_reals(256 * 256);
+    while (ranks.rank == 3 && seconds() - start < 4)
+        product(out, along_rows(a, 256, NULL), along_rows(a, 256, NULL), 256, 256, 256, 0);
+    ranks_meet();
+    watch_patience = patience;
+    end_form();
+    free_taken();
+}
+
 // All ranks go on with the same text, and find the same as one process.
 void test_ranks_generate(void **state) {
     (void)state;
@@ -8262,6 +8285,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_ranks_recipes),
         cmocka_unit_test(test_ranks_variants),
         cmocka_unit_test(test_ranks_copies),
+        cmocka_unit_test(test_ranks_busy),
 #endif
         cmocka_unit_test(test_ranks_checkpoints),
         cmocka_unit_test(test_ranks_first_weights),
@@ -8281,6 +8305,7 @@ int main(int argc, char **argv) {
         return 1;
     set_threads(1);
     bucket = 5000; // so that these small models fill some
+    largest_message = 4000; // and what is sent is cut
     begin_form(1, 1);
     if (getenv("TEST"))
         cmocka_set_test_filter(getenv("TEST"));

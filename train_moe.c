@@ -249,8 +249,8 @@ const Option options[] = {
     INTEGER("ep", ep, "0", 0, 65536, RUN, "the experts are divided among so many ranks [the largest common divisor of ranks and experts]"),
     INTEGER("overlap", overlap, "1", 0, 1, RUN, "1: half of a batch travels while the experts work on the other half"),
     INTEGER("replicate", replicate, "0", 0, 4096, RUN, "so many of a layer's busiest experts have a second copy on another rank"),
-    INTEGER("replicate-every", replicate_every, "50", 1, 2000000000, RUN, "steps after which these are chosen anew"),
-    INTEGER("watchdog", watchdog, "30", 0, 86400, RUN, "seconds of waiting after which a rank that does not answer ends the job; 0: never"),
+    INTEGER("replicate-every", replicate_every, "50", 1, 2000000000, RUN, "they are chosen anew, and the first time, after so many steps"),
+    INTEGER("watchdog", watchdog, "30", 0, 86400, RUN, "after so many seconds of waiting all are asked; who has not answered in 10 more ends the job; 0: never"),
     FLAG("trace", trace, RUN, "each rank writes what it did in each step: trace-RANK.jsonl in --out"),
 #endif
     HEADING("Paces, in steps; 0 turns off"),
@@ -422,6 +422,7 @@ const char *program_name = "train_moe_mpi";
 #else
 const char *program_name = "train_moe";
 #endif
+size_t largest_message = 1 << 30; // bytes, since MPI counts in int
 char unfinished_path[4096]; // a folder being written; fail() removes it, so that nothing half-written stays
 
 // The processes that train one model together (make train_moe_mpi), and this one's place among them: see "ranks" below.
@@ -472,7 +473,7 @@ void remove_tree(const char *path) {
 __attribute__((noreturn)) void fail_with(int status, const char *hint, const char *format, va_list args) {
     fflush(stdout);
     if (ranks.rank)
-        sleep(1); // what all ranks find is said by the first, which ends the others
+        sleep(3); // what all ranks find is said by the first, which ends the others
     fprintf(stderr, "%s: ", program_name);
     if (ranks.rank)
         fprintf(stderr, "rank %d: ", ranks.rank);
@@ -1023,8 +1024,8 @@ BOTH int div_up(int a, int b) {
 // ---- ranks
 //
 // The few messages that everything else is made of; of one process nothing of it is there, so it can wait for a second
-// reading. Each rank has its share of every batch; the experts are divided among the ranks of a group. All waiting is
-// done in ranks_wait, which also keeps the watch: who has waited too long asks all others whether they live; those that
+// reading. Each rank has its share of every batch; the experts are divided among the ranks of a group. All waiting but
+// that for MPI itself to be set up is done in ranks_wait, which also keeps the watch: who has waited too long asks all others whether they live; those that
 // wait answer, and so do those that compute, between two tiles of a product (ranks_tick, which keeps messages on their
 // way, too). A process that hangs does not.
 
@@ -1171,7 +1172,7 @@ void all_to_all(const int *out, int *in, int each) {
     ranks_wait(&request, 1);
 }
 
-MPI_Datatype pieces_of(size_t bytes) { // MPI counts in int, and only up to 2^31
+MPI_Datatype pieces_of(size_t bytes) { // a count is an int, so pieces are counted, not bytes
     MPI_Datatype type;
     MPI_Type_contiguous((int)bytes, MPI_BYTE, &type);
     MPI_Type_commit(&type);
@@ -1220,10 +1221,10 @@ void *gather_parts(const void *mine, size_t bytes, int count, void *all) {
         total += size[r];
     if (!all)
         all = allocate(ranks.rank ? 0 : (size_t)total, 1);
-    size_t at = 0, most = 1 << 30;
-    for (int r = 0; r < count; at += (size_t)size[r++]) { // the sizes may be more than MPI can count
-        for (size_t done = 0; done < (size_t)size[r]; done += most) {
-            int n = (int)((size_t)size[r] - done < most ? (size_t)size[r] - done : most);
+    size_t at = 0;
+    for (int r = 0; r < count; at += (size_t)size[r++]) {
+        for (size_t done = 0; done < (size_t)size[r]; done += largest_message) {
+            int n = (int)((size_t)size[r] - done < largest_message ? (size_t)size[r] - done : largest_message);
             Request request = MPI_REQUEST_NULL;
             if (!r && !ranks.rank)
                 memcpy((char *)all + at + done, (const char *)mine + done, (size_t)n);
@@ -2964,7 +2965,7 @@ typedef struct Tensor { // one row of the model's table of weights
     int layer, kind;       // layer -1: EMBED and what follows
     int shape[3];          // padded with 1 in front
     size_t offset, size;   // in this process's memory
-    size_t place, whole;   // among all numbers of the model, in the order of the table; of all ranks
+    size_t place, whole;   // in the memory of a process that is alone: where it begins, and its numbers
     size_t first;          // this rank has numbers first..first+size of the whole
 } Tensor;
 
@@ -3007,11 +3008,11 @@ size_t expert_size(const Config *c, int kind, int e) {
     return kind == W_OUT ? size : size * (1 + is_gated(expert_activation(c, e)));
 }
 
-// Where each tensor lies: in the order of the table. Of several ranks, what all have comes first, filled up so that it
-// divides evenly among them (into slices of whole 64 bytes, which share_weights counts by 16); then come this rank's experts, each tensor with room for as many large ones as it may have
-// to copy from other ranks. Each begins at a multiple of `unit` numbers. Returns the numbers of all, *replicated those of
-// the first part.
-size_t place_tensors(const Config *c, Tensor *list, int count, size_t unit, size_t *replicated) {
+// Where each tensor lies: in the order of the table. Of several ranks, what all have in common comes first, filled up so
+// that it divides evenly among them, into slices of a multiple of 16 numbers (gather_slices); then come this rank's
+// experts, each tensor with room for as many large ones as it may have to copy from other ranks (whose moments' room is
+// never used). Each begins at a multiple of `unit` numbers. Returns the numbers of all, *common those of the first part.
+size_t place_tensors(const Config *c, Tensor *list, int count, size_t unit, size_t *common) {
     size_t place = 0, at = 0, even = (unit > 16 ? unit : 16) * (size_t)ranks.size;
     for (int i = 0; i < count; i++) {
         list[i].place = place;
@@ -3035,7 +3036,7 @@ size_t place_tensors(const Config *c, Tensor *list, int count, size_t unit, size
             at += (t->size + largest * (size_t)c->replicate + unit - 1) / unit * unit;
         }
         if (part == 0)
-            *replicated = at = MANY ? (at + even - 1) / even * even : at;
+            *common = at = MANY ? (at + even - 1) / even * even : at;
     }
     return at;
 }
@@ -3044,7 +3045,7 @@ size_t place_tensors(const Config *c, Tensor *list, int count, size_t unit, size
 // LAYER_TENSORS*L + KINDS.
 int model_tensors(const Config *c, Tensor *list) {
     int count = 0, last, C = c->dim, D = C / c->heads, F = c->ffn, R = c->recurrent, moe = moe_layers(c, &last);
-    size_t replicated;
+    size_t common;
     const int embed[3] = {1, c->vocab, C};
     add_tensor(list, &count, -1, EMBED, embed);
     for (int l = 0; l < c->layers; l++) {
@@ -3070,7 +3071,7 @@ int model_tensors(const Config *c, Tensor *list) {
         {1, 1, C}, {1, c->untied ? c->vocab : 0, C}, {1, 3 * R, R}, {1, 3 * R, R}, {1, 1, 3 * R}, {1, 1, 3 * R}};
     for (int kind = NORM; kind < KINDS; kind++)
         add_tensor(list, &count, -1, kind, shapes[kind - NORM]);
-    place_tensors(c, list, count, 1, &replicated);
+    place_tensors(c, list, count, 1, &common);
     return count;
 }
 
@@ -3177,9 +3178,9 @@ typedef struct Model {
     int tensor_count;
     size_t size;     // numbers of all weights
     real *memory[4]; // weights, gradients, AdamW's two moments: (size) each, but of several ranks' moments see below
-    // Of several ranks: all have the first `replicated` numbers and update slice..slice_end of them; moments are kept for
+    // Of several ranks: all have the first `common` numbers and update slice..slice_end of them; moments are kept for
     // these and, behind them, for this rank's experts (ZeRO-1: Rajbhandari et al. 2020).
-    size_t whole, replicated, slice, slice_end; // whole: numbers of all ranks
+    size_t whole, common, slice, slice_end; // whole: numbers of all ranks
     real *whole_memory[4]; // what model_fetch has gathered
     struct Placement *placement; // of the experts
     struct Travel *travel;       // (2) rows on their way between ranks
@@ -3243,10 +3244,10 @@ void lay_tensors(Model *m, Tensor *list, size_t unit) {
     const Config *c = &m->config;
     m->tensors = list;
     m->tensor_count = model_tensors(c, m->tensors);
-    m->size = place_tensors(c, m->tensors, m->tensor_count, unit, &m->replicated);
+    m->size = place_tensors(c, m->tensors, m->tensor_count, unit, &m->common);
     m->whole = m->tensors[m->tensor_count - 1].place + m->tensors[m->tensor_count - 1].whole;
-    m->slice = m->replicated / (size_t)ranks.size * (size_t)ranks.rank;
-    m->slice_end = m->slice + m->replicated / (size_t)ranks.size;
+    m->slice = m->common / (size_t)ranks.size * (size_t)ranks.rank;
+    m->slice_end = m->slice + m->common / (size_t)ranks.size;
 }
 
 // Lays the struct of pointers over one allocation.
@@ -3423,7 +3424,7 @@ void own_placement(Model *m) {
 
 // Where the moments of the weight at this offset are.
 size_t moment_place(const Model *m, size_t offset) {
-    return !MANY ? offset : offset < m->replicated ? offset - m->slice : offset - m->replicated + m->slice_end - m->slice;
+    return !MANY ? offset : offset < m->common ? offset - m->slice : offset - m->common + m->slice_end - m->slice;
 }
 
 // Buffers for N tokens. train 0: no gradients, no moments. weights: those of another model, or NULL for its own.
@@ -3469,6 +3470,9 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     if (ranks.ep > 1 && moe) {
         m->travel = (Travel *)own(m, 2, sizeof(Travel));
         own_placement(m);
+        // With an even load, and a quarter more (room_for): rows under way, four times; the experts' scratch of a half.
+        size_t c1 = (size_t)(C / c->subtokens), moving = (size_t)n * min_int(places(c), ranks.ep), slots = nK / (1 + c->overlap);
+        m->bytes[FOR_BUFFERS] += (moving * 4 * c1 + slots * (c1 + (size_t)c->ffn * (1 + 2 * is_gated(c->activation)))) * sizeof(real) / 4 * 5;
     }
     for (int e = 0; moe && e < E && ranks.ep == 1; e++) {
         size_t act = nK * m->expert_width[e], both = act * (1 + is_gated(m->expert_activation[e]));
@@ -3938,9 +3942,13 @@ void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, in
 //
 // A token's row is sent once to each rank that has some of its experts, with their numbers and weights. There it is a
 // token like any other: the rank sorts what it has received by expert, lets its experts answer, adds each row's answers
-// up and sends one row back. Groups of experts lie whole on ranks where ranks divide groups, so a router that is held to M
+// up and sends one row back. Where --ep divides the number of groups of experts, each of these lies whole on a rank, so a router that is held to M
 // groups sends a row to M ranks at most. The tokens go in two halves, so that one can travel while the other is
 // worked on.
+
+int halves_of(const Model *m) {
+    return m->config.overlap ? 2 : 1;
+}
 
 void *room_for(Room *r, size_t count, size_t size) { // what was in it is lost when it grows
     if (count * size > r->bytes || !r->memory) {
@@ -3994,7 +4002,7 @@ void send_tokens(Exchange *ex, Travel *t, const real *from, real *in, int C) {
 // Sends each of the n tokens x (n,C) to the ranks that have its experts.
 void exchange_start(Model *m, int l, LayerState *s, const real *x, int n, int C) {
     const Plan *plan = &s->plan;
-    int K = plan->K, ep = ranks.ep, halves = m->config.overlap ? 2 : 1, number;
+    int K = plan->K, ep = ranks.ep, halves = halves_of(m), number;
     int *sending = (int *)allocate((size_t)ep * 6, sizeof(int)), *arriving = sending + 2 * ep; // (ep,2): rows of each half
     int *next = sending + 4 * ep, *row = sending + 5 * ep; // (ep): the next row for each rank, and this token's
     for (int half = 0; half < halves; half++) {
@@ -4065,7 +4073,7 @@ Experts layer_experts(const Model *m, int l, const Plan *plan, int C) {
 // Sorts what has come by expert, and makes room for the experts' work.
 void exchange_plan(Model *m, int l, Exchange *ex, const Travel *t, int K) {
     Placement *p = m->placement;
-    int E = p->here + p->room, widest = 1;
+    int E = p->here + p->room, widest = 1, wide = 1;
     size_t choices = (size_t)ex->came * K;
     int *ints = (int *)room_for(&ex->of_plan, 5 * choices + E + 1, sizeof(int));
     Plan plan = {ex->came, E, K, ints, ints, ints + choices, ints + 2 * choices, ints + 3 * choices, ints + 4 * choices, 0};
@@ -4078,16 +4086,18 @@ void exchange_plan(Model *m, int l, Exchange *ex, const Travel *t, int K) {
     }
     plan_sort(&plan);
     ex->plan = plan;
-    for (int i = l * E; i < (l + 1) * E; i++)
+    for (int i = l * E; i < (l + 1) * E; i++) {
+        wide = max_int(wide, p->width[i]);
         widest = max_int(widest, p->width[i] * (1 + is_gated(p->activation[i])));
+    }
     ex->hidden = reals_for(&ex->of_hidden, (size_t)plan.offset[E] * widest);
-    reals_for(&m->of_act, (size_t)plan.offset[E] * widest);
+    reals_for(&m->of_act, (size_t)plan.offset[E] * wide);
     reals_for(&m->of_dhidden, (size_t)plan.offset[E] * widest);
 }
 
 // The experts' work on each half as it comes, and their answers' way back: to (n,C) +=
 void exchange_forward(Model *m, int l, LayerState *s, real *to, int C) {
-    int halves = m->config.overlap ? 2 : 1, K = s->plan.K;
+    int halves = halves_of(m), K = s->plan.K;
     for (int half = 0; half < halves; half++) {
         Exchange *ex = &s->exchange[half];
         Travel *t = &m->travel[half];
@@ -4113,7 +4123,7 @@ void exchange_forward(Model *m, int l, LayerState *s, real *to, int C) {
 
 // Backward, first: dout (n,C), by token, goes where the tokens went.
 void exchange_start_backward(Model *m, LayerState *s, const real *dout, int C) {
-    for (int half = 0; half < (m->config.overlap ? 2 : 1); half++) {
+    for (int half = 0; half < halves_of(m); half++) {
         Travel *t = &m->travel[half];
         t->in = reals_for(&t->of_in, (size_t)s->exchange[half].came * C);
         send_tokens(&s->exchange[half], t, dout, t->in, C);
@@ -4122,7 +4132,7 @@ void exchange_start_backward(Model *m, LayerState *s, const real *dout, int C) {
 
 // And then: the gradients by the experts' weights, dx (n,C) += , m->dweight (n,K) +=
 void exchange_backward(Model *m, int l, LayerState *s, real *dx, int C) {
-    int halves = m->config.overlap ? 2 : 1, K = s->plan.K;
+    int halves = halves_of(m), K = s->plan.K;
     const LayerWeights *dw = &m->grads.layer[l];
     for (int half = 0; half < halves; half++) {
         Exchange *ex = &s->exchange[half];
@@ -4196,7 +4206,7 @@ void ffn_forward(Model *m, int l, LayerState *s, real *out, int N, int T) {
         exchange_start(m, l, s, x, N * h, C / h);
         dense_forward(m, l, s, out, N); // while the rows travel
         exchange_forward(m, l, s, to, C / h);
-        m->came[l] = s->exchange[0].came + (m->config.overlap ? s->exchange[1].came : 0);
+        m->came[l] = s->exchange[0].came + s->exchange[1].came; // of one half: 0
     } else {
         Experts experts = layer_experts(m, l, &s->plan, C / h);
         experts_forward(m->rows, s->hidden, m->act, x, &experts, 0);
@@ -4440,7 +4450,7 @@ void start_sum(Model *m, size_t from, size_t end, int peers) {
     for (size_t n; from < end && sharing > 1; from += n) {
         if (summing_count == (int)(sizeof(summing) / sizeof(summing[0])))
             await_sums();
-        n = end - from < 1 << 28 ? end - from : 1 << 28;
+        n = end - from < largest_message / sizeof(real) ? end - from : largest_message / sizeof(real);
         ranks.traffic.reduced += 2.0 * (sharing - 1) / sharing * (double)(n * sizeof(real)); // what a ring sends
         start_sum_of_reals(m->memory[GRADS] + from, n, peers, &summing[summing_count++]);
     }
@@ -4449,7 +4459,7 @@ void start_sum(Model *m, size_t from, size_t end, int peers) {
 // After the backward pass of layer l (after that of the embedding: -1): sums what is finished. *from: where the gradients
 // begin that are on their way already; start: start_sum, or the CUDA twin's.
 void sum_layer(Model *m, int l, size_t *from, void (*start)(Model *m, size_t from, size_t end, int peers)) {
-    size_t begin = m->replicated;
+    size_t begin = m->common;
     for (int i = m->tensor_count - 1; i >= 0; i--) {
         const Tensor *t = &m->tensors[i];
         if (tensor_is_expert(t) && t->layer == l && !m->config.replicate)
@@ -4474,7 +4484,7 @@ size_t expert_offset(const Model *m, const Tensor *t, int number) {
 }
 
 typedef struct Copy { // a matrix of an expert that has a second copy, of which this rank has one
-    int peer, owned;  // who has the other; whether this rank is the owner
+    int partner, owned; // who has the other; whether this rank is the owner
     size_t at, size;  // where it is in memory[what]
 } Copy;
 
@@ -4510,11 +4520,11 @@ void exchange_copies(Model *m, int what) {
         const Copy *k = &list[i];
         real *own = m->memory[what] + k->at;
         if (k->owned == (what == GRADS)) {
-            start_receive(what == GRADS ? to : own, k->size, k->peer, what, &requests[i]);
+            start_receive(what == GRADS ? to : own, k->size, k->partner, what, &requests[i]);
             to += k->size;
         } else {
             ranks.traffic.reduced += (double)(k->size * sizeof(real));
-            start_send(own, k->size, k->peer, what, &requests[i]);
+            start_send(own, k->size, k->partner, what, &requests[i]);
         }
     }
     ranks_wait(requests, count);
@@ -4597,15 +4607,11 @@ void model_backward(Model *m) {
     embedding_backward(m->grads.embed, m->dx, m->tokens, N, C, c->vocab, m->order, m->offset);
     if (sums) {
         sum_layer(m, -1, &from, start_sum);
-        start_sum(m, tail, m->replicated, 0); // the last norm, and what all layers have in common
+        start_sum(m, tail, m->common, 0); // the last norm, and what all layers have in common
     }
     if (sums && m->placement && c->replicate) {
         exchange_copies(m, GRADS);
-        for (int i = 0; i < m->tensor_count; i++) {
-            const Tensor *t = &m->tensors[i];
-            if (tensor_is_expert(t))
-                start_sum(m, t->offset, t->offset + t->size, 1);
-        }
+        start_sum(m, m->common, m->size, 1); // of copies it is 0
     }
 }
 
@@ -4703,7 +4709,7 @@ void model_update(Model *m, int step, double lr, double norm) {
         }
     }
     if (MANY) {
-        memset(m->memory[GRADS], 0, m->replicated * sizeof(real)); // the other ranks' slices, too
+        memset(m->memory[GRADS], 0, m->common * sizeof(real)); // the other ranks' slices, too
         share_weights(m);
     }
     router_update(m);
@@ -6791,10 +6797,11 @@ void make_directories(const char *path) {
 
 void use_threads(const Config *c) {
 #ifdef _OPENMP
+    int here = MANY ? ranks_of_machine() : 1; // all ranks ask, whatever their environments say
     if (c->threads)
         omp_set_num_threads(c->threads);
     else if (MANY && !getenv("OMP_NUM_THREADS")) // the cores are shared by all ranks of this machine
-        omp_set_num_threads(max_int(1, min_int(omp_get_num_procs(), (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks_of_machine())));
+        omp_set_num_threads(max_int(1, min_int(omp_get_num_procs(), (int)sysconf(_SC_NPROCESSORS_ONLN) / here)));
 #else
     if (c->threads > 1)
         fprintf(stderr, "%s: built without OpenMP, so --threads %d runs as one\n", program_name, c->threads);
@@ -6882,10 +6889,12 @@ void divide_experts(const Config *c) {
 
 // Stops where a rank was started with other options, other data or another checkpoint than rank 0.
 void compare_ranks(Run *run) {
+    const Config *c = &run->config;
     char *text = NULL;
     size_t size = 0;
     FILE *memory = open_memstream(&text, &size);
     write_options(memory, &run->config);
+    fprintf(memory, "%d %d %d %d %d ", c->ep, c->overlap, c->replicate, c->replicate_every, c->tokens); // of this call
     fprintf(memory, "%d %d %.0f %.0f", run->step, run->config.vocab, data_fingerprint(run->train), data_fingerprint(run->val));
     fclose(memory);
     uint64_t mine = 0;

@@ -8,7 +8,8 @@
 // Read train_moe.c first. Here each function has the name, the order of arguments and the meaning of its twin there; what
 // changed is said in its comment. A function runs on the host and starts kernels, which run on the device, one after
 // another in one stream: nothing is waited for until the losses are read at the end of a step (but with --accum the host
-// is at most one micro-step ahead). All arrays are the device's; counts, offsets and sizes of groups never leave it.
+// is at most one micro-step ahead). All arrays are the device's; counts, offsets and sizes of groups never leave it (but
+// of several ranks the host must know in each layer how many rows go where).
 //
 // Weights, their gradients, AdamW's moments, the residual stream x, the router and all losses are float32. What the
 // tensor cores multiply is bfloat16 (`floatX`): activations, and a rounded copy of the weights, made by AdamW as it
@@ -261,7 +262,7 @@ __device__ void warp_product(float (&acc)[MT][NT][4], const floatX *a, int lda, 
 // Several processes, each with a device of its own (make train_moe_cu_nccl). NCCL moves what is on the devices, in a stream
 // of its own and in the same order on all ranks; MPI starts the processes and moves what is on the hosts.
 
-cudaStream_t traffic;   // all that travels
+cudaStream_t network;   // all that travels
 cudaEvent_t milestone;  // follow()
 struct Pause {
     cudaEvent_t begin, end;
@@ -289,8 +290,8 @@ void wait_for(cudaEvent_t event) {
     CHECK(cudaEventRecord(p->end, stream));
 }
 
-void wait_for_traffic() {
-    CHECK(cudaEventRecord(milestone, traffic));
+void wait_for_network() {
+    CHECK(cudaEventRecord(milestone, network));
     wait_for(milestone);
 }
 
@@ -337,24 +338,24 @@ void end_ranks() {
     }
 }
 
-// What may travel, all of it in `traffic`. In a build without NCCL nothing does.
+// What may travel, all of it in `network`. In a build without NCCL nothing does.
 void nccl_sum(float *v, size_t n, int of) { // in place
-    CHECK(ncclAllReduce(v, v, n, ncclFloat, ncclSum, comms[of], traffic));
+    CHECK(ncclAllReduce(v, v, n, ncclFloat, ncclSum, comms[of], network));
 }
 void nccl_sum(double *v, size_t n, int of) {
-    CHECK(ncclAllReduce(v, v, n, ncclDouble, ncclSum, comms[of], traffic));
+    CHECK(ncclAllReduce(v, v, n, ncclDouble, ncclSum, comms[of], network));
 }
 void nccl_gather(float *all, size_t mine, size_t n) { // each rank's n numbers, this one's are at `mine`
-    CHECK(ncclAllGather(all + mine, all, n, ncclFloat, comms[OF_ALL], traffic));
+    CHECK(ncclAllGather(all + mine, all, n, ncclFloat, comms[OF_ALL], network));
 }
 void nccl_broadcast(const void *from, void *to, size_t bytes, int root) {
-    CHECK(ncclBroadcast(from, to, bytes, ncclUint8, root, comms[OF_ALL], traffic));
+    CHECK(ncclBroadcast(from, to, bytes, ncclUint8, root, comms[OF_ALL], network));
 }
 void nccl_send(const void *from, size_t bytes, int rank) { // of the group
-    CHECK(ncclSend(from, bytes, ncclUint8, rank, comms[OF_GROUP], traffic));
+    CHECK(ncclSend(from, bytes, ncclUint8, rank, comms[OF_GROUP], network));
 }
 void nccl_receive(void *to, size_t bytes, int rank) {
-    CHECK(ncclRecv(to, bytes, ncclUint8, rank, comms[OF_GROUP], traffic));
+    CHECK(ncclRecv(to, bytes, ncclUint8, rank, comms[OF_GROUP], network));
 }
 void nccl_begin() { // what is asked for from here on is one operation,
     CHECK(ncclGroupStart());
@@ -383,9 +384,9 @@ void nccl_end() {
 
 // v (n), on the device, = the sum of all ranks' v
 void sum_over_ranks(double *v, int n) {
-    follow(traffic, stream);
+    follow(network, stream);
     nccl_sum(v, (size_t)n, OF_ALL);
-    wait_for_traffic();
+    wait_for_network();
 }
 
 // Sends row after row of `bytes` to the ranks of the group, and receives such: see the C twin.
@@ -400,14 +401,14 @@ void send_rows(const void *out, const int *sent, const int *sent_at, void *in, c
     }
 }
 
-// What is sent between the two travels at once, after what `stream` has done by now; `there` happens when it has come.
+// What is sent between the two travels at once, after what `stream` has done by now; `arrived` happens when it has come.
 void depart() {
-    follow(traffic, stream);
+    follow(network, stream);
     nccl_begin();
 }
-void arrive(cudaEvent_t there) {
+void arrive(cudaEvent_t arrived) {
     nccl_end();
-    CHECK(cudaEventRecord(there, traffic));
+    CHECK(cudaEventRecord(arrived, network));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -458,7 +459,7 @@ struct Travel { // of half of a layer's tokens, while they are under way
     floatX *in, *answers;     // (came,C) in backward; (came,C)
     float *choices, *dweight; // (came,2K): weights, then the experts' numbers, -1: elsewhere; (came,K)
     Room room;
-    cudaEvent_t there;
+    cudaEvent_t arrived;
 };
 
 // The tables of ::Placement, of all layers, on the device; and in the order of their numbers, where the matrices of the
@@ -3354,7 +3355,7 @@ void copy_ints(int *to, const int *from, size_t n, cudaMemcpyKind where) {
 // tokens come before this rank's.
 int gather_tokens(const Model *m, void *all, const void *mine, size_t bytes) {
     int before = 0, at = 0;
-    follow(traffic, stream);
+    follow(network, stream);
     nccl_begin();
     for (int r = 0; r < ranks.size; r++) {
         int tokens = m->rank_tokens[r] * m->config.subtokens;
@@ -3363,7 +3364,7 @@ int gather_tokens(const Model *m, void *all, const void *mine, size_t bytes) {
         at += tokens;
     }
     nccl_end();
-    wait_for_traffic();
+    wait_for_network();
     return before;
 }
 
@@ -3844,7 +3845,7 @@ __global__ void follow_kernel(const double *norm, float *slow, const float *rout
 // The step's counts of all ranks.
 void sum_router_stats(Model *m) {
     int E = m->config.experts;
-    follow(traffic, stream);
+    follow(network, stream);
     nccl_begin();
     for (int l = 0; l < m->config.layers; l++) { // all but recent, idle and AUX
         double *count = layer_stats(m, l), *single = count + 4 * E;
@@ -3852,7 +3853,7 @@ void sum_router_stats(Model *m) {
         nccl_sum(single, AUX, OF_ALL);
     }
     nccl_end();
-    wait_for_traffic();
+    wait_for_network();
 }
 
 // After a step whose gradients' norm is not finite nothing changes, as in adamw().
@@ -3996,7 +3997,7 @@ void own_crossing(Model *m, int n, const Model *parent) {
     x->choices_out = own_floats(m, rows * 2 * K);
     x->dweight_back = own_floats(m, rows * K);
     for (int half = 0; half < 2 && !m->dry; half++)
-        CHECK(cudaEventCreateWithFlags(&x->half[half].there, cudaEventDisableTiming));
+        CHECK(cudaEventCreateWithFlags(&x->half[half].arrived, cudaEventDisableTiming));
     if (!m->dry)
         CHECK(cudaMallocHost((void **)&x->counts, ((size_t)ranks.ep * 4 + 1) * sizeof(int)));
     if (parent) { // generation's model has the other's experts
@@ -4144,7 +4145,7 @@ void model_free(::Model *base) {
         CHECK(cudaFree(m->device_memory[i]));
     for (int half = 0; half < 2 && m->crossing && !m->dry; half++) {
         CHECK(cudaFree(m->crossing->half[half].room.memory));
-        CHECK(cudaEventDestroy(m->crossing->half[half].there));
+        CHECK(cudaEventDestroy(m->crossing->half[half].arrived));
         for (int l = 0; l < m->config.layers; l++) {
             if (m->layers[l].exchange)
                 CHECK(cudaFree(m->layers[l].exchange[half].room.memory));
@@ -4232,7 +4233,7 @@ void start_device(void) {
     MPI_Comm_rank(machine, &place);
     MPI_Comm_free(&machine);
     CHECK(cudaSetDevice(place % count)); // Slurm may show each rank its own device only
-    CHECK(cudaStreamCreateWithFlags(&traffic, cudaStreamNonBlocking));
+    CHECK(cudaStreamCreateWithFlags(&network, cudaStreamNonBlocking));
     CHECK(cudaEventCreateWithFlags(&milestone, cudaEventDisableTiming));
 #endif
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -4344,7 +4345,7 @@ Experts layer_experts(const Model *m, const LayerState *s) {
 // ---- experts on several ranks
 //
 // See the C twin. The tokens are counted and sorted by rank on the device, as choices are by expert; only the counts go to
-// the host, which NCCL asks for them: the one time in a layer that it waits.
+// the host, as ncclSend wants them from there: the one time in a layer that it waits.
 
 struct Piece {
     void *to; // the pointer that shall lead to it
@@ -4358,7 +4359,7 @@ void lay_pieces(Room *r, std::initializer_list<Piece> list) {
         bytes += (p.bytes + 255) / 256 * 256;
     if (bytes > r->bytes) {
         await_device();
-        CHECK(cudaStreamSynchronize(traffic));
+        CHECK(cudaStreamSynchronize(network));
         CHECK(cudaFree(r->memory));
         r->memory = NULL;
         r->bytes = bytes / 4 * 5;
@@ -4428,10 +4429,6 @@ __global__ void return_dweight_kernel(float *dweight, const float *back, const i
     for (size_t j = i / K * K; j < i / K * K + K; j++)
         sum += slot[j] >= 0 ? back[(size_t)slot[j] * K + i % K] : 0;
     dweight[i] = sum;
-}
-
-int halves_of(const Model *m) {
-    return m->config.overlap ? 2 : 1;
 }
 
 // Room for what is under way, and for the experts' scratch.
@@ -4530,7 +4527,7 @@ void exchange_start(Model *m, int l, LayerState *s, const floatX *x, int n, int 
         depart();
         send_rows(cross->choices_out, ex->sent, ex->sent_at, t->choices, ex->got, ex->got_at, 2 * K * sizeof(float));
         send_rows(cross->out, ex->sent, ex->sent_at, ex->x, ex->got, ex->got_at, C * sizeof(floatX));
-        arrive(t->there);
+        arrive(t->arrived);
     }
 }
 
@@ -4561,7 +4558,7 @@ void exchange_forward(Model *m, int l, LayerState *s, int C) {
         Exchange *ex = &s->exchange[half];
         Travel *t = &x->half[half];
         size_t choices = (size_t)ex->came * K;
-        wait_for(t->there);
+        wait_for(t->arrived);
         if (ex->came) {
             unpack_choices_kernel<<<blocks(choices), THREADS, 0, stream>>>(ex->weight, ex->plan.key, t->choices, choices, K);
             CHECK(cudaGetLastError());
@@ -4574,9 +4571,9 @@ void exchange_forward(Model *m, int l, LayerState *s, int C) {
         }
         depart();
         send_rows(t->answers, ex->got, ex->got_at, m->rows, ex->sent, ex->sent_at, C * sizeof(floatX));
-        arrive(t->there);
+        arrive(t->arrived);
     }
-    wait_for(x->half[halves - 1].there);
+    wait_for(x->half[halves - 1].arrived);
 }
 
 // Backward, first: dout (n,C), by token, goes where the tokens went.
@@ -4588,7 +4585,7 @@ void exchange_start_backward(Model *m, LayerState *s, const floatX *dout, int C)
         Travel *t = &m->crossing->half[half];
         depart();
         send_rows(m->crossing->out, ex->sent, ex->sent_at, t->in, ex->got, ex->got_at, C * sizeof(floatX));
-        arrive(t->there);
+        arrive(t->arrived);
     }
 }
 
@@ -4600,7 +4597,7 @@ void exchange_backward(Model *m, int l, LayerState *s, int C) {
     for (int half = 0; half < halves; half++) {
         Exchange *ex = &s->exchange[half];
         Travel *t = &x->half[half];
-        wait_for(t->there);
+        wait_for(t->arrived);
         if (ex->came) {
             Experts here = gpu::experts_here(m, l, ex);
             zero(t->dweight, (size_t)ex->came * K * sizeof(float));
@@ -4612,9 +4609,9 @@ void exchange_backward(Model *m, int l, LayerState *s, int C) {
         depart();
         send_rows(t->answers, ex->got, ex->got_at, m->rows, ex->sent, ex->sent_at, C * sizeof(floatX));
         send_rows(t->dweight, ex->got, ex->got_at, x->dweight_back, ex->sent, ex->sent_at, K * sizeof(float));
-        arrive(t->there);
+        arrive(t->arrived);
     }
-    wait_for(x->half[halves - 1].there);
+    wait_for(x->half[halves - 1].arrived);
     size_t choices = (size_t)s->sending.N * K;
     return_dweight_kernel<<<blocks(choices), THREADS, 0, stream>>>(m->dweight, x->dweight_back, s->sending.slot, choices, K);
     CHECK(cudaGetLastError());
@@ -4856,7 +4853,7 @@ void start_sum(::Model *m, size_t from, size_t end, int peers) {
     if (from >= end || sharing == 1)
         return;
     ranks.traffic.reduced += 2.0 * (sharing - 1) / sharing * (double)((end - from) * sizeof(float)); // what a ring sends
-    follow(traffic, stream);
+    follow(network, stream);
     nccl_sum(m->memory[GRADS] + from, end - from, peers ? OF_PEERS : OF_ALL);
 }
 
@@ -4875,14 +4872,14 @@ void exchange_copies(Model *m, int what) {
         int receives = k->owned == (what == GRADS);
         float *own = m->memory[what] + k->at;
         if (receives)
-            nccl_receive(what == GRADS ? to : own, k->size * sizeof(float), k->peer);
+            nccl_receive(what == GRADS ? to : own, k->size * sizeof(float), k->partner);
         else
-            nccl_send(own, k->size * sizeof(float), k->peer);
+            nccl_send(own, k->size * sizeof(float), k->partner);
         ranks.traffic.reduced += receives ? 0 : (double)(k->size * sizeof(float));
         to += receives ? k->size : 0;
     }
-    arrive(m->crossing->half[0].there);
-    wait_for(m->crossing->half[0].there);
+    arrive(m->crossing->half[0].arrived);
+    wait_for(m->crossing->half[0].arrived);
     to = arrived;
     for (int i = 0; what == GRADS && i < count; i++) {
         float *own = m->memory[what] + list[i].at;
@@ -4930,10 +4927,10 @@ void model_backward(::Model *base) {
     if (!sums)
         return;
     sum_layer(m, -1, &from, gpu::start_sum);
-    gpu::start_sum(m, tail, m->replicated, 0); // the last norm, and what all layers have in common
+    gpu::start_sum(m, tail, m->common, 0); // the last norm, and what all layers have in common
     if (m->placement && c->replicate) {
         gpu::exchange_copies(m, GRADS);
-        gpu::start_sum(m, m->replicated, m->size, 1);
+        gpu::start_sum(m, m->common, m->size, 1);
     }
 }
 
@@ -4943,7 +4940,7 @@ void whole_norm(Model *m, double *norm) {
     zero(norm, sizeof(double));
     int parts = gpu::sum_of_squares(m->norm_part, g + m->slice, m->slice_end - m->slice);
     gpu::add_sum(norm, Doubles{m->norm_part}, parts, 1);
-    parts = gpu::sum_of_squares(m->norm_part, g + m->replicated, m->size - m->replicated);
+    parts = gpu::sum_of_squares(m->norm_part, g + m->common, m->size - m->common);
     gpu::add_sum(norm, Doubles{m->norm_part}, parts, 1.0 / ranks.groups);
     gpu::sum_over_ranks(norm, 1);
     root_of_sum_kernel<<<1, 32, 0, stream>>>(norm, norm, 1);
@@ -4954,10 +4951,10 @@ void whole_norm(Model *m, double *norm) {
 void share_weights(Model *m) {
     size_t slice = m->slice_end - m->slice;
     ranks.traffic.reduced += (double)(slice * sizeof(float)) * (ranks.size - 1);
-    follow(traffic, stream);
+    follow(network, stream);
     nccl_gather(m->memory[WEIGHTS], m->slice, slice);
-    wait_for_traffic();
-    round_weights(m, 0, m->replicated);
+    wait_for_network();
+    round_weights(m, 0, m->common);
 }
 
 // The report on the host; waits until the device has done all.
@@ -4993,7 +4990,7 @@ void model_update(::Model *base, int step, double lr) {
     const Config *c = &m->config;
     double *norm = m->report + GRADIENT_NORM;
     if (MANY) {
-        wait_for_traffic(); // for the gradients' sums
+        wait_for_network(); // for the gradients' sums
         whole_norm(m, norm);
     } else {
         gpu::gradient_norm(norm, m->memory[GRADS], m->size, m->norm_part);
@@ -5017,7 +5014,7 @@ void model_update(::Model *base, int step, double lr) {
               (float)(1 / (1 - pow(c->beta2, step))), 1e-8f);
     }
     if (MANY) {
-        zero(m->memory[GRADS], m->replicated * sizeof(float)); // the other ranks' slices, too
+        zero(m->memory[GRADS], m->common * sizeof(float)); // the other ranks' slices, too
         gpu::share_weights(m);
     }
     gpu::router_update(m);
@@ -5030,7 +5027,7 @@ void model_update(::Model *base, int step, double lr) {
             gpu::place_experts(m);
         }
         gpu::exchange_copies(m, WEIGHTS);
-        round_weights(m, m->replicated, m->size);
+        round_weights(m, m->common, m->size);
     }
 }
 

@@ -371,15 +371,15 @@ void put_experts(int *device, const Setup *s, const Routing *r, int ep) {
 // node_rows[x] to node x, one for all choices there; choices[d] its choices there. Replicated experts cost no row:
 // everybody has them, and `copied` counts the choices that they take. Shares are the load's own; only how many choices
 // go in one row is sampled.
-typedef struct Traffic {
+typedef struct Rows {
     int ep, nodes, group; // group = ep / nodes
     double *rows, *node_rows, *choices, copied;
-} Traffic;
+} Rows;
 
-Traffic count_traffic(const Setup *s, const Routing *r, int ep) {
+Rows count_traffic(const Setup *s, const Routing *r, int ep) {
     int E = r->E, K = r->K, group = ep < s->node ? ep : (int)s->node, nodes = ep / group;
     double *memory = allocate(2 * ep + nodes, sizeof(double));
-    Traffic t = {ep, nodes, group, memory, memory + 2 * ep, memory + ep, 0};
+    Rows t = {ep, nodes, group, memory, memory + 2 * ep, memory + ep, 0};
     int *device = allocate(E, sizeof(int)), *seen = allocate(4 * ep, sizeof(int));
     int *seen_node = seen + ep;
     double *drawn = allocate(4 * ep, sizeof(double)), *sent = drawn + ep;
@@ -419,7 +419,7 @@ Traffic count_traffic(const Setup *s, const Routing *r, int ep) {
 // Dispatch (or combine, which is the same backwards) of n tokens a device, `bytes` a row: the busiest link or NIC
 // decides. Rows to a node go to the device of the sender's place in it, which hands them on over links while more
 // arrive.
-double all_to_all(const Setup *s, const Traffic *t, double n, double bytes) {
+double all_to_all_time(const Setup *s, const Rows *t, double n, double bytes) {
     double total = 0, node_total = 0, link = 0, nic = 0, ep = t->ep, g = t->group;
     for (int d = 0; d < t->ep; d++)
         total += t->rows[d];
@@ -497,7 +497,7 @@ int expert_parallel(const Setup *s, int W) {
 }
 
 // One layer's part of r is added up over layers; traffic t is that layer's.
-void add_layer(Result *r, const Setup *s, const Traffic *t, double layers, int moe) {
+void add_layer(Result *r, const Setup *s, const Rows *t, double layers, int moe) {
     double n = s->tokens, peak = 1e12 * s->peak, fast = peak * s->speedup, top = 0;
     int halves = s->overlap ? 2 : 1;
     double slow = moe && s->overlap && t->ep > 1 ? 1 / (1 - s->busy) : 1;
@@ -511,8 +511,8 @@ void add_layer(Result *r, const Setup *s, const Traffic *t, double layers, int m
     double mean = choice * s->topk, most = moe ? choice * (top + t->copied) : mean;
     for (int pass = 1; pass <= 2; pass++) { // forward; backward, with twice the operations
         double a = pass * attention * slow / halves, e = pass * most * slow / halves;
-        double go = moe ? all_to_all(s, t, n / halves, s->dim * s->dispatch_bytes) : 0;
-        double back = moe ? all_to_all(s, t, n / halves, s->dim * s->combine_bytes) : 0;
+        double go = moe ? all_to_all_time(s, t, n / halves, s->dim * s->dispatch_bytes) : 0;
+        double back = moe ? all_to_all_time(s, t, n / halves, s->dim * s->combine_bytes) : 0;
         double still = layer_time(a, 0, e, 0, halves), full = layer_time(a, go, e, back, halves);
         double compute = pass * (attention + mean) * slow;
         r->computing += layers * compute;
@@ -530,7 +530,7 @@ Result simulate(const Setup *s, const Routing *layer, int lines, int devices) {
     int W = devices / (int)s->stages, ep = r.ep = expert_parallel(s, W);
     double moe = (s->layers - s->dense_layers) / s->stages, dense = s->dense_layers / s->stages;
     for (int i = 0; i < lines; i++) {
-        Traffic t = count_traffic(s, &layer[i], ep);
+        Rows t = count_traffic(s, &layer[i], ep);
         add_layer(&r, s, &t, moe / lines, 1);
         if (i == 0)
             add_layer(&r, s, &t, dense, 0);
@@ -665,8 +665,8 @@ void compare(const char *what, double published, double simulated, double tolera
 double even_all_to_all(const Setup *s, int ep, double bytes, double *rows, double *node_rows) {
     Load load = load_made_up(s);
     Routing r = routing_draw(s, load.share);
-    Traffic t = count_traffic(s, &r, ep);
-    double time = all_to_all(s, &t, s->tokens, s->dim * bytes);
+    Rows t = count_traffic(s, &r, ep);
+    double time = all_to_all_time(s, &t, s->tokens, s->dim * bytes);
     *rows = *node_rows = 0;
     for (int d = 0; d < ep; d++)
         *rows += t.rows[d];
