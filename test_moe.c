@@ -7776,9 +7776,6 @@ void begin_form(int size, int ep) { // size 1: this process alone
 
 void end_form(void) {
     if (ranks.size > 1) {
-#ifdef TWIN
-        gpu::end_ranks();
-#endif
         MPI_Comm_free(&comm.group);
         MPI_Comm_free(&comm.peers);
         MPI_Comm_free(&comm.watch);

@@ -6615,6 +6615,8 @@ int train(Run *run) {
     const Backend *backend = run->backend;
     int B = c->batch, T = c->seq, timed_step = run->step;
     int saved = run->step, stop = 0;
+    const Traffic none = {0, 0, 0};
+    ranks.traffic = none;
     double timed = seconds(), sequences = (double)c->accum * B * ranks.size; // of a step
     struct sigaction action;
     memset(&action, 0, sizeof(action));
@@ -7113,7 +7115,6 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
                    asked.prompt ? "prompt" : "resume");
     if (asked.prompt && MANY)
         usage_fail("--prompt: one process goes on from a text; start it without mpirun");
-    ranks.watchdog = asked.watchdog;
     use_threads(&asked);
     run.config = asked;
     run.backend = backend;
@@ -7130,6 +7131,7 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
     }
     if (!open_run(&run, &asked))
         return 0;
+    ranks.watchdog = asked.watchdog; // not before: some may read longer than others
     announce(&run);
     int interrupted = train(&run);
     char begin[32] = "";

@@ -264,6 +264,10 @@ __device__ void warp_product(float (&acc)[MT][NT][4], const floatX *a, int lda, 
 
 cudaStream_t network;   // all that travels
 cudaEvent_t milestone;  // follow()
+enum { OF_ALL, OF_GROUP, OF_PEERS }; // comm.all, .group and .peers
+#ifdef USE_NCCL
+ncclComm_t comms[3];
+#endif
 struct Pause {
     cudaEvent_t begin, end;
 } *pauses; // in which `stream` waited for others, since await_device()
@@ -295,28 +299,35 @@ void wait_for_network() {
     wait_for(milestone);
 }
 
-// The host waits until `stream` has done everything; one of several ranks keeps the watch meanwhile.
-void await_device() {
+// The host waits until the stream has done everything; one of several ranks keeps the watch meanwhile, and hears of links
+// that fail.
+void await(cudaStream_t which) {
 #ifdef USE_NCCL
     double start = seconds();
-    float ms;
-    while (MANY && cudaStreamQuery(stream) == cudaErrorNotReady)
+    while (MANY && cudaStreamQuery(which) == cudaErrorNotReady) {
         ranks_watch(start);
-    CHECK(cudaStreamSynchronize(stream));
+        for (int i = 0; i < 3; i++) {
+            ncclResult_t error = ncclSuccess;
+            CHECK(ncclCommGetAsyncError(comms[i], &error));
+            CHECK(error);
+        }
+    }
+#endif
+    CHECK(cudaStreamSynchronize(which));
+}
+
+void await_device() {
+    await(stream);
+#ifdef USE_NCCL
+    float ms;
     for (; pause_count > 0; pause_count--) {
         CHECK(cudaEventElapsedTime(&ms, pauses[pause_count - 1].begin, pauses[pause_count - 1].end));
         ranks.traffic.waited += ms / 1000;
     }
-#else
-    CHECK(cudaStreamSynchronize(stream));
 #endif
 }
 
-enum { OF_ALL, OF_GROUP, OF_PEERS }; // comm.all, .group and .peers
-
 #ifdef USE_NCCL
-ncclComm_t comms[3];
-
 void start_ranks() {
     const MPI_Comm of[] = {comm.all, comm.group, comm.peers};
     for (int i = 0; i < 3 && !comms[OF_PEERS]; i++) {
@@ -3328,6 +3339,9 @@ void allocate_experts(Model *m, int l, int N) {
         ex->got = ex->sent_at + ranks.ep;
         ex->got_at = ex->got + ranks.ep;
     }
+    size_t rows = (size_t)n * min_int(K, ranks.ep), room = rows * (c->dim / c->subtokens * sizeof(floatX) + K * 5 * sizeof(int)) +
+                  nK * m->experts.hidden_width * sizeof(floatX);
+    m->bytes[m->purpose] += room / 4 * 5; // Exchange.room, with an even load
 }
 
 LayerState *experts_below(Model *m, int l) {
@@ -3996,6 +4010,9 @@ void own_crossing(Model *m, int n, const Model *parent) {
     x->out = own_low(m, rows * (c->dim / c->subtokens));
     x->choices_out = own_floats(m, rows * 2 * K);
     x->dweight_back = own_floats(m, rows * K);
+    size_t C = (size_t)(c->dim / c->subtokens), slots = n * K / (c->overlap ? 2 : 1);
+    m->bytes[m->purpose] += (rows * (2 * C * sizeof(floatX) + 3 * K * sizeof(float)) + slots * (C + m->experts.widest +
+                            m->experts.hidden_width) * sizeof(floatX)) / 4 * 5; // the rooms, with an even load
     for (int half = 0; half < 2 && !m->dry; half++)
         CHECK(cudaEventCreateWithFlags(&x->half[half].arrived, cudaEventDisableTiming));
     if (!m->dry)
@@ -4161,6 +4178,9 @@ void model_free(::Model *base) {
     if (m->staging) {
         CHECK(cudaFreeHost(m->staging));
         CHECK(cudaEventDestroy(m->staged));
+#ifdef USE_NCCL
+        end_ranks();
+#endif
     }
     free(m->owned);
     free(m->device_memory);
@@ -4233,7 +4253,9 @@ void start_device(void) {
     MPI_Comm_rank(machine, &place);
     MPI_Comm_free(&machine);
     CHECK(cudaSetDevice(place % count)); // Slurm may show each rank its own device only
-    CHECK(cudaStreamCreateWithFlags(&network, cudaStreamNonBlocking));
+    int least, greatest; // what is sent shall not wait until the experts leave a multiprocessor
+    CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CHECK(cudaStreamCreateWithPriority(&network, cudaStreamNonBlocking, greatest));
     CHECK(cudaEventCreateWithFlags(&milestone, cudaEventDisableTiming));
 #endif
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -4359,7 +4381,7 @@ void lay_pieces(Room *r, std::initializer_list<Piece> list) {
         bytes += (p.bytes + 255) / 256 * 256;
     if (bytes > r->bytes) {
         await_device();
-        CHECK(cudaStreamSynchronize(network));
+        await(network);
         CHECK(cudaFree(r->memory));
         r->memory = NULL;
         r->bytes = bytes / 4 * 5;

@@ -113,6 +113,14 @@ inline void poison(void *memory, size_t n) {
         memcpy(p, pattern.bytes + (uintptr_t)p % 2, std::min<size_t>(4096, end - p));
 }
 
+inline bool poisoned(const void *memory, size_t n) { // still
+    for (const char *p = (const char *)memory, *end = p + n; p < end; p += 4096) {
+        if (memcmp(p, pattern.bytes + (uintptr_t)p % 2, std::min<size_t>(4096, end - p)))
+            return false;
+    }
+    return true;
+}
+
 // What a write before or past a piece of memory has changed of the guards around it; nullptr: nothing.
 inline const char *broken_guard(const char *p, size_t n) {
     size_t odd = (uintptr_t)p % 2, odd_end = (uintptr_t)(p + n) % 2;

@@ -385,6 +385,16 @@ struct Group : std::enable_shared_from_this<Group> {
         return !missing && !unread;
     }
     void end() {
+        for (const Sending &s : sends) {
+            const Operation &o = *s.operation;
+            const char *sent = o.from + (o.head.kind == REDUCE_SCATTER ? s.to * o.bytes : 0);
+            if (!o.in_place() && o.bytes && memcmp(s.message->data() + sizeof(Head), sent, o.bytes))
+                o.stop(": what is being sent was changed while it was under way");
+        }
+        for (const Operation &o : operations) {
+            if (o.to_size && !poisoned(o.to, o.to_size))
+                o.stop(": something else was written where it receives");
+        }
         auto r = receives.begin();
         for (const Operation &o : operations) {
             std::string name = "rank " + std::to_string(o.head.rank) + ": " + o.head.text();
@@ -680,9 +690,10 @@ inline ncclResult_t ncclCommCount(const ncclComm_t comm, int *count) {
 inline ncclResult_t ncclCommUserRank(const ncclComm_t comm, int *rank) {
     return cudacpu::answer("ncclCommUserRank", comm, &ncclComm::rank, rank);
 }
-inline ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *error) {
+inline ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *error) { // CUDACPU_NCCL_ERROR: of which call
+    static long calls = 0, failing = getenv("CUDACPU_NCCL_ERROR") ? atol(getenv("CUDACPU_NCCL_ERROR")) : 0;
     int size;
-    *error = ncclSuccess;
+    *error = ++calls == failing ? ncclRemoteError : ncclSuccess;
     return cudacpu::answer("ncclCommGetAsyncError", comm, &ncclComm::size, &size);
 }
 
