@@ -1024,10 +1024,10 @@ BOTH int div_up(int a, int b) {
 // ---- ranks
 //
 // The few messages that everything else is made of; of one process nothing of it is there, so it can wait for a second
-// reading. Each rank has its share of every batch; the experts are divided among the ranks of a group. All waiting but
-// that for MPI itself to be set up is done in ranks_wait, which also keeps the watch: who has waited too long asks all others whether they live; those that
-// wait answer, and so do those that compute, between two tiles of a product (ranks_tick, which keeps messages on their
-// way, too). A process that hangs does not.
+// reading. Each rank has its share of every batch; the experts are divided among the ranks of a group. Once MPI is set
+// up, all waiting is done in ranks_wait, which also keeps the watch: who has waited too long asks all others whether they
+// live; those that wait answer, and so do those that compute, between two tiles of a product (ranks_tick, which keeps
+// messages on their way, too). A process that hangs does not.
 
 #ifdef USE_MPI
 struct {
@@ -3239,6 +3239,10 @@ real *own_reals(Model *m, size_t count) {
     return (real *)own(m, count, sizeof(real));
 }
 
+int halves_of(const Model *m) { // in which a batch travels
+    return m->config.overlap ? 2 : 1;
+}
+
 // The table of weights, and how many numbers there are of what. list: room for the table; unit: see place_tensors
 void lay_tensors(Model *m, Tensor *list, size_t unit) {
     const Config *c = &m->config;
@@ -3471,8 +3475,9 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
         m->travel = (Travel *)own(m, 2, sizeof(Travel));
         own_placement(m);
         // With an even load, and a quarter more (room_for): rows under way, four times; the experts' scratch of a half.
-        size_t c1 = (size_t)(C / c->subtokens), moving = (size_t)n * min_int(places(c), ranks.ep), slots = nK / (1 + c->overlap);
-        m->bytes[FOR_BUFFERS] += (moving * 4 * c1 + slots * (c1 + (size_t)c->ffn * (1 + 2 * is_gated(c->activation)))) * sizeof(real) / 4 * 5;
+        size_t row = (size_t)(C / c->subtokens), moving = (size_t)n * min_int(places(c), ranks.ep), slots = nK / halves_of(m);
+        size_t scratch = row + (size_t)c->ffn * (1 + 2 * is_gated(c->activation));
+        m->bytes[FOR_BUFFERS] += (moving * 4 * row + slots * scratch) * sizeof(real) / 4 * 5;
     }
     for (int e = 0; moe && e < E && ranks.ep == 1; e++) {
         size_t act = nK * m->expert_width[e], both = act * (1 + is_gated(m->expert_activation[e]));
@@ -3942,13 +3947,9 @@ void router_backward(Model *m, int l, LayerState *s, real *dx, const real *x, in
 //
 // A token's row is sent once to each rank that has some of its experts, with their numbers and weights. There it is a
 // token like any other: the rank sorts what it has received by expert, lets its experts answer, adds each row's answers
-// up and sends one row back. Where --ep divides the number of groups of experts, each of these lies whole on a rank, so a router that is held to M
-// groups sends a row to M ranks at most. The tokens go in two halves, so that one can travel while the other is
-// worked on.
-
-int halves_of(const Model *m) {
-    return m->config.overlap ? 2 : 1;
-}
+// up and sends one row back. Where --ep divides the number of groups of experts, each of these lies whole on a rank, so
+// a router that is held to M groups sends a row to M ranks at most. The tokens go in two halves, so that one can travel
+// while the other is worked on.
 
 void *room_for(Room *r, size_t count, size_t size) { // what was in it is lost when it grows
     if (count * size > r->bytes || !r->memory) {
@@ -6017,7 +6018,8 @@ real *model_fetch(Model *m, int what) {
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         if (tensor_is_expert(t))
-            gather_parts(mine + (moments ? moment_place(m, t->offset) : t->offset), t->size * sizeof(real), ranks.ep, whole + t->place);
+            gather_parts(mine + (moments ? moment_place(m, t->offset) : t->offset), t->size * sizeof(real), ranks.ep,
+                         whole + t->place);
         else if (!ranks.rank)
             memcpy(whole + t->place, (moments ? all : mine) + t->offset, t->size * sizeof(real));
     }
@@ -6425,7 +6427,8 @@ void show_experts(Run *run) {
     int batches = (int)fmin(32, (double)run->val->windows / c->batch / ranks.size);
     for (int i = 0; i < batches; i++) {
         for (int b = 0; b < c->batch; b++)
-            data_window(run->val, ((long)i * ranks.size + ranks.rank) * c->batch + b, -1, run->inputs + b * c->seq, run->targets + b * c->seq);
+            data_window(run->val, ((long)i * ranks.size + ranks.rank) * c->batch + b, -1, run->inputs + b * c->seq,
+                        run->targets + b * c->seq);
         run->backend->forward(run->model, run->inputs, run->targets, c->batch, c->seq, EVAL_MODE, 1, 0, 0);
         const Plan *plan = run->backend->plan(run->model, l);
         for (int n = 0; n < plan->N; n++) {

@@ -1872,7 +1872,8 @@ void experts_backward(floatX *rows, float *dw_in, float *dw_out, float *dweight,
                       floatX *dhidden, float *part, size_t slots, const Experts *experts) {
     ExpertsData inner = {dout, w_out, hidden, dhidden, dact, NULL, weight, part, slots, 0};
     experts_product<DHIDDEN>(experts, inner);
-    sum_dweight_kernel<<<blocks(slots), THREADS, 0, stream>>>(dweight, part, experts->choice, experts->offset + experts->E, slots, div_up(experts->widest, TN));
+    sum_dweight_kernel<<<blocks(slots), THREADS, 0, stream>>>(dweight, part, experts->choice, experts->offset + experts->E, slots,
+                                                              div_up(experts->widest, TN));
     CHECK(cudaGetLastError());
     ExpertsData to_out = {dout, dact, NULL, NULL, NULL, dw_out, NULL, NULL, 0, 0};
     experts_product<DOUT>(experts, to_out);
