@@ -301,17 +301,21 @@ test_arm64: data/stories/tokenizer.json
 	    -Ldev/arm64/usr/lib/aarch64-linux-gnu -Wl,-rpath,usr/lib/aarch64-linux-gnu -lcmocka"; \
 	else echo "not run: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"; fi
 
-##sanitize: the tests and a short training under AddressSanitizer and UBSan
+##sanitize: the tests and a short training under AddressSanitizer and UBSan; sanitize_double: those in double, in small sizes
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+.PHONY: sanitize sanitize_double
 sanitize: data/stories/tokenizer.json
 	$(GET_CMOCKA)
 	$(TEST_BUILD) $(OPENMP) $(SANITIZE) data/tokenize.c -o dev/tokenize_asan $(LIBS)
 	$(TEST_BUILD) $(OPENMP) $(SANITIZE) train_moe.c -o dev/train_moe_asan $(LIBS)
 	$(TEST_BUILD) $(OPENMP) $(SANITIZE) test_moe.c -o dev/test_moe_asan -lcmocka $(LIBS)
-	$(TEST_BUILD) $(OPENMP) $(SANITIZE) -DREAL=double test_moe.c -o dev/test_moe_asan_double -lcmocka $(LIBS)
 	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan
-	VALGRIND=1 dev/test_moe_asan_double # small sizes
 	if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory sanitize_emulated; fi
+
+sanitize_double:
+	$(GET_CMOCKA)
+	$(TEST_BUILD) $(OPENMP) $(SANITIZE) -DREAL=double test_moe.c -o dev/test_moe_asan_double -lcmocka $(LIBS)
+	VALGRIND=1 dev/test_moe_asan_double
 
 ##sanitize_emulated: the CUDA twin's tests on the processor, under AddressSanitizer
 .PHONY: sanitize_emulated
