@@ -310,6 +310,7 @@ sanitize: data/stories/tokenizer.json
 	$(TEST_BUILD) $(OPENMP) $(SANITIZE) train_moe.c -o dev/train_moe_asan $(LIBS)
 	$(TEST_BUILD) $(OPENMP) $(SANITIZE) test_moe.c -o dev/test_moe_asan -lcmocka $(LIBS)
 	TRAIN_MOE=dev/train_moe_asan TOKENIZE=dev/tokenize_asan dev/test_moe_asan
+	$(call SHORT_RUN,dev/train_moe_asan,dev/asan_run)
 	if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory sanitize_emulated; fi
 
 sanitize_double:
@@ -323,7 +324,7 @@ sanitize_emulated: dev/emulated/check.cpp dev/emulated/train_moe_cu.cpp train_mo
 	$(EMULATED) $(SANITIZE) $< -o dev/emulated/check_asan $(LIBS)
 	dev/emulated/check_asan
 	$(EMULATED) -O1 $(SANITIZE) $(TWIN) test_moe.c -o dev/emulated/test_asan -lcmocka $(LIBS)
-	TRAIN_MOE_CU= dev/emulated/test_asan
+	VALGRIND=1 TRAIN_MOE_CU= dev/emulated/test_asan # without the longest
 
 ##tsan: short trainings under ThreadSanitizer (clang and its OpenMP runtime, with Archer, which knows OpenMP's barriers)
 ARCHER := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))

@@ -7250,6 +7250,8 @@ void check_curve(const char *recipe) {
 
 void test_gpu_curves(void **state) {
     (void)state;
+    if (is_slow())
+        skip();
     static const char *const cases[] = {"mixtral", "deepseek-v3", "switch", "expert-choice"};
     for (int i = 0; i < 4; i++)
         check_curve(cases[i]);
@@ -7368,6 +7370,8 @@ void check_gpu_bits(const char *recipe, int B, int T, int recompute) {
 // The same seed gives the same bits, and --recompute changes none.
 void test_gpu_same_bits(void **state) {
     (void)state;
+    if (is_slow())
+        skip();
     for (int r = 0; r < recipe_count; r++)
         check_gpu_bits(recipes[r].name, 2, 9, 1);
     check_gpu_bits("mixtral", 3, 70, 0);
