@@ -4678,6 +4678,17 @@ void share_weights(Model *m) {
     gather_slices(m->memory[WEIGHTS], slice / 16);
 }
 
+// How many numbers of tensor t this rank updates, from *at on in its memory: of what all ranks have, those of its slice.
+size_t updated_part(const Model *m, const Tensor *t, size_t *at) {
+    size_t end = t->offset + t->size;
+    *at = t->offset;
+    if (MANY && !tensor_is_expert(t)) {
+        *at = *at > m->slice ? *at : m->slice;
+        end = end < m->slice_end ? end : m->slice_end;
+    }
+    return tensor_is_buffer(t) || end < *at ? 0 : end - *at;
+}
+
 // AdamW with decoupled decay of the matrices (Loshchilov and Hutter 2019), on gradients scaled down to norm clip; then
 // clears the gradients. step counts from 1. norm is gradient_norm(m).
 void model_update(Model *m, int step, double lr, double norm) {
@@ -4687,16 +4698,10 @@ void model_update(Model *m, int step, double lr, double norm) {
     real rate = (real)lr, eps = (real)1e-8;
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
-        if (tensor_is_buffer(t))
-            continue;
-        size_t at = t->offset, end = at + t->size;
-        if (MANY && !tensor_is_expert(t)) { // of what all ranks have, each updates its slice
-            at = at > m->slice ? at : m->slice;
-            end = end < m->slice_end ? end : m->slice_end;
-        }
-        size_t size = end > at ? end - at : 0, moment = moment_place(m, at);
+        size_t at, size = updated_part(m, t, &at);
         if (!size)
             continue;
+        size_t moment = moment_place(m, at);
         real *w = m->memory[WEIGHTS] + at, *g = m->memory[GRADS] + at;
         real *m1 = m->memory[MOMENT1] + moment, *m2 = m->memory[MOMENT2] + moment;
         real keep = (real)(tensor_is_vector(t) ? 1 : 1 - lr * c->weight_decay);

@@ -4355,13 +4355,14 @@ void model_init(::Model *base, const double *frequency) {
     ::model_free(host);
 }
 
-Experts layer_experts(const Model *m, const LayerState *s) {
+// The experts for the tokens of a plan, of which `tile` (tiles) is made.
+Experts layer_experts(const Model *m, const Plan *plan, int2 *tile, int tiles) {
     Experts x = m->experts;
-    x.offset = s->plan.offset;
-    x.token = s->plan.token;
-    x.choice = s->plan.choice;
-    x.tile = s->tile;
-    x.tiles = s->tiles;
+    x.offset = plan->offset;
+    x.token = plan->token;
+    x.choice = plan->choice;
+    x.tile = tile;
+    x.tiles = tiles;
     return x;
 }
 
@@ -4557,18 +4558,13 @@ void exchange_start(Model *m, int l, LayerState *s, const floatX *x, int n, int 
 // The experts that this rank has in layer l, for the rows that came.
 Experts experts_here(const Model *m, int l, const Exchange *ex) {
     const Places *p = &m->crossing->places;
-    Experts x = m->experts;
+    Experts x = layer_experts(m, &ex->plan, ex->tile, ex->tiles);
     int n = ex->plan.E;
     x.E = n;
     x.width = p->width + l * n;
     x.activation = p->activation + l * n;
     x.matrix = p->matrix + l * (n + 1);
     x.matrix_in = p->matrix_in + l * (n + 1);
-    x.offset = ex->plan.offset;
-    x.token = ex->plan.token;
-    x.choice = ex->plan.choice;
-    x.tile = ex->tile;
-    x.tiles = ex->tiles;
     return x;
 }
 
@@ -4689,7 +4685,7 @@ void ffn_forward(Model *m, int l, LayerState *s, float *out, int N, int T) {
             gpu::exchange_forward(m, l, s, C / h);
         } else if (N) {
             list_tiles(s->tile, s->tiles, s->plan.offset, c->experts);
-            Experts experts = layer_experts(m, s);
+            Experts experts = layer_experts(m, &s->plan, s->tile, s->tiles);
             gpu::experts_forward(m->rows, s->hidden, m->act, x, low_of(m, w->w_in), low_of(m, w->w_out), s->weight,
                                  &experts);
         }
@@ -4708,7 +4704,7 @@ void ffn_recompute(Model *m, int l, LayerState *s, int N) {
     int C = c->dim, H = dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
     if (w->dense_in)
         product(s->dense_hidden, along_rows(s->h2, C), along_rows(low_of(m, w->dense_in), C), N, H, C, 0);
-    Experts experts = layer_experts(m, s);
+    Experts experts = layer_experts(m, &s->plan, s->tile, s->tiles);
     if (is_moe(c, l) && !APART) // what came from other ranks is kept
         gpu::experts_hidden(s->hidden, m->act, c->subtokens > 1 ? s->sub : s->h2, low_of(m, w->w_in), &experts);
 }
@@ -4742,7 +4738,7 @@ void ffn_backward(Model *m, int l, LayerState *s, float *dh, int N, int T) {
         gpu::exchange_backward(m, l, s, C / h);
     } else {
         zero(m->dweight, (size_t)plan->N * plan->K * sizeof(float)); // dropped choices get none
-        Experts experts = layer_experts(m, s);
+        Experts experts = layer_experts(m, &s->plan, s->tile, s->tiles);
         gpu::experts_backward(m->rows, dw->w_in, dw->w_out, m->dweight, dout, x, s->hidden, s->weight, low_of(m, w->w_in),
                               low_of(m, w->w_out), m->act, m->dhidden, m->dweight_part, m->slots, &experts);
     }
@@ -5020,18 +5016,12 @@ void model_update(::Model *base, int step, double lr) {
     }
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
-        if (tensor_is_buffer(t))
+        size_t at, size = updated_part(m, t, &at);
+        if (!size)
             continue;
-        size_t at = t->offset, end = at + t->size;
-        if (MANY && !tensor_is_expert(t)) { // of what all ranks have, each updates its slice
-            at = at > m->slice ? at : m->slice;
-            end = end < m->slice_end ? end : m->slice_end;
-        }
         size_t moment = moment_place(m, at);
-        if (end <= at)
-            continue;
         adamw(m->memory[WEIGHTS] + at, m->low + at, m->memory[GRADS] + at, m->memory[MOMENT1] + moment,
-              m->memory[MOMENT2] + moment, end - at, norm, c->clip, (float)lr,
+              m->memory[MOMENT2] + moment, size, norm, c->clip, (float)lr,
               (float)(tensor_is_vector(t) ? 1 : 1 - lr * c->weight_decay),
               (float)c->beta1, (float)c->beta2, (float)(1 / (1 - pow(c->beta1, step))),
               (float)(1 / (1 - pow(c->beta2, step))), 1e-8f);
