@@ -522,7 +522,7 @@ void bench_experts(void) {
         random_floats(out, room, 0, 1);
         for (int uneven = 0; uneven < 2; uneven++) {
             std::vector<int> offset = set_loads(s, N, E, K, uneven);
-            Experts experts = layer_experts(m, s);
+            Experts experts = layer_experts(m, &s->plan, s->tile, s->tiles);
             printf("  %d experts of width %d, top %d, %d tokens of width %d; the busiest has %.1f times the mean\n", E, F, K, N, C,
                    (double)offset[1] * E / slots);
             for (int what = HIDDEN; what <= DIN; what++) {
