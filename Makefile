@@ -45,6 +45,8 @@ train_moe_mpi_double: train_moe.c data/unicode.h
 	$(NEED_MPI)
 	$(MPI_BUILD) -DREAL=double train_moe.c -o $@ $(LIBS)
 
+train_moe_mpi train_moe_mpi_double dev/test_ranks dev/test_ranks_double: LIBS += -lrt # aio_fsync before glibc 2.34
+
 ##bench_mpi: a step on one process and on two, with and without overlap; the bytes sent against what they should be
 bench_mpi: train_moe_mpi
 	dev/bench_mpi.sh
@@ -81,7 +83,7 @@ train_moe_cu_nccl: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION
 	$(NEED_MPI)
 	@echo '\043include <nccl.h>' | $(NVCC) -x cu -E - >/dev/null 2>&1 || { echo "no nccl.h here: install NCCL (libnccl-dev)"; exit 1; }
 	OMPI_CXX=$(CXX) MPICH_CXX=$(CXX) $(CUDA_BUILD) -ccbin $(MPICXX) $(USE_NCCL) $(call precision,$(PRECISION)) \
-	    train_moe.cu -o $@ -lcublas -lnccl
+	    train_moe.cu -o $@ -lcublas -lnccl -lrt
 
 # Another PRECISION is another program.
 dev/built_%:

@@ -3776,7 +3776,7 @@ void test_resume_options(void **state) {
     need_program();
     check_leaks(0);
     expect(run_tiny("options", "--steps 4 --save-every 2"), 0, NULL);
-    static const char *const fixed[] = {"--dim 64",  "--layers 3",  "--batch 4",      "--seed 2", "--seq 16",
+    static const char *const fixed[] = {"--dim 64",  "--layers 3",  "--seed 2",       "--seq 16",
                                         "--accum 2", "--experts 8", "--recipe dense", "--untied"};
     for (int i = 0; i < (int)(sizeof(fixed) / sizeof(fixed[0])); i++) {
         char options[128];
@@ -3796,6 +3796,30 @@ void test_resume_options(void **state) {
     assert_log("options", 6, 2);
     assert_near(logged("options", "step", 6, "lr"), 1e-5, 1e-9);
     assert_true(isfinite(logged("options", "eval", 5, "val_loss")));
+}
+
+// A step goes on in other pieces.
+void test_resume_pieces(void **state) {
+    (void)state;
+    need_program();
+    check_leaks(0);
+    char options[128], name[16];
+    expect(run_tiny("pieces", "--group sequence --batch 4"), 0, "What next");
+    for (int batch = 1; batch <= 4; batch++) {
+        snprintf(name, sizeof(name), "pieces%d", batch);
+        shell(said, sizeof(said), "cp -a %s %s; ln -sfn checkpoint-6 %s/latest", scratch("pieces"), scratch(name), scratch(name));
+        snprintf(options, sizeof(options), "--group sequence --resume --batch %d", batch);
+        if (batch == 3) {
+            expect(run_tiny(name, options), 2, "--batch 3: a step");
+            expect(2, 2, "has 4 sequences; they are no multiple of 3");
+            continue;
+        }
+        expect(run_tiny(name, options), 0, "What next");
+        for (int step = 7; step <= 12; step++) {
+            double loss = logged("pieces", "step", step, "loss");
+            assert_near(logged(name, "step", step, "loss"), loss, 2e-6 * loss);
+        }
+    }
 }
 
 // --resume starts where there is no checkpoint, and the paces and --keep do what they say.
@@ -4555,6 +4579,11 @@ void test_prompt(void **state) {
     expect(run_tiny("told", "--prompt hello --dim 64"), 2, "--dim 64");
     expect(run_tiny("told/latest", "--prompt hello"), 0, "hello"); // a checkpoint's own folder will do
     assert_latest("told", "checkpoint-3");
+    // trained by so many ranks that one process would not have room for their sequences
+    shell(said, sizeof(said), "sed -i 's/\\(\"train_moe_batch\": *\\|\"batch\": *\\)2,/\\11048576,/' %s/latest/config.json; cat %s/latest/config.json",
+          scratch("told"), scratch("told"));
+    expect(0, 0, "1048576");
+    expect(run_tiny("told", "--prompt hello"), 0, "hello");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -7646,6 +7675,18 @@ void test_mpi_program(void **state) {
     assert_int_equal(run_ranks(output, sizeof(output), 3, options), 2);
     assert_non_null(strstr(output, "has 4 sequences, which 3 ranks cannot share evenly"));
     assert_int_equal(shell(output, sizeof(output), "$TRAIN_MOE_MPI --prompt One --tokens 5 --out %s", scratch("four")), 0);
+    // two machines whose folders are not the same: the run is finished for one rank, and the other has none
+    snprintf(copy, sizeof(copy), "mkdir -p %s/0 %s/1 && ln -s ../../four %s/0/run", scratch("apart"), scratch("apart"), scratch("apart"));
+    assert_int_equal(shell(output, sizeof(output), "%s", copy), 0);
+    for (int first = 0; first < 2; first++) {
+        int status = shell(output, sizeof(output),
+                           "exec 2>&1; timeout 60 $MPIRUN -np 2 sh -c 'p=$(realpath $TRAIN_MOE_MPI); d=$PWD/data/stories; cd "
+                           "%s/$(((%d + $OMPI_COMM_WORLD_RANK) %% 2)) && $p --data $d --resume --out run --steps 6'",
+                           scratch("apart"), first);
+        assert_true(status != 0 && status != 124);
+        if (!strstr(output, "rank 1: this rank has other options, other data or another checkpoint"))
+            fail_msg("%s", output);
+    }
 }
 
 // What is logged does not depend on the number of ranks: validation, bits per byte, the routers' lines.
@@ -7704,23 +7745,26 @@ void test_mpi_bad_options(void **state) {
     assert_int_equal(shell(output, sizeof(output), "ls %s", scratch("refused")), 2);
 }
 
-// A rank that is killed, that hangs, that is asked to stop. The run goes on from its last checkpoint.
+// A rank that is killed, that hangs, that is asked to stop, that hangs while it writes. The run goes on from its last
+// checkpoint.
 void test_mpi_crash(void **state) {
     (void)state;
-    static const char *const signals[] = {"KILL", "STOP", "TERM"};
+    static const char *const signals[] = {"KILL", "STOP", "TERM", "STOP"};
     char output[16384], options[512];
     const char *out = scratch("crash");
     if (!has_mpi())
         return;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         double start = seconds();
+        int writing = i == 3;
         shell(output, sizeof(output),
               "exec 2>&1; timeout 100 $MPIRUN -np 4 $TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --steps 1000000 --batch 1 "
               "--save-every 5 --eval-every 0 --sample-every 0 --threads 1 --watchdog 3 --out %s & job=$!; "
               "while [ ! -e %s/latest ] && kill -0 $job; do sleep 0.2; done; "
-              "for p in $(pgrep -f '^[^ ]*train_moe_[a-z_]* .*--out %s' | sort -n | sed -n 3p); do kill -%s $p; done; "
+              "p=$(pgrep -f '^[^ ]*train_moe_[a-z_]* .*--out %s' | sort -n | sed -n %dp); kill -%s $p; "
+              "while [ %d = 1 ] && kill -0 $job && [ ! -e %s/unfinished-checkpoint ]; do kill -CONT $p; sleep 0.01; kill -STOP $p; done; "
               "wait $job; echo status $?",
-              out, out, out, signals[i]);
+              out, out, out, writing ? 1 : 3, signals[i], writing, out);
         assert_null(strstr(output, "status 0"));
         assert_null(strstr(output, "status 124")); // of timeout
         assert_true(seconds() - start < 60);
@@ -7728,6 +7772,8 @@ void test_mpi_crash(void **state) {
             assert_non_null(strstr(output, "rank 2"));
         if (i == 1)
             assert_non_null(strstr(output, "rank 2 of 4 does not answer"));
+        if (writing)
+            assert_non_null(strstr(output, "rank 0 of 4 does not answer"));
         if (i == 2)
             assert_int_equal(times_in(output, "stopped after step"), 1);
         shell(output, sizeof(output), "basename $(readlink %s/latest) | tr -dc 0-9", out);
@@ -8417,6 +8463,7 @@ int main(void) {
         cmocka_unit_test(test_loader_bad),
         cmocka_unit_test(test_resume),
         cmocka_unit_test(test_resume_options),
+        cmocka_unit_test(test_resume_pieces),
         cmocka_unit_test(test_run_directory),
         cmocka_unit_test(test_leftovers),
         cmocka_unit_test(test_init),

@@ -64,6 +64,7 @@
 #include <omp.h>
 #endif
 #ifdef USE_MPI
+#include <aio.h>
 #include <mpi.h>
 #include <sched.h>
 #endif
@@ -1239,6 +1240,23 @@ void *gather_parts(const void *mine, size_t bytes, int count, void *all) {
     return all;
 }
 
+// fsync by a thread of the C library's, while this one answers: a slow disk is no rank that hangs.
+int sync_file(int file) {
+    struct aiocb job;
+    memset(&job, 0, sizeof(job));
+    job.aio_fildes = file;
+    if (aio_fsync(O_SYNC, &job) != 0)
+        return -1;
+    int error;
+    while ((error = aio_error(&job)) == EINPROGRESS) {
+        ranks_tick();
+        usleep(100);
+    }
+    aio_return(&job);
+    errno = error;
+    return error ? -1 : 0;
+}
+
 int ranks_of_machine(void) {
     int count;
     MPI_Comm here;
@@ -1263,6 +1281,7 @@ void ranks_form(MPI_Comm of, int ep) {
 #else // of one process: nothing to do
 typedef int Request;
 int ranks_of_machine(void) { return 1; }
+int sync_file(int file) { return fsync(file); }
 void ranks_tick(void) { }
 void ranks_wait(Request *request, int n) { (void)request, (void)n; }
 void sum_over_ranks(double *v, int n) { (void)v, (void)n; }
@@ -1938,6 +1957,7 @@ void attention_forward(real *out, real *lse, const real *qkv, int B, int T, int 
                 lse[((size_t)b * H + h) * T + first + i] = highest[i] + (real)log((double)total[i]);
             }
         }
+        ranks_tick();
     }
 }
 
@@ -1997,6 +2017,7 @@ void attention_backward(real *dqkv, const real *dout, const real *out, const rea
                 }
             }
         }
+        ranks_tick();
     }
 }
 
@@ -2310,6 +2331,7 @@ void select_by_experts(int *expert, double *lowest, const real *p, int n, int E,
             taken[(size_t)list[i].index * E + e] = 1;
         lowest[e] += list[take - 1].score;
         free(list);
+        ranks_tick();
     }
     select_topk(expert, p, n, E, E);
     for (int i = 0; i < n; i++) {
@@ -2388,6 +2410,7 @@ void select_balanced(int *expert, const real *score, int n, int E) {
             stale[end] = stale[from[end]] = 1;
         }
         excess[end]--;
+        ranks_tick();
     }
     free(cost), free(far), free(mover), free(from), free(excess), free(stale);
 }
@@ -5508,10 +5531,15 @@ FILE *open_for_writing(const char *dir, const char *name) {
     return file;
 }
 
-// Closes a file once its bytes are on the disk.
-void close_written(FILE *file, const char *dir, const char *name) {
-    if (fflush(file) != 0 || ferror(file) || (fsync(fileno(file)) != 0 && errno != EINVAL) || fclose(file) != 0)
+// Returns once the file's bytes are on the disk.
+void await_disk(FILE *file, const char *dir, const char *name) {
+    if (fflush(file) != 0 || ferror(file) || (sync_file(fileno(file)) != 0 && errno != EINVAL))
         fail("%s/%s: cannot write: %s", dir, name, strerror(errno));
+}
+
+void close_written(FILE *file, const char *dir, const char *name) {
+    await_disk(file, dir, name);
+    fclose(file);
 }
 
 // Writes the parts of `copies` memories, each under its prefix. The format: the header's length as 8 bytes, the header in
@@ -5545,10 +5573,22 @@ void write_safetensors(const char *dir, const char *name, const Part *parts, int
     uint64_t length = size;
     fwrite(&length, 8, 1, file);
     fwrite(header, 1, size, file);
+    const size_t most = 1 << 22;
+    size_t written = 0; // since the disk was last waited for
     for (int copy = 0; copy < copies; copy++) {
-        for (int i = 0; i < count; i++)
-            fwrite(memory[copy] + parts[i].offset, sizeof(real),
-                   (size_t)max_int(parts[i].rows, 1) * (size_t)parts[i].cols, file);
+        for (int i = 0; i < count; i++) {
+            size_t n = (size_t)max_int(parts[i].rows, 1) * (size_t)parts[i].cols, now;
+            for (size_t done = 0; done < n; done += now) {
+                now = n - done < most ? n - done : most;
+                fwrite(memory[copy] + parts[i].offset + done, sizeof(real), now, file);
+                written += now;
+                if (MANY && written >= most) { // little by little: a write that must wait for the disk answers nobody
+                    await_disk(file, dir, name);
+                    written = 0;
+                }
+                ranks_tick();
+            }
+        }
     }
     free(header);
     close_written(file, dir, name);
@@ -6183,7 +6223,7 @@ long smallest_checkpoint(const char *out, int *count) {
 void sync_directory(const char *path) {
     int dir = open(path, O_RDONLY);
     if (dir >= 0) {
-        fsync(dir);
+        sync_file(dir);
         close(dir);
     }
 }
@@ -6193,12 +6233,9 @@ void save_checkpoint(Run *run) {
     const Model *shape = run->model;
     real *weights = run->backend->fetch(run->model, WEIGHTS);
     real *moments[2] = {run->backend->fetch(run->model, MOMENT1), run->backend->fetch(run->model, MOMENT2)};
-    if (ranks.rank) { // rank 0 has it all and writes it as a single process would, however long the disk may take
-        int watchdog = ranks.watchdog;
-        ranks.watchdog = 0;
+    if (ranks.rank) { // rank 0 has it all and writes it as a single process would
         forget_whole(run->model);
         ranks_meet();
-        ranks.watchdog = watchdog;
         return;
     }
     for (size_t i = 0; i < shape->whole; i++) {
@@ -6253,6 +6290,7 @@ void save_checkpoint(Run *run) {
     for (long old; (old = smallest_checkpoint(run->out, &count)) >= 0 && count > c->keep && old != run->step;) {
         snprintf(link, sizeof(link), "%s/checkpoint-%ld", run->out, old);
         remove_tree(link);
+        ranks_tick();
         if (access(link, F_OK) == 0) // cannot be removed
             break;
     }
@@ -6629,7 +6667,7 @@ int train(Run *run) {
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = ask_stop;
-    action.sa_flags = (int)SA_RESETHAND; // the second Ctrl-C ends at once
+    action.sa_flags = (int)SA_RESETHAND | SA_RESTART; // the second Ctrl-C ends at once
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
 #ifdef USE_MPI
@@ -6828,6 +6866,7 @@ void answer_prompt(Run *run, const Config *asked) {
         fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
     config_from_directory(c, dir);
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
+    c->batch = 1; // and not that of all ranks which trained it
     config_check(c);
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
     run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
@@ -6905,7 +6944,9 @@ void compare_ranks(Run *run) {
     FILE *memory = open_memstream(&text, &size);
     write_options(memory, &run->config);
     fprintf(memory, "%d %d %d %d %d ", c->ep, c->overlap, c->replicate, c->replicate_every, c->tokens); // of this call
-    fprintf(memory, "%d %d %.0f %.0f", run->step, run->config.vocab, data_fingerprint(run->train), data_fingerprint(run->val));
+    fprintf(memory, "%d ", run->step);
+    if (run->train) // of a run that is finished, nobody has read data
+        fprintf(memory, "%d %.0f %.0f", c->vocab, data_fingerprint(run->train), data_fingerprint(run->val));
     fclose(memory);
     uint64_t mine = 0;
     for (size_t i = 0; i < size; i++)
@@ -6935,16 +6976,26 @@ int open_run(Run *run, const Config *asked) {
         char *text = read_file(path, &size);
         Json *state = json_parse(text, size, path);
         config_from_directory(c, checkpoint);
-        if (c->batch % ranks.size)
+        long whole = (long)c->batch * c->accum;
+        if (asked->given[find_option("batch")]) { // the same step in other pieces
+            c->batch = asked->batch;
+            c->accum = (int)(whole / c->batch / ranks.size);
+            if ((long)c->batch * c->accum * ranks.size != whole)
+                usage_fail("--batch %d: a step in %s has %ld sequences; they are no multiple of %ld", c->batch, checkpoint,
+                           whole, (long)c->batch * ranks.size);
+        } else if (c->batch % ranks.size) {
             usage_fail("%s: a micro-step there has %d sequences, which %d ranks cannot share evenly", checkpoint, c->batch,
                        ranks.size);
-        c->batch /= ranks.size;
+        } else {
+            c->batch /= ranks.size;
+        }
         join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL | 1 << ORDER, checkpoint);
         double step = expect_member(state, "step", 'i', path)->number;
         if (!(step >= 1 && step <= 2e9))
             fail("%s: step is %g; expected a number from 1 to 2e9", path, step);
         run->step = (int)step;
         if (run->step >= c->steps) {
+            compare_ranks(run);
             printf("%s is finished: %d steps of %d. To go on, give more --steps\n", run->out, run->step, c->steps);
             json_free(state);
             free(text);

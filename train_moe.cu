@@ -264,6 +264,7 @@ __device__ void warp_product(float (&acc)[MT][NT][4], const floatX *a, int lda, 
 
 cudaStream_t network;   // all that travels
 cudaEvent_t milestone;  // follow()
+cudaEvent_t reached, paces[4]; // await(), keep_pace()
 enum { OF_ALL, OF_GROUP, OF_PEERS }; // comm.all, .group and .peers
 #ifdef USE_NCCL
 ncclComm_t comms[3];
@@ -299,12 +300,11 @@ void wait_for_network() {
     wait_for(milestone);
 }
 
-// The host waits until the stream has done everything; one of several ranks keeps the watch meanwhile, and hears of links
-// that fail.
-void await(cudaStream_t which) {
+// The host waits for an event; one of several ranks keeps the watch meanwhile, and hears of links that fail.
+void await(cudaEvent_t event) {
 #ifdef USE_NCCL
     double start = seconds();
-    while (MANY && cudaStreamQuery(which) == cudaErrorNotReady) {
+    while (MANY && cudaEventQuery(event) == cudaErrorNotReady) {
         ranks_watch(start);
         for (int i = 0; i < 3; i++) {
             ncclResult_t error = ncclSuccess;
@@ -313,7 +313,24 @@ void await(cudaStream_t which) {
         }
     }
 #endif
-    CHECK(cudaStreamSynchronize(which));
+    CHECK(cudaEventSynchronize(event));
+}
+
+// Until the stream has done everything.
+void await(cudaStream_t which) {
+    CHECK(cudaEventRecord(reached, which));
+    await(reached);
+}
+
+// Once in each layer: waits for the fourth last time. A host that is too far ahead finds the device's queue full and waits
+// in the driver, where it keeps no watch.
+void keep_pace() {
+    static int turn;
+    if (!MANY)
+        return;
+    turn = (turn + 1) % 4;
+    await(paces[turn]);
+    CHECK(cudaEventRecord(paces[turn], stream));
 }
 
 void await_device() {
@@ -4158,7 +4175,7 @@ void model_free(::Model *base) {
     if (m->one)
         gpu::model_free(m->one);
     if (!m->dry)
-        CHECK(cudaStreamSynchronize(stream));
+        await_device();
     for (int i = 0; i < m->device_count; i++)
         CHECK(cudaFree(m->device_memory[i]));
     for (int half = 0; half < 2 && m->crossing && !m->dry; half++) {
@@ -4260,6 +4277,9 @@ void start_device(void) {
     CHECK(cudaEventCreateWithFlags(&milestone, cudaEventDisableTiming));
 #endif
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CHECK(cudaEventCreateWithFlags(&reached, cudaEventDisableTiming));
+    for (int i = 0; i < 4; i++)
+        CHECK(cudaEventCreateWithFlags(&paces[i], cudaEventDisableTiming));
     CHECK(cublasCreate(&cublas));
     CHECK(cublasSetStream(cublas, stream));
     CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)); // sums are float32
@@ -4779,6 +4799,7 @@ void layers_forward(Model *m) {
     if (N)
         gpu::embedding_forward(m->layers[0].x, m->weights.embed, m->tokens, N, C);
     for (int l = 0; l < L; l++) {
+        keep_pace();
         if (N) // without tokens of its own, a rank's experts have those of others
             gpu::attend_forward(m, l);
         gpu::ffn_forward(m, l, &m->layers[l], l + 1 < L ? m->layers[l + 1].x : m->x, N, m->T);
@@ -4815,7 +4836,7 @@ __global__ void add_aux_kernel(double *report, int L, int stats, int aux, double
 void send_batch(Model *m, const int *tokens, const int *targets, int N) {
     int *to = m->staging, *order = to + 2 * m->max_tokens, *words = order + m->max_tokens, *offset = words + m->max_tokens;
     int V = m->config.vocab, count = 0;
-    CHECK(cudaEventSynchronize(m->staged));
+    await(m->staged);
     memcpy(to, tokens, (size_t)N * sizeof(int));
     memcpy(to + m->max_tokens, targets, (size_t)N * sizeof(int));
     ::counting_sort(order, m->offset, tokens, N, V);
@@ -4923,6 +4944,7 @@ void model_backward(::Model *base) {
     zero(m->dx, (size_t)N * C * sizeof(float));
     gpu::rmsnorm_backward(m->dx, m->dx_low, m->grads.norm, m->dh, m->x, m->rstd, m->weights.norm, N, C, m->partial);
     for (int l = c->layers - 1; l >= 0; l--) {
+        keep_pace();
         LayerState *s = &m->layers[l];
         const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
         if (c->recompute && l != m->at_hand) {
@@ -5019,6 +5041,8 @@ void model_update(::Model *base, int step, double lr) {
         size_t at, size = updated_part(m, t, &at);
         if (!size)
             continue;
+        if (!i || t->layer != m->tensors[i - 1].layer)
+            keep_pace();
         size_t moment = moment_place(m, at);
         adamw(m->memory[WEIGHTS] + at, m->low + at, m->memory[GRADS] + at, m->memory[MOMENT1] + moment,
               m->memory[MOMENT2] + moment, size, norm, c->clip, (float)lr,
@@ -5075,7 +5099,7 @@ const Plan *model_plan(const ::Model *base, int l) {
     for (int i = 0; i < 6; i++) { // behind the last slot nothing was ever written
         size_t count = i == 0 ? (size_t)plan->E + 1 : i < 4 ? choices : (size_t)to->offset[plan->E];
         CHECK(cudaMemcpyAsync(target[i], from[i], count * sizeof(int), cudaMemcpyDeviceToHost, stream));
-        CHECK(cudaStreamSynchronize(stream));
+        await_device();
     }
     return to;
 }

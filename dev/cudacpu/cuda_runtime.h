@@ -315,11 +315,6 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
         cudacpu::run_all(true);
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamQuery(cudaStream_t stream) { // a task is done between two questions
-    int asked = 0;
-    cudacpu::run_tasks([&] { return stream->tasks.empty() || asked++ > 0; });
-    return stream->tasks.empty() ? cudaSuccess : cudaErrorNotReady;
-}
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     if (!stream)
         return cudacpu::result(cudaErrorInvalidResourceHandle);
@@ -348,6 +343,11 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = null
         event->when = std::chrono::steady_clock::now();
     });
     return cudaSuccess;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) { // a task is done between two questions
+    int asked = 0;
+    cudacpu::run_tasks([&] { return event->done >= event->recorded || asked++ > 0; });
+    return event->done >= event->recorded ? cudaSuccess : cudaErrorNotReady;
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     unsigned count = event->recorded;
