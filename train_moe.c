@@ -1245,9 +1245,9 @@ int sync_file(int file) {
     struct aiocb job;
     memset(&job, 0, sizeof(job));
     job.aio_fildes = file;
-    if (aio_fsync(O_SYNC, &job) != 0)
-        return -1;
     int error;
+    if (aio_fsync(O_SYNC, &job) != 0) // no thread to be had
+        return fsync(file);
     while ((error = aio_error(&job)) == EINPROGRESS) {
         ranks_tick();
         usleep(100);
@@ -5915,6 +5915,7 @@ void read_weights(const char *dir, const char *name, const Part *parts, int coun
             found = read_part(&files[f], full, &parts[i], experts, memory + parts[i].offset);
         if (!found)
             fail("%s: there is no %s, which config.json asks for", path, full);
+        ranks_tick();
     }
     for (int f = 0; f < n; f++)
         safetensors_close(&files[f]);
@@ -6953,6 +6954,7 @@ void compare_ranks(Run *run) {
         mine = hash64(mine ^ (unsigned char)text[i]);
     free(text);
     uint64_t first = mine;
+    ranks_meet(); // and are here, which MPI's own functions would wait for without a watch
     broadcast(&first, sizeof(first));
     if (mine != first)
         fail("this rank has other options, other data or another checkpoint than rank 0 (step %d, data %s)", run->step,
@@ -7183,6 +7185,7 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
         snprintf(run.out, sizeof(run.out), "%s", asked.out);
     else
         default_out(&asked, !asked.resume && !asked.prompt, run.out);
+    ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
     broadcast(run.out, sizeof(run.out));
     if (asked.prompt) {
         answer_prompt(&run, &asked);
@@ -7190,7 +7193,7 @@ int trainer_main(int argc, char **argv, const Backend *backend) {
     }
     if (!open_run(&run, &asked))
         return 0;
-    ranks.watchdog = asked.watchdog; // not before: some may read longer than others
+    ranks.watchdog = asked.watchdog;
     announce(&run);
     int interrupted = train(&run);
     char begin[32] = "";

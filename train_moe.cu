@@ -347,6 +347,7 @@ void await_device() {
 #ifdef USE_NCCL
 void start_ranks() {
     const MPI_Comm of[] = {comm.all, comm.group, comm.peers};
+    ranks_meet(); // NCCL would wait without a watch
     for (int i = 0; i < 3 && !comms[OF_PEERS]; i++) {
         ncclUniqueId id;
         int rank, size;
