@@ -7,6 +7,7 @@ endif
 accepts = $(shell printf '$(2)\nint main(void) { return 0; }\n' | $(CC) $(1) -x c - -o /dev/null >/dev/null 2>&1 && echo "$(1)")
 
 ARCH   := $(or $(call accepts,-march=native -mprefer-vector-width=512),$(call accepts,-march=native),$(call accepts,-mcpu=native))
+RT     := $(call accepts,-lrt) # aio_fsync, before glibc 2.34
 OPENMP := $(or $(call accepts,-fopenmp,\043include <omp.h>),-Wno-unknown-pragmas)
 CFLAGS ?= -O3
 # CI sets WERROR=-Werror
@@ -45,7 +46,7 @@ train_moe_mpi_double: train_moe.c data/unicode.h
 	$(NEED_MPI)
 	$(MPI_BUILD) -DREAL=double train_moe.c -o $@ $(LIBS)
 
-train_moe_mpi train_moe_mpi_double dev/test_ranks dev/test_ranks_double: LIBS += -lrt # aio_fsync before glibc 2.34
+train_moe_mpi train_moe_mpi_double dev/test_ranks dev/test_ranks_double dev/emulated/%: LIBS += $(RT)
 
 ##bench_mpi: a step on one process and on two, with and without overlap; the bytes sent against what they should be
 bench_mpi: train_moe_mpi
@@ -83,7 +84,7 @@ train_moe_cu_nccl: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION
 	$(NEED_MPI)
 	@echo '\043include <nccl.h>' | $(NVCC) -x cu -E - >/dev/null 2>&1 || { echo "no nccl.h here: install NCCL (libnccl-dev)"; exit 1; }
 	OMPI_CXX=$(CXX) MPICH_CXX=$(CXX) $(CUDA_BUILD) -ccbin $(MPICXX) $(USE_NCCL) $(call precision,$(PRECISION)) \
-	    train_moe.cu -o $@ -lcublas -lnccl -lrt
+	    train_moe.cu -o $@ -lcublas -lnccl $(RT)
 
 # Another PRECISION is another program.
 dev/built_%:

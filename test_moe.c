@@ -3776,8 +3776,8 @@ void test_resume_options(void **state) {
     need_program();
     check_leaks(0);
     expect(run_tiny("options", "--steps 4 --save-every 2"), 0, NULL);
-    static const char *const fixed[] = {"--dim 64",  "--layers 3",  "--seed 2",       "--seq 16",
-                                        "--accum 2", "--experts 8", "--recipe dense", "--untied"};
+    static const char *const fixed[] = {"--dim 64", "--layers 3",  "--seed 2",
+                                        "--seq 16", "--experts 8", "--recipe dense", "--untied"};
     for (int i = 0; i < (int)(sizeof(fixed) / sizeof(fixed[0])); i++) {
         char options[128];
         snprintf(options, sizeof(options), "--resume --steps 6 %s", fixed[i]);
@@ -3805,19 +3805,19 @@ void test_resume_pieces(void **state) {
     check_leaks(0);
     char options[128], name[16];
     expect(run_tiny("pieces", "--group sequence --batch 4"), 0, "What next");
+    expect(run_tiny("pieces", "--resume --steps 14 --batch 2 --accum 3"), 2, "has 4 sequences, and cannot have --batch 2 times --accum 3");
     for (int batch = 1; batch <= 4; batch++) {
         snprintf(name, sizeof(name), "pieces%d", batch);
         shell(said, sizeof(said), "cp -a %s %s; ln -sfn checkpoint-6 %s/latest", scratch("pieces"), scratch(name), scratch(name));
         snprintf(options, sizeof(options), "--group sequence --resume --batch %d", batch);
         if (batch == 3) {
-            expect(run_tiny(name, options), 2, "--batch 3: a step");
-            expect(2, 2, "has 4 sequences; they are no multiple of 3");
+            expect(run_tiny(name, options), 2, "a step there has 4 sequences, and cannot have --batch 3 times --accum 1");
             continue;
         }
         expect(run_tiny(name, options), 0, "What next");
         for (int step = 7; step <= 12; step++) {
             double loss = logged("pieces", "step", step, "loss");
-            assert_near(logged(name, "step", step, "loss"), loss, 2e-6 * loss);
+            assert_near(logged(name, "step", step, "loss"), loss, (step == 7 ? 2e-6 : 1e-3) * loss); // rounding decides ties
         }
     }
 }
@@ -7648,7 +7648,7 @@ void test_mpi_program(void **state) {
     char output[16384], options[512], copy[512];
     if (!has_mpi())
         return;
-    snprintf(options, sizeof(options), "--batch 1 --trace --save-every 3 --lr 0.02 --warmup 1 --out %s", scratch("four"));
+    snprintf(options, sizeof(options), "--batch 1 --group sequence --trace --save-every 3 --lr 0.02 --warmup 1 --out %s", scratch("four"));
     assert_int_equal(run_ranks(output, sizeof(output), 4, options), 0);
     assert_int_equal(times_in(output, "step 6/6"), 1);
     assert_int_equal(times_in(output, "What next"), 1);
@@ -7660,11 +7660,12 @@ void test_mpi_program(void **state) {
     char *line = strstr(output, "\"step\":6,\"tokens\":768,\"loss\":");
     assert_non_null(line);
     double loss = atof(line + strlen("\"step\":6,\"tokens\":768,\"loss\":"));
-    for (int ranks = 1; ranks <= 2; ranks++) {
+    for (int ranks = 1; ranks <= 2; ranks++) { // 2 ranks in two micro-steps
         snprintf(copy, sizeof(copy), "cp -a %s %s && ln -sfn checkpoint-3 %s/latest", scratch("four"), scratch(ranks == 1 ? "one" : "two"),
                  scratch(ranks == 1 ? "one" : "two"));
         assert_int_equal(shell(output, sizeof(output), "%s", copy), 0);
-        snprintf(options, sizeof(options), "--resume --replicate %d --out %s", ranks - 1, scratch(ranks == 1 ? "one" : "two"));
+        snprintf(options, sizeof(options), "--resume --replicate %d %s --out %s", ranks - 1, ranks == 1 ? "" : "--batch 1",
+                 scratch(ranks == 1 ? "one" : "two"));
         assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
         shell(output, sizeof(output), "cat %s/log.jsonl", scratch(ranks == 1 ? "one" : "two"));
         line = strstr(output, "\"step\":6,\"tokens\":768,\"loss\":");

@@ -141,7 +141,8 @@ typedef struct Config {
     unsigned char given[MAX_OPTIONS];  // 1 where the command line set options[i]
 } Config;
 
-// MODEL says what the model computes, ORDER which data it sees when; a resumed run may change neither. TRAIN options are
+// MODEL says what the model computes, ORDER which data it sees when; a resumed run may change neither, but for the pieces
+// of a step (--batch). TRAIN options are
 // taken from the checkpoint where the command line does not give them, RUN options belong to this call alone.
 enum { MODEL, ORDER, TRAIN, RUN };
 
@@ -1026,9 +1027,9 @@ BOTH int div_up(int a, int b) {
 //
 // The few messages that everything else is made of; of one process nothing of it is there, so it can wait for a second
 // reading. Each rank has its share of every batch; the experts are divided among the ranks of a group. Once MPI is set
-// up, all waiting is done in ranks_wait, which also keeps the watch: who has waited too long asks all others whether they
-// live; those that wait answer, and so do those that compute, between two tiles of a product (ranks_tick, which keeps
-// messages on their way, too). A process that hangs does not.
+// up, waiting is done in ranks_wait, which also keeps the watch: who has waited too long asks all others whether they
+// live; those that wait answer, and so do those that compute, read or write, between two pieces of their work (ranks_tick,
+// which keeps messages on their way, too). A process that hangs does not.
 
 #ifdef USE_MPI
 struct {
@@ -1245,6 +1246,7 @@ int sync_file(int file) {
     struct aiocb job;
     memset(&job, 0, sizeof(job));
     job.aio_fildes = file;
+    job.aio_sigevent.sigev_notify = SIGEV_NONE;
     int error;
     if (aio_fsync(O_SYNC, &job) != 0) // no thread to be had
         return fsync(file);
@@ -5537,6 +5539,7 @@ void await_disk(FILE *file, const char *dir, const char *name) {
         fail("%s/%s: cannot write: %s", dir, name, strerror(errno));
 }
 
+// Closes it once its bytes are there.
 void close_written(FILE *file, const char *dir, const char *name) {
     await_disk(file, dir, name);
     fclose(file);
@@ -5573,20 +5576,20 @@ void write_safetensors(const char *dir, const char *name, const Part *parts, int
     uint64_t length = size;
     fwrite(&length, 8, 1, file);
     fwrite(header, 1, size, file);
-    const size_t most = 1 << 22;
-    size_t written = 0; // since the disk was last waited for
+    const size_t most = 1 << 22; // numbers to write at once
+    size_t written = 0;          // since the disk was last waited for
     for (int copy = 0; copy < copies; copy++) {
         for (int i = 0; i < count; i++) {
-            size_t n = (size_t)max_int(parts[i].rows, 1) * (size_t)parts[i].cols, now;
-            for (size_t done = 0; done < n; done += now) {
-                now = n - done < most ? n - done : most;
-                fwrite(memory[copy] + parts[i].offset + done, sizeof(real), now, file);
-                written += now;
-                if (MANY && written >= most) { // little by little: a write that must wait for the disk answers nobody
+            size_t n = (size_t)max_int(parts[i].rows, 1) * (size_t)parts[i].cols, piece;
+            for (size_t done = 0; done < n; done += piece) {
+                piece = n - done < most ? n - done : most;
+                ranks_tick();
+                fwrite(memory[copy] + parts[i].offset + done, sizeof(real), piece, file);
+                written += piece;
+                if (MANY && written >= most) { // or the system's buffers fill up, and fwrite waits, and answers nobody
                     await_disk(file, dir, name);
                     written = 0;
                 }
-                ranks_tick();
             }
         }
     }
@@ -6668,7 +6671,7 @@ int train(Run *run) {
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = ask_stop;
-    action.sa_flags = (int)SA_RESETHAND | SA_RESTART; // the second Ctrl-C ends at once
+    action.sa_flags = (int)SA_RESETHAND | SA_RESTART; // the second Ctrl-C ends at once; the first breaks off no write
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
 #ifdef USE_MPI
@@ -6867,7 +6870,7 @@ void answer_prompt(Run *run, const Config *asked) {
         fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
     config_from_directory(c, dir);
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
-    c->batch = 1; // and not that of all ranks which trained it
+    c->batch = 1; // generation needs none, and the saved one is that of all ranks
     config_check(c);
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
     run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
@@ -6954,7 +6957,7 @@ void compare_ranks(Run *run) {
         mine = hash64(mine ^ (unsigned char)text[i]);
     free(text);
     uint64_t first = mine;
-    ranks_meet(); // and are here, which MPI's own functions would wait for without a watch
+    ranks_meet(); // what comes next waits inside MPI, where nobody keeps the watch
     broadcast(&first, sizeof(first));
     if (mine != first)
         fail("this rank has other options, other data or another checkpoint than rank 0 (step %d, data %s)", run->step,
@@ -6981,13 +6984,13 @@ int open_run(Run *run, const Config *asked) {
         long whole = (long)c->batch * c->accum;
         if (asked->given[find_option("batch")]) { // the same step in other pieces
             c->batch = asked->batch;
-            c->accum = (int)(whole / c->batch / ranks.size);
+            c->accum = asked->given[find_option("accum")] ? asked->accum : (int)(whole / c->batch / ranks.size);
             if ((long)c->batch * c->accum * ranks.size != whole)
-                usage_fail("--batch %d: a step in %s has %ld sequences; they are no multiple of %ld", c->batch, checkpoint,
-                           whole, (long)c->batch * ranks.size);
+                usage_fail("%s: a step there has %ld sequences, and cannot have --batch %d times --accum %d on %d ranks",
+                           checkpoint, whole, c->batch, c->accum, ranks.size);
         } else if (c->batch % ranks.size) {
-            usage_fail("%s: a micro-step there has %d sequences, which %d ranks cannot share evenly", checkpoint, c->batch,
-                       ranks.size);
+            usage_fail("%s: a micro-step there has %d sequences, which %d ranks cannot share evenly; --batch makes other ones",
+                       checkpoint, c->batch, ranks.size);
         } else {
             c->batch /= ranks.size;
         }

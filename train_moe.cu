@@ -322,8 +322,8 @@ void await(cudaStream_t which) {
     await(reached);
 }
 
-// Once in each layer: waits for the fourth last time. A host that is too far ahead finds the device's queue full and waits
-// in the driver, where it keeps no watch.
+// Called once in each layer: waits until the device has come to where the host was four calls ago. A host that is too far
+// ahead finds the device's queue full, and waits in the driver, where it keeps no watch.
 void keep_pace() {
     static int turn;
     if (!MANY)
@@ -347,7 +347,7 @@ void await_device() {
 #ifdef USE_NCCL
 void start_ranks() {
     const MPI_Comm of[] = {comm.all, comm.group, comm.peers};
-    ranks_meet(); // NCCL would wait without a watch
+    ranks_meet();
     for (int i = 0; i < 3 && !comms[OF_PEERS]; i++) {
         ncclUniqueId id;
         int rank, size;
@@ -4268,6 +4268,7 @@ void start_device(void) {
 #ifdef USE_NCCL
     int place;
     MPI_Comm machine;
+    ranks_meet(); // MPI, and later NCCL, would wait without a watch
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
     MPI_Comm_rank(machine, &place);
     MPI_Comm_free(&machine);
@@ -4309,8 +4310,17 @@ void start_device(void) {
     return m;
 }
 
+// Copies to the host once the device has done all. A copy to memory that is not pinned waits in the driver, where no watch
+// is kept; so what is before it is waited for here.
+void download(void *to, const void *from, size_t bytes) {
+    await_device();
+    CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
+    await_device();
+}
+
 // Copies memory[what] to the host, or back: tensor by tensor in the order of a single process, or as it is here.
 void copy_memory(Model *m, int what, real *host, int back, int tensors) {
+    await_device(); // as in download
     for (int i = 0; i < (tensors ? m->tensor_count : 1); i++) {
         const Tensor *t = &m->tensors[i];
         real *there = m->memory[what] + (tensors ? t->offset : 0), *here = host + (tensors ? t->place : 0);
@@ -4390,7 +4400,7 @@ Experts layer_experts(const Model *m, const Plan *plan, int2 *tile, int tiles) {
 // ---- experts on several ranks
 //
 // See the C twin. The tokens are counted and sorted by rank on the device, as choices are by expert; only the counts go to
-// the host, as ncclSend wants them from there: the one time in a layer that it waits.
+// the host, as ncclSend wants them from there: the one time in a layer that it waits for its own device to finish.
 
 struct Piece {
     void *to; // the pointer that shall lead to it
@@ -5001,8 +5011,7 @@ void share_weights(Model *m) {
 
 // The report on the host; waits until the device has done all.
 void fetch_report(Model *m) {
-    CHECK(cudaMemcpyAsync(m->host_report, m->report, m->report_size * sizeof(double), cudaMemcpyDeviceToHost, stream));
-    await_device();
+    download(m->host_report, m->report, m->report_size * sizeof(double));
 }
 
 // As of the last fetch_report.
@@ -5040,10 +5049,10 @@ void model_update(::Model *base, int step, double lr) {
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         size_t at, size = updated_part(m, t, &at);
-        if (!size)
-            continue;
         if (!i || t->layer != m->tensors[i - 1].layer)
             keep_pace();
+        if (!size)
+            continue;
         size_t moment = moment_place(m, at);
         adamw(m->memory[WEIGHTS] + at, m->low + at, m->memory[GRADS] + at, m->memory[MOMENT1] + moment,
               m->memory[MOMENT2] + moment, size, norm, c->clip, (float)lr,
@@ -5099,8 +5108,7 @@ const Plan *model_plan(const ::Model *base, int l) {
     const int *const from[] = {plan->offset, plan->expert, plan->key, plan->slot, plan->choice, plan->token};
     for (int i = 0; i < 6; i++) { // behind the last slot nothing was ever written
         size_t count = i == 0 ? (size_t)plan->E + 1 : i < 4 ? choices : (size_t)to->offset[plan->E];
-        CHECK(cudaMemcpyAsync(target[i], from[i], count * sizeof(int), cudaMemcpyDeviceToHost, stream));
-        await_device();
+        download(target[i], from[i], count * sizeof(int));
     }
     return to;
 }
@@ -5126,8 +5134,7 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     CHECK(cudaMemcpyAsync(one->tokens, &token, sizeof(int), cudaMemcpyHostToDevice, stream));
     layers_forward(one);
     product(one->logits, along_rows(one->h, c->dim), along_rows(low_of(m, m->weights.head), c->dim), 1, c->vocab, c->dim, 0);
-    CHECK(cudaMemcpyAsync(logits, one->logits, (size_t)c->vocab * sizeof(float), cudaMemcpyDeviceToHost, stream));
-    await_device();
+    download(logits, one->logits, (size_t)c->vocab * sizeof(float));
     free(angles);
 }
 
