@@ -3803,7 +3803,7 @@ void test_resume_pieces(void **state) {
     (void)state;
     need_program();
     check_leaks(0);
-    char options[128], name[16];
+    char options[128], name[32];
     expect(run_tiny("pieces", "--group sequence --batch 4"), 0, "What next");
     expect(run_tiny("pieces", "--resume --steps 14 --batch 2 --accum 3"), 2, "has 4 sequences, and cannot have --batch 2 times --accum 3");
     for (int batch = 1; batch <= 4; batch++) {
