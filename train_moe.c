@@ -142,8 +142,8 @@ typedef struct Config {
 } Config;
 
 // MODEL says what the model computes, ORDER which data it sees when; a resumed run may change neither, but for the pieces
-// of a step (--batch). TRAIN options are
-// taken from the checkpoint where the command line does not give them, RUN options belong to this call alone.
+// of a step (--batch). TRAIN options are taken from the checkpoint where the command line does not give them, RUN options
+// belong to this call alone.
 enum { MODEL, ORDER, TRAIN, RUN };
 
 typedef struct Option {

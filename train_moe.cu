@@ -5048,9 +5048,9 @@ void model_update(::Model *base, int step, double lr) {
     }
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
-        size_t at, size = updated_part(m, t, &at);
         if (!i || t->layer != m->tensors[i - 1].layer)
             keep_pace();
+        size_t at, size = updated_part(m, t, &at);
         if (!size)
             continue;
         size_t moment = moment_place(m, at);
