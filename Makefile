@@ -21,14 +21,16 @@ LIBS   := -lm
 # Tests and benchmarks do not spin while they wait; train_moe sees to that by itself.
 export OMP_WAIT_POLICY ?= passive
 
+TRAINER = train_moe.c $(wildcard data/*.h dev/*.h dev/cpu/*.h dev/ranks/*.h dev/routers/*.h)
+
 .PHONY: help test test_mpi test_plain test_avx2 test_arm64 bench_mpi sanitize tsan valgrind check_tokenizer check_hf bench bench_all format clean
 
 ##train_moe: the trainer, the data tools and the built-in stories
-train_moe: train_moe.c data/unicode.h | data/stories/tokenizer.json
+train_moe: $(TRAINER) | data/stories/tokenizer.json
 	$(BUILD) $(OPENMP) train_moe.c -o $@ $(LIBS)
 
 ##train_moe_double: the same in double precision
-train_moe_double: train_moe.c data/unicode.h
+train_moe_double: $(TRAINER)
 	$(BUILD) $(OPENMP) -DREAL=double train_moe.c -o $@ $(LIBS)
 
 # MPI's compiler wrapper, around the compiler that the rest is built by; Debian: openmpi-bin libopenmpi-dev
@@ -37,12 +39,12 @@ MPI_BUILD = OMPI_CC=$(CC) MPICH_CC=$(CC) $(MPICC) -std=gnu11 $(CFLAGS) $(WARN) $
 NEED_MPI = @command -v $(firstword $(MPICC)) >/dev/null || { echo "no $(MPICC) here: install MPI (Debian: openmpi-bin libopenmpi-dev)"; exit 1; }
 
 ##train_moe_mpi: the trainer for several processes: mpirun -np 4 ./train_moe_mpi; needs MPI
-train_moe_mpi: train_moe.c data/unicode.h | data/stories/tokenizer.json
+train_moe_mpi: $(TRAINER) | data/stories/tokenizer.json
 	$(NEED_MPI)
 	$(MPI_BUILD) train_moe.c -o $@ $(LIBS)
 
 ##train_moe_mpi_double: the same in double
-train_moe_mpi_double: train_moe.c data/unicode.h
+train_moe_mpi_double: $(TRAINER)
 	$(NEED_MPI)
 	$(MPI_BUILD) -DREAL=double train_moe.c -o $@ $(LIBS)
 
@@ -53,7 +55,7 @@ bench_mpi: train_moe_mpi
 	dev/bench_mpi.sh
 
 ##dev/scale: simulates a step on 8 to 2,048 devices (doc/scale.md); --check holds it against published figures
-dev/scale: dev/scale.c train_moe.c data/unicode.h
+dev/scale: dev/scale.c $(TRAINER)
 	$(BUILD) $(OPENMP) dev/scale.c -o $@ $(LIBS)
 
 # PRECISION=fp32: everything in float32, to be compared with the C twin. Without a GPU to ask, for the A100 and the H100.
@@ -72,14 +74,14 @@ CUDA_BUILD = $(NVCC) -std=c++17 -O3 -lineinfo -I. -diag-suppress 1675,128 $(GPU_
 NEED_NVCC  = @command -v $(NVCC) >/dev/null || { echo "no nvcc here: install the CUDA Toolkit, or say where it is: make $@ CUDA=/path"; exit 1; }
 
 ##train_moe_cu: the trainer on an NVIDIA GPU; needs the CUDA Toolkit. PRECISION=fp32 builds it in float32, for checks
-train_moe_cu: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION) | data/stories/tokenizer.json
+train_moe_cu: train_moe.cu $(TRAINER) dev/built_$(PRECISION) | data/stories/tokenizer.json
 	$(NEED_NVCC)
 	$(CUDA_BUILD) $(call precision,$(PRECISION)) train_moe.cu -o $@ -lcublas
 
 ##train_moe_cu_nccl: the same for several GPUs: mpirun -np 8 ./train_moe_cu_nccl; needs MPI and NCCL besides
 MPICXX ?= mpicxx
 USE_NCCL = -DUSE_MPI -DUSE_NCCL -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX
-train_moe_cu_nccl: train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION) | data/stories/tokenizer.json
+train_moe_cu_nccl: train_moe.cu $(TRAINER) dev/built_$(PRECISION) | data/stories/tokenizer.json
 	$(NEED_NVCC)
 	$(NEED_MPI)
 	@echo '\043include <nccl.h>' | $(NVCC) -x cu -E - >/dev/null 2>&1 || { echo "no nccl.h here: install NCCL (libnccl-dev)"; exit 1; }
@@ -91,7 +93,7 @@ dev/built_%:
 	@rm -f dev/built_*; touch $@
 
 ##data/tokenize: trains tokenizers and turns texts into token files
-data/tokenize: data/tokenize.c train_moe.c data/unicode.h
+data/tokenize: data/tokenize.c $(TRAINER)
 	$(BUILD) $(OPENMP) data/tokenize.c -o $@ $(LIBS)
 
 data/make_stories: data/stories.c
@@ -120,7 +122,7 @@ endef
 
 TEST_BUILD = $(CC) -std=gnu11 -O2 -g $(WARN) $(ARCH) $(FLOATS)
 CMOCKA = -lcmocka
-TEST_FILES = test_moe.c train_moe.c dev/golden.h dev/recipes.h dev/plain.h data/unicode.h
+TEST_FILES = test_moe.c $(TRAINER)
 
 dev/test_moe: $(TEST_FILES)
 	$(GET_CMOCKA)
@@ -174,7 +176,7 @@ dev/emulated/check.cpp: dev/cudacpu/check.cu dev/cudacpu/rewrite.sed
 	@mkdir -p dev/emulated
 	(echo '#line 1 "check.cu"'; sed -E -f dev/cudacpu/rewrite.sed dev/cudacpu/check.cu) > $@
 
-dev/emulated/train_moe_cu: dev/emulated/train_moe_cu.cpp train_moe.c data/unicode.h $(CUDACPU)
+dev/emulated/train_moe_cu: dev/emulated/train_moe_cu.cpp $(TRAINER) $(CUDACPU)
 	$(EMULATED) $< -o $@ $(LIBS)
 
 dev/emulated/check: dev/emulated/check.cpp $(CUDACPU)
@@ -200,7 +202,7 @@ dev/emulated/test_%: dev/emulated/train_moe_cu.cpp $(TEST_FILES) $(CUDACPU)
 check_nccl: dev/emulated/check_nccl
 	dev/emulated/check_nccl
 
-dev/emulated/train_moe_cu_nccl: dev/emulated/train_moe_cu.cpp train_moe.c data/unicode.h $(CUDACPU)
+dev/emulated/train_moe_cu_nccl: dev/emulated/train_moe_cu.cpp $(TRAINER) $(CUDACPU)
 	$(NEED_MPI)
 	$(EMULATED_NCCL) $< -o $@ $(LIBS)
 
@@ -227,14 +229,14 @@ test_nccl: dev/emulated/test_ranks_fp32 dev/emulated/test_ranks_bf16
 bench_cu: dev/bench_cu
 	dev/bench_cu $(BENCH)
 
-dev/bench_cu: dev/bench.cu train_moe.cu train_moe.c data/unicode.h dev/built_$(PRECISION)
+dev/bench_cu: dev/bench.cu train_moe.cu $(TRAINER) dev/built_$(PRECISION)
 	$(CUDA_BUILD) $(call precision,$(PRECISION)) dev/bench.cu -o $@ -lcublas
 
 dev/emulated/bench_cu.cpp: dev/bench.cu dev/cudacpu/rewrite.sed
 	@mkdir -p dev/emulated
 	(echo '#line 1 "dev/bench.cu"'; sed -E -f dev/cudacpu/rewrite.sed dev/bench.cu) > $@
 
-dev/emulated/bench_cu: dev/emulated/bench_cu.cpp dev/emulated/train_moe_cu.cpp train_moe.c data/unicode.h $(CUDACPU)
+dev/emulated/bench_cu: dev/emulated/bench_cu.cpp dev/emulated/train_moe_cu.cpp $(TRAINER) $(CUDACPU)
 	$(EMULATED) $(TWIN) $< -o $@ $(LIBS)
 
 ##test_cu: the same tests on a GPU
@@ -367,7 +369,7 @@ bench bench_all: dev/bench dev/llmc_step
 	export OPENBLAS_THREAD_TIMEOUT=20; ! grep -qsw avx512f /proc/cpuinfo || export OPENBLAS_CORETYPE=SkylakeX; \
 	dev/bench $(if $(filter bench_all,$@),--all) $(BENCH)
 
-dev/logits: dev/logits.c train_moe.c data/unicode.h
+dev/logits: dev/logits.c $(TRAINER)
 	$(BUILD) $(OPENMP) dev/logits.c -o $@ $(LIBS)
 
 ##format: lays the code out as .clang-format says

@@ -9,8 +9,9 @@
 // made, and once to encode it. Documents are separated by <|endoftext|>. Every result is the same with any number of
 // threads, and nothing under its final name is touched before everything is written.
 
-#define TRAIN_MOE_NO_MAIN
-#include "../train_moe.c" // which has the tokenizer and the system's headers
+
+#include "tokenizer.h"
+#include "loader.h"
 #include <getopt.h>
 
 #define BLOCK_BYTES  (8 << 20)   // of text at a time; a longer document makes it grow
@@ -716,10 +717,8 @@ int main(int argc, char **argv) {
         {"clean", no_argument, NULL, 'c'},       {"ids", no_argument, NULL, 'i'},
         {"help", no_argument, NULL, 'h'},        {NULL, 0, NULL, 0}};
     const char *tokenizer = NULL, *out = NULL;
-    int vocab = 0, ids = 0, option, train_files = 0;
+    int vocab = 0, threads = 0, ids = 0, option, train_files = 0;
     Reader r = {0};
-    Config config;
-    memset(&config, 0, sizeof(config));
     program_name = "data/tokenize";
     opterr = 0;
     while ((option = getopt_long(argc, argv, "h", options, NULL)) != -1) {
@@ -730,7 +729,7 @@ int main(int argc, char **argv) {
         else if (option == 'o')
             out = optarg;
         else if (option == 'n')
-            config.threads = whole_number("threads", optarg, 1, 1024);
+            threads = whole_number("threads", optarg, 1, 1024);
         else if (option == 'c' || option == 'i')
             *(option == 'c' ? &r.clean : &ids) = 1;
         else if (option == 'h')
@@ -752,7 +751,8 @@ int main(int argc, char **argv) {
         print_ids(tokenizer, r.paths, r.path_count);
         return 0;
     }
-    use_threads(&config);
+    if (threads)
+        use_threads(threads);
     for (int i = 0; i < r.path_count; i++) {
         struct stat info;
         if (stat(r.paths[i], &info) != 0)

@@ -105,7 +105,8 @@ void use(int threads) {
     Config c;
     memset(&c, 0, sizeof(c));
     c.threads = threads;
-    use_threads(&c);
+    if (c.threads)
+        use_threads(c.threads);
 }
 
 // Multiply-adds in registers alone: what all threads do in one stretch of time, so that it also is right where they have
