@@ -147,7 +147,7 @@ void test_plain_head_loss(void **state) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Finite differences
 
-// Every discrete decision of the last forward pass, hashed: where one changes, the loss has a kink.
+// A hash of all discrete decisions of the last forward pass. Where one of them changes, the loss has a kink.
 uint64_t decisions(const Model *m) {
     uint64_t h = 0;
     int N = m->B * m->T;
@@ -189,7 +189,7 @@ double objective(void *arg) {
     return loss + model_aux(k->m);
 }
 
-// The gradient of loss + aux by every tensor of a model. Returns how many choices were dropped where it was checked.
+// Checks the gradient of loss + aux by every tensor of a model. Returns how many choices were dropped in that forward pass.
 int check_gradients(const char *what, const Config *config, int B, int T, int samples, int mode) {
     if (!IS_DOUBLE)
         return 0;
@@ -248,7 +248,7 @@ void test_gradients(void **state) {
     }
 }
 
-// With little room: choices are dropped where the gradient is checked, in training and at evaluation.
+// Experts that can take few tokens, so that choices are dropped while the gradient is checked, in training and at evaluation.
 void test_gradients_of_dropped(void **state) {
     (void)state;
     static const char *const cases[] = {"switch", "gshard", "glam", "st-moe", "deepseek-v2", "mixtral"};
@@ -264,7 +264,7 @@ void test_gradients_of_dropped(void **state) {
     }
 }
 
-// What the recipes do not choose.
+// Combinations of options that no recipe has.
 void test_gradients_of_variants(void **state) {
     (void)state;
     static const char *const variants[][2] = {
@@ -352,7 +352,7 @@ void test_gradients_of_variants(void **state) {
     }
 }
 
-// The gradient with grad_scale and several micro-steps: what two halves add up to.
+// Two micro-steps with half of the gradient each add up to the gradient of one step.
 void test_gradient_scale(void **state) {
     (void)state;
     Config c = small_config("mixtral");
@@ -480,7 +480,7 @@ void test_loss_falls(void **state) {
     }
 }
 
-// The weights after a few steps; the batch is large enough for every parallel loop to be one. To be freed.
+// Returns the weights after four steps; the caller frees them. The batch is large enough to make every parallel loop parallel.
 real *train_some(const char *recipe, int threads, int seed, size_t *size) {
     Config c = small_config(recipe);
     set_options(&c, "--dim 32 --ffn 40 --seq 70 --batch 3 --lr 0.01");

@@ -27,13 +27,13 @@ extern "C" {
 }
 #endif
 
-// Fails where a and b are further apart than tolerance times the larger of |b| and 1; NaN fails too.
+// Fails if a and b differ by more than tolerance times the larger of |b| and 1, or if one of them is NaN.
 void assert_near(double a, double b, double tolerance) {
     if (!(fabs(a - b) <= tolerance * fmax(1, fabs(b))))
         fail_msg("%.17g is not within %g of %.17g", a, tolerance, b);
 }
 
-// 1 under valgrind, where everything takes fifty times as long.
+// Whether sizes should be small: under valgrind everything takes fifty times as long.
 int is_slow(void) {
     return getenv("VALGRIND") != NULL;
 }
@@ -46,9 +46,10 @@ void set_threads(int threads) {
 #endif
 }
 
-// Zeroed memory until free_taken(), which ends a test. It lies behind a fence of bytes 0xff, NaN as numbers, and half
-// of the time before one; else what reads too far meets AddressSanitizer. It begins anywhere but seldom where a vector
-// would like it.
+// Memory for a test, filled with zeros. free_taken() gives all of it back at the end of the test and fails if somebody wrote
+// outside of it. In front of each array lies a fence of bytes 0xff (NaN, when read as numbers). Behind it there is a fence
+// in half of the cases; in the other half AddressSanitizer sees who reads too far. Arrays begin at odd addresses, seldom at
+// one that is convenient for vectors.
 typedef struct Taken {
     unsigned char *memory;
     size_t before, size, after;
@@ -85,7 +86,7 @@ void free_taken(void) {
     }
 }
 
-// A whole number from low to high, both possible; *state moves on.
+// A random whole number from low to high, both included. *state changes with each draw.
 int draw(uint64_t *state, int low, int high) {
     *state = hash64(*state);
     return low + (int)(*state % (uint64_t)(high - low + 1));
@@ -97,7 +98,8 @@ int pick(uint64_t *state, const int *list, int count) {
 
 char scratch_path[64];
 
-const char *scratch(const char *name) { // a path in a temporary folder; valid until eight more were asked for
+// A path in a temporary folder. It stays valid until scratch() has been called eight more times.
+const char *scratch(const char *name) {
     static char paths[8][256];
     static int next;
     if (!scratch_path[0]) {
@@ -129,7 +131,8 @@ const char *put_text(const char *name, const char *text) {
     return put_file(name, text, strlen(text));
 }
 
-// Runs fn(arg) in a process of its own. Returns its exit status, or -signal; what it said on stderr is in message.
+// Runs fn(arg) in a process of its own, and puts into message what it wrote on stderr. Returns the exit status, or the number
+// of the signal that ended it, negative.
 int dies(void (*fn)(void *), void *arg, char *message, size_t size) {
     int ends[2], status;
     size_t used = 0;

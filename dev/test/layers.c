@@ -6,18 +6,12 @@
 #include "dev/test/plain.h"
 #include "dev/test/slopes.h"
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Helpers
-
 void assert_untouched(const char *what, const real *x, size_t n) { // still the poison it was filled with
     for (size_t i = 0; i < n; i++) {
         if (!isnan(x[i]))
             fail_msg("%s[%zu] behind the result was written", what, i);
     }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Each layer alone
 
 typedef struct Layer { // what one of the layers below works on; its objective is inner(out, g), g random
     int B, T, N, C, H, KV, D, E, K, F, V, activation, gated, gate, group, head_rows, everyone[2];
@@ -40,7 +34,7 @@ double rmsnorm_objective(void *arg) {
     return inner(l->out, l->g, (size_t)l->N * l->C);
 }
 
-// Some rows hostile: zero, or anything from 1e-6 to 1e6.
+// hostile: some rows are zero, others have numbers of any size from 1e-6 to 1e6.
 void check_rmsnorm(int N, int C, int hostile, int slopes) {
     Layer l = empty_layer;
     char what[64];
@@ -162,7 +156,7 @@ real *take_attention_scratch(int T, int D) { // for the largest team
     return take_reals(attention_room(T, D) * teams[TEAMS - 1]);
 }
 
-// One part of the rows of qkv, numbers first...first+width, whose terms are of this size.
+// Compares one part of each row of qkv: the numbers from `first` to first + width. `scale` is the size of their terms.
 void assert_close_part(const char *what, const real *found, const real *wanted, int N, size_t ld, int first, int width,
                        double scale, double tolerance) {
     double square = 0;
@@ -173,7 +167,7 @@ void assert_close_part(const char *what, const real *found, const real *wanted, 
                      scale + sqrt(square / ((double)N * width)), tolerance);
 }
 
-// Queries and keys have the standard deviation `spread`, hence scores its square, and some are five times that.
+// Queries and keys have the standard deviation `spread`. So scores have its square, and some are five times as large.
 void check_attention(int B, int T, int H, int KV, int D, double spread, int slopes) {
     Layer l = empty_layer;
     char what[64];
@@ -262,7 +256,7 @@ double activation_objective(void *arg) { // sum of weight[choice[r]] * inner(act
     return sum;
 }
 
-// wild: gates of either sign from 1e-4 to 1e4.
+// wild: the numbers before the activation have either sign, and any size from 1e-4 to 1e4.
 void check_activation(int activation, int rows, int F, int weighted, int wild) {
     Layer l = empty_layer;
     int gated = is_gated(activation);
@@ -357,8 +351,9 @@ double experts_objective(void *arg) { // of all answers, weighted and summed by 
     return inner(l->out, l->g, size);
 }
 
-// Both passes of these experts over N tokens, by teams of all sizes and by the plain loops. An answer's weight, and its
-// gradient's place, is that of its choice, one of `choices`; weight and choice may be NULL.
+// Compares both passes of these experts over N tokens, for all numbers of threads, with the plain loops. Row r's answer is
+// multiplied by weight[choice[r]], and the weight's gradient goes to the same index, below `choices`. weight and choice may be
+// NULL.
 void compare_experts(const char *what, const Experts *e, int N, int choices, const real *weight, const int *choice,
                      int accumulate) {
     size_t rows = e->offset[e->E], hidden = 0, act = 0, in = 0, out = 0, C = e->C;
@@ -414,7 +409,7 @@ void compare_experts(const char *what, const Experts *e, int N, int choices, con
     }
 }
 
-// mixed: the experts' widths and activations differ. A capacity factor below E drops choices.
+// mixed: experts have different widths and activations. A capacity factor below E makes experts drop choices.
 void check_experts(int N, int E, int K, int C, int F, int activation, int mixed, double factor, uint64_t seed,
                    int slopes) {
     Layer l = empty_layer;
@@ -595,7 +590,7 @@ double head_objective(void *arg) { // 0.7 times the sum of all nll
     return sum;
 }
 
-// Logits have about the standard deviation `spread`.
+// The logits' standard deviation is about `spread`.
 void check_head_loss(int N, int C, int V, int head_rows, double spread, int slopes) {
     Layer l = empty_layer;
     char what[64];
@@ -746,8 +741,8 @@ typedef struct ProductCase {
     size_t size;
 } ProductCase;
 
-// A random operand: `outer` rows (or columns) and k, as terms of a standard deviation of 1 want it. Whatever does not
-// belong to it, between its rows or in rows that no index names, is NaN.
+// A random operand with `outer` rows (or columns) and k terms for each. Numbers that do not belong to it, between its rows or in
+// rows that no index names, are NaN: reading one of them would be seen in the result.
 Operand random_operand(int outer, int k, uint64_t *state) {
     int row_is_k = draw(state, 0, 1), gather = draw(state, 0, 1);
     int rows = row_is_k ? k : outer, width = row_is_k ? outer : k, source = rows + (gather ? draw(state, 0, 3) : 0);
@@ -778,9 +773,9 @@ void random_product(ProductCase *c, int m, int n, int k, int accumulate, uint64_
     c->p = p;
 }
 
-// The partial sums of k random terms of size 1 grow to sqrt(k), and each is rounded by a third of an epsilon of itself:
-// all in all k/5 epsilons, in a million results now and then k. Four times that never happens, and a lost, doubled or
-// misplaced term hardly ever hides in it.
+// How exact a product has to be. The partial sums of k random terms of size 1 grow to sqrt(k), and each of them is rounded by a
+// third of an epsilon of its size. Together that is k/5 epsilons, and, once in a million results, k. Four times as much never
+// happens, and a term that is lost, doubled or in the wrong place hardly ever makes less.
 void check_product(const ProductCase *c) {
     const Product *p = &c->p;
     for (size_t i = 0; i < c->size; i++) {
@@ -847,7 +842,8 @@ void test_products(void **state) {
     }
 }
 
-// Groups of ragged size, a third of them empty: by rows, as the experts' answers, or by k, as their gradients.
+// Many products at once, of different sizes, a third of them empty. They share out the rows, as in the experts' answers, or k, as
+// in the gradients of their matrices.
 void test_many_products(void **state) {
     (void)state;
     static ProductCase cases[300];

@@ -3,7 +3,7 @@
 #include "dev/test/trainer.h"
 #include "dev/test/common.h"
 
-// A file that claims to hold `claimed` tokens, with `count` of them: first, first + 1, ...
+// Writes a token file whose header says `claimed` tokens, and which holds `count`: first, first + 1, ...
 void put_shard(const char *name, int magic, int version, int claimed, int count, int first) {
     int32_t header[256] = {magic, version, claimed};
     char *bytes = (char *)allocate(1024 + 2 * (size_t)count, 1);
@@ -16,7 +16,8 @@ void put_shard(const char *name, int magic, int version, int claimed, int count,
     free(bytes);
 }
 
-// Every token there is unlike all others, so a window says where it comes from. T 10: 10 + 4 + 1 + 0 windows.
+// Writes shards in which every token is different, so that a window shows where it comes from. With T = 10 they have
+// 10 + 4 + 1 + 0 windows.
 void put_shards(const char *folder) {
     static const struct {
         const char *name;

@@ -44,8 +44,8 @@ double rms(const real *x, size_t n) {
     return sqrt(inner(x, x, n) / (double)(n ? n : 1));
 }
 
-// Fails where found and wanted are further apart than tolerance times (scale + |wanted|); NaN fails too. The scale is
-// that of the terms which make up the result.
+// Fails if a number found differs from the wanted one by more than tolerance * (scale + |wanted|), or if it is NaN. The scale is
+// the size of the terms that are summed up to the result.
 void assert_close(const char *what, const real *found, const real *wanted, size_t n, double scale, double tolerance) {
     for (size_t i = 0; i < n; i++) {
         if (!(fabs((double)found[i] - (double)wanted[i]) <= tolerance * (scale + fabs((double)wanted[i]))))
@@ -54,7 +54,7 @@ void assert_close(const char *what, const real *found, const real *wanted, size_
     }
 }
 
-// Whatever is fast is called by teams of several sizes, and must give the same bits with each.
+// Fast routines are called with these numbers of threads, and have to give the same bits with each.
 enum { TEAMS = 4 };
 
 const int teams[TEAMS] = {1, 2, 3, 5};
@@ -90,7 +90,7 @@ void set_options(Config *c, const char *text) {
     config_check(c);
 }
 
-// Sizes of recipes that do not go with 4 experts of which 2 are chosen.
+// The sizes of those recipes that do not work with 4 experts of which 2 are chosen.
 const char *small_sizes(const char *recipe) {
     static const char *const sizes[][2] = {{"switch", "--topk 1"},
                                            {"jacobs", "--topk 4"},
@@ -125,7 +125,7 @@ Config small_config(const char *recipe) {
     return c;
 }
 
-// Weights larger than for training, so that nothing is near zero.
+// Random weights, larger than those that training begins with, so that nothing is near zero.
 void randomize_weights(Model *m) {
     uint64_t stream = random_stream(7, RANDOM_INIT, 1, 2);
     for (int t = 0; t < m->tensor_count; t++) {
@@ -175,14 +175,14 @@ Plan take_plan(int N, int E, int K) {
     return p;
 }
 
-// What follows from plan->expert where first choices are served first.
+// Fills the rest of a plan from plan->expert. First choices are served before second ones.
 void make_plan(Plan *plan, int group_tokens, double factor) {
     memcpy(plan->key, plan->expert, (size_t)plan->N * plan->K * sizeof(int));
     plan_capacity(plan, group_tokens, factor, plan->E, BY_CHOICE, NULL, NULL, NULL);
     plan_sort(plan);
 }
 
-// The Switch form over groups of tokens, of choices as counted.
+// The balance loss of the Switch Transformer, over groups of tokens, when `count` says how often each expert was chosen.
 double switch_form(const real *p, const int *count, int N, int E, int group, real *dp, double scale) {
     Gate g = {1, E, 1, 0, (real *)p, NULL, NULL, NULL};
     double slope[64] = {0}, counts[64];
@@ -196,7 +196,7 @@ double switch_form(const real *p, const int *count, int N, int E, int group, rea
     return balance_forward(&g, slope, N, group, SOFTMAX);
 }
 
-// Probabilities with many ties among them.
+// Random probabilities, many of which are equal.
 real *take_scores(int N, int E, uint64_t seed) {
     real *p = take_reals((size_t)N * E);
     for (int i = 0; i < N * E; i++)

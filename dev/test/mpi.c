@@ -26,7 +26,7 @@ int times_in(const char *text, const char *part) {
     return count;
 }
 
-// What is said is said once; 4 ranks' checkpoint goes on with 1 and with 2, and these end with the same loss.
+// Messages are printed once, not once for each rank. A checkpoint of 4 ranks goes on with 1 and with 2, with the same loss.
 void test_mpi_program(void **state) {
     (void)state;
     char output[16384], options[512], copy[512];
@@ -74,7 +74,7 @@ void test_mpi_program(void **state) {
     }
 }
 
-// What is logged does not depend on the number of ranks: validation, bits per byte, the routers' lines.
+// The log does not depend on the number of ranks: validation loss, bits per byte, the routers' lines.
 void test_mpi_log(void **state) {
     (void)state;
     static const char *const names[] = {"val_loss", "val_bpb", "entropy", "dropped", "max_over_mean", "active", "fluctuation"};
@@ -134,8 +134,8 @@ void test_mpi_bad_options(void **state) {
     assert_int_equal(shell(output, sizeof(output), "ls %s", scratch("refused")), 2);
 }
 
-// A rank that is killed, that hangs, that is asked to stop, that hangs while it writes. The run goes on from its last
-// checkpoint.
+// One rank is killed; or it hangs; or it is asked to stop; or it hangs while it writes. Each time the job ends with a message, and
+// the run goes on from its last checkpoint.
 void test_mpi_crash(void **state) {
     (void)state;
     static const char *const signals[] = {"KILL", "STOP", "TERM", "STOP"};

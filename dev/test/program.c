@@ -12,7 +12,7 @@
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Helpers for the tests that run programs: a data folder, a tiny run, its log and its checkpoints
+// Helpers: runs that are not waited for
 
 // Starts a tiny run and does not wait for it.
 pid_t start_tiny(const char *out, const char *more) {
@@ -31,8 +31,8 @@ pid_t start_tiny(const char *out, const char *more) {
     return child;
 }
 
-// Waits until the file has this text in it, or the process has ended. Its status as waitpid() gives it; -1: it still
-// runs.
+// Waits until the file contains this text, or the process has ended. Returns -1 if the process still runs, else its status as
+// waitpid() gives it.
 int wait_for(pid_t child, const char *path, const char *text) {
     int status;
     for (int found = 0; !found;) {
@@ -66,7 +66,7 @@ void assert_same_weights(const char *a, const char *b) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Runs and their checkpoints
 
-// Twelve steps at once are the same as six, SIGKILL, and the other six, to the last bit.
+// Twelve steps without a break give the same bits as six steps, SIGKILL, and the other six.
 void check_resume(const char *recipe) {
     char options[256], whole[64], halves[64], path[128];
     snprintf(whole, sizeof(whole), "whole-%s", recipe);
@@ -107,7 +107,7 @@ void test_resume(void **state) {
         check_resume(recipes[r].name);
 }
 
-// What may change on resume, and what may not.
+// Which options may change with --resume, and which may not.
 void test_resume_options(void **state) {
     (void)state;
     need_program();
@@ -135,7 +135,7 @@ void test_resume_options(void **state) {
     assert_true(isfinite(logged("options", "eval", 5, "val_loss")));
 }
 
-// A step goes on in other pieces.
+// --resume with the same sequences in a step, but but cut into other micro-steps. Another number is refused.
 void test_resume_pieces(void **state) {
     (void)state;
     need_program();
@@ -159,7 +159,7 @@ void test_resume_pieces(void **state) {
     }
 }
 
-// --resume starts where there is no checkpoint, and the paces and --keep do what they say.
+// --resume begins a new run if there is no checkpoint. --save-every, --log-every and --keep do what they say.
 void test_run_directory(void **state) {
     (void)state;
     need_program();
@@ -195,7 +195,7 @@ void test_run_directory(void **state) {
     assert_true(!exists("off/checkpoint-2"));
 }
 
-// What a killed save leaves behind does no harm, nor does a log that was cut off in a line.
+// A save that was killed leaves files behind, and a log may end in the middle of a line: neither does any harm.
 void test_leftovers(void **state) {
     (void)state;
     need_program();
@@ -218,7 +218,7 @@ void test_leftovers(void **state) {
     assert_log("left", 4, 2);
 }
 
-// --init starts from weights: with a learning rate of 0 the validation loss stays what it was; every recipe.
+// --init begins with the weights of a checkpoint, in every recipe: with a learning rate of 0 the validation loss stays the same.
 void test_init(void **state) {
     (void)state;
     need_program();
@@ -249,7 +249,7 @@ void test_init(void **state) {
     assert_true(!exists("refused"));
 }
 
-// Ctrl-C ends the step, saves, and says how to go on.
+// After Ctrl-C the program finishes the step, saves, and says how to go on.
 void test_interrupt(void **state) {
     (void)state;
     need_program();
@@ -274,7 +274,7 @@ void test_interrupt(void **state) {
     assert_log("stopped", stopped + 2, 2);
 }
 
-// Ctrl-C during an evaluation still saves the step that came before it, and a second process keeps out.
+// Ctrl-C during an evaluation saves the step before it. A second process does not write into the same run.
 void test_interrupt_evaluation(void **state) {
     (void)state;
     need_program();
@@ -295,7 +295,8 @@ void test_interrupt_evaluation(void **state) {
     assert_latest("halted", name);
 }
 
-// What would lose somebody's work is refused: a link that leads nowhere, other people's checkpoints, other tokens.
+// The program does not destroy work: it refuses a broken link and a folder that holds another run, and --keep does not remove
+// the checkpoint that was just written.
 void test_run_safety(void **state) {
     (void)state;
     need_program();
@@ -310,7 +311,7 @@ void test_run_safety(void **state) {
     expect(run_tiny("theirs", "--steps 2"), 2, "holds a run already");
 }
 
-// The table at the start says how much memory the process will have used in the end, to 5%.
+// The table at the start predicts, to 5%, how much memory the process will use.
 void test_memory(void **state) {
     (void)state;
     need_program();
@@ -347,7 +348,7 @@ void test_memory(void **state) {
     }
 }
 
-// The same seed is the same run, whatever the number of threads; another seed is another. All recipes.
+// In all recipes, the same seed gives the same run with any number of threads, and another seed gives another run.
 void test_same_run(void **state) {
     (void)state;
     need_program();
@@ -369,7 +370,7 @@ void test_same_run(void **state) {
     }
 }
 
-// Both builds of the program agree.
+// The program in float and the one in double find the same losses.
 void test_float_against_double(void **state) {
     (void)state;
     need_program();
@@ -397,7 +398,7 @@ void test_float_against_double(void **state) {
 // ---------------------------------------------------------------------------------------------------------------------
 // What the log and the terminal say of the routing
 
-// The options of run_tiny("--recipe ...").
+// The config that run_tiny("--recipe ...") trains.
 Config tiny_config(const char *recipe) {
     Config c;
     config_defaults(&c);
@@ -440,7 +441,7 @@ int check_router_lines(const char *recipe, const char *out) {
     return lines;
 }
 
-// Lines of what was said last that have this text in them.
+// How many lines of the last output contain this text.
 int said_lines(const char *text) {
     int count = 0;
     for (const char *at = said; (at = strstr(at, text)) != NULL; at += strlen(text))
@@ -472,8 +473,8 @@ void test_router_log(void **state) {
         assert_true(logged("log-still", "eval", step, "fluctuation") == 0);
 }
 
-// 64 experts, 64 tokens a step and nothing for balance: most starve. One line for each layer, after 100 steps, and not
-// again.
+// With 64 experts, 64 tokens a step and no balance loss, most experts never get a token. After 100 steps the program says so, once
+// for each layer.
 void test_dead_experts(void **state) {
     (void)state;
     need_program();
@@ -504,7 +505,7 @@ void test_dead_experts(void **state) {
     assert_int_equal(said_lines("warning"), 0);
 }
 
-// Choices that do not go together are refused, each with its reason.
+// Options of the router that contradict each other are refused, and the message says why.
 void test_bad_routers(void **state) {
     (void)state;
     need_program();
@@ -603,7 +604,7 @@ void test_bad_routers(void **state) {
     }
 }
 
-// The list names every recipe with its year and what it chooses; its checkpoint names every option that made it.
+// The list of recipes names each with its year and its options, and a checkpoint's config.json has every option of its run.
 void test_recipe_files(void **state) {
     (void)state;
     need_program();
@@ -652,7 +653,7 @@ typedef struct BadCase {
     const char *message;
 } BadCase;
 
-// Refused before anything is written.
+// Bad options are refused before anything is written.
 void test_bad_options(void **state) {
     (void)state;
     need_program();
@@ -715,7 +716,7 @@ void test_bad_options(void **state) {
     assert_true(!exists("nothing"));
 }
 
-// A run with --out below a file, or without permission, and a disk that is full.
+// --out is a path below a file, or a folder that must not be written, or the disk is full.
 void test_bad_places(void **state) {
     (void)state;
     need_program();
@@ -739,7 +740,7 @@ void test_bad_places(void **state) {
     assert_log("fuller", 4, 2);
 }
 
-// Makes a copy of scratch(from), changes it by a shell command run there, and runs the program on it.
+// Copies the folder scratch(from), runs a shell command in the copy that damages it, and runs the program on it.
 void check_bad_case(const char *from, const BadCase *c) {
     expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s && cd %s && %s", scratch("case"), scratch(from),
                  scratch("case"), scratch("case"), c->change),
@@ -808,7 +809,7 @@ void test_bad_checkpoints(void **state) {
     check_bad_case("good", &fine);
 }
 
-// Data folders: each file damaged in each way, before and after the run has begun.
+// Damages each file of a data folder in several ways, before a run begins and before it is resumed.
 void test_bad_data(void **state) {
     (void)state;
     need_program();
@@ -850,7 +851,7 @@ void test_bad_data(void **state) {
     assert_latest("moved", "checkpoint-2");
 }
 
-// Weights that explode: it stops, names the step, and the last checkpoint stays whole.
+// If the weights explode, the program stops and names the step, and the last checkpoint stays intact.
 void test_nan(void **state) {
     (void)state;
     need_program();

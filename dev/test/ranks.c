@@ -36,7 +36,7 @@ void test_ranks_variants(void **state) {
         check_ranks(variants[i][0], variants[i][1], 12);
 }
 
-// Copies go to the rank that has least to do, and count as half of its work for the next.
+// A copy of a busy expert goes to the rank with the least work, and takes over half of the expert's tokens.
 void test_ranks_copies(void **state) {
     (void)state;
     static const double load[8] = {8, 7, 1, 1, 1, 1, 2, 1};
@@ -55,7 +55,7 @@ void test_ranks_copies(void **state) {
     assert_false(agreed(wrong));
 }
 
-// A rank that computes for long answers those that wait, and the job goes on.
+// While one rank computes for a long time, the watch still hears from it, and the job goes on.
 void test_ranks_busy(void **state) {
     (void)state;
     double patience = watch_patience, start = seconds();

@@ -33,7 +33,7 @@ void test_select_topk(void **state) {
         assert_int_equal(expert[k], k);
 }
 
-// What a plan must be, word by word.
+// Checks a plan against its definition, word by word.
 void check_plan(const Plan *plan, int group_tokens, double factor) {
     int N = plan->N, E = plan->E, K = plan->K, dropped = 0, slots = 0, groups = N / group_tokens;
     int capacity = factor > 0 ? (int)fmin(ceil(factor * K * group_tokens / E - 1e-9), N * K) : N * K;
@@ -93,8 +93,9 @@ void assert_ints(const int *found, const int *wanted, int n) {
         assert_int_equal(found[i], wanted[i]);
 }
 
-// Three tokens, two experts, both chosen by each; capacity ceil(0.5 * 2*3/2) = 2. Expert 0 takes the first choices of
-// tokens 0 and 2 and refuses the second of token 1; expert 1 takes token 1's first, token 0's second, not token 2's.
+// Three tokens choose both of two experts; the capacity is ceil(0.5 * 2*3/2) = 2. Expert 0 takes the first choices of tokens 0
+// and 2 and refuses the second choice of token 1. Expert 1 takes the first choice of token 1 and the second of token 0, and
+// refuses that of token 2.
 void test_plan_by_hand(void **state) {
     (void)state;
     const int expert[6] = {0, 1, 1, 0, 0, 1}, key[6] = {0, 1, 1, -1, 0, -1}, slot[6] = {0, 2, 3, -1, 1, -1};
@@ -111,7 +112,7 @@ void test_plan_by_hand(void **state) {
     free_taken();
 }
 
-// Four tokens for expert 0 in the first group, none in the second: a group does not lend its room to another.
+// The first group sends four tokens to expert 0, the second none: a group cannot use the capacity of another.
 void test_capacity_of_groups(void **state) {
     (void)state;
     const int expert[8] = {0, 0, 0, 0, 1, 1, 0, 1}, key[8] = {0, 0, -1, -1, 1, 1, 0, -1};
@@ -124,7 +125,7 @@ void test_capacity_of_groups(void **state) {
     free_taken();
 }
 
-// The layer with its groups of tokens: evaluation drops nothing, training does; the next batch finds it unharmed.
+// A layer with groups of tokens drops choices in training and none at evaluation, and the next batch is not affected.
 void test_evaluation_drops_nothing(void **state) {
     (void)state;
     Config c = small_config("switch");
@@ -175,7 +176,7 @@ void test_balance(void **state) {
     free_taken();
 }
 
-// What is reported as aux, from the definition: weights times balance loss and z-loss, summed over the layers.
+// The loss that is reported as aux is, by definition, weight times balance loss plus weight times z-loss, summed over the layers.
 void test_aux(void **state) {
     (void)state;
     for (int group = SEQUENCE; group <= BATCH; group++) {
@@ -216,8 +217,8 @@ void test_aux(void **state) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Choosing: every way of it against a slow one that follows the words of its paper
 
-// Six experts in three groups, all scores negative: 0 for what is masked would win. Groups by their best: -4, -1, -3;
-// by the sum of their two best: -9, -3, -12. Then a tie: of groups of the same value the first.
+// Six experts in three groups. All scores are negative, so that a masked expert with score 0 would win. The groups' best scores
+// are -4, -1, -3, the sums of their two best -9, -3, -12. Then a tie: the first of equal groups is chosen.
 void test_mask_groups_by_hand(void **state) {
     (void)state;
     const real inf = (real)INFINITY;
@@ -292,7 +293,8 @@ void test_select_above(void **state) {
     }
 }
 
-// Each expert's tokens are those that fewer than `take` others come before: by score, of equals the earlier.
+// By definition, an expert chooses a token if fewer than `take` others come before it. A higher score comes first, and of equal
+// scores the earlier token.
 void test_select_by_experts(void **state) {
     (void)state;
     uint64_t random = 13;
@@ -418,8 +420,8 @@ void test_balance_table(void **state) {
     free_taken();
 }
 
-// Weights 0.1, 0.2, ... at threshold 0.5 are kept in 20%, 40%, ... of 4000 draws, from 0.5 on always; with a scale
-// of 2.5 the same.
+// With a threshold of 0.5, second choices of weight 0.1, 0.2, ... are kept in 20%, 40%, ... of 4000 draws, and from 0.5 on
+// always. A scale of 2.5 changes nothing.
 void test_decline_second(void **state) {
     (void)state;
     enum { N = 4000 };
@@ -452,7 +454,7 @@ typedef struct Capacity {                  // arguments of plan_capacity
     unsigned char *exempt;
 } Capacity;
 
-// What plan_capacity says it does, one choice after the other.
+// The definition of plan_capacity, one choice after the other.
 int naive_capacity(const Capacity *a, int N, int E, int K, int *expert, int *key) {
     int dropped = 0, *order = take_ints((size_t)N * K), *taken = take_ints(a->units),
         *served = take_ints((size_t)N * K);
@@ -539,8 +541,8 @@ void test_capacity(void **state) {
     }
 }
 
-// BY_TOKEN no later token decides an earlier one's fate: with the text cut short and the same capacity, what is left of
-// the plan is the same. The other two orders do let it.
+// With the order BY_TOKEN a later token never decides whether an earlier one is dropped: if the text is cut short and the
+// capacity stays, the rest of the plan stays as well. With the other two orders it may change.
 void test_capacity_is_causal(void **state) {
     (void)state;
     uint64_t random = 16;
@@ -701,8 +703,8 @@ void test_smooth_load_by_hand(void **state) {
     assert_near(noise_slope(0), 0.5, 1e-12);
 }
 
-// A layer of experts with x (4,2) = token types and a router such that type A has logits log(a), type B log(b). The
-// model has one layer.
+// A model of one layer with experts whose input x (4,2) is the types of its tokens, and whose router gives type A the logits
+// log(a) and type B log(b).
 Model *hand_made(const char *recipe, const char *options, const double *a, const double *b) {
     Config c;
     config_defaults(&c);
@@ -720,7 +722,7 @@ Model *hand_made(const char *recipe, const char *options, const double *a, const
     return m;
 }
 
-// Routes tokens of types such as "AABA"; first is the place of the first in the step.
+// Routes tokens of types such as "AABA"; `first` is the number of the first one in the step.
 LayerState *route(Model *m, const char *types, int mode, int first) {
     real x[8];
     for (int n = 0; n < 4; n++) {
@@ -814,8 +816,8 @@ void test_group_step(void **state) {
     model_free(m);
 }
 
-// The loss takes f from the choice without bias and groups, and P from all scores: a bias that forces other experts
-// leaves it alone.
+// The loss takes f from the choice that would be made without bias and groups, and P from all scores. So a bias that forces
+// other choices does not change it.
 void test_unbiased_balance(void **state) {
     (void)state;
     Config c = small_config("deepseek-v3");
@@ -859,7 +861,7 @@ void test_unbiased_balance(void **state) {
     free_taken();
 }
 
-// With groups chosen first P is the mean of the whole softmax, not of one over the experts that are left.
+// If groups are chosen first, P is still the mean of the softmax over all experts, not over those in the chosen groups.
 void test_balance_of_full_softmax(void **state) {
     (void)state;
     Config c = small_config("deepseek-v2");

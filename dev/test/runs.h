@@ -6,7 +6,7 @@
 #include "dev/test/shell.h"
 #include "dev/test/tokens.h"
 
-// An llm.c token file with random tokens, <|endoftext|> here and there. Its path is scratch(name).
+// Writes random tokens, some of them <|endoftext|>, to scratch(name), in the format of llm.c.
 void put_tokens(const char *name, int count, int vocab, uint64_t seed) {
     int32_t header[256] = {TOKENS_MAGIC, 1, count};
     char *bytes = (char *)allocate(1024 + 2 * (size_t)count, 1);
@@ -31,7 +31,8 @@ void make_data(void) { // scratch("data"), once
     small_tokenizer("data/tokenizer.json", NULL, NULL);
 }
 
-// The processes do not depend on this file's `real`: the float build tests them.
+// Every test that starts the program begins with this. The programs do not depend on the precision of the tests, so only the
+// float build runs them.
 void need_program(void) {
     const char *program = getenv("TRAIN_MOE");
     if (is_slow() || IS_DOUBLE)
@@ -43,8 +44,8 @@ void need_program(void) {
     setenv("OMP_WAIT_POLICY", "passive", 1); // the machine may have other things to do
 }
 
-// The command line of a tiny run in scratch(out), with more options behind; these alone, where they begin with
-// --prompt.
+// The command line of a tiny run in the folder scratch(out), followed by more options. If these begin with --prompt, the sizes
+// are left out, since they come from the checkpoint.
 const char *command_line(const char *out, const char *more) {
     static char line[2048];
     const char *program = getenv("TRAIN_MOE"), *recipe = strstr(more, "--recipe ");
@@ -68,7 +69,7 @@ int run_tiny(const char *out, const char *more) {
     return shell(said, sizeof(said), "%s", command_line(out, more));
 }
 
-// The object in a line of a log; *line moves on to the next one.
+// Reads the JSON object of one line of a log, and moves *line to the next line.
 Json *next_line(char **line, const char *end) {
     char *start = *line, *stop = (char *)memchr(start, '\n', (size_t)(end - start));
     if (!stop || strncmp(start, "{\"type\":\"", 9) || stop[-1] != '}')
@@ -77,7 +78,7 @@ Json *next_line(char **line, const char *end) {
     return json_parse(start, (size_t)(stop - start), "log.jsonl");
 }
 
-// The last number `name` in a run's log of that type and step; NaN: there is none. Every line has to be JSON.
+// The last number called `name` in a run's log, in lines of this type and step; NaN if there is none. Every line has to be JSON.
 double logged(const char *out, const char *type, int step, const char *name) {
     char file[300];
     size_t size;
@@ -105,7 +106,7 @@ void parse_log(void *arg) { // in a process of its own, since a line that is no 
     free(text);
 }
 
-// Every step of 1..last has one step line, one router line for each layer with experts, in order.
+// Checks that the log has, in order, one step line for each step from 1 to last, and one router line for each layer with experts.
 void assert_log(const char *out, int last, int routers) {
     char file[300];
     size_t size;

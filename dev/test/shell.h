@@ -6,7 +6,7 @@
 char said[1 << 16]; // by the last program, on stdout and stderr
 size_t said_size;
 
-// Runs a command line; its exit status, or -signal.
+// Runs a command line. Returns its exit status, or the number of the signal that ended it, negative.
 int shell(char *output, size_t size, const char *format, ...) {
     char command[4096];
     va_list args;
@@ -24,7 +24,7 @@ int shell(char *output, size_t size, const char *format, ...) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
-// AddressSanitizer's check for leaks; what ends by fail() has not freed its memory.
+// Switches AddressSanitizer's search for leaks on or off: a program that ends with an error does not free its memory.
 void check_leaks(int yes) {
     if (yes)
         unsetenv("ASAN_OPTIONS");

@@ -3,11 +3,13 @@
 #pragma once
 #include "dev/test/model.h"
 
-uint64_t decided; // a hash of the discrete decisions of the last objective; 0 where there are none
+// A hash of the discrete decisions that the last call of the objective took (which experts were chosen, which numbers ReLU let
+// through). 0 if there are none.
+uint64_t decided;
 
-// Fourth-order central differences of f, `samples` places in x (n), against its gradient dx. The error is relative to
-// the larger of the gradient and dx's root mean square. Returns how many places were skipped, since a decision changed
-// there.
+// Compares the gradient dx of f with central differences of fourth order, in `samples` of the n numbers of x. The error is
+// measured by the larger of the gradient itself and the root mean square of dx, and may be 1e-6. Where a decision changes
+// between two of the four points, f has a kink and no slope: such numbers are skipped, and the function returns how many.
 int check_slopes(const char *what, real *x, size_t n, const real *dx, double (*f)(void *), void *ctx, int samples) {
     const double h = 1e-3, steps[4] = {2 * h, h, -h, -2 * h};
     double rms = sqrt(inner(dx, dx, n) / (double)n), value[4];

@@ -5,10 +5,7 @@
 #include "dev/test/shell.h"
 #include "dev/test/tokens.h"
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Tokenizer
-
-// The definition, word by word: look through all pairs, merge the first of the lowest rank, begin again.
+// Byte-pair encoding by its definition: look at all pairs, merge the first pair of the lowest rank, and begin again.
 size_t encode_by_definition(const Tokenizer *t, const char *s, size_t n, int *ids) {
     size_t count = 0;
     for (size_t length; n > 0; s += length, n -= length) {
@@ -36,9 +33,6 @@ size_t encode_by_definition(const Tokenizer *t, const char *s, size_t n, int *id
     return count;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// data/tokenize, the program
-
 uint16_t *read_shard(const char *path, size_t *count) { // to be freed; checks the header
     size_t size;
     char *bytes = read_file(path, &size);
@@ -55,7 +49,7 @@ uint16_t *read_shard(const char *path, size_t *count) { // to be freed; checks t
     return (uint16_t *)bytes;
 }
 
-// Many little documents of made-up words; a comma between some.
+// Writes many short documents of invented words, some of them followed by a comma.
 const char *write_documents(const char *name, int documents, uint64_t seed) {
     static const char *const parts[] = {"sto", "ry",        "ba",  "na", "the",
                                         "ing", "e\xcc\x81", "cat", "12", "\xe4\xb8\xad"};
@@ -330,7 +324,7 @@ void test_tokenize_bad_options(void **state) {
     assert_non_null(strstr(output, "--vocab N"));
 }
 
-// Runs the program on a text that must be refused: exit 1, the message, and nothing left in the output folder.
+// Runs the program on a text that it has to refuse: with exit status 1, this message, and no file left in the output folder.
 void assert_refused(const char *message, const char *prefix, const char *arguments) {
     char output[4096], here[2048];
     assert_non_null(getcwd(here, sizeof(here)));

@@ -3,7 +3,7 @@
 #pragma once
 #include "dev/test/common.h"
 
-// <|endoftext|>, the bytes, and a few merges, as a tokenizer.json. Where `from` is found in it, `to` stands instead.
+// Writes a tokenizer.json with <|endoftext|>, the 256 bytes and a few merges. The text `from` in it is replaced by `to`.
 const char *small_tokenizer(const char *name, const char *from, const char *to) {
     static const char *const tokens[] = {"he", "ll", "hell", "hello", "\xc4\xa0h", "\xc4\xa0hello", "aa", "aaaa"};
     char *text = NULL;

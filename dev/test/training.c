@@ -68,7 +68,7 @@ void test_recompute(void **state) {
     }
 }
 
-// Rows that no expert wrote, and numbers of the step before, are read nowhere: with NaN in all of them nothing changes.
+// Nobody reads rows that no expert wrote, or numbers of the step before: with NaN in all of them, nothing changes.
 void test_poison(void **state) {
     (void)state;
     static const char *const more[] = {"", "--capacity-factor 0.5 --eval-capacity-factor 0.5"};
@@ -142,8 +142,7 @@ void test_generation(void **state) {
     }
 }
 
-// A model of one layer sees in a long text what it would see in its last seq tokens alone, since positions are
-// relative.
+// With one layer, generation in a long text sees what it would see in the last seq tokens alone, since positions are relative.
 void test_generation_forgets(void **state) {
     (void)state;
     Config c = small_config("mixtral");
@@ -173,7 +172,8 @@ void test_generation_forgets(void **state) {
 // The tokens are random, so that the language model's gradient has no reason to prefer another router. Where there is
 // something to learn, AdamW scatters a lopsided router even without a balance loss, and a test would show nothing.
 
-// All embeddings share a direction, and expert 0 (of group 0) leans on it: its logit is `gap` above the others'.
+// Gives all embeddings a common direction, along which the router's row of expert 0 (of group 0) points, so that the logit of
+// that expert is `gap` above the others'.
 void lean_on_one(Model *m, const int *inputs, const int *targets, int B, int T, double gap) {
     const Config *c = &m->config;
     LayerState *s = &m->layers[0];
@@ -257,10 +257,9 @@ Collapse train_collapsed(const char *recipe, const char *more) {
     return found;
 }
 
-// What promises balance finds it again within 200 steps. Two do so in part only:
-// deepseek-v3's bias moves by 0.001 a step, 0.2 in these, while sigmoid scores are 0.95 and 0.5 apart here: hence ten
-// times its rate. variance has a gradient only by the weights of the chosen, so that it evens out the chosen ones and
-// wakes nobody.
+// Every recipe that promises balance finds it again within 200 steps. Two are special. The bias of deepseek-v3 changes by 0.001
+// a step, 0.2 in all, while the sigmoid scores here are 0.95 and 0.5: hence ten times its rate. variance has a gradient only by
+// the weights of chosen experts, so that it evens out these and never wakes an expert that nobody chooses.
 void test_collapse(void **state) {
     (void)state;
     if (!IS_DOUBLE) // the float build has enough to do with programs
@@ -368,8 +367,9 @@ int is_norm(const Tensor *t) {
     return t->kind == NORM1 || t->kind == NORM2 || t->kind == NORM;
 }
 
-// AdamW by the plain loops, on the same gradients, some of them zero or tiny; clip: 0, one that never bites, one that
-// always does. vocab moves the size of the model around multiples of UPDATE_CHUNK.
+// AdamW against the plain loops, on the same gradients, some of which are zero or tiny; without clipping, with a limit that is
+// never reached, and with one that always is. `vocab` makes the model a little larger or smaller than a multiple of
+// UPDATE_CHUNK.
 void check_optimizer(const char *choices, int vocab) {
     Config c = small_config("mixtral");
     c.vocab = vocab;
@@ -437,7 +437,7 @@ void test_optimizer(void **state) {
     check_optimizer("--layers 1 --dim 130 --heads 1 --kv-heads 1 --clip 0.1", 129);
 }
 
-// A router of one row is a matrix all the same.
+// The router of a single expert has one row, and is a matrix nevertheless: it is decayed.
 void test_optimizer_of_one_expert(void **state) {
     (void)state;
     check_optimizer("--experts 1 --topk 1 --weight-decay 0.5", 50);
@@ -452,7 +452,7 @@ void test_optimizer_of_one_expert(void **state) {
     free(parts);
 }
 
-// First values: norms are 1, the rest has the standard deviation that the scheme wants and, truncated, no tail.
+// First weights: norms are 1. All others have the standard deviation of the scheme and, if it truncates, nothing beyond its limit.
 void test_init_schemes(void **state) {
     (void)state;
     for (int scheme = NORMAL; scheme <= TRUNCATED; scheme++) {
@@ -483,7 +483,7 @@ void test_init_schemes(void **state) {
     }
 }
 
-// The largest difference between the gradients of a batch of four and those of its two halves, over the largest
+// The largest difference between the gradients of a batch of four sequences and those of its two halves, divided by the largest
 // gradient.
 double halves_differ(const char *recipe, const char *choices) {
     Config c = small_config(recipe);
@@ -548,7 +548,7 @@ void test_sampler(void **state) {
         assert_int_equal(sample(far, 4, 1, 0, 1, us[i]), 1);
 }
 
-// 20000 draws are within three standard deviations of what they should be.
+// Each token is drawn as often as its probability says, to three standard deviations of 20000 draws.
 void check_draws(double temperature, int top_k, double top_p, const double *wanted) {
     const real logits[5] = {0, 1, 2, (real)-1, (real)1.5};
     int count[5] = {0};
