@@ -56,13 +56,14 @@ TWIN     = -DTWIN='"dev/build/emulated/train_moe_cu.cpp"'
 E        = dev/build/emulated
 # The text as the emulator takes it. The kernels' headers are rewritten too, into a folder that has the same paths: a file finds
 # them there first.
-REWRITE  = @mkdir -p $(@D) && (echo '\#line 1 "$<"'; sed -E -f dev/emulator/rewrite.sed $<) > $@
+REWRITE  = @mkdir -p $(@D) && (echo '\#line 1 "$(or $(NAME),$<)"'; sed -E -f dev/emulator/rewrite.sed $<) > $@
 KERNELS  = $(patsubst %,$(E)/%,$(wildcard dev/cuda/*.cuh dev/cuda/*/*.cuh))
 
 $(E)/train_moe_cu.cpp: train_moe.cu dev/emulator/rewrite.sed $(KERNELS)
 	$(REWRITE)
 $(KERNELS): $(E)/%: % dev/emulator/rewrite.sed
 	$(REWRITE)
+$(E)/check.cpp $(E)/check_nccl.cpp: NAME = $(<F) # which these programs look for in messages
 $(E)/check.cpp $(E)/check_nccl.cpp: $(E)/%.cpp: dev/emulator/%.cu dev/emulator/rewrite.sed
 	$(REWRITE)
 $(E)/bench_cu.cpp: dev/bench/bench.cu dev/emulator/rewrite.sed

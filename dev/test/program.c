@@ -135,7 +135,7 @@ void test_resume_options(void **state) {
     assert_true(isfinite(logged("options", "eval", 5, "val_loss")));
 }
 
-// --resume with the same sequences in a step, but but cut into other micro-steps. Another number is refused.
+// --resume with the same sequences in a step, but cut into other micro-steps. Another number is refused.
 void test_resume_pieces(void **state) {
     (void)state;
     need_program();
