@@ -63,7 +63,8 @@ $(E)/train_moe_cu.cpp: train_moe.cu dev/emulator/rewrite.sed $(KERNELS)
 	$(REWRITE)
 $(KERNELS): $(E)/%: % dev/emulator/rewrite.sed
 	$(REWRITE)
-$(E)/check.cpp $(E)/check_nccl.cpp: NAME = $(<F) # which these programs look for in messages
+# These two look for their own short name in messages.
+$(E)/check.cpp $(E)/check_nccl.cpp: NAME = $(<F)
 $(E)/check.cpp $(E)/check_nccl.cpp: $(E)/%.cpp: dev/emulator/%.cu dev/emulator/rewrite.sed
 	$(REWRITE)
 $(E)/bench_cu.cpp: dev/bench/bench.cu dev/emulator/rewrite.sed
