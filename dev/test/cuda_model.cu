@@ -948,8 +948,7 @@ void test_gpu_no_room(void **state) {
         fail_msg("%s", message);
 }
 
-enum { BAD_LINE = __LINE__ + 3 };
-
+enum { BAD_LINE = __LINE__ + 3 }; // of the two calls
 void bad_call(void *arg) {
     void *p;
     *(int *)arg ? CHECK(CUBLAS_STATUS_INVALID_VALUE) : CHECK(cudaMalloc(&p, (size_t)1 << 60));
