@@ -1,4 +1,4 @@
-// Made by dev/unicode.py from Unicode 16.0.0: the first and the last code point of each range.
+// Made by data/unicode.py from Unicode 16.0.0: the first and the last code point of each range.
 #include <stdint.h>
 
 static const int32_t unicode_letters[] = { // 677 ranges

@@ -1,0 +1,324 @@
+#!/usr/bin/env bash
+# Trains dense and a mixture of equal active size at the same time, one thread each, and prints Markdown tables of
+# val_bpb against time: when does the mixture reach the value that dense ends with?
+# What is finished is not trained again and what was cut off goes on: after Ctrl-C, type the same command again.
+set -eu
+export LC_ALL=C
+
+# The model and its training, the same for both, and what each has of its own (these override).
+common="--layers 4 --dim 32 --heads 2 --seq 128 --batch 8 --warmup 100"
+dense="--recipe dense --topk 2 --ffn 64 --lr 8e-3"
+mixture="--recipe mixtral --experts 16 --topk 4 --ffn 32 --lr 8e-3"
+steps=2000 mixture_steps='' seeds="1 2 3"
+
+fail() {
+    echo "clock.sh: $1" >&2
+    exit "${2:-1}"
+}
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+train=${TRAIN_MOE:-$root/train_moe}
+called="dev/bench/clock.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
+out=$root/runs/clock data='' from='' only_table=''
+while [ $# -gt 0 ]; do
+    case $1 in
+    -h | --help)
+        cat << END
+usage: dev/bench/clock.sh [--data DIR | --from DIR] [--out DIR] [--seeds "1 2 3"] [--steps N] [--mixture-steps N]
+                    [--common OPTIONS] [--dense OPTIONS] [--mixture OPTIONS] [--table]
+
+  --data DIR          tokens to train on (default: OUT/data if it is there, else data/tinystories, else data/stories)
+  --from DIR          make OUT/data, unless it is there, of DIR/*train*.txt and DIR/*valid*.txt: 4096 tokens
+  --out DIR           where the runs live (default $out)
+  --seeds LIST        one pair of runs each (default $seeds)
+  --steps N           steps of a run (default $steps)
+  --mixture-steps N   steps of the mixture's runs, which are also the length of its schedule (default: as --steps)
+  --common OPTIONS    of train_moe, for both ($common)
+  --dense OPTIONS     for dense alone ($dense)
+  --mixture OPTIONS   for the mixture alone ($mixture)
+  --table             train nothing, print the tables of what is finished
+
+The tables go to standard output, progress to standard error. The variable TRAIN_MOE names another train_moe. Both runs
+of a seed start together, one thread each, each on a core of its own where taskset exists, so that they suffer the same
+noise. Time is that of the steps alone: no evaluation, no checkpoint.
+END
+        exit ;;
+    --table)
+        only_table=1
+        shift ;;
+    --data | --from | --out | --steps | --mixture-steps | --seeds | --common | --dense | --mixture)
+        [ $# -ge 2 ] || fail "$1 needs a value" 2
+        name=${1#--}
+        printf -v "${name//-/_}" %s "$2" # $data, $from and so on
+        shift 2 ;;
+    *) fail "$1: unknown option (-h shows the options)" 2 ;;
+    esac
+done
+mixture_steps=${mixture_steps:-$steps}
+for number in "$steps" "$mixture_steps"; do
+    [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number: not a number of steps" 2
+done
+
+finished() { # $1: log.jsonl; is its last step evaluated?
+    [ -f "$1" ] && awk '
+        /^."type":"run"/ && match($0, /"steps":[0-9]+/) { steps = substr($0, RSTART + 8, RLENGTH - 8) }
+        /^."type":"eval"/ && match($0, /"step":[0-9]+/) { done = substr($0, RSTART + 7, RLENGTH - 7) }
+        END { exit !(steps && steps == done) }' "$1"
+}
+
+table() {
+    local logs=() unfinished='' dir pair
+    for dir in "$out"/dense-seed*; do
+        pair=$out/mixture-${dir##*/dense-}
+        if finished "$dir/log.jsonl" && finished "$pair/log.jsonl"; then
+            logs+=("$dir/log.jsonl" "$pair/log.jsonl")
+        elif [ -d "$dir" ]; then
+            unfinished="$unfinished ${dir##*/dense-}"
+        fi
+    done
+    [ ${#logs[@]} -gt 0 ] || fail "$out: no pair of runs there is finished"
+    echo "Printed on $(date +%Y-%m-%d) by \`$called\` from pairs of runs on"
+    echo
+    sort -u "$out"/*-seed*/where.txt | sed 's/^/- /'
+    echo
+    echo "- dense: \`./train_moe $(cat "$out/dense.txt") --seed SEED\`"
+    echo "- mixture: \`./train_moe $(cat "$out/mixture.txt") --seed SEED\`"
+    awk '
+    function number(name) { # what this line gives for that name, "" where it does not
+        if (!match($0, "\"" name "\":-?[0-9][-+.0-9e]*"))
+            return ""
+        return substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3) + 0
+    }
+    # The curve of run r, side and seed: at[r, 1..n[r]] seconds, of[r, .] tokens, bpb[r, .].
+    function value(y, r, t,    k) { # y of run r at t seconds: linear between evaluations, "" outside of them
+        for (k = 1; k <= n[r] && at[r, k] < t; k++)
+            ;
+        if (k > n[r]) return t < at[r, n[r]] * 1.000001 ? y[r, n[r]] : ""
+        if (k == 1) return at[r, 1] == t ? y[r, 1] : ""
+        return y[r, k - 1] + (y[r, k] - y[r, k - 1]) * (t - at[r, k - 1]) / (at[r, k] - at[r, k - 1])
+    }
+    function tokens(r, t) { return t < at[r, 1] ? of[r, 1] * t / at[r, 1] : value(of, r, t) }
+    function reach(x, r, goal,    k) { # x (seconds or tokens) at which run r first has bpb <= goal, "" if it never does
+        for (k = 1; k <= n[r] && bpb[r, k] > goal; k++)
+            ;
+        if (k > n[r]) return ""
+        if (k == 1) return x[r, 1]
+        return x[r, k - 1] + (x[r, k] - x[r, k - 1]) * (bpb[r, k - 1] - goal) / (bpb[r, k - 1] - bpb[r, k])
+    }
+    function spread(y, side, part,    i, v, sum, low, high) { # over seeds, at that part of dense'\''s time
+        for (i = 1; i <= seeds; i++) {
+            v = value(y, side seed[i], part * total["dense" seed[i]])
+            if (v == "") return "-"
+            sum += v
+            if (i == 1 || v < low) low = v
+            if (i == 1 || v > high) high = v
+        }
+        return sprintf("%.4f", sum / seeds) (seeds > 1 ? sprintf(" (%.4f to %.4f)", low, high) : "")
+    }
+    function mean_tokens(side, part,    i, v, sum) {
+        for (i = 1; i <= seeds; i++) {
+            v = tokens(side seed[i], part * total["dense" seed[i]])
+            if (v == "") return "-"
+            sum += v
+        }
+        return sprintf("%.2f", sum / seeds / 1e6)
+    }
+    function ratio(name, v) { # prints v in its column, and remembers it for the last line
+        if (v == "") { printf " | never"; never[name] = 1; return }
+        printf " | %.3f", v
+        sums[name] += v
+        if (!counted[name]++) low[name] = high[name] = v
+        if (v < low[name]) low[name] = v
+        if (v > high[name]) high[name] = v
+    }
+    FNR == 1 {
+        match(FILENAME, /(dense|mixture)-seed[^\/]*\/log.jsonl$/)
+        name = substr(FILENAME, RSTART, RLENGTH - 10)
+        side = name; sub(/-.*/, "", side)
+        sub(/.*-seed/, "", name)
+        run = side name
+        if (side == "dense") seed[++seeds] = name
+        step = seconds = 0
+    }
+    /^."type":"run"/ {
+        if ((from = number("start_step")) > 0) {
+            step = from
+            stopped[name] = "*"; any_stopped = 1
+        }
+        active[side] = number("active_params") / 1e6; all[side] = number("params") / 1e6
+    }
+    /^."type":"step"/ { # ms is the mean of the steps since the line before
+        seconds += (number("step") - step) * number("ms") / 1000
+        step = number("step"); seen = number("tokens")
+    }
+    /^."type":"eval"/ {
+        k = ++n[run]
+        at[run, k] = seconds; of[run, k] = seen; bpb[run, k] = number("val_bpb")
+        total[run] = seconds
+        all_tokens[run] = seen
+    }
+    END {
+        printf "\nWeights, active / all: dense %.2f / %.2f million, ", active["dense"], all["dense"]
+        printf "mixture %.2f / %.2f million.\n\n", active["mixture"], all["mixture"]
+        print "| time, dense = 1 | seconds | dense: tokens, million | dense: val_bpb | mixture: tokens, million |" \
+            " mixture: val_bpb |"
+        print "| --- | --- | --- | --- | --- | --- |"
+        longest = 1
+        for (i = 1; i <= seeds; i++) {
+            mean += total["dense" seed[i]] / seeds
+            part = total["mixture" seed[i]] / total["dense" seed[i]]
+            if (part > longest) longest = part
+        }
+        for (i = 1; i <= 12 || (i - 1) / 12 < longest; i++) {
+            part = i / 12
+            if (part > 1 && spread(bpb, "mixture", part) == "-") break
+            printf "| %.2f | %.0f | %s | %s", part, part * mean, mean_tokens("dense", part), spread(bpb, "dense", part)
+            printf " | %s | %s |\n", mean_tokens("mixture", part), spread(bpb, "mixture", part)
+        }
+        print "\n| seed | dense: val_bpb at its end | mixture: val_bpb at its end | its time | mixture reaches the end" \
+            " of dense: time | tokens | a token of the mixture takes |"
+        print "| --- | --- | --- | --- | --- | --- | --- |"
+        for (i = 1; i <= seeds; i++) {
+            d = "dense" seed[i]; m = "mixture" seed[i]
+            goal = bpb[d, n[d]]
+            printf "| %s%s | %.4f | %.4f", seed[i], stopped[seed[i]], goal, bpb[m, n[m]]
+            sums["dense"] += goal; sums["mixture"] += bpb[m, n[m]]
+            ratio("end", total[m] / total[d])
+            t = reach(at, m, goal)
+            ratio("time", t == "" ? "" : t / total[d])
+            ratio("tokens", t == "" ? "" : reach(of, m, goal) / all_tokens[d])
+            t = total[d] < total[m] ? total[d] : total[m] # both still ran
+            ratio("tax", tokens(d, t) / tokens(m, t))
+            print " |"
+            t = reach(at, d, goal) / total[d]
+            if (t < 0.98) early = early sprintf("\nSeed %s: dense itself first had the val_bpb of its end at %.2f of" \
+                " its time.\n", seed[i], t)
+        }
+        printf "| mean | %.4f | %.4f", sums["dense"] / seeds, sums["mixture"] / seeds
+        split("end time tokens tax", names, " ")
+        for (i = 1; i <= 4; i++)
+            if (never[names[i]]) printf " | -"
+            else printf " | %.3f (%.3f to %.3f)", sums[names[i]] / seeds, low[names[i]], high[names[i]]
+        print " |"
+        if (any_stopped) print "\n\\* stopped and gone on with: its two runs were not beside each other all the time."
+        printf "%s", early
+    }' "${logs[@]}"
+    cat << 'END'
+
+Of several seeds the mean, the lowest and the highest. Time is that of the steps alone, without evaluations and
+checkpoints, and between evaluations curves are straight. Times and tokens are shares of those of the dense run of the same
+seed; the last column compares the time of a token, mixture over dense, as long as both ran.
+END
+    [ -z "$unfinished" ] || printf '\nNot finished:%s\n' "$unfinished"
+}
+
+[ -d "$out" ] || [ -z "$only_table" ] || fail "$out: no such folder"
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+if [ -n "$only_table" ]; then
+    table
+    exit
+fi
+
+# The program and the data.
+if [ ! -x "$train" ]; then
+    [ "$train" = "$root/train_moe" ] || fail "$train: no such program"
+    make -C "$root" train_moe >&2 || fail "train_moe is not built, and make train_moe failed, see above"
+fi
+[ -z "$data" ] || [ -z "$from" ] || fail "--data names tokens, --from text to make them of: give one of them" 2
+if [ -n "$from" ] && [ ! -f "$out/data/tokenizer.json" ]; then
+    for text in "$from"/*train*.txt "$from"/*valid*.txt; do
+        [ -f "$text" ] || fail "--from: no $text"
+    done
+    [ -x "$root/data/tokenize" ] || make -C "$root" data/tokenize >&2 || fail "make data/tokenize failed, see above"
+    rm -rf "$out/data.new"
+    "$root/data/tokenize" --clean --vocab 4096 --out "$out/data.new" "$from"/*train*.txt "$from"/*valid*.txt >&2
+    mv "$out/data.new" "$out/data"
+fi
+for dir in "$out/data" "$root/data/tinystories" "$root/data/stories"; do
+    [ -n "$data" ] || [ ! -f "$dir/tokenizer.json" ] || data=$dir
+done
+[ -n "$data" ] || fail "nothing to train on: give --data DIR with tokens, or --from DIR with *train*.txt, *valid*.txt"
+data=$(cd "$data" 2> /dev/null && pwd) || fail "--data: no such folder"
+
+options() { # $1: side, $2: steps; some 25 evaluations, each behind a step that is logged
+    local every=$(($2 / 250 * 10))
+    [ $every -gt 0 ] || every=10
+    echo "--data $(printf %q "$data") $common --steps $2 ${!1} --threads 1 --log-every 10 --eval-every $every" \
+        "--eval-batches 0 --sample-every 0 --tokens 1 --save-every $every --keep 1"
+}
+remember() { # $1: file, $2: the options of the runs there; fails where they were others
+    [ -s "$1" ] || echo "$2" > "$1"
+    [ "$(cat "$1")" = "$2" ] || fail "$out was trained with other options; remove it or choose another --out. They were \
+$(cat "$1")" 2
+}
+remember "$out/dense.txt" "$(options dense "$steps")"
+remember "$out/mixture.txt" "$(options mixture "$mixture_steps")"
+
+# Two cores, where this system lets a program choose: "0-3,8" becomes 0 1 2 3 8, of which the first two serve.
+cores=()
+if command -v taskset > /dev/null && mine=$(taskset -cp $$ 2> /dev/null); then
+    for range in $(echo "${mine##*: }" | tr , ' '); do
+        for ((core = ${range%-*}; core <= ${range#*-}; core++)); do cores+=("$core"); done
+    done
+fi
+processor=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2> /dev/null | head -n 1)
+[ -n "$processor" ] || processor=$(sysctl -n machdep.cpu.brand_string 2> /dev/null || uname -m)
+commit=$(git -C "$root" rev-parse --short HEAD 2> /dev/null || echo unknown)
+[ "$commit" = unknown ] || git -C "$root" diff --quiet HEAD -- train_moe.c ||
+    commit="$commit with changes in train_moe.c"
+pinned="not pinned"
+[ ${#cores[@]} -lt 2 ] || pinned="a core each"
+where="$processor, $(getconf _NPROCESSORS_ONLN) cores, one thread and $pinned, commit $commit, $(date +%Y-%m-%d)"
+
+children=()
+stop() { # train_moe saves, and goes on next time
+    trap '' INT TERM HUP
+    [ ${#children[@]} -eq 0 ] || kill -TERM "${children[@]}" 2> /dev/null || :
+    wait
+    echo "stopped; the same command goes on from here" >&2
+    exit 130
+}
+trap stop INT TERM HUP
+start() { # $1: side, $2: seed, $3: which of the two cores
+    local dir=$out/$1-seed$2 pin=()
+    mkdir -p "$dir"
+    ! finished "$dir/log.jsonl" || return 0
+    [ ${#cores[@]} -lt 2 ] || pin=(taskset -c "${cores[$3]}")
+    echo "$where" >> "$dir/where.txt"
+    # In the background, so that a signal to this script need not wait for the end of the run.
+    eval "exec_options=($(cat "$out/$1.txt"))"
+    OMP_NUM_THREADS=1 ${pin[@]+"${pin[@]}"} "$train" --resume --out "$dir" "${exec_options[@]}" --seed "$2" \
+        < /dev/null >> "$dir/train.txt" 2>&1 &
+    children+=($!)
+}
+read -r -a list <<< "$seeds"
+echo "${#list[@]} pairs of runs; what train_moe says goes to train.txt in each one's folder in $out" >&2
+failed='' i=0
+for seed in "${list[@]}"; do
+    printf '[%d/%d] seed %s:' $((i + 1)) ${#list[@]} "$seed" >&2
+    children=()
+    start dense "$seed" $((i % 2)) # the two change cores from seed to seed
+    start mixture "$seed" $((1 - i % 2))
+    i=$((i + 1))
+    for child in ${children[@]+"${children[@]}"}; do
+        rc=0
+        wait "$child" || rc=$?
+        [ $rc -ne 130 ] || stop
+    done
+    children=()
+    for side in dense mixture; do
+        dir=$out/$side-seed$seed
+        if finished "$dir/log.jsonl"; then
+            sed -n "s/^.\"type\":\"eval\",.*\"val_bpb\":\([0-9.]*\).*/ $side \1/p" "$dir/log.jsonl" | tail -n 1 | tr -d '\n' >&2
+        else
+            failed="$failed ${dir##*/}"
+            printf ' %s FAILED: %s' $side "$(tail -n 1 "$dir/train.txt")" >&2
+        fi
+    done
+    echo >&2
+done
+rc=0
+(table) || rc=1
+[ -z "$failed" ] || fail "failed:$failed; the reason is at the end of train.txt in each one's folder in $out"
+exit $rc

@@ -1,0 +1,263 @@
+# The workshop's part of the Makefile: the tests of dev/test, sanitizers, valgrind, other processors, the CUDA twin's emulator,
+# benchmarks. What is built lies in dev/build, benchmarks beside their sources.
+
+.PHONY: test_rest test_mpi test_emulated test_cu test_nccl check_nccl test_in test_sse2 test_avx2 test_arm64 \
+    sanitize sanitize_double sanitize_emulated sanitize_cu tsan valgrind bench bench_all bench_mpi bench_cu format
+
+# ---- the tests of the C program: one program for each subject
+
+TESTS        = $(addprefix dev/build/,layers routers recipes training json tokenizer tokenize loader program)
+TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double)
+
+$(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
+	$(TEST_BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ -lcmocka $(LIBS)
+
+$(TESTS_DOUBLE): dev/build/%_double: dev/test/%.c $(CHOICE) | cmocka
+	$(TEST_BUILD) $(DEPS) $(LOOPS) $(OPENMP) -DREAL=double $< -o $@ -lcmocka $(LIBS)
+
+##test_rest: the tests of dev/test: layers, routers, recipes, training in float and double; files, data and the program; the CUDA twin
+test_rest:
+	@$(PAIR) $(TESTS) $(TESTS_DOUBLE) train_moe train_moe_double data/tokenize
+	@for test in $(TESTS) $(TESTS_DOUBLE); do echo $$test; $$test || exit 1; done
+	@if command -v $(CXX) >/dev/null; then $(PAIR) test_emulated; \
+	else echo "the CUDA twin's tests are not run: they need a C++ compiler"; fi
+
+# ---- several processes
+
+##train_moe_mpi_double: the trainer for several processes, in double
+train_moe_mpi_double: train_moe.c $(CHOICE)
+	$(NEED_MPI)
+	$(WITH_MPI) $(FLAGS) $(DEPS) $(LOOPS) $(OPENMP) -DUSE_MPI -DREAL=double train_moe.c -o $@ $(LIBS) $(RT)
+
+dev/build/ranks dev/build/ranks_double: dev/test/ranks.c $(CHOICE) | cmocka
+	$(NEED_MPI)
+	$(WITH_MPI) $(TEST_FLAGS) $(DEPS) $(LOOPS) $(OPENMP) -DUSE_MPI $(if $(findstring double,$@),-DREAL=double) \
+	    $< -o $@ -lcmocka $(LIBS) $(RT)
+
+# More processes than cores, and, in a container, by root.
+MPIRUN ?= OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 mpirun
+
+##test_mpi: several processes against one: every recipe, uneven loads, crashes; needs MPI
+test_mpi: dev/build/ranks dev/build/ranks_double dev/build/mpi train_moe_mpi
+	$(MPIRUN) -np 4 dev/build/ranks_double
+	$(MPIRUN) -np 4 dev/build/ranks
+	MPIRUN="env $(MPIRUN)" TRAIN_MOE_MPI=./train_moe_mpi dev/build/mpi
+
+# ---- the CUDA twin on the processor: dev/emulator looks like the few headers that train_moe.cu includes, and sed writes a
+# kernel's start as a function call. The compiler may not invent operations here, since invalid ones are errors (hence no
+# -fno-trapping-math).
+
+EMULATED_FLAGS = -x c++ -std=gnu++17 -O2 -g $(WARN) -Wno-unknown-pragmas $(ARCH) -ffp-contract=fast -fno-math-errno \
+    $(if $(findstring clang,$(CXX)),-ffp-exception-behavior=maytrap) $(LOOPS) $(OPENMP) -DCUDACPU -Idev/emulator -I.
+EMULATED = $(CXX) $(EMULATED_FLAGS)
+# With NCCL, which MPI answers: mpicxx calls the same compiler.
+EMULATED_NCCL = OMPI_CXX=$(CXX) MPICH_CXX=$(CXX) $(MPICXX) $(EMULATED_FLAGS) $(USE_NCCL)
+TWIN     = -DTWIN='"dev/build/emulated/train_moe_cu.cpp"'
+E        = dev/build/emulated
+# The text as the emulator takes it. The kernels' headers are rewritten too, into a folder that has the same paths: a file finds
+# them there first.
+REWRITE  = @mkdir -p $(@D) && (echo '\#line 1 "$(or $(NAME),$<)"'; sed -E -f dev/emulator/rewrite.sed $<) > $@
+KERNELS  = $(patsubst %,$(E)/%,$(wildcard dev/cuda/*.cuh dev/cuda/*/*.cuh))
+
+$(E)/train_moe_cu.cpp: train_moe.cu dev/emulator/rewrite.sed $(KERNELS)
+	$(REWRITE)
+$(KERNELS): $(E)/%: % dev/emulator/rewrite.sed
+	$(REWRITE)
+# These two look for their own short name in messages.
+$(E)/check.cpp $(E)/check_nccl.cpp: NAME = $(<F)
+$(E)/check.cpp $(E)/check_nccl.cpp: $(E)/%.cpp: dev/emulator/%.cu dev/emulator/rewrite.sed
+	$(REWRITE)
+$(E)/bench_cu.cpp: dev/bench/bench.cu dev/emulator/rewrite.sed
+	$(REWRITE)
+
+$(E)/train_moe_cu $(E)/check: $(E)/%: $(E)/%.cpp $(CHOICE)
+	$(EMULATED) $(DEPS) $< -o $@ $(LIBS)
+
+$(E)/train_moe_cu_nccl: $(E)/train_moe_cu.cpp $(CHOICE)
+	$(NEED_MPI)
+	$(EMULATED_NCCL) $(DEPS) $< -o $@ $(LIBS) $(RT)
+
+$(E)/check_nccl $(E)/check_nccl_asan: $(E)/check_nccl.cpp $(CHOICE)
+	$(NEED_MPI)
+	$(EMULATED_NCCL) $(DEPS) $(if $(findstring asan,$@),$(SANITIZE)) $< -o $@ $(LIBS) $(RT)
+
+$(E)/bench_cu: $(E)/bench_cu.cpp $(E)/train_moe_cu.cpp $(CHOICE)
+	$(EMULATED) $(DEPS) $(TWIN) $< -o $@ $(LIBS)
+
+# One program for each subject, and all in one, which is faster to build: dev/build/emulated/cuda_layers_bf16, cuda_all_fp32...
+CUDA_TESTS = cuda_layers cuda_routers cuda_model cuda_all
+$(CUDA_TESTS:%=$(E)/%_bf16): $(E)/%_bf16: dev/test/%.cu $(E)/train_moe_cu.cpp $(CHOICE) | cmocka
+	$(EMULATED) $(DEPS) $(TWIN) $< -o $@ -lcmocka $(LIBS)
+$(CUDA_TESTS:%=$(E)/%_fp32): $(E)/%_fp32: dev/test/%.cu $(E)/train_moe_cu.cpp $(CHOICE) | cmocka
+	$(EMULATED) $(DEPS) $(TWIN) -DFP32 $< -o $@ -lcmocka $(LIBS)
+$(E)/cuda_ranks_bf16 $(E)/cuda_ranks_fp32: $(E)/cuda_ranks_%: dev/test/cuda_ranks.cu $(E)/train_moe_cu.cpp $(CHOICE) | cmocka
+	$(NEED_MPI)
+	$(EMULATED_NCCL) $(DEPS) $(call precision,$*) $(TWIN) $< -o $@ -lcmocka $(LIBS) $(RT)
+
+##test_emulated: the CUDA twin's tests on the processor, in bfloat16 and in float32
+test_emulated: $(E)/check $(E)/train_moe_cu $(E)/cuda_all_bf16 $(E)/cuda_all_fp32 train_moe
+	$(E)/check
+	TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_bf16
+	TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_fp32
+
+##check_nccl: the emulator's NCCL with one to four ranks, and its mistakes; needs MPI
+check_nccl: $(E)/check_nccl
+	$(E)/check_nccl
+
+##test_nccl: the CUDA twin on several processes, in the emulator, against the C twin alone; needs MPI
+test_nccl: $(E)/cuda_ranks_fp32 $(E)/cuda_ranks_bf16
+	OMP_NUM_THREADS=1 $(MPIRUN) -np 4 $(E)/cuda_ranks_fp32
+	OMP_NUM_THREADS=1 $(MPIRUN) -np 4 $(E)/cuda_ranks_bf16
+
+# ---- the CUDA twin on a GPU
+
+dev/build/cuda_all_bf16 dev/build/cuda_all_fp32: dev/build/cuda_all_%: dev/test/cuda_all.cu $(CHOICE) | cmocka
+	$(NEED_NVCC)
+	$(CUDA_BUILD) $(DEPS) $(call precision,$*) $< -o $@ -lcmocka -lcublas
+
+##test_cu: the same tests on a GPU
+test_cu: dev/build/cuda_all_bf16 dev/build/cuda_all_fp32 train_moe_cu train_moe
+	dev/build/cuda_all_bf16
+	dev/build/cuda_all_fp32
+
+##sanitize_cu: the CUDA twin's tests on a GPU under compute-sanitizer
+sanitize_cu: test_cu
+	for tool in memcheck racecheck initcheck synccheck; do \
+	compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 9 dev/build/cuda_all_bf16 || exit 1; done
+
+# ---- all tests of the C program in another build
+
+# $(call SHORT_RUN,PROGRAM,FOLDER): a short training, a resumed one, and a story
+define SHORT_RUN
+	rm -rf $(2)
+	$(1) --out $(2) --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-batches 2 --tokens 20 --save-every 2
+	$(1) --out $(2) --resume --steps 4
+	$(1) --out $(2) --prompt "Once upon" --tokens 20
+	rm -rf $(2)
+endef
+
+# In a folder laid out like this one. EMULATOR runs them where this machine's processor cannot.
+CMOCKA = -lcmocka
+test_in:
+	mkdir -p $(IN)/data
+	$(TEST_BUILD) $(OPENMP) data/tokenize.c -o $(IN)/data/tokenize $(LIBS)
+	$(TEST_BUILD) $(LOOPS) $(OPENMP) train_moe.c -o $(IN)/train_moe $(LIBS)
+	$(TEST_BUILD) $(LOOPS) $(OPENMP) -DREAL=double train_moe.c -o $(IN)/train_moe_double $(LIBS)
+	$(TEST_BUILD) $(LOOPS) $(OPENMP) dev/test/all.c -o $(IN)/all $(CMOCKA) $(LIBS)
+	$(TEST_BUILD) $(LOOPS) $(OPENMP) -DREAL=double dev/test/all.c -o $(IN)/all_double $(CMOCKA) $(LIBS)
+ifdef EMULATOR
+	cd $(IN) && for program in train_moe train_moe_double data/tokenize; do mv $$program $$program.bin && \
+	printf '#!/bin/sh\nexec $(EMULATOR) -0 "$$0" "$$0.bin" "$$@"\n' > $$program && chmod +x $$program || exit 1; done
+	$(call SHORT_RUN,$(IN)/train_moe,$(IN)/run)
+endif
+	cd $(IN) && $(EMULATOR) ./all
+	cd $(IN) && $(EMULATOR) ./all_double
+
+##test_sse2: the tests built for any processor of this family: SSE2 alone, on x86-64
+test_sse2: cmocka
+	@$(MAKE) --no-print-directory test_in IN=dev/build/sse2 ARCH=
+
+##test_avx2: the tests built for AVX2 and FMA, without AVX-512
+test_avx2: cmocka
+	@if grep -qsw avx2 /proc/cpuinfo; then $(MAKE) --no-print-directory test_in IN=dev/build/avx2 ARCH=-march=haswell; \
+	else echo "not run: this processor has no AVX2"; fi
+
+# cmocka for arm64: apt with lists of its own fetches Debian's, and nothing of the system changes.
+A := dev/build/arm64
+ARM64_APT = apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Sandbox::User=root \
+    -o Dir::State::Lists=$(CURDIR)/$(A)/lists -o Dir::State::status=/dev/null -o Dir::Cache=$(CURDIR)/$(A)
+$(A)/usr/include/cmocka.h:
+	rm -rf $(A) && mkdir -p $(A)/lists/partial $(A)/archives/partial
+	cd $(A) && $(ARM64_APT) update && $(ARM64_APT) download libcmocka-dev libcmocka0
+	cd $(A) && for package in *.deb; do dpkg-deb -x $$package . || exit 1; done
+
+##test_arm64: the tests built for 64-bit Arm, in small sizes, under qemu; needs Debian's cross compiler and qemu-user
+ARM64 := /usr/aarch64-linux-gnu
+test_arm64: data/stories/tokenizer.json
+	@if command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64 && [ -f $(ARM64)/lib/libc.so.6 ]; then \
+	$(MAKE) --no-print-directory $(A)/usr/include/cmocka.h && VALGRIND=1 $(MAKE) --no-print-directory test_in IN=$(A) \
+	    CC=aarch64-linux-gnu-gcc ARCH= EMULATOR="qemu-aarch64 -L $(ARM64)" CMOCKA="-isystem $(A)/usr/include \
+	    -L$(A)/usr/lib/aarch64-linux-gnu -Wl,-rpath,usr/lib/aarch64-linux-gnu -lcmocka"; \
+	else echo "not run: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"; fi
+
+##sanitize: the tests and a short training under AddressSanitizer and UBSan; sanitize_double: those in double, in small sizes
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+sanitize: data/stories/tokenizer.json cmocka
+	$(TEST_BUILD) $(OPENMP) $(SANITIZE) data/tokenize.c -o dev/build/tokenize_asan $(LIBS)
+	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) train_moe.c -o dev/build/train_moe_asan $(LIBS)
+	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) dev/test/all.c -o dev/build/all_asan -lcmocka $(LIBS)
+	TRAIN_MOE=dev/build/train_moe_asan TOKENIZE=dev/build/tokenize_asan dev/build/all_asan
+	$(call SHORT_RUN,dev/build/train_moe_asan,dev/build/asan_run)
+	if command -v $(CXX) >/dev/null; then $(MAKE) --no-print-directory sanitize_emulated; fi
+
+sanitize_double: cmocka | $(CHOICE)
+	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) -DREAL=double dev/test/all.c -o dev/build/all_asan_double -lcmocka $(LIBS)
+	VALGRIND=1 dev/build/all_asan_double
+
+##sanitize_emulated: the CUDA twin's tests on the processor, under AddressSanitizer
+sanitize_emulated: $(E)/check.cpp $(E)/train_moe_cu.cpp train_moe cmocka
+	$(EMULATED) $(SANITIZE) $< -o $(E)/check_asan $(LIBS)
+	$(E)/check_asan
+	$(EMULATED) -O1 $(SANITIZE) $(TWIN) dev/test/cuda_all.cu -o $(E)/cuda_all_asan -lcmocka $(LIBS)
+	VALGRIND=1 TRAIN_MOE_CU= $(E)/cuda_all_asan # without the longest
+
+##tsan: short trainings under ThreadSanitizer (clang and its OpenMP runtime, with Archer, which knows OpenMP's barriers)
+ARCHER := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
+tsan: data/stories/tokenizer.json
+	clang -std=gnu11 -O1 -g $(WARN) $(ARCH) $(LOOPS) -I. -fsanitize=thread -fopenmp train_moe.c -o dev/build/train_moe_tsan $(LIBS)
+	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe; do rm -rf dev/build/tsan_run; \
+	OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" dev/build/train_moe_tsan --threads 4 \
+	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-batches 2 \
+	    --tokens 20 || exit 1; done
+	rm -rf dev/build/tsan_run
+
+##valgrind: a short training and the tests under valgrind
+# valgrind 3.19 does not know AVX-512, hence another ARCH; one thread, since libgomp is not made for it. In the tests, children
+# that are meant to fail end without freeing; AddressSanitizer looks for the tests' leaks.
+VALGRIND := valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
+VALGRIND_BUILD = $(CC) -std=gnu11 -O2 -g $(WARN) -Wno-unknown-pragmas $(LOOPS) -I.
+valgrind: data/stories/tokenizer.json cmocka
+	$(VALGRIND_BUILD) train_moe.c -o dev/build/train_moe_valgrind $(LIBS)
+	$(VALGRIND_BUILD) dev/test/all.c -o dev/build/all_valgrind -lcmocka $(LIBS)
+	$(call SHORT_RUN,$(VALGRIND) dev/build/train_moe_valgrind,dev/build/valgrind_run)
+	VALGRIND=1 $(VALGRIND) --leak-check=no --child-silent-after-fork=yes dev/build/all_valgrind
+
+# ---- benchmarks, and programs that others are compared with
+
+# OpenBLAS is only there to be compared with. What it finds out about a processor may be too little, so it is told of AVX-512;
+# and its threads shall not spin for long while ours work.
+BLAS = $(call accepts,-DOPENBLAS -lopenblas,\043include <cblas.h>)
+dev/bench/bench: dev/bench/bench.c $(CHOICE)
+	$(BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ $(BLAS) $(LIBS)
+
+# llm.c's own flags
+dev/bench/llmc_step: dev/bench/llmc_step.c | $(CHOICE)
+	$(CC) -Ofast $(WARN) $(ARCH) $(DEPS) $(OPENMP) $< -o $@ $(LIBS)
+
+##bench: peak, products, layers, steps, the mixture's tax, generation, and PyTorch (TORCH_PYTHON names one that has it), in one run
+##bench_all: the same, and a larger model beside PyTorch
+bench bench_all: dev/bench/bench dev/bench/llmc_step
+	export OPENBLAS_THREAD_TIMEOUT=20; ! grep -qsw avx512f /proc/cpuinfo || export OPENBLAS_CORETYPE=SkylakeX; \
+	dev/bench/bench $(if $(filter bench_all,$@),--all) $(BENCH)
+
+##bench_mpi: a step on one process and on two, with and without overlap; the bytes sent against what they should be
+bench_mpi: train_moe_mpi
+	dev/bench/bench_mpi.sh
+
+##bench_cu: the CUDA twin's speed: peak, steps beside dense, each kernel, experts, attention, generation, PyTorch (TORCH_PYTHON)
+bench_cu: dev/bench/bench_cu
+	dev/bench/bench_cu $(BENCH)
+
+dev/bench/bench_cu: dev/bench/bench.cu $(CU_CHOICE)
+	$(CUDA_BUILD) $(DEPS) $(call precision,$(PRECISION)) $< -o $@ -lcublas
+
+##dev/bench/scale: simulates a step on 8 to 2,048 devices (doc/scale.md); --check holds it against published figures
+dev/bench/scale: dev/bench/scale.c $(CHOICE)
+	$(BUILD) $(DEPS) $(OPENMP) $< -o $@ $(LIBS)
+
+dev/test/logits: dev/test/logits.c $(CHOICE)
+	$(BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ $(LIBS)
+
+##format: lays the code out as .clang-format says
+format:
+	clang-format -i train_moe.c test_moe.c data/*.c dev/test/*.c

@@ -1,0 +1,48 @@
+// Several processes of the CUDA twin against the C twin alone: `make test_nccl` starts this one by mpirun -np 4, in the
+// emulator, in float32 and in bfloat16.
+
+#include "dev/test/cuda.h"
+#include "dev/test/ranks.h"
+
+void test_gpu_ranks_recipes(void **state) {
+    (void)state;
+    static const char *const few[] = {"mixtral", "deepseek-v2", "expert-choice"};
+    for (int r = 0; r < (LOW ? 3 : recipe_count); r++)
+        check_ranks(LOW ? few[r] : recipes[r].name, "--overlap 1", !LOW && getenv("THOROUGH") ? 50 : 2); // a quarter of an hour
+    print_message("    losses within %.2g, weights %.2g\n", farthest[0], farthest[1]);
+}
+
+void test_gpu_ranks_variants(void **state) {
+    (void)state;
+    static const char *const variants[][2] = {
+        {"mixtral", "--overlap 1 --shared 1"},
+        {"mixtral", "--overlap 0 --accum 2 --balance cv2 --aux-weight 0.5 --untied 1"},
+        {"mixtral", "--recompute 1 --overlap 1 --shared 1 --replicate 2 --replicate-every 2"},
+        {"mixtral", "--capacity-factor 0.7 --drop-order score --drop-exempt 0.3 --eval-capacity-factor 0.8"},
+        {"mixtral", "--capacity-factor 0.6 --overflow next --overlap 1 --group step --accum 2"},
+        {"cmoe", "--replicate 1 --replicate-every 2 --experts 8"},
+        {"mh-moe", "--replicate 3 --replicate-every 1 --overlap 1 --capacity-factor 0.9"},
+        {"deepseek-v2", "--group batch --overlap 0 --recompute 1"},
+        {"hierarchical", "--group batch --aux-weight 0.5 --load-weight 0.5 --overlap 1"},
+        {"mixtral", "--layers 3 --moe-every 2 --routers 2 --topk 4 --overlap 1"},
+    };
+    for (size_t i = 0; i < (LOW ? 3 : sizeof(variants) / sizeof(variants[0])); i++)
+        check_ranks(variants[i][0], variants[i][1], i ? 3 : 10);
+}
+
+int main(int argc, char **argv) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_gpu_ranks_recipes),
+        cmocka_unit_test(test_gpu_ranks_variants),
+        cmocka_unit_test(test_ranks_checkpoints),
+        cmocka_unit_test(test_ranks_first_weights),
+        cmocka_unit_test(test_ranks_generate),
+        cmocka_unit_test(test_ranks_bytes),
+        cmocka_unit_test(test_ranks_uneven),
+    };
+    if (!begin_ranks(&argc, &argv))
+        return 1;
+    int failed = cmocka_run_group_tests_name("cuda_ranks", tests, NULL, scratch_done);
+    MPI_Finalize();
+    return failed;
+}

@@ -1,0 +1,211 @@
+// What the tests of layers, routers and models share: arrays of numbers and how close two of them are, small models of
+// every recipe with random weights, and plans of who goes to which expert. Include it after the trainer.
+
+#pragma once
+#include "dev/test/common.h"
+#include <float.h>
+
+#define IS_DOUBLE (sizeof(real) == 8)
+#define EPSILON   (IS_DOUBLE ? DBL_EPSILON : (double)FLT_EPSILON)
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arrays of numbers, and small models of every recipe
+
+real *take_reals(size_t n) {
+    return (real *)take(n, sizeof(real));
+}
+
+void fill(real *x, size_t n, real value) {
+    for (size_t i = 0; i < n; i++)
+        x[i] = value;
+}
+
+real *take_filled(size_t n, real value) {
+    real *x = take_reals(n);
+    fill(x, n, value);
+    return x;
+}
+
+real *take_normal(size_t n, uint64_t seed) { // standard normal numbers
+    real *x = take_reals(n);
+    for (size_t i = 0; i < n; i++)
+        x[i] = (real)random_normal(hash64(seed), i);
+    return x;
+}
+
+double inner(const real *a, const real *b, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += (double)a[i] * (double)b[i];
+    return sum;
+}
+
+double rms(const real *x, size_t n) {
+    return sqrt(inner(x, x, n) / (double)(n ? n : 1));
+}
+
+// Fails if a number found differs from the wanted one by more than tolerance * (scale + |wanted|), or if it is NaN. The scale is
+// the size of the terms that are summed up to the result.
+void assert_close(const char *what, const real *found, const real *wanted, size_t n, double scale, double tolerance) {
+    for (size_t i = 0; i < n; i++) {
+        if (!(fabs((double)found[i] - (double)wanted[i]) <= tolerance * (scale + fabs((double)wanted[i]))))
+            fail_msg("%s[%zu] of %zu is %.9g, not %.9g, to %.2g of %.2g", what, i, n, (double)found[i],
+                     (double)wanted[i], tolerance, scale);
+    }
+}
+
+// Fast routines are called with these numbers of threads, and have to give the same bits with each.
+enum { TEAMS = 4 };
+
+const int teams[TEAMS] = {1, 2, 3, 5};
+
+uint64_t bits_of(const real *x, size_t n, uint64_t before) {
+    for (size_t i = 0; i < n; i++) {
+        uint64_t bits = 0;
+        memcpy(&bits, &x[i], sizeof(real));
+        before = (before ^ bits ^ before >> 32) * 0x100000001b3ull;
+    }
+    return before;
+}
+
+void assert_same_bits(const char *what, int team, uint64_t bits) {
+    static uint64_t first;
+    if (team == 0)
+        first = bits;
+    if (bits != first)
+        fail_msg("%s: %d threads give other bits than one", what, teams[team]);
+}
+
+// Applies "--name value --name value ...".
+void apply_options(Config *c, const char *text) {
+    char name[64], value[64];
+    for (int used = 0; sscanf(text, " --%63s %63s%n", name, value, &used) == 2; text += used) {
+        assert_true(find_option(name) >= 0);
+        set_option(c, &options[find_option(name)], keep_text(value), NULL);
+    }
+}
+
+void set_options(Config *c, const char *text) {
+    apply_options(c, text);
+    config_check(c);
+}
+
+// The sizes of those recipes that do not work with 4 experts of which 2 are chosen.
+const char *small_sizes(const char *recipe) {
+    static const char *const sizes[][2] = {{"switch", "--topk 1"},
+                                           {"jacobs", "--topk 4"},
+                                           {"shazeer", "--experts 5"},
+                                           {"hierarchical", "--experts 12 --topk 4"},
+                                           {"deepseekmoe", "--experts 7 --topk 3"},
+                                           {"deepseek-v2", "--experts 8 --topk 3"},
+                                           {"deepseek-v3", "--experts 8 --topk 3"},
+                                           {"multirouter", "--topk 4"},
+                                           {"st-moe", "--moe-every 2"},
+                                           {"olmoe", "--experts 9 --topk 3"},
+                                           {"qwen3", "--experts 9 --topk 3"},
+                                           {"hash", "--topk 1"},
+                                           {"base", "--topk 1"},
+                                           {"rmoe", "--recurrent 6"}};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        if (!strcmp(sizes[i][0], recipe))
+            return sizes[i][1];
+    }
+    return "";
+}
+
+// The small model of dev/test/golden.py.
+Config small_config(const char *recipe) {
+    Config c;
+    config_defaults(&c);
+    config_recipe(&c, recipe);
+    apply_options(
+        &c, "--layers 2 --dim 16 --heads 4 --kv-heads 2 --experts 4 --topk 2 --ffn 12 --seq 8 --batch 2 --threads 1");
+    c.vocab = 50;
+    set_options(&c, small_sizes(recipe));
+    return c;
+}
+
+// Random weights, larger than those that training begins with, so that nothing is near zero.
+void randomize_weights(Model *m) {
+    uint64_t stream = random_stream(7, RANDOM_INIT, 1, 2);
+    for (int t = 0; t < m->tensor_count; t++) {
+        real *w = m->memory[WEIGHTS] + m->tensors[t].offset;
+        for (size_t i = 0; i < m->tensors[t].size; i++)
+            w[i] = (real)(0.3 * random_normal(stream, m->tensors[t].place + m->tensors[t].first + i) + tensor_is_norm(&m->tensors[t]));
+        for (size_t i = 0; i < m->tensors[t].size && m->tensors[t].kind == TABLE; i++)
+            w[i] = (real)(hash64(i) % (uint64_t)m->config.experts);
+        for (size_t i = 0; i < m->tensors[t].size && m->tensors[t].kind == LEVEL; i++)
+            w[i] = (real)((0.5 + random_uniform(stream, i)) / m->config.experts);
+    }
+}
+
+void random_tokens(int *tokens, int n, int vocab, uint64_t seed) {
+    for (int i = 0; i < n; i++)
+        tokens[i] = (int)(hash64(seed * 1000003 + (uint64_t)i) % (uint64_t)vocab);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random numbers that dev/test/golden.py and dev/test/recipes.py can repeat
+
+uint32_t golden_hash(uint32_t key) {
+    uint32_t x = key * 2654435761u + 12345u;
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Plans and balance losses
+
+// A plan whose arrays live until free_taken().
+Plan take_plan(int N, int E, int K) {
+    size_t choices = (size_t)N * K;
+    Plan p = {N,
+              E,
+              K,
+              take_ints(choices),
+              take_ints(choices),
+              take_ints(choices),
+              take_ints(choices),
+              take_ints(choices),
+              take_ints((size_t)E + 1),
+              0};
+    return p;
+}
+
+// Fills the rest of a plan from plan->expert. First choices are served before second ones.
+void make_plan(Plan *plan, int group_tokens, double factor) {
+    memcpy(plan->key, plan->expert, (size_t)plan->N * plan->K * sizeof(int));
+    plan_capacity(plan, group_tokens, factor, plan->E, BY_CHOICE, NULL, NULL, NULL);
+    plan_sort(plan);
+}
+
+// The balance loss of the Switch Transformer, over groups of tokens, when `count` says how often each expert was chosen.
+double switch_form(const real *p, const int *count, int N, int E, int group, real *dp, double scale) {
+    Gate g = {1, E, 1, 0, (real *)p, NULL, NULL, NULL};
+    double slope[64] = {0}, counts[64];
+    assert_true(N / group * E <= 64);
+    for (int i = 0; i < N / group * E; i++)
+        counts[i] = count[i];
+    for (int i = 0; i < N / group; i++)
+        add_balance(slope + i * E, counts + i * E, NULL, E, 1);
+    if (dp)
+        balance_backward(dp, &g, slope, N, group, SOFTMAX, scale);
+    return balance_forward(&g, slope, N, group, SOFTMAX);
+}
+
+// Random probabilities, many of which are equal.
+real *take_scores(int N, int E, uint64_t seed) {
+    real *p = take_reals((size_t)N * E);
+    for (int i = 0; i < N * E; i++)
+        p[i] = (real)(hash64(seed * 1000003 + (uint64_t)i) % 8) / 8;
+    return p;
+}
+
+// The logits of the next token after each of the N tokens of the last forward pass. (N,V)
+void all_logits(const Model *m, real *logits, int N) {
+    product(logits, along_rows(m->h, m->config.dim, NULL), along_rows(m->weights.head, m->config.dim, NULL), N,
+            m->config.vocab, m->config.dim, 0);
+}

@@ -1,0 +1,184 @@
+// The program on several processes: `make test_mpi` builds it and sets TRAIN_MOE_MPI, and MPIRUN to the command that starts
+// several processes. Without TRAIN_MOE_MPI the tests are skipped.
+
+#include "dev/test/trainer.h"
+#include "dev/test/shell.h"
+
+// Runs `mpirun -np ranks train_moe_mpi options` in a small size.
+int run_ranks(char *output, size_t size, int ranks, const char *options) {
+    return shell(output, size,
+                 "timeout 120 $MPIRUN -np %d sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
+                 "--eval-batches 1 --tokens 5 --threads 1 %s'",
+                 ranks, options);
+}
+
+int has_mpi(void) {
+    if (!getenv("TRAIN_MOE_MPI"))
+        skip();
+    setenv("MPIRUN", "mpirun", 0);
+    return 1;
+}
+
+int times_in(const char *text, const char *part) {
+    int count = 0;
+    for (; (text = strstr(text, part)) != NULL; text++)
+        count++;
+    return count;
+}
+
+// Messages are printed once, not once for each rank. A checkpoint of 4 ranks goes on with 1 and with 2, with the same loss.
+void test_mpi_program(void **state) {
+    (void)state;
+    char output[16384], options[512], copy[512];
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options), "--batch 1 --group sequence --trace --save-every 3 --lr 0.02 --warmup 1 --out %s", scratch("four"));
+    assert_int_equal(run_ranks(output, sizeof(output), 4, options), 0);
+    assert_int_equal(times_in(output, "step 6/6"), 1);
+    assert_int_equal(times_in(output, "What next"), 1);
+    assert_non_null(strstr(output, "4 ranks, 1 sequences of a micro-step each; 2 of 8 experts on a rank"));
+    shell(output, sizeof(output), "cat %s/log.jsonl; wc -l %s/trace-3.jsonl", scratch("four"), scratch("four"));
+    assert_non_null(strstr(output, "\"ranks\":4,\"ep\":4"));
+    assert_non_null(strstr(output, "\"all_to_all_bytes\""));
+    assert_non_null(strstr(output, "6 /"));
+    char *line = strstr(output, "\"step\":6,\"tokens\":768,\"loss\":");
+    assert_non_null(line);
+    double loss = atof(line + strlen("\"step\":6,\"tokens\":768,\"loss\":"));
+    for (int ranks = 1; ranks <= 2; ranks++) { // 2 ranks in two micro-steps
+        snprintf(copy, sizeof(copy), "cp -a %s %s && ln -sfn checkpoint-3 %s/latest", scratch("four"), scratch(ranks == 1 ? "one" : "two"),
+                 scratch(ranks == 1 ? "one" : "two"));
+        assert_int_equal(shell(output, sizeof(output), "%s", copy), 0);
+        snprintf(options, sizeof(options), "--resume --replicate %d %s --out %s", ranks - 1, ranks == 1 ? "" : "--batch 1",
+                 scratch(ranks == 1 ? "one" : "two"));
+        assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
+        shell(output, sizeof(output), "cat %s/log.jsonl", scratch(ranks == 1 ? "one" : "two"));
+        line = strstr(output, "\"step\":6,\"tokens\":768,\"loss\":");
+        assert_non_null(line);
+        assert_near(atof(line + strlen("\"step\":6,\"tokens\":768,\"loss\":")), loss, 1e-5);
+    }
+    snprintf(options, sizeof(options), "--resume --steps 9 --out %s", scratch("four"));
+    assert_int_equal(run_ranks(output, sizeof(output), 3, options), 2);
+    assert_non_null(strstr(output, "has 4 sequences, which 3 ranks cannot share evenly"));
+    assert_int_equal(shell(output, sizeof(output), "$TRAIN_MOE_MPI --prompt One --tokens 5 --out %s", scratch("four")), 0);
+    // two machines whose folders are not the same: the run is finished for one rank, and the other has none
+    snprintf(copy, sizeof(copy), "mkdir -p %s/0 %s/1 && ln -s ../../four %s/0/run", scratch("apart"), scratch("apart"), scratch("apart"));
+    assert_int_equal(shell(output, sizeof(output), "%s", copy), 0);
+    for (int first = 0; first < 2; first++) {
+        int status = shell(output, sizeof(output),
+                           "exec 2>&1; timeout 60 $MPIRUN -np 2 sh -c 'p=$(realpath $TRAIN_MOE_MPI); d=$PWD/data/stories; cd "
+                           "%s/$(((%d + $OMPI_COMM_WORLD_RANK) %% 2)) && $p --data $d --resume --out run --steps 6'",
+                           scratch("apart"), first);
+        assert_true(status != 0 && status != 124);
+        if (!strstr(output, "rank 1: this rank has other options, other data or another checkpoint"))
+            fail_msg("%s", output);
+    }
+}
+
+// The log does not depend on the number of ranks: validation loss, bits per byte, the routers' lines.
+void test_mpi_log(void **state) {
+    (void)state;
+    static const char *const names[] = {"val_loss", "val_bpb", "entropy", "dropped", "max_over_mean", "active", "fluctuation"};
+    enum { COUNT = sizeof(names) / sizeof(names[0]) };
+    char output[65536], options[512], name[16], key[64];
+    double wanted[COUNT] = {0};
+    if (!has_mpi())
+        return;
+    for (int ranks = 1; ranks <= 6; ranks += ranks < 3 ? 1 : 3) { // 1, 2, 3, 6
+        snprintf(name, sizeof(name), "log%d", ranks);
+        snprintf(options, sizeof(options),
+                 "--batch %d --accum 2 --experts 6 --capacity-factor 0.6 --eval-capacity-factor 0.8 --jitter 0.9 --eval-every 3 "
+                 "--eval-batches 0 --save-every 0 --out %s",
+                 6 / ranks, scratch(name));
+        assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
+        shell(output, sizeof(output), "cat %s/log.jsonl", scratch(name));
+        for (int i = 0; i < COUNT; i++) {
+            char *last = NULL;
+            snprintf(key, sizeof(key), "\"%s\":", names[i]);
+            for (char *at = output; (at = strstr(at, key)) != NULL; at++)
+                last = at + strlen(key);
+            assert_non_null(last);
+            wanted[i] = ranks == 1 ? atof(last) : wanted[i];
+            if (!(fabs(atof(last) - wanted[i]) <= 2e-3 * fmax(1, fabs(wanted[i]))))
+                fail_msg("%d ranks: %s is %g, not %g", ranks, names[i], atof(last), wanted[i]);
+        }
+    }
+}
+
+void test_mpi_bad_options(void **state) {
+    (void)state;
+    static const char *const cases[][2] = {
+        {"--nonsense", "there is no option --nonsense"},
+        {"--ep 3", "--ep 3: it must divide the 2 ranks and the 8 experts"},
+        {"--ep 2 --recipe dense", "--ep 2: this model has no experts to divide"},
+        {"--ep 1 --replicate 2", "there must be another rank to have it"},
+        {"--replicate 9", "at most all 8 experts can have a copy"},
+        {"--prompt One", "one process goes on from a text"},
+        {"--data nowhere", "nowhere: no tokenizer.json there"},
+        {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
+        {"--ep $((1 + $OMPI_COMM_WORLD_RANK))", "rank 1: this rank has other options"},
+        {"--overlap $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
+        {"--watchdog 1 --data $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo data/stories || echo $PIPED)",
+         "rank 1 of 2 does not answer"}, // it reads for ever
+    };
+    char output[8192], options[512];
+    if (!has_mpi())
+        return;
+    setenv("PIPED", scratch("piped"), 1);
+    assert_int_equal(shell(output, sizeof(output), "mkdir $PIPED && mkfifo $PIPED/tokenizer.json"), 0);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        snprintf(options, sizeof(options), "%s --out %s", cases[i][0], scratch("refused"));
+        assert_true(run_ranks(output, sizeof(output), 2, options) > 0);
+        if (times_in(output, cases[i][1]) != 1)
+            fail_msg("%s: expected \"%s\" once, got %s", cases[i][0], cases[i][1], output);
+    }
+    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch("refused")), 2);
+}
+
+// One rank is killed; or it hangs; or it is asked to stop; or it hangs while it writes. Each time the job ends with a message, and
+// the run goes on from its last checkpoint.
+void test_mpi_crash(void **state) {
+    (void)state;
+    static const char *const signals[] = {"KILL", "STOP", "TERM", "STOP"};
+    char output[16384], options[512];
+    const char *out = scratch("crash");
+    if (!has_mpi())
+        return;
+    for (int i = 0; i < 4; i++) {
+        double start = seconds();
+        int writing = i == 3;
+        shell(output, sizeof(output),
+              "exec 2>&1; timeout 100 $MPIRUN -np 4 $TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --steps 1000000 --batch 1 "
+              "--save-every 5 --eval-every 0 --sample-every 0 --threads 1 --watchdog 3 --out %s & job=$!; "
+              "while [ ! -e %s/latest ] && kill -0 $job; do sleep 0.2; done; "
+              "p=$(pgrep -f '^[^ ]*train_moe_[a-z_]* .*--out %s' | sort -n | sed -n %dp); kill -%s $p; "
+              "while [ %d = 1 ] && kill -0 $job && [ ! -e %s/unfinished-checkpoint ]; do kill -CONT $p; sleep 0.01; kill -STOP $p; done; "
+              "wait $job; echo status $?",
+              out, out, out, writing ? 1 : 3, signals[i], writing, out);
+        assert_null(strstr(output, "status 0"));
+        assert_null(strstr(output, "status 124")); // of timeout
+        assert_true(seconds() - start < 60);
+        if (i == 0)
+            assert_non_null(strstr(output, "rank 2"));
+        if (i == 1)
+            assert_non_null(strstr(output, "rank 2 of 4 does not answer"));
+        if (writing)
+            assert_non_null(strstr(output, "rank 0 of 4 does not answer"));
+        if (i == 2)
+            assert_int_equal(times_in(output, "stopped after step"), 1);
+        shell(output, sizeof(output), "basename $(readlink %s/latest) | tr -dc 0-9", out);
+        snprintf(options, sizeof(options), "--resume --steps %d --out %s", atoi(output) + 1, out);
+        assert_int_equal(shell(output, sizeof(output), "timeout 100 $MPIRUN -np 2 $TRAIN_MOE_MPI %s", options), 0);
+        shell(output, sizeof(output), "mv %s %s-%d", out, out, i);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_mpi_program),
+        cmocka_unit_test(test_mpi_log),
+        cmocka_unit_test(test_mpi_bad_options),
+        cmocka_unit_test(test_mpi_crash),
+    };
+    begin_tests();
+    return cmocka_run_group_tests_name("mpi", tests, NULL, scratch_done);
+}

@@ -1,0 +1,91 @@
+// Several processes against one, of the C program: `make test_mpi` starts this one by mpirun -np 4, in double and in float.
+
+#include "dev/test/trainer.h"
+#include "dev/test/ranks.h"
+
+void test_ranks_recipes(void **state) {
+    (void)state;
+    for (int r = 0; r < recipe_count; r++)
+        check_ranks(recipes[r].name, "--overlap 1", 50);
+    print_message("    losses within %.2g, weights %.2g\n", farthest[0], farthest[1]);
+}
+
+void test_ranks_variants(void **state) {
+    (void)state;
+    static const char *const variants[][2] = {
+        {"mixtral", "--overlap 0"},
+        {"mixtral", "--accum 3 --overlap 1"},
+        {"mixtral", "--recompute 1 --overlap 1 --shared 1"},
+        {"mixtral", "--capacity-factor 0.7 --overlap 1"},
+        {"mixtral", "--capacity-factor 0.7 --drop-order score --drop-exempt 0.3 --eval-capacity-factor 0.8"},
+        {"mixtral", "--capacity-factor 0.6 --overflow next --overlap 1"},
+        {"mixtral", "--balance cv2 --aux-weight 0.5 --overlap 1 --untied 1"},
+        {"mixtral", "--replicate 2 --replicate-every 3 --overlap 1"},
+        {"cmoe", "--replicate 1 --replicate-every 2 --experts 8"},
+        {"mh-moe", "--replicate 3 --replicate-every 1 --overlap 1 --capacity-factor 0.9"},
+        {"deepseek-v2", "--group batch --overlap 1 --replicate 1 --replicate-every 4"},
+        {"mixtral", "--group step --accum 2 --overlap 1"},
+        {"hierarchical", "--group batch --aux-weight 0.5 --load-weight 0.5 --overlap 1"},
+        {"expert-choice", "--group sequence --accum 2 --overlap 1"},
+        {"base", "--group sequence --overlap 1"},
+        {"qwen3", "--accum 2 --overlap 0"},
+        {"rmoe", "--noise 1 --load-weight 0.1 --overlap 1"},
+        {"mixtral", "--layers 3 --moe-every 2 --routers 2 --topk 4 --overlap 1"},
+    };
+    for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++)
+        check_ranks(variants[i][0], variants[i][1], 12);
+}
+
+// A copy of a busy expert goes to the rank with the least work, and takes over half of the expert's tokens.
+void test_ranks_copies(void **state) {
+    (void)state;
+    static const double load[8] = {8, 7, 1, 1, 1, 1, 2, 1};
+    Config c = small_config("mixtral");
+    set_options(&c, "--experts 8 --replicate 3");
+    begin_form(4, 4);
+    Model *m = model_allocate(&c, c.seq, 1, NULL);
+    memcpy(m->stats[1].recent, load, sizeof(load));
+    choose_copies(m); // loads 15 2 2 3; then 11 6 2 3; 7.5 6 5.5 3
+    const int *host = m->placement->host + 8;
+    int wrong = host[0] != 1 || host[1] != 2 || host[6] != 2 || m->placement->slot[8 + 6] != 1;
+    for (int e = 2; e < 8; e++)
+        wrong |= e != 6 && host[e] != -1;
+    model_free(m);
+    end_form();
+    assert_false(agreed(wrong));
+}
+
+// While one rank computes for a long time, the watch still hears from it, and the job goes on.
+void test_ranks_busy(void **state) {
+    (void)state;
+    double patience = watch_patience, start = seconds();
+    begin_form(4, 4);
+    ranks.watchdog = 1;
+    watch_patience = 0.5;
+    real *a = take_reals(256 * 256), *out = take_reals(256 * 256);
+    while (ranks.rank == 3 && seconds() - start < 4)
+        product(out, along_rows(a, 256, NULL), along_rows(a, 256, NULL), 256, 256, 256, 0);
+    ranks_meet();
+    watch_patience = patience;
+    end_form();
+    free_taken();
+}
+
+int main(int argc, char **argv) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_ranks_recipes),
+        cmocka_unit_test(test_ranks_variants),
+        cmocka_unit_test(test_ranks_copies),
+        cmocka_unit_test(test_ranks_busy),
+        cmocka_unit_test(test_ranks_checkpoints),
+        cmocka_unit_test(test_ranks_first_weights),
+        cmocka_unit_test(test_ranks_generate),
+        cmocka_unit_test(test_ranks_bytes),
+        cmocka_unit_test(test_ranks_uneven),
+    };
+    if (!begin_ranks(&argc, &argv))
+        return 1;
+    int failed = cmocka_run_group_tests_name("ranks", tests, NULL, scratch_done);
+    MPI_Finalize();
+    return failed;
+}

@@ -1,0 +1,150 @@
+// Tiny runs of ./train_moe (or of the program that TRAIN_MOE names): their data, their command line, their log and their
+// checkpoints. Include it after the trainer.
+
+#pragma once
+#include "dev/test/model.h"
+#include "dev/test/shell.h"
+#include "dev/test/tokens.h"
+
+// Writes random tokens, some of them <|endoftext|>, to scratch(name), in the format of llm.c.
+void put_tokens(const char *name, int count, int vocab, uint64_t seed) {
+    int32_t header[256] = {TOKENS_MAGIC, 1, count};
+    char *bytes = (char *)allocate(1024 + 2 * (size_t)count, 1);
+    memcpy(bytes, header, 1024);
+    for (int i = 0; i < count; i++) {
+        uint64_t h = hash64(seed * 1000003 + (uint64_t)i);
+        uint16_t token = (uint16_t)(h % 50 ? (h >> 8) % (h & 1 ? 20 : (uint64_t)vocab) : 0);
+        memcpy(bytes + 1024 + 2 * (size_t)i, &token, 2);
+    }
+    put_file(name, bytes, 1024 + 2 * (size_t)count);
+    free(bytes);
+}
+
+void make_data(void) { // scratch("data"), once
+    static int done = 0;
+    if (done++)
+        return;
+    assert_int_equal(mkdir(scratch("data"), 0777), 0);
+    put_tokens("data/train_0.bin", 3000, 265, 1);
+    put_tokens("data/train_1.bin", 777, 265, 2);
+    put_tokens("data/val_0.bin", 30000, 265, 3);
+    small_tokenizer("data/tokenizer.json", NULL, NULL);
+}
+
+// Every test that starts the program begins with this. The programs do not depend on the precision of the tests, so only the
+// float build runs them.
+void need_program(void) {
+    const char *program = getenv("TRAIN_MOE");
+    if (is_slow() || IS_DOUBLE)
+        skip();
+    if (access(program ? program : "./train_moe", X_OK) != 0)
+        fail_msg("%s is not there; make train_moe, or set TRAIN_MOE", program ? program : "./train_moe");
+    make_data();
+    check_leaks(1);
+    setenv("OMP_WAIT_POLICY", "passive", 1); // the machine may have other things to do
+}
+
+// The command line of a tiny run in the folder scratch(out), followed by more options. If these begin with --prompt, the sizes
+// are left out, since they come from the checkpoint.
+const char *command_line(const char *out, const char *more) {
+    static char line[2048];
+    const char *program = getenv("TRAIN_MOE"), *recipe = strstr(more, "--recipe ");
+    char name[64] = "";
+    if (!strncmp(more, "--prompt", 8)) {
+        snprintf(line, sizeof(line), "%s --out %s --tokens 8 --threads 1 %s", program ? program : "./train_moe",
+                 scratch(out), more);
+        return line;
+    }
+    if (recipe)
+        sscanf(recipe + 9, "%63s", name);
+    snprintf(
+        line, sizeof(line),
+        "%s --data %s --out %s --layers 2 --dim 32 --heads 2 --ffn 32 --experts 4 --seq 32 --batch 2 --eval-batches 1 "
+        "--tokens 8 --threads 1 --log-every 1 --warmup 2 --steps 12 --save-every 6 %s %s",
+        program ? program : "./train_moe", scratch("data"), scratch(out), small_sizes(name), more);
+    return line;
+}
+
+int run_tiny(const char *out, const char *more) {
+    return shell(said, sizeof(said), "%s", command_line(out, more));
+}
+
+// Reads the JSON object of one line of a log, and moves *line to the next line.
+Json *next_line(char **line, const char *end) {
+    char *start = *line, *stop = (char *)memchr(start, '\n', (size_t)(end - start));
+    if (!stop || strncmp(start, "{\"type\":\"", 9) || stop[-1] != '}')
+        fail_msg("log.jsonl: not a whole line: %.*s", stop ? (int)(stop - start) : (int)(end - start), start);
+    *line = stop + 1;
+    return json_parse(start, (size_t)(stop - start), "log.jsonl");
+}
+
+// The last number called `name` in a run's log, in lines of this type and step; NaN if there is none. Every line has to be JSON.
+double logged(const char *out, const char *type, int step, const char *name) {
+    char file[300];
+    size_t size;
+    double found = NAN;
+    snprintf(file, sizeof(file), "%s/log.jsonl", out);
+    char *text = read_file(scratch(file), &size);
+    for (char *line = text; line < text + size;) {
+        Json *json = next_line(&line, text + size);
+        const Json *at = json_get(json, "step"), *value = json_get(json, name);
+        if (!strcmp(json->child->text, type) && (!at || at->number == step) && value)
+            found = value->number;
+        json_free(json);
+    }
+    free(text);
+    return found;
+}
+
+void parse_log(void *arg) { // in a process of its own, since a line that is no JSON ends it
+    size_t size;
+    char *text = read_file((const char *)arg, &size), *line = text, *end;
+    while ((end = (char *)memchr(line, '\n', (size_t)(text + size - line))) != NULL) {
+        json_free(json_parse(line, (size_t)(end - line), "log.jsonl"));
+        line = end + 1;
+    }
+    free(text);
+}
+
+// Checks that the log has, in order, one step line for each step from 1 to last, and one router line for each layer with experts.
+void assert_log(const char *out, int last, int routers) {
+    char file[300];
+    size_t size;
+    int step = 0, router = 0;
+    char message[1024];
+    snprintf(file, sizeof(file), "%s/log.jsonl", out);
+    if (dies(parse_log, (void *)scratch(file), message, sizeof(message)) != 0)
+        fail_msg("%s: %s", file, message);
+    char *text = read_file(scratch(file), &size);
+    for (char *line = text; line < text + size;) {
+        Json *json = next_line(&line, text + size);
+        const char *type = json->child->text;
+        const Json *at = json_get(json, "step");
+        if (!strcmp(type, "step")) {
+            assert_true(router == step * routers);
+            assert_int_equal((int)at->number, ++step);
+        } else if (!strcmp(type, "router")) {
+            double sum = 0;
+            for (const Json *e = json_get(json, "load")->child; e; e = e->next)
+                sum += e->number;
+            assert_near(sum, 1, 1e-4);
+            assert_int_equal((int)at->number, step);
+            router++;
+        } else if (strcmp(type, "run")) {
+            assert_true(!strcmp(type, "eval") || !strcmp(type, "sample"));
+            assert_int_equal((int)at->number, step);
+        }
+        json_free(json);
+    }
+    assert_int_equal(step, last);
+    free(text);
+}
+
+void assert_latest(const char *out, const char *name) {
+    char link[256], path[300];
+    snprintf(path, sizeof(path), "%s/latest", out);
+    ssize_t n = readlink(scratch(path), link, sizeof(link) - 1);
+    assert_true(n > 0);
+    link[n] = 0;
+    assert_string_equal(link, name);
+}
