@@ -1,9 +1,8 @@
 // One small JSON reader, for the tokenizer, configurations, checkpoints and the log; and UTF-8.
 // Gives: json_parse, json_get, json_free, json_write_string, utf8_decode, utf8_encode.
 // Needs: dev/util.h.
-// A text becomes a tree, in which objects and arrays hold a list of children. All nodes and strings
-// are in one allocation. The reader takes exactly what RFC 8259 allows and stops with a message at
-// the rest.
+// A text becomes a tree, in which objects and arrays hold a list of children, all in one allocation.
+// The reader follows RFC 8259 exactly and stops with a message at anything else.
 #pragma once
 #include "../dev/util.h"
 #include <ctype.h>
@@ -21,9 +20,9 @@ typedef struct Json {
 // ---- UTF-8
 
 // Reads the character at s, where n >= 1 bytes are left, into *code and returns its length in
-// bytes, 1 to 4. A byte that begins no valid character is a character of its own: length 1, code
-// -1. Not valid are also forms longer than needed, surrogates (which only UTF-16 needs), and what
-// is cut off.
+// bytes, 1 to 4. A byte that begins no valid character is a character of its own: length 1,
+// code -1. A character is also invalid if it is longer than needed, a surrogate (only UTF-16 has
+// those), or cut off.
 int utf8_decode(const char *s, size_t n, int32_t *code) {
     const unsigned char *u = (const unsigned char *)s;
     *code = u[0];
@@ -68,8 +67,7 @@ char *utf8_encode(char *out, int32_t c) {
         return out;
     }
 
-    // As many leading ones as there are bytes, then the highest bits; six bits in each byte that
-    // follows.
+    // The first byte has a one for each byte and the highest bits, each other byte has six bits.
     int more = 1 + (c >= 0x800) + (c >= 0x10000);
     *out++ = (char)((0xff00 >> (more + 1) & 0xff) | c >> 6 * more);
     while (more > 0) {
@@ -89,6 +87,7 @@ typedef struct JsonReader {
     Json *node;       // the next free node
 } JsonReader;
 
+// Ends the program; the message compares the text at the present byte with the expected one.
 void json_fail(const JsonReader *r, const char *expected) {
     char found[32] = "the end of the text";
     if (r->at < r->end) {
@@ -109,7 +108,7 @@ int json_take(JsonReader *r, char c) {
     return 1;
 }
 
-// Reads what follows a backslash and returns its character, or one surrogate of two.
+// Reads an escape, behind its backslash, and returns the character, or one surrogate of two.
 int32_t json_escape(JsonReader *r) {
     static const char names[] = "\"\\/bfnrt";
     static const char values[] = "\"\\/\b\f\n\r\t";
@@ -142,8 +141,7 @@ int32_t json_surrogates(JsonReader *r, int32_t first) {
     return 0xfffd;
 }
 
-// Reads a string and returns its bytes, unescaped; *length is their number without the NUL behind
-// them.
+// Reads a string and returns its bytes, unescaped; *length does not count the NUL behind them.
 char *json_read_string(JsonReader *r, size_t *length) {
     if (!json_take(r, '"')) {
         json_fail(r, "a string");
@@ -159,6 +157,8 @@ char *json_read_string(JsonReader *r, size_t *length) {
             json_fail(r, code < 0 ? "UTF-8" : "'\"' (control characters are escaped)");
         }
         r->at += n;
+
+        // An escape stands for another character, and two escapes for one beyond U+FFFF.
         if (code == '\\') {
             code = json_escape(r);
         }
@@ -173,6 +173,7 @@ char *json_read_string(JsonReader *r, size_t *length) {
     return start;
 }
 
+// Reads a number, which ends at the first character that cannot belong to it.
 double json_read_number(JsonReader *r) {
     const unsigned char *s = (const unsigned char *)r->at + (*r->at == '-');
     char *end;
@@ -192,7 +193,7 @@ double json_read_number(JsonReader *r) {
 
 Json *json_read_value(JsonReader *r, int depth);
 
-// Reads what follows '{' or '[' up to its end into the children of `json`.
+// Reads the members behind '{', or the elements behind '[', as the children of `json`.
 void json_read_children(JsonReader *r, Json *json, int depth) {
     int object = json->type == 'o';
     char close = object ? '}' : ']';
@@ -202,6 +203,8 @@ void json_read_children(JsonReader *r, Json *json, int depth) {
     if (json_take(r, close)) {
         return;
     }
+
+    // At least one child: each is appended to the list at `link`.
     Json **link = &json->child;
     do {
         size_t length;
@@ -223,7 +226,7 @@ Json *json_read_value(JsonReader *r, int depth) {
     static const char *const words[] = {"true", "false", "null"};
     Json *json = r->node++;
 
-    // The first character tells what comes.
+    // The first character tells the type.
     if (json_take(r, '{')) {
         json->type = 'o';
         json_read_children(r, json, depth);
@@ -249,14 +252,16 @@ Json *json_read_value(JsonReader *r, int depth) {
     return json;
 }
 
-// The tree of a text of `size` bytes, to be freed by json_free. What is not JSON ends the program
+// The tree of a text of `size` bytes, to be freed by json_free. A mistake in it ends the program
 // with a message that names the file `name` and the byte.
 Json *json_parse(const char *text, size_t size, const char *name) {
-    // Every value but the first follows one of these, so there are at most so many nodes.
+    // Every value but the first follows one of these characters, which gives the number of nodes.
     size_t nodes = 1;
     for (size_t i = 0; i < size; i++) {
         nodes += text[i] == ',' || text[i] == '[' || text[i] == '{';
     }
+
+    // The nodes come first and the text behind them, so that one free releases both.
     Json *root = (Json *)allocate(1, nodes * sizeof(Json) + size + 1);
     char *copy = (char *)memcpy(root + nodes, text, size);
     JsonReader r = {name, copy, copy, copy + size, root};
@@ -270,13 +275,12 @@ Json *json_parse(const char *text, size_t size, const char *name) {
     return root;
 }
 
-// The member `key` of an object, the last one if there are several. NULL if there is none, or no
-// object.
+// The member `key` of an object, the last one if there are several; NULL if there is none.
 Json *json_get(const Json *object, const char *key) {
-    Json *found = NULL;
     if (!object || object->type != 'o') {
         return NULL;
     }
+    Json *found = NULL;
     for (Json *m = object->child; m; m = m->next) {
         if (strcmp(m->key, key) == 0) {
             found = m;
@@ -299,6 +303,8 @@ void json_write_string(FILE *file, const char *text, size_t length) {
     while (i < length) {
         int32_t code;
         int n = utf8_decode(text + i, length - i, &code);
+
+        // Only quotes, backslashes and control characters have to be escaped.
         if (code < 0) {
             fputs("\xef\xbf\xbd", file);
         } else if (code == '"' || code == '\\') {

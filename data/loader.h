@@ -6,8 +6,7 @@
 //
 // A file is cut into windows of T tokens; the token behind a window is its last target. An epoch
 // visits every window of every file once, in an order that depends on the seed and the epoch only.
-// A file is seldom a multiple of T long, so each epoch moves the cuts by a random part of what is
-// left over.
+// A few tokens are usually left over, so each epoch can move the cuts of a file by a random step.
 #pragma once
 #include "../dev/util.h"
 #include <dirent.h>
@@ -34,7 +33,7 @@ typedef struct Data {
     long windows;  // of all files
     double tokens; // of all files
     uint64_t seed;
-    long epoch;      // the epoch of which `order` is the order; -1: none yet
+    long epoch;      // the epoch that `order` is for; -1: none yet
     uint32_t *order; // (windows)
 } Data;
 
@@ -58,6 +57,8 @@ void shard_open(Shard *s, const char *path, int T) {
         fail("%s: not a token file: expected a header of 1024 bytes, found %zu bytes", path,
              s->map_size);
     }
+
+    // The map stays when the file is closed.
     s->map = mmap(NULL, s->map_size, PROT_READ, MAP_PRIVATE, file, 0);
     if (s->map == MAP_FAILED) {
         fail("%s: cannot map: %s", path, strerror(errno));
@@ -82,14 +83,14 @@ void shard_open(Shard *s, const char *path, int T) {
     s->end = s->count > T ? (s->count - 1) / T : 0;
 }
 
-// The names, in order, of all files in `dir` that hold `kind` in their name and end in .bin; at
-// least one, or the program ends with a message. The list and each name are to be freed; *count is
-// their number.
+// The names, in order, of all files in `dir` that hold `kind` in their name and end in .bin, to be
+// freed like the list itself; *count is their number. No such file ends the program with a message.
 char **list_shards(const char *dir, const char *kind, int *count) {
     DIR *folder = opendir(dir);
     if (!folder) {
         fail("%s: cannot open the data folder: %s", dir, strerror(errno));
     }
+
     char **names = NULL;
     struct dirent *entry;
     *count = 0;
@@ -153,6 +154,8 @@ double data_fingerprint(const Data *d) {
     for (int i = 0; i < d->shard_count; i++) {
         const Shard *s = &d->shards[i];
         h = hash64(h ^ (uint64_t)s->count);
+
+        // The k-th sample is the same token of the file every time, and the file need not be read.
         int samples = s->count ? 4096 : 0;
         for (int k = 0; k < samples; k++) {
             h = hash64(h ^ s->tokens[hash64((uint64_t)k) % (uint64_t)s->count]);
@@ -185,8 +188,8 @@ void data_close(Data *d) {
     free(d);
 }
 
-// Reads window w: inputs (T), and targets (T), which are the tokens one further on. The cuts are
-// moved as in this epoch; epoch -1 does not move them.
+// Reads window w: inputs (T), and as targets (T) the token behind each of them. The cuts are moved
+// as in this epoch; epoch -1 does not move them. An id that the tokenizer lacks ends the program.
 void data_window(const Data *d, long w, long epoch, int *inputs, int *targets) {
     const Shard *s = d->shards;
     while (w >= s->end) {
@@ -195,18 +198,19 @@ void data_window(const Data *d, long w, long epoch, int *inputs, int *targets) {
     int T = d->T, left = (s->count - 1) % T;
     size_t start = (size_t)(w - s->first) * (size_t)T;
 
-    // All cuts of a file move together, by 0 to `left` tokens, so that the windows still do not
-    // overlap.
+    // All cuts of a file move together, by 0 to `left` tokens, so the windows do not overlap.
     if (epoch >= 0) {
         uint64_t shard = (uint64_t)(s - d->shards);
         uint64_t shift = random_stream(d->seed, RANDOM_ORDER, (uint64_t)epoch, shard + 1);
         start += shift % (uint64_t)(left + 1);
     }
+
+    // T + 1 tokens: all but the last are inputs, all but the first are targets.
     for (int t = 0; t <= T; t++) {
         int token = s->tokens[start + (size_t)t];
         if (token >= d->vocab) {
-            fail("%s: token %zu is %d, but the tokenizer has %d; was the file made with another "
-                 "one?",
+            fail("%s: token %zu is %d, but the tokenizer has %d; "
+                 "was the file made with another one?",
                  s->path, start + (size_t)t, token, d->vocab);
         }
         if (t < T) {
@@ -239,6 +243,7 @@ void data_batch(Data *d, long first, int B, int *inputs, int *targets) {
         if (epoch != d->epoch) {
             shuffle_windows(d, epoch);
         }
+
         size_t start = (size_t)b * (size_t)d->T;
         long window = d->order[(first + b) % d->windows];
         data_window(d, window, epoch, inputs + start, targets + start);

@@ -8,8 +8,8 @@
 //     data/tokenize --tokenizer gpt2/tokenizer.json --out data/mine mine.txt
 //     data/tokenize --tokenizer data/mine/tokenizer.json --ids hello.txt
 //
-// Every result is the same with any number of threads. All files are written under other names
-// first, so that an interrupted run changes nothing.
+// Every result is the same with any number of threads. No file gets its final name before all are
+// written, so that an interrupted run changes nothing.
 #include "tokenizer.h"
 #include "loader.h"
 #include <dirent.h>
@@ -37,8 +37,7 @@ static void stop_if_interrupted(void) {
 }
 
 // ----------------------------------------------------------------------------
-// Cleaning (--clean): repairs the flaws of story collections that were made from web pages, as
-// TinyStories was.
+// Cleaning (--clean): repairs the flaws of collections from the web, such as TinyStories.
 
 enum { MOJIBAKE, CONTROLS, STRAYS, BLANKS, EMPTY, CUT_OFF, TALLIES }; // counted for the user
 static const char *const tally_names[TALLIES] = {"characters of mojibake repaired",
@@ -48,7 +47,7 @@ static const char *const tally_names[TALLIES] = {"characters of mojibake repaire
                                                  "empty documents dropped",
                                                  "truncated documents dropped"};
 
-// What Windows-1252 makes of the bytes 0x80 to 0x9f.
+// The characters that Windows-1252 has for the bytes 0x80 to 0x9f.
 static const int32_t windows_1252[32] = {
     0x20ac, 0x81,   0x201a, 0x192,  0x201e, 0x2026, 0x2020, 0x2021, 0x2c6,  0x2030, 0x160,
     0x2039, 0x152,  0x8d,   0x17d,  0x8f,   0x90,   0x2018, 0x2019, 0x201c, 0x201d, 0x2022,
@@ -78,7 +77,7 @@ static size_t repair_mojibake(const char *s, size_t n, char *out, int *length) {
         out[have++] = (char)byte;
     }
 
-    // Are these bytes one character of UTF-8, and of a kind that English has?
+    // Do these bytes begin with one character of UTF-8, of a kind that English text has?
     if (have < 2 || !strchr("\xc2\xc3\xe2\xef\xf0", out[0])) {
         return 0;
     }
@@ -96,7 +95,7 @@ static size_t repair_mojibake(const char *s, size_t n, char *out, int *length) {
     return used[2];
 }
 
-// Repairs all mojibake of n bytes in place and counts it; returns how many bytes are left.
+// Repairs all mojibake in the n bytes at s and counts it; returns how many bytes are left.
 static size_t repair_text(char *s, size_t n, int *repaired) {
     int found;
 
@@ -126,7 +125,7 @@ static size_t repair_text(char *s, size_t n, int *repaired) {
     return n;
 }
 
-// Cleans n bytes in place and counts in tally (TALLIES); returns how many bytes are left.
+// Cleans the n bytes at s and counts in tally (TALLIES); returns how many bytes are left.
 static size_t clean_text(char *s, size_t n, int *tally) {
     size_t end = 0, i = 0;
     n = repair_text(s, n, &tally[MOJIBAKE]);
@@ -211,7 +210,7 @@ typedef struct Reader {
     int64_t total, done; // bytes of all files; bytes read
     int64_t kept;        // documents
     int tally[TALLIES];
-    const char *label; // what is being done, for the progress line
+    const char *label; // the present task, for the progress line
     double started, shown;
 } Reader;
 
@@ -237,6 +236,7 @@ static void show_progress(Reader *r, int finished) {
             terminal && !finished ? "   " : "   \n");
 }
 
+// Begins again with the first file.
 static void rewind_reader(Reader *r, const char *label) {
     r->next = 0;
     r->done = 0;
@@ -258,14 +258,15 @@ static int is_blank(char c) {
     return c && strchr(" \t\n\v\f\r", c);
 }
 
-// Cleans a document and takes the blanks from both of its ends. One that is to be dropped gets
-// length 0.
+// Cleans a document and takes the blanks from both of its ends. Length 0 means that it is dropped.
 static void trim_document(Reader *r, Document *d) {
     int tally[TALLIES] = {0};
     char *s = r->bytes;
     if (r->clean) {
         d->length = clean_text(s + d->start, d->length, tally);
     }
+
+    // Blanks at both ends are no part of the text.
     while (d->length > 0 && is_blank(s[d->start])) {
         d->start++;
         d->length--;
@@ -273,17 +274,22 @@ static void trim_document(Reader *r, Document *d) {
     while (d->length > 0 && is_blank(s[d->start + d->length - 1])) {
         d->length--;
     }
+
+    // With --clean a story without an end goes too.
     tally[EMPTY] = d->length == 0 && !d->edge;
     tally[CUT_OFF] = d->length > 0 && r->clean && !ends_well(s + d->start, d->length);
     if (tally[CUT_OFF]) {
         d->length = 0;
     }
+
+    // Many threads add to the reader's counts.
     for (int k = 0; k < TALLIES; k++) {
 #pragma omp atomic
         r->tally[k] += tally[k];
     }
 }
 
+// Opens the next file.
 static void open_text(Reader *r) {
     const char *path = r->paths[r->next];
     r->file = fopen(path, "rb");
@@ -304,6 +310,7 @@ static void fill_block(Reader *r) {
         r->allocated = r->allocated ? 2 * r->allocated : BLOCK_BYTES;
         r->bytes = (char *)reallocate(r->bytes, r->allocated, 1);
     }
+
     memmove(r->bytes, r->bytes + r->used, r->filled);
     r->used = 0;
     size_t got = fread(r->bytes + r->filled, 1, r->allocated - r->filled, r->file);
@@ -314,7 +321,8 @@ static void fill_block(Reader *r) {
     r->done += (int64_t)got;
 }
 
-// Cuts the block at its separators. At the end of the file the rest is a document too.
+// Cuts the block at its separators. At the end of the file the rest is a document too. `edge` is
+// that of the first document.
 static void cut_documents(Reader *r, int edge) {
     const char *at;
     size_t n = strlen(SEPARATOR);
@@ -323,6 +331,8 @@ static void cut_documents(Reader *r, int edge) {
         r->used = (size_t)(at - r->bytes) + n;
         edge = 0;
     }
+
+    // A block that is not full is the last one of the file.
     if (r->filled < r->allocated) {
         add_document(r, r->filled, 1);
         r->used = r->filled;
@@ -348,6 +358,7 @@ static int next_block(Reader *r) {
         }
         fill_block(r);
         cut_documents(r, edge);
+
 #pragma omp parallel for schedule(dynamic, 16)
         for (int64_t i = 0; i < (int64_t)r->count; i++) {
             trim_document(r, &r->documents[i]);
@@ -380,8 +391,8 @@ static void add_counts(Table *sum, const Table *t, int64_t at_least) {
     }
 }
 
-// Adds 1 to the count of each word of n bytes. Text without words, such as DNA, counts in pieces of
-// 1000 bytes.
+// Adds 1 to the count of each word of a text. A word of more than 1000 bytes, such as DNA, counts
+// in pieces.
 static void count_document(Table *counts, const unsigned char *class_of, const char *s, size_t n) {
     const char *end = s + n;
     while (s < end) {
@@ -399,6 +410,8 @@ static Table count_words(Reader *r) {
     Table words = {0};
     Table *mine = (Table *)allocate((size_t)threads, sizeof(Table));
     rewind_reader(r, "counting words");
+
+    // A vocabulary is made for training text; validation must not influence it.
     while (next_block(r)) {
         if (r->valid) {
             continue;
@@ -437,9 +450,8 @@ static Table count_words(Reader *r) {
 
 // ----------------------------------------------------------------------------
 // Training a vocabulary: the commonest pair of neighbours becomes a token, again and again. Each
-// pair knows how often it occurs and in which words, so that a merge touches only those words. Of
-// equally common pairs the one with the lower left id goes first, then the one with the lower right
-// id.
+// pair knows its count and the words that it occurs in, so that a merge touches only those words.
+// If pairs are equally common, the lower left id goes first, then the lower right id.
 
 typedef struct Word {
     int *ids; // (length)
@@ -451,8 +463,8 @@ typedef struct Pair {
     int left, right; // ids
     int token;       // the token that the two became; 0: none yet
     int changed;     // is it in the list of pairs that became more common?
-    int64_t count;
-    int *words; // (word_count): the words that it occurs in, or did
+    int64_t count;   // how often the pair occurs in the text
+    int *words;      // (word_count): the words that it occurs in, or did
     int word_count;
 } Pair;
 
@@ -476,12 +488,15 @@ typedef struct Trainer {
 static void count_pair(Trainer *r, int left, int right, int word, int sign) {
     const int ids[2] = {left, right};
     int64_t *number = table_put(&r->table, ids, sizeof(ids));
+
+    // The first time, the pair is added to the list of all pairs.
     if (*number == 0) {
         Pair fresh = {left, right, 0, 0, 0, NULL, 0};
         r->pairs = (Pair *)grow(r->pairs, (size_t)r->pair_count, sizeof(Pair));
         r->pairs[r->pair_count++] = fresh;
         *number = r->pair_count;
     }
+
     Pair *p = &r->pairs[*number - 1];
     p->count += sign * r->words[word].count;
 
@@ -504,9 +519,9 @@ static void push_pair(Trainer *r, const Pair *p) {
     }
 }
 
-// The commonest pair; NULL if none occurs twice. The heap is not told when a pair becomes rarer: an
-// item with an old count goes back with the present one. Pairs that became more common were pushed
-// again.
+// The commonest pair; NULL if none occurs twice. The heap does not learn that a pair became rarer,
+// so an item with an old count goes back with the present one. A pair that became more common was
+// pushed again already.
 static Pair *pop_pair(Trainer *r) {
     while (r->heap.count > 0) {
         Item item = heap_pop(&r->heap);
@@ -522,8 +537,7 @@ static Pair *pop_pair(Trainer *r) {
     return NULL;
 }
 
-// Replaces left and right by `token` in one word, from left to right: in "aaa" the pair "aa" is
-// merged once.
+// Replaces left and right by `token` in one word, from left to right: "aaa" has one pair "aa".
 static void merge_in_word(Trainer *r, int word, int left, int right, int token) {
     int *s = r->words[word].ids;
     int n = r->words[word].length, out = 0;
@@ -564,24 +578,36 @@ static void write_token(FILE *file, const Tokenizer *t, int id) {
 
 // Writes a tokenizer.json; merges (merge_count,2).
 static void write_tokenizer(FILE *file, const Tokenizer *t, int (*merges)[2], int merge_count) {
+    static const char byte_level[] = "\"type\": \"ByteLevel\", \"add_prefix_space\": false, "
+                                     "\"trim_offsets\": true, \"use_regex\": true";
+
+    // The members that are the same in every file.
     fprintf(file,
-            "{\n  \"version\": \"1.0\",\n  \"truncation\": null,\n  \"padding\": null,\n  "
-            "\"added_tokens\": [\n"
+            "{\n"
+            "  \"version\": \"1.0\",\n"
+            "  \"truncation\": null,\n"
+            "  \"padding\": null,\n"
+            "  \"added_tokens\": [\n"
             "    {\"id\": 0, \"content\": \"%s\", \"single_word\": false, \"lstrip\": false, "
-            "\"rstrip\": false, "
-            "\"normalized\": false, \"special\": true}\n  ],\n  \"normalizer\": null,\n",
-            SEPARATOR);
-    static const char byte_level[] =
-        "\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true, "
-        "\"use_regex\": true";
-    fprintf(file, "  \"pre_tokenizer\": {%s},\n  \"post_processor\": null,\n  \"decoder\": {%s},\n",
-            byte_level, byte_level);
-    fprintf(
-        file,
-        "  \"model\": {\n    \"type\": \"BPE\",\n    \"dropout\": null,\n    \"unk_token\": null,\n"
-        "    \"continuing_subword_prefix\": null,\n    \"end_of_word_suffix\": null,\n    "
-        "\"fuse_unk\": false,\n"
-        "    \"byte_fallback\": false,\n    \"ignore_merges\": false,\n    \"vocab\": {");
+            "\"rstrip\": false, \"normalized\": false, \"special\": true}\n"
+            "  ],\n"
+            "  \"normalizer\": null,\n"
+            "  \"pre_tokenizer\": {%s},\n"
+            "  \"post_processor\": null,\n"
+            "  \"decoder\": {%s},\n",
+            SEPARATOR, byte_level, byte_level);
+    fprintf(file, "  \"model\": {\n"
+                  "    \"type\": \"BPE\",\n"
+                  "    \"dropout\": null,\n"
+                  "    \"unk_token\": null,\n"
+                  "    \"continuing_subword_prefix\": null,\n"
+                  "    \"end_of_word_suffix\": null,\n"
+                  "    \"fuse_unk\": false,\n"
+                  "    \"byte_fallback\": false,\n"
+                  "    \"ignore_merges\": false,\n");
+
+    // The tokens and the merges.
+    fprintf(file, "    \"vocab\": {");
     for (int i = 0; i < t->vocab; i++) {
         fprintf(file, i ? ",\n      " : "\n      ");
         write_token(file, t, i);
@@ -606,8 +632,7 @@ static void add_token(Tokenizer *t, char *text, int length) {
     *table_put(&t->ids, text, (size_t)length) = id + 1;
 }
 
-// The tokens that every vocabulary begins with: <|endoftext|> and the 256 bytes. `vocab` are to
-// come.
+// Makes t, for `vocab` tokens, and the first of them: <|endoftext|> and the 256 bytes.
 static void add_first_tokens(Tokenizer *t, int vocab) {
     t->text = (char **)allocate((size_t)vocab, sizeof(char *));
     t->length = (int *)allocate((size_t)vocab, sizeof(int));
@@ -625,6 +650,7 @@ static void add_words(Trainer *r, const Table *words) {
     for (size_t i = 0; i < words->used; i++) {
         r->ids[i] = 1 + (unsigned char)words->bytes[i];
     }
+
     r->words = (Word *)allocate(words->count, sizeof(Word));
     for (size_t i = 0; i < words->entry_count; i++) {
         const Entry *e = &words->entries[i];
@@ -640,14 +666,14 @@ static void add_words(Trainer *r, const Table *words) {
     }
 }
 
-// Makes the token of a pair, unless the same bytes are one already (a+bc and ab+c), and notes the
-// merge.
+// Notes a merge and makes its token, unless there is one of the same bytes (a+bc and ab+c).
 static void add_merge(Trainer *r, Pair *p) {
     Tokenizer *t = &r->tokens;
     int left = t->length[p->left], n = left + t->length[p->right];
     char *text = (char *)allocate((size_t)n, 1);
     memcpy(text, t->text[p->left], (size_t)left);
     memcpy(text + left, t->text[p->right], (size_t)(n - left));
+
     p->token = (int)table_get(&t->ids, text, (size_t)n) - 1;
     if (p->token < 0) {
         p->token = t->vocab;
@@ -655,6 +681,7 @@ static void add_merge(Trainer *r, Pair *p) {
     } else {
         free(text);
     }
+
     r->merges = (int(*)[2])grow(r->merges, (size_t)r->merge_count, sizeof(*r->merges));
     r->merges[r->merge_count][0] = p->left;
     r->merges[r->merge_count][1] = p->right;
@@ -680,8 +707,7 @@ static void free_trainer(Trainer *r) {
     free(r->heap.items);
 }
 
-// Writes a tokenizer.json of at most `vocab` tokens: <|endoftext|>, the 256 bytes, and the
-// commonest pairs.
+// Makes at most `vocab` tokens, the first ones and those of the commonest pairs, and writes them.
 static void train_vocabulary(const Table *words, int vocab, FILE *file) {
     Trainer r = {0};
     add_first_tokens(&r.tokens, vocab);
@@ -689,7 +715,7 @@ static void train_vocabulary(const Table *words, int vocab, FILE *file) {
     while (r.tokens.vocab < vocab) {
         stop_if_interrupted();
 
-        // Which pair is now the commonest?
+        // Find the commonest pair, after the pairs that became more common are in the heap.
         while (r.changed_count > 0) {
             Pair *p = &r.pairs[r.changed[--r.changed_count]];
             p->changed = 0;
@@ -705,8 +731,7 @@ static void train_vocabulary(const Table *words, int vocab, FILE *file) {
             add_merge(&r, p);
         }
 
-        // Merge it in all its words. This takes a copy of the pair, because r.pairs moves when it
-        // grows.
+        // Merge it in all its words. *p is copied first, because r.pairs moves when it grows.
         Pair merged = *p;
         p->words = NULL;
         p->word_count = 0;
@@ -726,6 +751,7 @@ static void train_vocabulary(const Table *words, int vocab, FILE *file) {
 // ----------------------------------------------------------------------------
 // Writing: everything goes into a folder in the output folder first, which fail() removes.
 
+// Opens a file in the unfinished folder.
 static FILE *open_output(const char *name) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/%s", unfinished_path, name);
@@ -736,6 +762,7 @@ static FILE *open_output(const char *name) {
     return file;
 }
 
+// Closes a file. A full disk may show only here.
 static void close_output(FILE *file) {
     int failed = ferror(file);
     if (fclose(file) != 0 || failed) {
@@ -752,6 +779,7 @@ typedef struct Shards {
     int64_t tokens, documents, bytes;
 } Shards;
 
+// Writes llm.c's header (data/loader.h).
 static void write_header(Shards *s) {
     const int32_t header[256] = {TOKENS_MAGIC, 1, (int32_t)s->in_file};
     fwrite(header, sizeof(header), 1, s->file);
@@ -768,6 +796,7 @@ static void finish_shard(Shards *s) {
     s->file = NULL;
 }
 
+// Appends ids (count), and begins a new file when one is full.
 static void write_tokens(Shards *s, const int *ids, size_t count) {
     for (size_t i = 0; i < count; i++) {
         if (!s->file) {
@@ -787,9 +816,8 @@ static void write_tokens(Shards *s, const int *ids, size_t count) {
     }
 }
 
-// Encodes all documents in parallel and writes them in order. The documents of validation files go
-// to val, and so do those from number `split` on if `split` is not negative; the others go to
-// train.
+// Encodes all documents in parallel and writes them in order. Documents of validation files go to
+// val, and so do those from number `split` on unless it is -1; the others go to train.
 static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shards *train,
                              Shards *val) {
     int threads = thread_count();
@@ -797,24 +825,29 @@ static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shard
     for (int i = 0; i < threads; i++) {
         mine[i] = tokenizer_share(t);
     }
+
     int *ids = NULL;
     size_t allocated = 0;
-    int64_t number = 0;
+    int64_t number = 0; // of the next document
     rewind_reader(r, "encoding");
     while (next_block(r)) {
-        // The ids of a document begin at the same index as its bytes, and are not more. The encoder
-        // may write to one index more, which is the separator's, or the one added here.
+        // The ids of a document begin at the same index as its bytes. The encoder asks for one id
+        // more than there are bytes: that is the separator's index, or the one added here.
         if (r->allocated > allocated) {
             free(ids);
             allocated = r->allocated;
             ids = (int *)allocate(allocated + 1, sizeof(int));
         }
+
+        // A thread has a tokenizer of its own, because encoding writes to the cache.
 #pragma omp parallel for schedule(dynamic, 16)
         for (int64_t i = 0; i < (int64_t)r->count; i++) {
             Document *d = &r->documents[i];
             Tokenizer *own = mine[thread_number()];
             d->ids = tokenizer_encode(own, r->bytes + d->start, d->length, ids + d->start);
         }
+
+        // Each document begins with <|endoftext|>.
         for (size_t i = 0; i < r->count; i++) {
             const Document *d = &r->documents[i];
             Shards *s = r->valid || (split >= 0 && number >= split) ? val : train;
@@ -845,6 +878,8 @@ static void remove_old_shards(const char *out) {
         if (!dot || strcmp(dot, ".bin") != 0 || !(strstr(name, "train") || strstr(name, "val"))) {
             continue;
         }
+
+        // Names such as train_000000.bin are ours.
         int ours = strncmp(name, "train_", 6) == 0 || strncmp(name, "val_", 4) == 0;
         snprintf(path, sizeof(path), "%s/%s", out, name);
         if (ours && strspn(number + 1, "0123456789") == 6 && number + 7 == dot) {
@@ -892,25 +927,20 @@ typedef struct Options {
 static void print_help(void) {
     printf("usage: data/tokenize [--vocab N | --tokenizer FILE] [--clean] TEXTFILE... --out DIR\n"
            "       data/tokenize --tokenizer FILE --ids TEXTFILE...\n\n"
-           "Turns texts, whose documents are separated by %s, into token files for train_moe. A "
-           "file with\n"
-           "\"valid\" in its name becomes validation; without one the last hundredth of the "
-           "documents does.\n\n"
-           "  --out DIR         where to write tokenizer.json, train_000000.bin ..., "
-           "val_000000.bin ...\n"
-           "  --vocab N         train a byte-level BPE vocabulary of N tokens, 257 to 65536 "
-           "(default 4096)\n"
+           "Turns texts, whose documents are separated by %s, into token files for train_moe. A file with\n"
+           "\"valid\" in its name becomes validation; without one the last hundredth of the documents does.\n\n"
+           "  --out DIR         where to write tokenizer.json, train_000000.bin ..., val_000000.bin ...\n"
+           "  --vocab N         train a byte-level BPE vocabulary of N tokens, 257 to 65536 (default 4096)\n"
            "  --tokenizer FILE  use this tokenizer.json (byte-level BPE, such as GPT-2's)\n"
-           "  --clean           repair mojibake, carriage returns, blank lines and stray "
-           "separators; drop what ends\n"
+           "  --clean           repair mojibake, carriage returns, blank lines and stray separators; drop what ends\n"
            "                    in the middle of a sentence\n"
-           "  --ids             print the ids of the text as it is, one line a file; - reads "
-           "standard input\n"
+           "  --ids             print the ids of the text as it is, one line a file; - reads standard input\n"
            "  --threads N       (default: all cores)\n"
            "  -h, --help\n",
            SEPARATOR);
 }
 
+// The number of an option; stops if it is not a number from least to most.
 static int number_option(const char *option, const char *text, int least, int most) {
     char *end;
     errno = 0;
@@ -950,6 +980,7 @@ static void parse_options(Options *o, Reader *r, int argc, char **argv) {
             usage_fail("%s: unknown option, or its value is missing", argv[optind - 1]);
         }
     }
+
     r->paths = argv + optind;
     r->path_count = argc - optind;
     if (r->path_count == 0) {
@@ -987,8 +1018,8 @@ static void print_ids(const char *tokenizer, char **paths, int count) {
     }
 }
 
-// Adds up the sizes of the texts and stops at one that cannot be read twice. Returns how many are
-// for training.
+// Adds up the sizes of the texts, refuses one that cannot be read twice, and returns the number of
+// training texts.
 static int check_texts(Reader *r) {
     int train_files = 0;
     for (int i = 0; i < r->path_count; i++) {
@@ -1040,19 +1071,18 @@ static Tokenizer *train_tokenizer(Reader *r, int vocab) {
     return tokenizer_load(path);
 }
 
+// Writes the tokenizer that was given, byte for byte.
 static void copy_tokenizer(const Tokenizer *t) {
     FILE *file = open_output("tokenizer.json");
     fwrite(t->json, 1, t->json_size, file);
     close_output(file);
 }
 
-// The number of the document that validation begins with: the last hundredth of all, but at least
-// one.
+// The first document of validation, which gets the last hundredth of all, but at least one.
 static int64_t choose_split(const Reader *r) {
     if (r->kept < 2) {
-        fail("%s: %lld document, so none is left for validation; put %s between documents, or give "
-             "a second file "
-             "that has \"valid\" in its name",
+        fail("%s: %lld document, so none is left for validation; put %s between documents, "
+             "or give a second file that has \"valid\" in its name",
              r->paths[0], (long long)r->kept, SEPARATOR);
     }
     int64_t val = r->kept < 200 ? 1 : r->kept / 100;

@@ -1,23 +1,21 @@
 // The tokenizer: text to ids and back, by byte-level byte-pair encoding (BPE).
-// Gives: tokenizer_load, tokenizer_encode, tokenizer_text, tokenizer_share, tokenizer_free; for
-// data/tokenize.c, which trains vocabularies, also Table, Heap, first_word and GPT-2's byte
-// alphabet. Needs: data/json.h, data/unicode.h. A vocabulary is a Hugging Face tokenizer.json that
-// works as GPT-2's does; any other is refused.
+// Gives: tokenizer_load, tokenizer_encode, tokenizer_text, tokenizer_share, tokenizer_free; to
+// data/tokenize.c, the trainer of vocabularies, also Table, Heap, first_word and byte_alphabet.
+// Needs: data/json.h, data/unicode.h.
+// A vocabulary is a Hugging Face tokenizer.json that works as GPT-2's does; any other is refused.
 //
-// BPE is from Gage 1994, for words of a text Sennrich et al. 2016 (arXiv:1508.07909), over bytes
-// GPT-2 (Radford et al. 2019). Three steps lead from text to ids:
+// BPE is from Gage 1994, for the words of a text from Sennrich et al. 2016 (arXiv:1508.07909), over
+// bytes from GPT-2 (Radford et al. 2019). Three steps lead from text to ids:
 //
 //   1. <|endoftext|> and other added tokens are cut out:
 //      "A.<|endoftext|>It's" -> "A."  <|endoftext|>  "It's"
-//   2. The text between them is cut into words, so that no token spans two words: "A" "."  ... "It"
-//   "'s"
-//   3. Each word starts as its bytes. A list of merges, best first, says which two neighbours
-//   become one
-//      token. Again and again the pair of the lowest rank is merged, the leftmost if there are
-//      several, until no two neighbours are in the list.
+//   2. The text between them is cut into words, so that no token spans two words:
+//      "A." -> "A" "."          "It's" -> "It" "'s"
+//   3. Each word starts as its bytes. A list of merges, best first, tells the neighbours that may
+//      become one token. Again and again the pair of the lowest rank is merged, the leftmost if
+//      there are several, until no two neighbours are in the list.
 //
-// All 256 bytes are tokens, so every text can be written, and bytes that are not UTF-8 come back
-// unchanged.
+// All 256 bytes are tokens, so every text can be encoded and comes back unchanged, UTF-8 or not.
 #pragma once
 #include "json.h"
 #include "unicode.h"
@@ -66,7 +64,7 @@ uint64_t hash_bytes(const char *s, size_t n) {
     return hash64(h ^ chunk);
 }
 
-// The entry of a key, or the free one that a new key would take: the first after the key's hash.
+// The entry of a key, or the free one that a new key takes: the first free one from its hash on.
 Entry *table_find(const Table *t, const char *key, size_t n) {
     for (size_t i = (size_t)hash_bytes(key, n);; i++) {
         Entry *e = &t->entries[i & (t->entry_count - 1)];
@@ -81,10 +79,9 @@ int64_t table_get(const Table *t, const void *key, size_t n) {
     return t->entry_count ? table_find(t, (const char *)key, n)->value : 0;
 }
 
-// Where the value of a key of n bytes is. A new key has the value 0 and must be given another at
-// once.
+// A pointer to the value of a key of n bytes. A new key has the value 0 and must get another.
 int64_t *table_put(Table *t, const void *key, size_t n) {
-    // A table that is half full doubles, because searches in a full one are long.
+    // A search is short while half of the entries are free, so a fuller table doubles.
     if (2 * t->count >= t->entry_count) {
         Table old = *t;
         t->entry_count = old.entry_count ? 2 * old.entry_count : 1024;
@@ -173,8 +170,7 @@ Item heap_pop(Heap *h) {
 
 enum { OTHER, LETTER, NUMBER, SPACE }; // classes of characters
 
-// Gives class `kind` to all characters of `ranges`, a list of `size` bytes: first and last of each
-// range.
+// Gives class `kind` to the characters of `ranges` (`size` bytes): first and last of each range.
 void mark_characters(unsigned char *class_of, const int32_t *ranges, size_t size, int kind) {
     for (size_t i = 0; i < size / sizeof(int32_t); i += 2) {
         memset(class_of + ranges[i], kind, (size_t)(ranges[i + 1] - ranges[i] + 1));
@@ -198,12 +194,11 @@ int character_class(const unsigned char *class_of, const char *s, size_t n, size
     return code < 0 ? (int)OTHER : class_of[code];
 }
 
-// The length in bytes of the first word of s (n >= 1 bytes). GPT-2's rule is this regular
-// expression:
+// The length in bytes of the first word of s (n >= 1 bytes), by GPT-2's regular expression:
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 // A word is an English contraction, or a run of letters, of numbers or of other signs, each with
-// one space before it if there is one, or a run of white space without its last character, which
-// may belong to the next word.
+// one space before it if there is one; or a run of white space, but its last character is left to
+// the word behind it.
 size_t first_word(const unsigned char *class_of, const char *s, size_t n) {
     if (s[0] == '\'' && n > 1) {
         char a = s[1];
@@ -216,7 +211,7 @@ size_t first_word(const unsigned char *class_of, const char *s, size_t n) {
         }
     }
 
-    // Which class is the run? That of the first character, or of the second behind a space.
+    // The run's class is that of the first character, or of the second one behind a space.
     size_t i = s[0] == ' ' && n > 1;
     size_t bytes;
     int kind = character_class(class_of, s + i, n - i, &bytes);
@@ -241,8 +236,8 @@ typedef struct Merge {
     int id;   // the token that the two become
 } Merge;
 
-// A word that was met before, with its ids. The word's hash says which element of the cache it is
-// in, and a new word replaces an old one there.
+// A word that was met before, with its ids. The word's hash gives its index in the cache, and a
+// new word replaces an old one there.
 typedef struct CachedWord {
     unsigned char length; // bytes; 0: nothing cached
     unsigned char count;  // ids
@@ -298,7 +293,7 @@ size_t merge_word(const Tokenizer *t, const char *word, size_t n, int *ids) {
         fail("a word of %zu bytes is too long to encode", n);
     }
 
-    // At first each byte is a symbol.
+    // At first each byte is a symbol, linked to its neighbours.
     Symbol *s = (Symbol *)allocate(n, sizeof(Symbol));
     for (int i = 0; i < (int)n; i++) {
         s[i].id = t->byte_id[(unsigned char)word[i]];
@@ -333,6 +328,7 @@ size_t merge_word(const Tokenizer *t, const char *word, size_t n, int *ids) {
         push_merge(t, &heap, s, s[i].previous);
     }
 
+    // Symbol 0 is still the first, because only right neighbours leave the list.
     size_t count = 0;
     for (int i = 0; i >= 0; i = s[i].next) {
         ids[count++] = s[i].id;
@@ -358,6 +354,7 @@ size_t encode_words(const Tokenizer *t, const char *s, size_t n, int *ids) {
             continue;
         }
 
+        // A new word is encoded in full, and cached if it is short.
         size_t added = merge_word(t, s, length, ids + count);
         if (fits && added <= sizeof(c->ids) / sizeof(c->ids[0])) {
             c->length = (unsigned char)length;
@@ -386,8 +383,7 @@ int added_token(const Tokenizer *t, const char *s, size_t n) {
     return best;
 }
 
-// Turns text of `size` bytes into ids and returns their number. ids (size + 1) is large enough for
-// any text.
+// Turns text of `size` bytes into ids and returns their number. The caller gives ids (size + 1).
 size_t tokenizer_encode(Tokenizer *t, const char *text, size_t size, int *ids) {
     size_t count = 0, start = 0;
     while (start < size) {
@@ -430,7 +426,8 @@ void byte_alphabet(int32_t character[256]) {
 // Turns n bytes in that alphabet into the bytes they stand for, out (n). Returns their number, or
 // -1 if a character is not in the alphabet.
 int alphabet_to_bytes(const char *s, size_t n, char *out) {
-    int32_t character[256], byte_of[0x144], code;
+    int32_t character[256];
+    int32_t byte_of[0x144]; // the alphabet ends at U+0143
     byte_alphabet(character);
     memset(byte_of, -1, sizeof(byte_of));
     for (int b = 0; b < 256; b++) {
@@ -440,6 +437,7 @@ int alphabet_to_bytes(const char *s, size_t n, char *out) {
     int count = 0;
     size_t i = 0;
     while (i < n) {
+        int32_t code;
         i += (size_t)utf8_decode(s + i, n - i, &code);
         if (code < 0 || code >= 0x144 || byte_of[code] < 0) {
             return -1;
@@ -449,16 +447,14 @@ int alphabet_to_bytes(const char *s, size_t n, char *out) {
     return count;
 }
 
-// The two values that a member of the file may have; "null" also means that it is missing. Any
-// other value would ask for other ids than ours. Members that wrap or cut finished ids
-// (post-processor, truncation, padding) and the decoder are not checked, since they do not matter
-// here.
+// The two values that a member of the file may have; "null" also means that it is missing. With
+// any other value the ids would not be ours. The post-processor, truncation, padding and the
+// decoder are not checked: they wrap, cut or read ids that are finished.
 typedef struct Expected {
     const char *member, *value, *other;
 } Expected;
 
-// A value as a word: a string itself, a number in digits, an object's "type". number (32) is for
-// digits.
+// A value as a word: a string itself, an object's "type", a number in digits, put into number (32).
 const char *json_word(const Json *m, char *number) {
     if (m && m->type == 'o') {
         const Json *type = json_get(m, "type");
@@ -507,6 +503,8 @@ void read_token(Tokenizer *t, const char *path, const char *raw, const char *s, 
         fail("%s: the id of token \"%s\" is not a whole number from 0 to %d", path, raw,
              (1 << 24) - 1);
     }
+
+    // A token may be in the file twice, as long as its id is the same.
     int64_t *value = table_put(&t->ids, s, (size_t)n);
     int64_t number = (int64_t)id->number + 1;
     if (*value && *value != number) {
@@ -528,6 +526,7 @@ void read_added_tokens(Tokenizer *t, const char *path, const Json *list) {
         }
         check_members(path, content->text, a, flags, sizeof(flags) / sizeof(flags[0]));
         read_token(t, path, content->text, content->text, (int)content->length, id);
+
         t->added = (int *)grow(t->added, (size_t)t->added_count, sizeof(int));
         t->added[t->added_count++] = (int)id->number;
     }
@@ -564,8 +563,7 @@ void read_vocabulary(Tokenizer *t, const char *path, const Json *vocab, char *by
     }
 }
 
-// Reads the two sides of a merge, which is "left right" or ["left", "right"]. A side is NULL if it
-// is missing.
+// Reads the two sides of a merge, "left right" or ["left", "right"]. A missing side is NULL.
 void read_sides(const Json *m, char **left, char **right) {
     *left = NULL;
     *right = NULL;
@@ -582,8 +580,7 @@ void read_sides(const Json *m, char **left, char **right) {
     }
 }
 
-// "merges": a list, best first, so that a merge's number in it is its rank. bytes: memory for any
-// token.
+// "merges": a list, best first, so that the n-th merge has rank n. bytes: memory for any token.
 void read_merges(Tokenizer *t, const char *path, const Json *merges, char *bytes) {
     int rank = 0;
     t->merges = (Merge *)allocate(1, sizeof(Merge));
@@ -609,6 +606,7 @@ void read_merges(Tokenizer *t, const char *path, const Json *merges, char *bytes
                  path, rank, left, right);
         }
 
+        // A rank is also the index in `merges`, which has no merge at 0.
         const int pair[2] = {(int)x - 1, (int)y - 1};
         t->merges = (Merge *)grow(t->merges, (size_t)rank, sizeof(Merge));
         t->merges[rank].rank = rank;
@@ -652,10 +650,13 @@ void find_special_ids(Tokenizer *t, const char *path) {
             fail("%s: byte 0x%02x has no token; a byte-level vocabulary has all 256", path, b);
         }
     }
+
     t->eot = (int)table_get(&t->ids, "<|endoftext|>", 13) - 1;
     if (t->eot < 0) {
         fail("%s: the vocabulary has no <|endoftext|>", path);
     }
+
+    // Their first bytes: almost anywhere in a text one look tells that no added token begins there.
     t->added = (int *)grow(t->added, (size_t)t->added_count, sizeof(int));
     t->added[t->added_count++] = t->eot;
     for (int i = 0; i < t->added_count; i++) {
@@ -670,11 +671,12 @@ Tokenizer *tokenizer_load(const char *path) {
     t->json = read_file(path, &t->json_size);
     Json *root = json_parse(t->json, t->json_size, path);
     check_tokenizer(path, root);
+
     const Json *vocab = json_get(json_get(root, "model"), "vocab");
     const Json *merges = json_get(json_get(root, "model"), "merges");
     if (!vocab || vocab->type != 'o' || !merges || merges->type != 'a') {
-        fail("%s: not a tokenizer.json: expected a \"model\" with an object \"vocab\" and a list "
-             "\"merges\"",
+        fail("%s: not a tokenizer.json: expected a \"model\" with an object \"vocab\" "
+             "and a list \"merges\"",
              path);
     }
 
@@ -685,6 +687,7 @@ Tokenizer *tokenizer_load(const char *path) {
     find_special_ids(t, path);
     free(bytes);
     json_free(root);
+
     t->class_of = character_classes();
     t->cache = (CachedWord *)allocate(CACHED_WORDS, sizeof(CachedWord));
     return t;

@@ -1,4 +1,4 @@
-// Errors, memory, files, time, threads and random numbers: what every other file stands on.
+// Errors, memory, files, time, threads and random numbers, for every other file.
 // Gives: fail, usage_fail, allocate, read_file, seconds, thread_count, random_stream, ...
 // Needs: the C library and POSIX, whose headers are included here once for the whole program.
 // A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and
@@ -30,8 +30,7 @@
 #include <omp.h>
 #endif
 
-// `real` is the type of every weight and activation: float, or double to check gradients
-// (make train_moe_double).
+// The type of every weight and activation: float, or double to check gradients (train_moe_double).
 #ifndef REAL
 #define REAL float
 #endif
@@ -79,10 +78,9 @@ const char *program_name = "train_moe_mpi";
 #else
 const char *program_name = "train_moe";
 #endif
-int program_rank = 0;               // this process's number, where several work together
-void (*end_all)(int status) = NULL; // ends all processes, where several work together
-char
-    unfinished_path[4096]; // a folder being written: fail() removes it, so that no part of it stays
+int program_rank = 0;               // this process's number, if several work together
+void (*end_all)(int status) = NULL; // ends all processes, if several work together
+char unfinished_path[4096];         // a folder that is being written; fail() removes it
 
 __attribute__((noreturn)) void end_program(int status) {
     if (end_all) {
@@ -91,14 +89,13 @@ __attribute__((noreturn)) void end_program(int status) {
     exit(status);
 }
 
-// Removes a file tree. What cannot be removed stays, without a message.
+// Removes a folder and everything in it. A file that cannot be removed stays, without a message.
 void remove_tree(const char *path) {
     DIR *folder = opendir(path);
     struct dirent *entry;
     char inner[4200];
 
-    // A folder must be empty before rmdir takes it. unlink removes files, and what it refuses is a
-    // folder.
+    // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder.
     while (folder && (entry = readdir(folder)) != NULL) {
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) {
             continue;
@@ -130,6 +127,8 @@ __attribute__((noreturn)) void fail_with(int status, const char *hint, const cha
     }
     vfprintf(stderr, format, args);
     fprintf(stderr, "%s\n", hint);
+
+    // Files that are only partly written must not be taken for good ones.
     if (unfinished_path[0]) {
         remove_tree(unfinished_path);
     }
@@ -160,8 +159,8 @@ void *allocate(size_t count, size_t size) {
              (double)count * (double)size / 1048576.0);
     }
 
-    // A large array asks for large pages, where the system has them: the processor then finds the
-    // memory behind an address faster. The advice must begin at the first page boundary.
+    // A large array asks for large pages: with them the processor finds the memory behind an address
+    // faster. The advice must begin at a page boundary, and a system without them ignores it.
 #ifdef MADV_HUGEPAGE
     size_t page = 4096, skip = (page - (size_t)p % page) % page;
     if (count * size >= 1 << 22) {
@@ -171,7 +170,7 @@ void *allocate(size_t count, size_t size) {
     return p;
 }
 
-// Like realloc, but never returns NULL. What is added is not zeroed.
+// Like realloc, but never returns NULL. The memory that is added is not zeroed.
 void *reallocate(void *p, size_t count, size_t size) {
     if (size && count > SIZE_MAX / size) {
         fail("out of memory: %zu elements of %zu bytes", count, size);
@@ -194,6 +193,7 @@ char *read_file(const char *path, size_t *size) {
     if (!file) {
         fail("%s: cannot open: %s", path, strerror(errno));
     }
+
     size_t allocated = 1 << 16, used = 0, got;
     char *text = (char *)allocate(allocated, 1);
 
@@ -217,6 +217,8 @@ char *read_file(const char *path, size_t *size) {
 // Makes the folder `path` and those above it. Folders that exist are no error.
 void make_directories(const char *path) {
     char part[2048];
+
+    // Each '/', and the end, completes the name of one folder.
     for (size_t i = 1; i <= strlen(path); i++) {
         if (path[i] && path[i] != '/') {
             continue;
@@ -294,8 +296,8 @@ int thread_number(void) {
 
 // ---- random numbers
 //
-// A random number is a pure function of what it is for, so that any thread, process or device draws
-// the same ones in any order.
+// A random number is a pure function of its purpose and its number, so that any thread, process or
+// device draws the same ones in any order.
 
 // A bijection of 64-bit numbers in which every input bit changes every output bit
 // (the last step of SplitMix64, Steele 2014).
@@ -306,7 +308,7 @@ BOTH uint64_t hash64(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// What random numbers are for. A purpose keeps its number, or every run would come out differently.
+// The purposes of random numbers. A purpose keeps its number, or every run would end differently.
 enum {
     RANDOM_INIT,   // first weights
     RANDOM_ORDER,  // the order of the training data
@@ -317,8 +319,8 @@ enum {
     RANDOM_EXEMPT  // which sequences drop no tokens
 };
 
-// A stream of random numbers: one for each (seed, purpose, a, b); a and b are a step and a layer,
-// say.
+// One stream of random numbers for each (seed, purpose, a, b), where a and b are, say, a step and
+// a layer.
 BOTH uint64_t random_stream(uint64_t seed, int purpose, uint64_t a, uint64_t b) {
     return hash64(hash64(hash64(hash64(seed) ^ (uint64_t)purpose) ^ a) ^ b);
 }
