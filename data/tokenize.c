@@ -221,7 +221,9 @@ static int is_valid_name(const char *path) {
 
 // On a terminal one line that is written again and again, into a pipe a line every ten seconds.
 static void show_progress(Reader *r, int finished) {
-    double now = seconds(), elapsed = now - r->started, share = (double)r->done / (double)r->total;
+    double now = seconds();
+    double elapsed = now - r->started;
+    double share = (double)r->done / (double)r->total;
     int terminal = isatty(2);
     int due = now - r->shown >= (terminal ? 0.1 : 10);
     if (finished) {
@@ -469,10 +471,9 @@ typedef struct Pair {
 } Pair;
 
 typedef struct Trainer {
-    Tokenizer
-        tokens;  // only text, length, vocab and ids are used; each text is an allocation of its own
-    Word *words; // (word_count)
-    int *ids;    // of all words, one after the other
+    Tokenizer tokens; // only text, length, vocab and ids; each text is an allocation of its own
+    Word *words;      // (word_count)
+    int *ids;         // of all words, one after the other
     int word_count;
     Table table; // from two ids, as int[2], to an index in pairs, counted from 1
     Pair *pairs; // (pair_count)
@@ -581,7 +582,7 @@ static void write_tokenizer(FILE *file, const Tokenizer *t, int (*merges)[2], in
     static const char byte_level[] = "\"type\": \"ByteLevel\", \"add_prefix_space\": false, "
                                      "\"trim_offsets\": true, \"use_regex\": true";
 
-    // The members that are the same in every file.
+    // These members are the same in every file.
     fprintf(file,
             "{\n"
             "  \"version\": \"1.0\",\n"
@@ -606,7 +607,7 @@ static void write_tokenizer(FILE *file, const Tokenizer *t, int (*merges)[2], in
                   "    \"byte_fallback\": false,\n"
                   "    \"ignore_merges\": false,\n");
 
-    // The tokens and the merges.
+    // Tokens are in the order of their ids, merges in the order of their ranks.
     fprintf(file, "    \"vocab\": {");
     for (int i = 0; i < t->vocab; i++) {
         fprintf(file, i ? ",\n      " : "\n      ");
@@ -1120,8 +1121,8 @@ int main(int argc, char **argv) {
     }
     prepare_output(o.out);
 
-    // The vocabulary. Training reads all documents and so counts them; else they are counted here,
-    // if the number is needed.
+    // Get the vocabulary. Training it reads all documents and so counts them. With --tokenizer they
+    // are counted here, if the split depends on their number.
     if (t) {
         copy_tokenizer(t);
         rewind_reader(&r, "counting documents");
@@ -1131,7 +1132,7 @@ int main(int argc, char **argv) {
         t = train_tokenizer(&r, o.vocab ? o.vocab : 4096);
     }
 
-    // The tokens.
+    // Encode all documents. Only then do the files get their names.
     int64_t split = all_train ? choose_split(&r) : -1;
     Shards train = {o.out, "train", NULL, 0, 0, 0, 0, 0};
     Shards val = {o.out, "val", NULL, 0, 0, 0, 0, 0};
@@ -1144,7 +1145,7 @@ int main(int argc, char **argv) {
     remove_old_shards(o.out);
     move_outputs(o.out);
 
-    // The summary.
+    // Tell the user how much there is and how much was cleaned.
     print_split(&train);
     print_split(&val);
     for (int k = 0; k < TALLIES; k++) {
