@@ -1,9 +1,10 @@
-// stories.c -- writes the built-in training corpus: short stories for small children, made up from tables.
+// Writes the built-in training text: short stories for small children, made up from tables.
+// Gives: the program data/make_stories. Needs: the C library, and nothing else of this project.
 //
 // A tiny model trained for two minutes cannot learn all of English, but it can learn a small world of it.
 // This program knows ten worlds (the sea, a castle, ...) and fourteen plots (something is lost, someone is stuck,
-// ...), and every plot can happen in every world with that world's own characters, places, things and words.
-// There are few forms of sentence and many fillings, and the fillings must agree over the whole story: the red shell
+// ...), and every plot can happen in every world with that world's own characters, things and words. There are few
+// forms of sentence and many fillings, and the fillings must agree from the first sentence to the last: the red shell
 // stays red, "she" stays "she", the hook that Grandpa gave in the second paragraph gets the shell back in the third.
 // So a model has long-range things to learn, and its experts have worlds to share out among themselves.
 //
@@ -33,8 +34,8 @@
 // A plot is a text with marks that the program replaces:
 //
 //   {toy}     a row of the world's TOY table; {toy2} is another row of it, {toy3} a third. {Toy} starts with a capital.
-//   {name2}   in tables of people the number says whose: 1 (left out) the hero, 2 the friend, 3 the elder, 4 the
-//             parent. Each is a boy or a girl for the whole story, and {he2} {him2} {his2} follow.
+//   {name2}   in tables of people the number is the person's: 1 (left out) the hero, 2 the friend, 3 the elder, 4 the
+//             parent. Each is a boy or a girl all through the story, and {he2} {him2} {his2} follow.
 //   [a|b|c]   one of these; a choice may be empty, and may contain marks and other choices.
 //   @         "a" or "an", as the next word wants it.
 //
@@ -531,7 +532,7 @@ static const char *const plots[] = {
     "together.\" They met {place} and played all day. \"What have you learned?\" asked {elder3}. \"[The {colour} "
     "{toy} is best for two|It is more fun to share the {colour} {toy}]!\" said {name}.",
 
-    // The lion and the mouse: who got food comes back to help.
+    // The lion and the mouse: a stranger gets food and comes back to help.
     "{opening}\n\n"
     "{day}, {name} met @ tiny {stranger} {place}. \"I am so hungry,\" it [said|cried]. {Name} had only a bowl "
     "of {food}, but {he} gave half of it to the {stranger}. \"One day I will help you,\" it said. {Name} smiled. How "
@@ -617,7 +618,7 @@ static const char *const plots[] = {
     "[{Name} never said again that {he} was the fastest.|\"It is good to be fast,\" said {elder3}, \"but it is "
     "better to never stop.\"]",
 
-    // The building: what is too heavy for one is not for two.
+    // The building: it is too heavy for one, but not for two.
     "{opening}\n\n"
     "{day}, {name} wanted to build @ {building}. There were some {strong} {place}, but they were too heavy. So {he} "
     "built it with {weak}, but {weakfail}. Then {he} built it with {weak2}, but {weakfail2}. {Name} [sat down and "
@@ -662,16 +663,18 @@ typedef struct {
     char text[4096];
 } Story;
 
-// A mistake in a table is found when a story first uses it; say where.
+// A mistake in a table is found when a story first uses it; the message says where it is.
 static void table_error(const Story *s, const char *what, const char *mark, size_t n) {
     fprintf(stderr, "make_stories: world '%s': %s: %.*s\n", s->world->name, what, (int)n, mark);
     exit(1);
 }
 
+// Appends a character, as a capital if one is due. After "a" and a space, a vowel makes it "an".
 static void put(Story *s, char c) {
     if (s->length + 3 > sizeof(s->text)) {
         table_error(s, "the story is too long", s->text, 60);
     }
+
     if (s->article && c != ' ') {
         if (strchr("aeiou", c)) {
             s->text[s->length - 1] = 'n';
@@ -710,22 +713,29 @@ static void expand(Story *s, const char *t, const char *end);
 // Replaces the mark {toy2}, given without its braces: finds the column of that name, then the row, and expands it.
 static void expand_mark(Story *s, const char *mark, size_t n) {
     char name[16] = "";
-    int digit = isdigit((unsigned char)mark[n - 1]) != 0, number = digit ? mark[n - 1] - '1' : 0;
+    int digit = isdigit((unsigned char)mark[n - 1]) != 0;
+    int number = digit ? mark[n - 1] - '1' : 0;
     if (n - (size_t)digit < sizeof(name)) {
         memcpy(name, mark, n - (size_t)digit);
     }
     s->capital |= isupper((unsigned char)name[0]) != 0;
     name[0] = (char)tolower((unsigned char)name[0]);
+
+    // Look for the name among the columns of all tables.
     for (int t = 0; t < TABLES; t++) {
-        const char *c = tables[t].columns, *c_end;
-        for (int column = 0; *c; column++, c = *c_end ? c_end + 1 : c_end) {
-            c_end = c + strcspn(c, " ");
-            if (strlen(name) != (size_t)(c_end - c) || strncmp(name, c, strlen(name)) != 0) {
+        const char *next = tables[t].columns;
+        for (int column = 0; *next; column++) {
+            const char *column_name = next;
+            size_t length = strcspn(next, " ");
+            next += length + (next[length] == ' ');
+            if (strlen(name) != length || strncmp(name, column_name, length) != 0) {
                 continue;
             }
             if (s->count[t] == 0 || (tables[t].people && number >= PEOPLE)) {
                 table_error(s, "no row for the mark", mark, n);
             }
+
+            // The number chooses the row; for people it also chooses the person, a boy or a girl.
             const char *row = s->rows[t][s->order[t][number % s->count[t]]];
             const char *start = row, *end = row + strlen(row);
             if (!tables[t].people) {
@@ -743,6 +753,7 @@ static void expand_mark(Story *s, const char *mark, size_t n) {
     table_error(s, "no table has a column for the mark", mark, n);
 }
 
+// Writes the text from t to end, with its marks and choices replaced.
 static void expand(Story *s, const char *t, const char *end) {
     while (t < end) {
         if (*t == '{') {
@@ -750,7 +761,8 @@ static void expand(Story *s, const char *t, const char *end) {
             expand_mark(s, t + 1, n);
             t += n + 2;
         } else if (*t == '[') {
-            const char *close = part_end(t + 1, end, "]"), *choice_end = close;
+            const char *close = part_end(t + 1, end, "]");
+            const char *choice_end = close;
             int choices = 1;
             for (const char *bar = t + 1; (bar = part_end(bar, close, "|")) < close; bar++) {
                 choices++;
@@ -765,15 +777,18 @@ static void expand(Story *s, const char *t, const char *end) {
     }
 }
 
+// Makes story number `index` of a seed.
 static void make_story(Story *s, uint64_t seed, uint64_t index) {
     s->rng = mix(mix(seed) + index); // mixed again: neighbours must not walk through each other's numbers
     int world = below(&s->rng, WORLDS);
     s->world = &worlds[world];
     const char *plot = plots[below(&s->rng, PLOTS)];
+
+    // Shuffle the rows of every table, so that {toy} and {toy2} are two different ones.
     for (int t = 0; t < TABLES; t++) {
         s->rows[t] = s->world->rows[t][0] ? s->world->rows[t] : everywhere.rows[t];
         int n = 0;
-        for (; n < MAX_ROWS && s->rows[t][n]; n++) { // an inside-out shuffle
+        for (; n < MAX_ROWS && s->rows[t][n]; n++) {
             int j = below(&s->rng, n + 1);
             s->order[t][n] = s->order[t][j];
             s->order[t][j] = n;
@@ -783,12 +798,15 @@ static void make_story(Story *s, uint64_t seed, uint64_t index) {
     for (int i = 0; i < PEOPLE; i++) {
         s->girl[i] = below(&s->rng, 2);
     }
+
     // Every world has one hero and one friend, as picture books have: a boy and a girl, the first names of the table. With
     // a new name in each story, a model that has seen five thousand of them still calls the hero by any name it knows.
     s->order[NAME][0] = 0;
     s->order[NAME][1] = 1;
     s->girl[0] = world % 2;
     s->girl[1] = !s->girl[0];
+
+    // Everything is drawn, so write the story.
     s->length = 0;
     s->capital = s->article = 0;
     expand(s, plot, plot + strlen(plot));
@@ -809,6 +827,7 @@ static const char usage[] =
     "  --list-worlds  write the names of the worlds and stop\n"
     "  -h, --help     write this and stop\n";
 
+// The number of an option; anything else ends the program with a message.
 static uint64_t parse_number(const char *option, const char *text) {
     char *end;
     errno = 0;
@@ -844,8 +863,9 @@ int main(int argc, char **argv) {
     };
     uint64_t count = 10, first = 0, seed = 1;
     int show_worlds = 0;
-    for (int c; (c = getopt_long(argc, argv, "h", options, NULL)) != -1;) {
-        switch (c) {
+    int option;
+    while ((option = getopt_long(argc, argv, "h", options, NULL)) != -1) {
+        switch (option) {
         case COUNT:
             count = parse_number("count", optarg);
             break;
@@ -868,7 +888,7 @@ int main(int argc, char **argv) {
             return finish();
         default:
             fprintf(stderr, "%s", usage);
-            return 2; // getopt_long has said what is wrong
+            return 2; // getopt_long has printed the mistake
         }
     }
     if (optind < argc) {

@@ -1,9 +1,8 @@
-// Errors, memory, files, time, threads and random numbers: what every other file stands on.
-// Gives: fail, usage_fail, allocate, read_file, seconds, thread_count, random_stream, ... Needs: the C library.
-//
-// A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and machines,
-// exit 2 for the command line. Random numbers are a pure function of what they are for, so that any thread,
-// process or device draws the same ones in any order.
+// Errors, memory, files, time, threads and random numbers, for every other file.
+// Gives: fail, usage_fail, allocate, read_file, seconds, thread_count, random_stream, ...
+// Needs: the C library and POSIX, whose headers are included here once for the whole program.
+// A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and
+// for the machine, exit 2 for the command line.
 #pragma once
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -31,13 +30,13 @@
 #include <omp.h>
 #endif
 
-// `real` is the type of every weight and activation: float, or double to check gradients (make train_moe_double).
+// The type of every weight and activation: float, or double to check gradients (train_moe_double).
 #ifndef REAL
 #define REAL float
 #endif
 typedef REAL real;
 
-// What a CUDA twin's kernels call too.
+// BOTH marks a function that the kernels of the CUDA twin call as well.
 #ifdef __CUDACC__
 #define BOTH __host__ __device__
 #else
@@ -52,6 +51,7 @@ BOTH int max_int(int a, int b) {
     return a > b ? a : b;
 }
 
+// a / b rounded up, for a >= 0 and b > 0.
 BOTH int div_up(int a, int b) {
     return (a + b - 1) / b;
 }
@@ -61,86 +61,125 @@ typedef struct Ranked {
     int index;
 } Ranked;
 
-int compare_ranked(const void *a, const void *b) { // highest first, of equals the lower index
-    const Ranked *x = (const Ranked *)a, *y = (const Ranked *)b;
-    return x->score != y->score ? (x->score < y->score ? 1 : -1) : x->index - y->index;
+// Orders Ranked for qsort: the highest score comes first, and of two equal scores the lower index.
+int compare_ranked(const void *a, const void *b) {
+    const Ranked *x = (const Ranked *)a;
+    const Ranked *y = (const Ranked *)b;
+    if (x->score != y->score) {
+        return x->score < y->score ? 1 : -1;
+    }
+    return x->index - y->index;
 }
+
+// ---- errors
 
 #ifdef USE_MPI
 const char *program_name = "train_moe_mpi";
 #else
 const char *program_name = "train_moe";
 #endif
-int program_rank = 0;                // of several processes that work together: this one's number
-void (*end_all)(int status) = NULL;  // of several processes: ends them all
-char unfinished_path[4096]; // a folder being written; fail() removes it, so that nothing half-written stays
+int program_rank = 0;               // this process's number, if several work together
+void (*end_all)(int status) = NULL; // ends all processes, if several work together
+char unfinished_path[4096];         // a folder that is being written; fail() removes it
 
 __attribute__((noreturn)) void end_program(int status) {
-    if (end_all)
+    if (end_all) {
         end_all(status);
+    }
     exit(status);
 }
 
+// Removes a folder and everything in it. A file that cannot be removed stays, without a message.
 void remove_tree(const char *path) {
-    DIR *dir = opendir(path);
-    if (dir) {
-        char inner[4200];
-        for (struct dirent *entry; (entry = readdir(dir)) != NULL;) {
-            if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") &&
-                snprintf(inner, sizeof(inner), "%s/%s", path, entry->d_name) < (int)sizeof(inner) && unlink(inner) != 0)
-                remove_tree(inner);
+    DIR *folder = opendir(path);
+    struct dirent *entry;
+    char inner[4200];
+
+    // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder.
+    while (folder && (entry = readdir(folder)) != NULL) {
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) {
+            continue;
         }
-        closedir(dir);
+        int length = snprintf(inner, sizeof(inner), "%s/%s", path, entry->d_name);
+        if (length < (int)sizeof(inner) && unlink(inner) != 0) {
+            remove_tree(inner);
+        }
+    }
+    if (folder) {
+        closedir(folder);
     }
     rmdir(path);
 }
 
-__attribute__((noreturn)) void fail_with(int status, const char *hint, const char *format, va_list args) {
+// Prints "program: [rank N: ]message hint" to standard error and ends the program.
+__attribute__((noreturn)) void fail_with(int status, const char *hint, const char *format,
+                                         va_list args) {
     fflush(stdout);
-    if (program_rank)
-        sleep(3); // what all ranks find is said by the first, which ends the others
+
+    // All ranks find the same mistake at the same time. The first one reports it and ends the
+    // others while they sleep, so that the user reads it once.
+    if (program_rank) {
+        sleep(3);
+    }
     fprintf(stderr, "%s: ", program_name);
-    if (program_rank)
+    if (program_rank) {
         fprintf(stderr, "rank %d: ", program_rank);
+    }
     vfprintf(stderr, format, args);
     fprintf(stderr, "%s\n", hint);
-    if (unfinished_path[0])
+
+    // Files that are only partly written must not be taken for good ones.
+    if (unfinished_path[0]) {
         remove_tree(unfinished_path);
+    }
     end_program(status);
 }
 
+// For files and for the machine: exit status 1.
 __attribute__((noreturn, format(printf, 1, 2))) void fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fail_with(1, "", format, args);
 }
 
+// For the command line: exit status 2.
 __attribute__((noreturn, format(printf, 1, 2))) void usage_fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fail_with(2, " (-h lists the options)", format, args);
 }
 
-// Zeroed memory for count elements of size bytes; also for count 0. Large pages, where the system has some to give, save
-// looking up where the small ones are.
+// ---- memory and files
+
+// Zeroed memory for count elements of size bytes; never NULL, not even for count 0.
 void *allocate(size_t count, size_t size) {
     void *p = calloc(count ? count : 1, size);
-    if (!p)
-        fail("out of memory: could not allocate %.1f MiB", (double)count * (double)size / 1048576.0);
+    if (!p) {
+        fail("out of memory: could not allocate %.1f MiB",
+             (double)count * (double)size / 1048576.0);
+    }
+
+    // A large array asks for large pages: with them the processor finds the memory behind an address
+    // faster. The advice must begin at a page boundary, and a system without them ignores it.
 #ifdef MADV_HUGEPAGE
     size_t page = 4096, skip = (page - (size_t)p % page) % page;
-    if (count * size >= 1 << 22)
+    if (count * size >= 1 << 22) {
         madvise((char *)p + skip, (count * size - skip) / page * page, MADV_HUGEPAGE);
+    }
 #endif
     return p;
 }
 
+// Like realloc, but never returns NULL. The memory that is added is not zeroed.
 void *reallocate(void *p, size_t count, size_t size) {
-    if (size && count > SIZE_MAX / size)
+    if (size && count > SIZE_MAX / size) {
         fail("out of memory: %zu elements of %zu bytes", count, size);
+    }
     p = realloc(p, count && size ? count * size : 1);
-    if (!p)
-        fail("out of memory: could not allocate %.1f MiB", (double)count * (double)size / 1048576.0);
+    if (!p) {
+        fail("out of memory: could not allocate %.1f MiB",
+             (double)count * (double)size / 1048576.0);
+    }
     return p;
 }
 
@@ -148,53 +187,72 @@ real *allocate_reals(size_t count) {
     return (real *)allocate(count, sizeof(real));
 }
 
-// The whole file, with a NUL behind its last byte.
+// All bytes of a file and a NUL behind the last one, to be freed; *size does not count the NUL.
 char *read_file(const char *path, size_t *size) {
     FILE *file = fopen(path, "rb");
-    if (!file)
+    if (!file) {
         fail("%s: cannot open: %s", path, strerror(errno));
-    size_t room = 1 << 16, used = 0, got;
-    char *text = (char *)allocate(room, 1);
-    while ((got = fread(text + used, 1, room - used - 1, file)) > 0) {
-        used += got;
-        if (room - used < 2)
-            text = (char *)reallocate(text, room *= 2, 1);
     }
-    if (ferror(file))
+
+    size_t allocated = 1 << 16, used = 0, got;
+    char *text = (char *)allocate(allocated, 1);
+
+    // A pipe does not say how long it is, so the buffer doubles whenever it is full.
+    while ((got = fread(text + used, 1, allocated - used - 1, file)) > 0) {
+        used += got;
+        if (allocated - used < 2) {
+            allocated *= 2;
+            text = (char *)reallocate(text, allocated, 1);
+        }
+    }
+    if (ferror(file)) {
         fail("%s: cannot read: %s", path, strerror(errno));
+    }
     fclose(file);
     text[used] = 0;
     *size = used;
     return text;
 }
 
+// Makes the folder `path` and those above it. Folders that exist are no error.
 void make_directories(const char *path) {
     char part[2048];
+
+    // Each '/', and the end, completes the name of one folder.
     for (size_t i = 1; i <= strlen(path); i++) {
-        if (path[i] && path[i] != '/')
+        if (path[i] && path[i] != '/') {
             continue;
+        }
         snprintf(part, sizeof(part), "%.*s", (int)i, path);
-        if (mkdir(part, 0777) != 0 && errno != EEXIST)
+        if (mkdir(part, 0777) != 0 && errno != EEXIST) {
             fail("%s: cannot create: %s", part, strerror(errno));
+        }
     }
 }
 
+// ---- time, memory in use, terminal, threads
+
+// A clock that never goes back. Only differences mean something.
 double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// The memory that this process holds, in bytes; where /proc does not tell, the most that it has held.
+// The memory that this process holds, in bytes. Where there is no /proc: the most that it has held.
 double memory_now(void) {
     struct rusage use;
     long pages = 0, resident = 0;
     FILE *file = fopen("/proc/self/statm", "r");
     int known = file && fscanf(file, "%ld %ld", &pages, &resident) == 2;
-    if (file)
+    if (file) {
         fclose(file);
-    if (known)
+    }
+    if (known) {
         return (double)resident * (double)sysconf(_SC_PAGESIZE);
+    }
+
+    // macOS counts in bytes, the other systems in KiB.
     getrusage(RUSAGE_SELF, &use);
 #ifdef __APPLE__
     return (double)use.ru_maxrss;
@@ -203,7 +261,8 @@ double memory_now(void) {
 #endif
 }
 
-int on_terminal(void) { // and not through mpirun, whose pipes look like one
+// Does a person read standard output? Not under mpirun, whose pipes look like a terminal.
+int on_terminal(void) {
     return !getenv("OMPI_COMM_WORLD_SIZE") && !getenv("PMI_SIZE") && isatty(1);
 }
 
@@ -215,12 +274,15 @@ int thread_count(void) {
 #endif
 }
 
-void use_threads(int threads) { // without OpenMP there is one, whatever is asked for
+// Without OpenMP there is one thread, whatever number is asked for.
+void use_threads(int threads) {
 #ifdef _OPENMP
     omp_set_num_threads(threads);
 #else
-    if (threads > 1)
-        fprintf(stderr, "%s: built without OpenMP, so --threads %d runs as one\n", program_name, threads);
+    if (threads > 1) {
+        fprintf(stderr, "%s: built without OpenMP, so --threads %d runs as one\n", program_name,
+                threads);
+    }
 #endif
 }
 
@@ -233,8 +295,12 @@ int thread_number(void) {
 }
 
 // ---- random numbers
+//
+// A random number is a pure function of its purpose and its number, so that any thread, process or
+// device draws the same ones in any order.
 
-// A bijection of 64-bit numbers in which every input bit moves every output bit (SplitMix64's finaliser, Steele 2014).
+// A bijection of 64-bit numbers in which every input bit changes every output bit
+// (the last step of SplitMix64, Steele 2014).
 BOTH uint64_t hash64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -242,20 +308,31 @@ BOTH uint64_t hash64(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-enum { RANDOM_INIT, RANDOM_ORDER, RANDOM_JITTER, RANDOM_SAMPLE, RANDOM_NOISE, RANDOM_SECOND, RANDOM_EXEMPT }; // what a random number is for
+// The purposes of random numbers. A purpose keeps its number, or every run would end differently.
+enum {
+    RANDOM_INIT,   // first weights
+    RANDOM_ORDER,  // the order of the training data
+    RANDOM_JITTER, // factors on the router's input
+    RANDOM_SAMPLE, // tokens of a generated text
+    RANDOM_NOISE,  // noise on the router's scores
+    RANDOM_SECOND, // which tokens decline their second expert
+    RANDOM_EXEMPT  // which sequences drop no tokens
+};
 
-// A stream of random numbers: one for each (seed, purpose, a, b), a and b being a step and a layer, say.
+// One stream of random numbers for each (seed, purpose, a, b), where a and b are, say, a step and
+// a layer.
 BOTH uint64_t random_stream(uint64_t seed, int purpose, uint64_t a, uint64_t b) {
     return hash64(hash64(hash64(hash64(seed) ^ (uint64_t)purpose) ^ a) ^ b);
 }
 
-// The i-th number of a stream, uniform in [0,1).
+// The i-th number of a stream, uniform in [0,1): the upper 53 bits, which a double holds exactly.
 BOTH double random_uniform(uint64_t stream, uint64_t i) {
     return (double)(hash64(stream ^ hash64(i)) >> 11) * (1.0 / 9007199254740992.0);
 }
 
 // The i-th number of a stream, standard normal (Box and Muller 1958).
 BOTH double random_normal(uint64_t stream, uint64_t i) {
-    double u = 1.0 - random_uniform(stream, 2 * i), v = random_uniform(stream, 2 * i + 1);
+    double u = 1.0 - random_uniform(stream, 2 * i); // in (0,1], since log(0) is infinite
+    double v = random_uniform(stream, 2 * i + 1);
     return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
 }
