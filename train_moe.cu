@@ -5,9 +5,9 @@
 //   ./train_moe_cu                       the same options, files, recipes and log as ./train_moe
 //   make train_moe_cu_nccl               for several GPUs: mpirun -np 4 ./train_moe_cu_nccl; needs MPI and NCCL besides
 //
-// Read train_moe.c first. Here each function has the name, the order of arguments and the meaning of its twin there; what
-// changed is said in its comment. A function runs on the host and starts kernels, which run on the device, one after
-// another in one stream: nothing is waited for until the losses are read at the end of a step (but with --accum the host
+// Read train_moe.c first, and the routers in dev/routers: what a function here computes is said there. Plans, gates and
+// weights have a form of their own here (dev/cuda/host.cuh). A function runs on the host and starts kernels, which run on
+// the device, one after another in one stream: nothing is waited for until the losses are read at the end of a step (but with --accum the host
 // is at most one micro-step ahead). All arrays are the device's; counts, offsets and sizes of groups never leave it (but
 // of several ranks the host must know in each layer how many rows go where).
 //
@@ -32,6 +32,7 @@
 #endif
 
 namespace gpu {
+#include "dev/cuda/host.cuh" // plans, gates and weights, in the form that this file knows
 
 #ifdef FP32
 typedef float floatX;
@@ -305,7 +306,7 @@ void await(cudaEvent_t event) {
 #ifdef USE_NCCL
     double start = seconds();
     while (MANY && cudaEventQuery(event) == cudaErrorNotReady) {
-        ranks_watch(start);
+        keep_watch(start);
         for (int i = 0; i < 3; i++) {
             ncclResult_t error = ncclSuccess;
             CHECK(ncclCommGetAsyncError(comms[i], &error));
@@ -422,7 +423,7 @@ void sum_over_ranks(double *v, int n) {
 void send_rows(const void *out, const int *sent, const int *sent_at, void *in, const int *got, const int *got_at,
                size_t bytes) {
     for (int r = 0; r < ranks.ep; r++) {
-        ranks.traffic.sent += r == ranks.place ? 0 : (double)bytes * sent[r];
+        ranks.traffic.sent += r == ranks.member ? 0 : (double)bytes * sent[r];
         if (sent[r])
             nccl_send((const char *)out + sent_at[r] * bytes, sent[r] * bytes, r);
         if (got[r])
@@ -495,8 +496,8 @@ struct Travel { // of half of a layer's tokens, while they are under way
 // experts here begin.
 struct Places {
     int *host, *slot;            // (L,E)
-    int *width, *activation;     // (L,here+room)
-    size_t *matrix, *matrix_in;  // (L,here+room+1)
+    int *width, *activation;     // (L,owned+copies)
+    size_t *matrix, *matrix_in;  // (L,owned+copies+1)
 };
 
 // What experts on several ranks need besides. Rows sent are those of both halves, one after another.
@@ -512,10 +513,21 @@ struct Crossing {
     Room room;
 };
 
-struct LayerState : ::LayerState { // what is float32 is where it is in the C twin; here is what is floatX
+// What one layer keeps of its forward pass for its backward pass. n: N tokens, or N*h sub-tokens; c: C or C/h; R routers.
+struct LayerState {
+    float *x;                      // (N,C): input
     floatX *h1, *qkv, *att, *h2;   // (N,C), (N,(H+2KV)*D), (N,H*D), (N,C)
+    float *rstd1, *lse, *mid, *rstd2; // (N), (B,H,T), (N,C) after attention, (N)
     floatX *dense_hidden, *hidden; // (N, 2W or W), (n*K, 2F or F): before the activation
-    floatX *sub, *merged;          // (n,c)
+    floatX *sub, *merged;          // (n,c): sub-tokens, and the experts' answers to them
+    float *jittered;               // (n,c): the router's input in training, where it has jitter
+    float *projected, *gru, *state; // (N,R), (N,4R), (N,R): of the recurrent router
+    float *logits, *noisy;         // (n,W) or with noise (n,2W); (n,W)
+    Gate gate, groups;             // the experts' gate; that of their groups where they are chosen first
+    float *weight;                 // (n,K) of each choice
+    double *slope, *weight_slope;  // (groups of tokens * R, E): of the balance losses by p; by the weights
+    double *load_slope;            // (groups of tokens, E) and, behind them, (groups of tokens, D): of the smooth load
+    Plan plan;
     int2 *tile;                    // (tiles): expert and first slot of each tile of rows
     int tiles;
     // With experts on several ranks:
@@ -538,12 +550,24 @@ struct LayerPlan { // the C twin's choices for one layer, on the host: see Model
     const int *expert, *key, *gate_expert, *groups_expert;
 };
 
-// The C twin's Model, whose pointers are the device's here, and what else there is.
+// The C twin's Model, of which memory, angles and dx are the device's here, while stats, crossing and the routes in acts are
+// the host's copies; and what else there is.
 struct Model : ::Model {
+    Weights weights, grads;
     LayerState *layers;           // (L), of the host
+    float *x, *rstd, *dh;         // (N,C), (N), (N,C): last layer's output, its norm; the gradient by it
+    float *choice_score;          // (n,W): what decides, where it is not p
+    float *dlogits, *dnoisy, *dp, *dgroups, *dweight, *dgate, *dgroup_weight; // of the gates
+    float *drouter, *dsub;        // (n,c): by the router's input, by sub-tokens
+    float *dstate, *dprojected, *gru_room; // (N,R), (N,R), (N,6R); dstate also from the layer above
+    double *counts;               // (groups of tokens * R, E)
+    unsigned char *marks;         // (n*D)
+    int *unbiased;                // (n,K)
+    float *logits, *nll, *partial; // (head_rows,V), (N); norms' partial sums
+    int head_rows, *offset;       // (V+1): embedding's sort, of the host
     floatX *low;                  // the weights rounded, each where it is in memory[WEIGHTS]; see low_of()
     size_t slots;                 // of a layer, at most
-    Crossing *crossing;           // of the host
+    Crossing *transit;            // of the host
     Experts experts;              // what all layers have in common
     int *device_width;            // (E)
     int *tokens, *targets, words; // (N), (N); distinct words of the batch
@@ -556,7 +580,6 @@ struct Model : ::Model {
     RouterScratch router;
     double *report, *host_report; // what the host reads after a step: loss, aux, norm, then of each layer stats_size()
     size_t report_size;
-    Plan *host_plan;              // (L), for model_plan
     int *staging;                 // what is on its way to the device, until the event `staged`
     cudaEvent_t staged;
     void **device_memory;
@@ -565,7 +588,8 @@ struct Model : ::Model {
     const LayerPlan *decided;     // (L) tests: choices that are taken over instead of made, since a near-tie may go either way
 };
 
-// Of a layer in report: count (E), lowest (E), recent (E), idle (E) as in RouterStats; then these, and the layer's aux.
+// Of a layer in report: count (E), the sum of the lowest scores that each expert took (E, expert choice), recent (E), idle (E)
+// as in Statistics; then these - PASSES: the sums in the lowest scores -, and the layer's aux.
 enum { ENTROPY, DROPPED, ACTIVE, TOKENS, PASSES, AUX, SINGLE_STATS };
 enum { LOSS, TOTAL_AUX, GRADIENT_NORM, SINGLE_REPORTS };
 
@@ -1507,7 +1531,12 @@ void adamw(float *w, floatX *low, float *g, float *m1, float *m2, size_t size, c
 
 cublasHandle_t cublas;
 
-template <class T> struct Operand { // as in the C twin, of float or floatX
+// A matrix in memory, its rows ld apart. A product sums over k; either k runs along a row, or each row belongs to one k. So
+// with x (N,C), W (F,C) and dout (N,F):
+//   out  (N,F) = x W^T       along_rows(x) times along_rows(W):          k is C, and runs along the rows of both
+//   dx   (N,C) = dout W      along_rows(dout) times along_columns(W):    k is F, and each row of W belongs to one k
+//   dW   (F,C) = dout^T x    along_columns(dout) times along_columns(x): k is N
+template <class T> struct Operand {
     const T *p;
     size_t ld;
     int row_is_k;
@@ -2008,9 +2037,9 @@ void *own_host(Model *m, size_t count, size_t size);
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. The router
 //
-// As in the C twin, in float32, with the sums of losses in double. A row of a gate belongs to a warp, its lanes run
-// over the experts; what C does for one group of tokens after another, one launch does for all. What is chosen is a
-// matter of integers: scores become whole numbers in the same order, so that NaN finds a place, too.
+// As in train_moe.c and dev/routers, in float32, with the sums of losses in double. A row of a gate belongs to a warp, its
+// lanes run over the experts; what C does for one group of tokens after another, one launch does for all. What is chosen
+// is a matter of integers: scores become whole numbers in the same order, so that NaN finds a place, too.
 
 // ---- sums in a fixed order, and warps that own a row
 
@@ -3086,7 +3115,7 @@ __global__ void add_communication_balance_kernel(double *slope, const double *se
         slope[(size_t)blockIdx.x * E + e] += weight * sent[(size_t)blockIdx.x * D + group_of(e, E, D)];
 }
 
-// all: see the C twin. sent (groups, D) is scratch.
+// all: the tokens of a group on all ranks. sent (groups, D) is scratch.
 void add_communication_balance(double *slope, const int *expert, int n, int E, int K, int D, int M, double weight, int all,
                                int groups, double *sent) {
     count_sent_kernel<<<groups, threads_for((size_t)n * K), 0, stream>>>(sent, expert, n, E, K, D);
@@ -3282,12 +3311,12 @@ void allocate_router(Model *m, int n) {
     int tokens = c->group == SEQUENCE ? c->seq * c->subtokens : n; // of a group
     size_t per = (size_t)(two ? D : c->routers), sums = 0, chunks = (size_t)groups * div_up(tokens, CHUNK);
     size_t blocks = balancers(E, groups), balanced = c->select == BALANCED, by_experts = c->select == EXPERT_CHOICE;
-    size_t all = is_spread(c) ? (size_t)n * ranks.size : 0, K = (size_t)places(c), scored = all ? all : (size_t)n;
+    size_t all = is_spread(c) ? (size_t)n * ranks.size : 0, K = (size_t)most_choices(c), scored = all ? all : (size_t)n;
     if (c->noise || c->balance == CV2 || c->balance == VARIANCE)
         sums = chunks * E;
     if ((size_t)div_up(n, CHUNK) * 3 * R > sums)
         sums = (size_t)div_up(n, CHUNK) * 3 * R;
-    r->sort = (int *)gpu::own(m, sort_room((size_t)n * places(c), max_int(E, 2 * ranks.ep)), sizeof(int));
+    r->sort = (int *)gpu::own(m, sort_room((size_t)n * most_choices(c), max_int(E, 2 * ranks.ep)), sizeof(int));
     r->active = (int *)gpu::own(m, 1, sizeof(int));
     r->next = (int *)gpu::own(m, c->noise ? n * per : 0, sizeof(int));
     r->rows = (double *)gpu::own(m, n * per, sizeof(double));
@@ -3324,7 +3353,7 @@ void own_gate(Model *m, Gate *g, int n, int per, int E, int K, int column) {
 void allocate_experts(Model *m, int l, int N) {
     const Config *c = &m->config;
     LayerState *s = &m->layers[l];
-    int E = c->experts, K = places(c), R = c->routers, D = c->groups, W = router_width(c), n = N * c->subtokens,
+    int E = c->experts, K = most_choices(c), R = c->routers, D = c->groups, W = router_rows(c), n = N * c->subtokens,
         two = c->select == HIERARCHICAL, groups = most_groups(m);
     size_t nK = (size_t)n * K, real_size = sizeof(float);
     gpu::own_gate(m, &s->gate, n, two ? D : R, two ? E / D : E, two ? K / c->group_topk : K / R, two ? D : 0);
@@ -3342,13 +3371,13 @@ void allocate_experts(Model *m, int l, int N) {
     s->load_slope = (double *)gpu::own(m, (size_t)groups * (E + D), sizeof(double));
     int *ints = (int *)gpu::own(m, nK * 5 + E + 1, sizeof(int));
     Plan plan = {
-        n, E, K, two ? ints : s->gate.expert, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
+        n, E, K, two ? ints : s->gate.expert, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5};
     s->plan = plan;
     if (ranks.ep == 1)
         return;
     int to = ranks.ep * (c->overlap ? 2 : 1);
     ints = (int *)gpu::own(m, nK * 5 + to + 1, sizeof(int));
-    Plan sending = {n, to, K, ints, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5, 0};
+    Plan sending = {n, to, K, ints, ints + nK, ints + nK * 2, ints + nK * 3, ints + nK * 4, ints + nK * 5};
     s->sending = sending;
     s->exchange = (Exchange *)own_host(m, 2, sizeof(Exchange));
     for (int half = 0; half < 2; half++) {
@@ -3391,7 +3420,7 @@ int gather_tokens(const Model *m, void *all, const void *mine, size_t bytes) {
     follow(network, stream);
     nccl_begin();
     for (int r = 0; r < ranks.size; r++) {
-        int tokens = m->rank_tokens[r] * m->config.subtokens;
+        int tokens = m->crossing->rank_tokens[r] * m->config.subtokens;
         nccl_broadcast(mine, (char *)all + at * bytes, tokens * bytes, r);
         before += r < ranks.rank ? tokens : 0;
         at += tokens;
@@ -3408,11 +3437,11 @@ void choose(Model *m, int l, LayerState *s, const float *router_in, int n, int g
     RouterScratch *r = &m->router;
     Gate *g = &s->gate;
     Plan *plan = &s->plan;
-    int rows = n * g->per, E = c->experts, W = router_width(c), C = c->recurrent ? c->recurrent : c->dim / c->subtokens,
+    int rows = n * g->per, E = c->experts, W = router_rows(c), C = c->recurrent ? c->recurrent : c->dim / c->subtokens,
         groups = is_spread(c) ? 1 : n / group_tokens, mine = 0;
     double *stats = layer_stats(m, l);
     const float *score = g->p, *by = c->select == BALANCED ? s->logits : g->p;
-    int *expert = g->expert, whole = (c->select == EXPERT_CHOICE || c->select == BALANCED) && m->mode == TRAIN_MODE;
+    int *expert = g->expert, whole = (c->select == EXPERT_CHOICE || c->select == BALANCED) && m->batch.mode == TRAIN_MODE;
     if (w->slow) {
         gpu::product(m->choice_score, along_rows(router_in, C), along_rows(w->slow, C), n, W, C, 0);
         score = m->choice_score;
@@ -3429,19 +3458,19 @@ void choose(Model *m, int l, LayerState *s, const float *router_in, int n, int g
         by = r->all_score;
         expert = r->all_expert;
     }
-    if (c->select == EXPERT_CHOICE && m->mode == TRAIN_MODE) {
+    if (c->select == EXPERT_CHOICE && m->batch.mode == TRAIN_MODE) {
         int take = max_int(1, (int)((double)group_tokens * c->topk / E));
         gpu::select_by_experts(expert, stats + E, by, group_tokens, E, take, groups, r->taken, r->lowest);
         add_passes_kernel<<<1, 1, 0, stream>>>(stats + 4 * E + PASSES, groups);
         CHECK(cudaGetLastError());
-    } else if (c->select == BALANCED && m->mode == TRAIN_MODE) {
+    } else if (c->select == BALANCED && m->batch.mode == TRAIN_MODE) {
         gpu::select_balanced(expert, by, group_tokens, E, groups, r->balancer);
     } else {
         gpu::select_topk(g->expert, score, rows, g->E, g->K);
     }
     if (expert != g->expert)
         copy_ints(g->expert, expert + (size_t)mine * g->K, (size_t)n * g->K, cudaMemcpyDeviceToDevice);
-    if (c->select == THRESHOLD || (c->select == EXPERT_CHOICE && m->mode != TRAIN_MODE))
+    if (c->select == THRESHOLD || (c->select == EXPERT_CHOICE && m->batch.mode != TRAIN_MODE))
         gpu::select_above(g->expert, g->p, n, E, g->K, w->level, c->threshold > 0 ? c->threshold : 1.0 / E,
                           c->select == THRESHOLD);
     if (decided)
@@ -3511,7 +3540,7 @@ double slope_factor(const Config *c) {
 void load_losses(Model *m, double *loss, LayerState *s, int n, int group_tokens) {
     const Config *c = &m->config;
     RouterScratch *r = &m->router;
-    int E = c->experts, D = c->groups, two = c->select == HIERARCHICAL, W = router_width(c), groups = n / group_tokens;
+    int E = c->experts, D = c->groups, two = c->select == HIERARCHICAL, W = router_rows(c), groups = n / group_tokens;
     double *inner = r->load, *outer = inner + (size_t)groups * E, *sent = outer + (size_t)groups * D,
            *load = sent + (size_t)groups * D;
     gpu::mark_groups(m, s, n);
@@ -3565,7 +3594,7 @@ void balance_losses(Model *m, int l, LayerState *s, int n, int group_tokens, int
         gpu::select_topk(m->unbiased, g->p, n, E, K);
     gpu::count_choices(counts, c->balance == UNBIASED ? m->unbiased : plan->key, rows, E, K / R,
                        c->balance == GSHARD ? 1 : K / R, group_rows, R);
-    if (c->group == STEP && m->mode == TRAIN_MODE) // all micro-steps so far (Qiu et al. 2025, Demons in the Detail)
+    if (c->group == STEP && m->batch.mode == TRAIN_MODE) // all micro-steps so far (Qiu et al. 2025, Demons in the Detail)
         CHECK(cudaMemcpyAsync(counts, stats, (size_t)E * sizeof(double), cudaMemcpyDeviceToDevice, stream));
     if (is_spread(c))
         gpu::sum_over_ranks(counts, R * E);
@@ -3680,10 +3709,10 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
     const LayerWeights *w = &m->weights.layer[l];
     Plan *plan = &s->plan;
     double *stats = layer_stats(m, l);
-    int train = m->mode == TRAIN_MODE, W = router_width(c), R = c->recurrent, group_tokens = group_size(c, n, T),
+    int train = m->batch.mode == TRAIN_MODE, W = router_rows(c), R = c->recurrent, group_tokens = group_size(c, n, T),
         whole_group = whole_group_size(m, n, T), order = train ? c->drop_order : BY_TOKEN,
         units = c->capacity_unit == EXPERT_GROUP ? c->groups : c->experts;
-    uint64_t first = m->first_token * (uint64_t)c->subtokens;
+    uint64_t first = m->batch.first_token * (uint64_t)c->subtokens;
     double factor = train ? c->capacity_factor : c->eval_capacity_factor;
     plan->N = n;
     if (n == 0) { // no tokens here, but other ranks have some
@@ -3692,7 +3721,7 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
                                      c->overflow == NEXT ? s->gate.p : NULL);
         return;
     }
-    if (m->mode != EVAL_MODE && n / group_tokens > most_groups(m))
+    if (m->batch.mode != EVAL_MODE && n / group_tokens > most_groups(m))
         fail("internal error: %d groups of tokens, but there is room for %d", n / group_tokens, most_groups(m));
     if (c->select == HASH) {
         look_up_kernel<<<blocks(n), THREADS, 0, stream>>>(plan->expert, s->weight, w->table, m->tokens, n,
@@ -3725,7 +3754,7 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
                             first);
     if (train)
         gpu::add_router_stats(m, l, s);
-    if (m->mode != EVAL_MODE && c->select != HASH)
+    if (m->batch.mode != EVAL_MODE && c->select != HASH)
         gpu::balance_losses(m, l, s, n, group_tokens, whole_group);
     int exempt = train && c->drop_exempt > 0;
     if (m->decided) {
@@ -3734,7 +3763,7 @@ void router_forward(Model *m, int l, LayerState *s, const float *x, int n, int C
     } else if (factor > 0) {
         if (exempt) {
             mark_exempt_kernel<<<blocks(n), THREADS, 0, stream>>>(
-                m->marks, n, T, random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->step, 0), first, c->drop_exempt);
+                m->marks, n, T, random_stream((uint64_t)c->seed, RANDOM_EXEMPT, m->batch.step, 0), first, c->drop_exempt);
             CHECK(cudaGetLastError());
         }
         const float *p = c->overflow == NEXT ? s->gate.p : NULL;
@@ -3774,11 +3803,11 @@ void router_backward(Model *m, int l, LayerState *s, float *dx, const float *x, 
     RouterScratch *room = &m->router;
     Gate *g = &s->gate;
     Plan *plan = &s->plan;
-    int E = c->experts, K = plan->K, W = router_width(c), WW = W * (1 + c->noise), R = c->recurrent,
+    int E = c->experts, K = plan->K, W = router_rows(c), WW = W * (1 + c->noise), R = c->recurrent,
         group_tokens = group_size(c, n, T), rows = n * g->per, groups = n / group_tokens;
     int two = c->select == HIERARCHICAL;
-    double scale = m->grad_scale;
-    uint64_t first = m->first_token * (uint64_t)c->subtokens;
+    double scale = m->batch.scale;
+    uint64_t first = m->batch.first_token * (uint64_t)c->subtokens;
     if (c->select == HASH)
         return;
     float *dlogits = m->dlogits, *dnoisy = c->noise ? m->dnoisy : dlogits; // by the logits, by the noisy ones
@@ -3814,20 +3843,18 @@ void router_backward(Model *m, int l, LayerState *s, float *dx, const float *x, 
                              groups, group_tokens, NULL, scale, NULL, NULL);
     }
     if (c->noise)
-        gpu::noise_backward(dlogits, dnoisy, s->logits, n, W, m->mode == TRAIN_MODE, layer_stream(m, RANDOM_NOISE, l),
+        gpu::noise_backward(dlogits, dnoisy, s->logits, n, W, m->batch.mode == TRAIN_MODE, layer_stream(m, RANDOM_NOISE, l),
                             first);
 
     // from the logits back to the router's input
-    int jitter = m->mode == TRAIN_MODE && c->jitter > 0;
+    int jitter = m->batch.mode == TRAIN_MODE && c->jitter > 0;
     const float *input = jitter ? s->jittered : x, *read = R ? s->state : input;
     int width = R ? R : C;
     float *target = jitter ? m->drouter : dx;
     gpu::product(dw->router, along_columns(dlogits, WW), along_columns(read, width), WW, width, n, 1);
     if (R) {
         LayerState *below = gpu::experts_below(m, l);
-        int last;
-        moe_layers(c, &last);
-        gpu::product(m->dstate, along_rows(dlogits, WW), along_columns(w->router, R), n, R, WW, l != last);
+        gpu::product(m->dstate, along_rows(dlogits, WW), along_columns(w->router, R), n, R, WW, l != last_moe_layer(c));
         float *dnext = m->dstate + (size_t)n * R;
         CHECK(cudaMemcpyAsync(dnext, m->dstate, (size_t)n * R * sizeof(float), cudaMemcpyDeviceToDevice, stream));
         gpu::gru_backward(m->dprojected, m->dstate, m->grads.gru_x, m->grads.gru_h, m->grads.gru_bx, m->grads.gru_bh,
@@ -3902,7 +3929,7 @@ void router_update(Model *m) {
         router_update_kernel<<<blocks(c->experts), THREADS, 0, stream>>>(norm, layer_stats(m, l), w->bias, w->level,
                                                                          c->experts, c->bias_rate);
         CHECK(cudaGetLastError());
-        size_t size = (size_t)router_width(c) * (c->recurrent ? c->recurrent : c->dim / c->subtokens);
+        size_t size = (size_t)router_rows(c) * (c->recurrent ? c->recurrent : c->dim / c->subtokens);
         if (w->slow) {
             follow_kernel<<<blocks(size), THREADS, 0, stream>>>(norm, w->slow, w->router, size,
                                                                 (float)(1 - c->history_decay));
@@ -3979,12 +4006,11 @@ void describe_experts(Model *m) {
     const Config *c = &m->config;
     int E = c->experts, C = c->dim / c->subtokens;
     Experts *x = &m->experts;
-    size_t *matrix = (size_t *)own_host(m, (size_t)E * 2 + 2, sizeof(size_t)), *matrix_in = matrix + E + 1;
-    m->expert_width = (int *)own_host(m, (size_t)2 * E, sizeof(int));
-    m->expert_activation = m->expert_width + E;
+    size_t *matrix = (size_t *)allocate((size_t)E * 2 + 2, sizeof(size_t)), *matrix_in = matrix + E + 1;
+    int *width = (int *)allocate((size_t)2 * E, sizeof(int)), *activation = width + E;
     x->aligned = C * sizeof(floatX) % 16 == 0;
     for (int e = 0; e < E; e++) {
-        int F = m->expert_width[e] = expert_width(c, e), a = m->expert_activation[e] = expert_activation(c, e);
+        int F = width[e] = expert_width(c, e), a = activation[e] = expert_activation(c, e);
         matrix[e + 1] = matrix[e] + (size_t)F * C;
         matrix_in[e + 1] = matrix_in[e] + (size_t)F * (1 + is_gated(a)) * C;
         x->widest = max_int(x->widest, F);
@@ -3995,8 +4021,10 @@ void describe_experts(Model *m) {
     x->C = C;
     int *ints = (int *)own(m, (size_t)2 * E, sizeof(int));
     size_t *places = (size_t *)own(m, (size_t)2 * E + 2, sizeof(size_t));
-    upload(m, ints, m->expert_width, (size_t)2 * E * sizeof(int));
+    upload(m, ints, width, (size_t)2 * E * sizeof(int));
     upload(m, places, matrix, ((size_t)2 * E + 2) * sizeof(size_t));
+    free(width);
+    free(matrix);
     x->width = m->device_width = ints;
     x->activation = ints + E;
     x->matrix = places;
@@ -4005,27 +4033,29 @@ void describe_experts(Model *m) {
 
 // ::Placement's tables on the device.
 void place_experts(Model *m) {
-    const Placement *p = m->placement;
-    const Places *to = &m->crossing->places;
-    size_t L = (size_t)m->config.layers, n = (size_t)(p->here + p->room), all = L * (n + 1);
+    const Placement *p = m->crossing->placement;
+    const Places *to = &m->transit->places;
+    const int *F = p->here->F, *H = p->here->hidden; // of all layers, one after another
+    size_t L = (size_t)m->config.layers, n = (size_t)p->here->E, all = L * (n + 1);
     size_t *matrix = (size_t *)allocate(2 * all, sizeof(size_t)), *matrix_in = matrix + all, C = (size_t)m->experts.C;
     for (size_t l = 0, at = 0; l < L; l++, at++) { // in each layer one more than experts
         for (size_t i = l * n; i < (l + 1) * n; i++, at++) {
-            matrix[at + 1] = matrix[at] + (size_t)p->width[i] * C;
-            matrix_in[at + 1] = matrix_in[at] + (size_t)p->width[i] * (1 + is_gated(p->activation[i])) * C;
+            matrix[at + 1] = matrix[at] + (size_t)F[i] * C;
+            matrix_in[at + 1] = matrix_in[at] + (size_t)H[i] * C;
         }
     }
     upload(m, to->host, p->host, 2 * L * m->config.experts * sizeof(int)); // and slot
-    upload(m, to->width, p->width, 2 * L * n * sizeof(int));               // and activation
-    upload(m, to->matrix, matrix, 2 * all * sizeof(size_t));               // and matrix_in
+    upload(m, to->width, F, L * n * sizeof(int));
+    upload(m, to->activation, p->here->activation, L * n * sizeof(int));
+    upload(m, to->matrix, matrix, 2 * all * sizeof(size_t)); // and matrix_in
     free(matrix);
 }
 
 // What experts on several ranks need, for n tokens.
 void own_crossing(Model *m, int n, const Model *parent) {
     const Config *c = &m->config;
-    Crossing *x = m->crossing = (Crossing *)own_host(m, 1, sizeof(Crossing));
-    size_t K = (size_t)places(c), rows = n * (K < (size_t)ranks.ep ? K : (size_t)ranks.ep), L = (size_t)c->layers;
+    Crossing *x = m->transit = (Crossing *)own_host(m, 1, sizeof(Crossing));
+    size_t K = (size_t)most_choices(c), rows = n * (K < (size_t)ranks.ep ? K : (size_t)ranks.ep), L = (size_t)c->layers;
     x->out = own_low(m, rows * (c->dim / c->subtokens));
     x->choices_out = own_floats(m, rows * 2 * K);
     x->dweight_back = own_floats(m, rows * K);
@@ -4036,13 +4066,14 @@ void own_crossing(Model *m, int n, const Model *parent) {
         CHECK(cudaEventCreateWithFlags(&x->half[half].arrived, cudaEventDisableTiming));
     if (!m->dry)
         CHECK(cudaMallocHost((void **)&x->counts, ((size_t)ranks.ep * 4 + 1) * sizeof(int)));
+    m->crossing->came = (int *)own_host(m, c->layers, sizeof(int));
     if (parent) { // generation's model has the other's experts
-        m->placement = parent->placement;
-        x->places = parent->crossing->places;
+        m->crossing->placement = parent->crossing->placement;
+        x->places = parent->transit->places;
         return;
     }
-    own_placement(m);
-    size_t each = (size_t)(m->placement->here + m->placement->room);
+    allocate_placement(m);
+    size_t each = (size_t)m->crossing->placement->here->E;
     Places *p = &x->places;
     p->host = (int *)gpu::own(m, 2 * L * c->experts, sizeof(int));
     p->slot = p->host + L * c->experts;
@@ -4054,19 +4085,23 @@ void own_crossing(Model *m, int n, const Model *parent) {
 }
 
 size_t numbers_of(const Model *m, int what) { // in memory[what]: weights, gradients or moments
-    return MANY && what >= MOMENT1 ? moment_place(m, m->size) : m->size;
+    return what >= MOMENT1 ? moment_offset(m, m->size) : m->size;
 }
 
 // All memory for N tokens, as in the C twin. parent: the model whose weights it shares, or NULL.
 void place_all(Model *m, int N, int train, const Model *parent) {
     const Config *c = &m->config;
-    int L = c->layers, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, E = c->experts, last;
-    int n = N * c->subtokens, W = router_width(c), R = c->recurrent, moe = moe_layers(c, &last) > 0, V = c->vocab;
+    int L = c->layers, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, E = c->experts;
+    int n = N * c->subtokens, W = router_rows(c), R = c->recurrent, moe = moe_layers(c) > 0, V = c->vocab;
     int groups = c->group == SEQUENCE ? div_up(N, c->seq) : 1, two = c->select == HIERARCHICAL;
-    size_t nK = (size_t)n * places(c), scores = moe * (size_t)n * W, width = 0, hidden = 0, NC = (size_t)N * C;
-    lay_tensors(m, (Tensor *)own_host(m, (size_t)L * LAYER_TENSORS + KINDS, sizeof(Tensor)), 64);
-    m->rank_tokens = (int *)own_host(m, ranks.size, sizeof(int));
-    m->came = (int *)own_host(m, L, sizeof(int));
+    size_t nK = (size_t)n * most_choices(c), scores = moe * (size_t)n * W, width = 0, hidden = 0, NC = (size_t)N * C;
+    lay_out(m, (Tensor *)own_host(m, tensor_limit(c), sizeof(Tensor)), 64);
+    if (!m->crossing) // one process
+        m->crossing = (::Crossing *)own_host(m, 1, sizeof(::Crossing));
+    m->crossing->rank_tokens = (int *)own_host(m, ranks.size, sizeof(int));
+    m->acts.layer = (LayerActs *)own_host(m, L, sizeof(LayerActs));
+    m->weights.layer = (LayerWeights *)own_host(m, 2 * L, sizeof(LayerWeights));
+    m->grads.layer = m->weights.layer + L;
     m->purpose = FOR_WEIGHTS;
     m->memory[WEIGHTS] = parent ? parent->memory[WEIGHTS] : own_floats(m, m->size);
 #ifdef FP32
@@ -4079,7 +4114,7 @@ void place_all(Model *m, int N, int train, const Model *parent) {
     m->slots = nK;
     describe_experts(m);
     m->layers = (LayerState *)own_host(m, L, sizeof(LayerState));
-    m->stats = (RouterStats *)own_host(m, L, sizeof(RouterStats));
+    m->stats = (Statistics *)own_host(m, L, sizeof(Statistics));
     size_t sum = 0, most = 0;
     for (int l = 0; l < L; l++) {
         size_t bytes = place_activations(m, l, N, NULL);
@@ -4179,21 +4214,21 @@ void model_free(::Model *base) {
         await_device();
     for (int i = 0; i < m->device_count; i++)
         CHECK(cudaFree(m->device_memory[i]));
-    for (int half = 0; half < 2 && m->crossing && !m->dry; half++) {
-        CHECK(cudaFree(m->crossing->half[half].room.memory));
-        CHECK(cudaEventDestroy(m->crossing->half[half].arrived));
+    for (int half = 0; half < 2 && m->transit && !m->dry; half++) {
+        CHECK(cudaFree(m->transit->half[half].room.memory));
+        CHECK(cudaEventDestroy(m->transit->half[half].arrived));
         for (int l = 0; l < m->config.layers; l++) {
             if (m->layers[l].exchange)
                 CHECK(cudaFree(m->layers[l].exchange[half].room.memory));
         }
     }
-    if (m->crossing && !m->dry) {
-        CHECK(cudaFree(m->crossing->room.memory));
-        CHECK(cudaFreeHost(m->crossing->counts));
+    if (m->transit && !m->dry) {
+        CHECK(cudaFree(m->transit->room.memory));
+        CHECK(cudaFreeHost(m->transit->counts));
     }
+    ranks_free(m);
     for (int i = 0; i < m->owned_count; i++)
         free(m->owned[i]);
-    forget_whole(m);
     if (m->staging) {
         CHECK(cudaFreeHost(m->staging));
         CHECK(cudaEventDestroy(m->staged));
@@ -4304,7 +4339,6 @@ void start_device(void) {
         zero(m->memory[i], numbers_of(m, i) * sizeof(float));
     CHECK(cudaMallocHost((void **)&m->staging, ((size_t)N * 5 + 1) * sizeof(int)));
     CHECK(cudaEventCreateWithFlags(&m->staged, cudaEventDisableTiming));
-    m->order = (int *)own_host(m, N, sizeof(int));
     m->offset = (int *)own_host(m, (size_t)config->vocab + 2, sizeof(int));
     CHECK(cudaStreamSynchronize(stream)); // a plain cudaMemcpy does not wait for this stream
     return m;
@@ -4318,12 +4352,12 @@ void download(void *to, const void *from, size_t bytes) {
     await_device();
 }
 
-// Copies memory[what] to the host, or back: tensor by tensor in the order of a single process, or as it is here.
+// Copies memory[what] to the host, or back: as it is here, or tensor by tensor in the order of a single process.
 void copy_memory(Model *m, int what, real *host, int back, int tensors) {
     await_device(); // as in download
     for (int i = 0; i < (tensors ? m->tensor_count : 1); i++) {
         const Tensor *t = &m->tensors[i];
-        real *there = m->memory[what] + (tensors ? t->offset : 0), *here = host + (tensors ? t->place : 0);
+        real *there = m->memory[what] + (tensors ? t->offset : 0), *here = host + (tensors ? file_offset(m, i) : 0);
         size_t bytes = (tensors ? t->size : numbers_of(m, what)) * sizeof(real);
         CHECK(cudaMemcpyAsync(back ? there : here, back ? here : there, bytes,
                               back ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, stream));
@@ -4334,20 +4368,20 @@ void copy_memory(Model *m, int what, real *host, int back, int tensors) {
 // All numbers of WEIGHTS, GRADS, MOMENT1 or MOMENT2 in the host's memory, in the order of a single process of the C twin.
 real *model_fetch(::Model *base, int what) {
     Model *m = (Model *)base;
-    real *device = m->memory[what];
+    real *device = m->memory[what], **all = &m->crossing->fetched[what];
     if (!MANY) {
-        if (!m->whole_memory[what])
-            m->whole_memory[what] = allocate_reals(m->whole);
-        copy_memory(m, what, m->whole_memory[what], 0, 1);
-        return m->whole_memory[what];
+        if (!*all)
+            *all = allocate_reals(file_size(m));
+        copy_memory(m, what, *all, 0, 1);
+        return *all;
     }
     real *host = allocate_reals(numbers_of(m, what));
     copy_memory(m, what, host, 0, 0);
     m->memory[what] = host;
-    ::model_fetch(m, what);
+    ranks_fetch(m, what);
     m->memory[what] = device;
     free(host);
-    return m->whole_memory[what];
+    return *all;
 }
 
 // Remakes the rounded copies of weights from..end.
@@ -4362,12 +4396,12 @@ void model_store(::Model *base, int what) {
     real *device = m->memory[what];
     if (MANY) {
         real *host = m->memory[what] = allocate_reals(numbers_of(m, what));
-        ::model_store(m, what);
+        ranks_store(m, what);
         m->memory[what] = device;
         copy_memory(m, what, host, 1, 0);
         free(host);
     } else {
-        copy_memory(m, what, m->whole_memory[what], 1, 1);
+        copy_memory(m, what, m->crossing->fetched[what], 1, 1);
     }
     if (what == WEIGHTS)
         round_weights(m, 0, m->size);
@@ -4430,16 +4464,16 @@ void lay_pieces(Room *r, std::initializer_list<Piece> list) {
 
 struct Where { // expert_rank(), on the device
     const int *host, *slot;
-    int here, place;
+    int owned, member;
     __device__ int operator()(int e, size_t n, int *number) const {
-        return rank_of_expert(host, slot, here, place, e, (int)n, number);
+        return rank_of_expert(host, slot, owned, member, e, (int)n, number);
     }
 };
 
 Where where_is(const Model *m, int l) {
-    const Places *p = &m->crossing->places;
+    const Places *p = &m->transit->places;
     int first = l * m->config.experts;
-    return {p->host + first, p->slot + first, m->placement->here, ranks.place};
+    return {p->host + first, p->slot + first, m->crossing->placement->owned, ranks.member};
 }
 
 // all (n*K): where a choice's token goes, half * ep + rank, -1: nowhere; to (n*K): the same, but each place once.
@@ -4488,12 +4522,12 @@ __global__ void return_dweight_kernel(float *dweight, const float *back, const i
 
 // Room for what is under way, and for the experts' scratch.
 void lay_crossing(Model *m, const LayerState *s, int C) {
-    Crossing *x = m->crossing;
+    Crossing *x = m->transit;
     size_t low = sizeof(floatX), K = (size_t)s->plan.K, slots = 0, sort = 0;
-    for (int half = 0; half < halves_of(m); half++) {
+    for (int half = 0; half < halves_of(&m->config); half++) {
         const Exchange *ex = &s->exchange[half];
         Travel *t = &x->half[half];
-        size_t came = (size_t)ex->came, room = sort_room(came * K, m->placement->here + m->placement->room);
+        size_t came = (size_t)ex->came, room = sort_room(came * K, m->crossing->placement->here->E);
         lay_pieces(&t->room, {{&t->in, came * C * low}, {&t->answers, came * C * low},
                               {&t->choices, came * 2 * K * sizeof(float)}, {&t->dweight, came * K * sizeof(float)}});
         slots = slots > (size_t)ex->slots ? slots : (size_t)ex->slots;
@@ -4507,15 +4541,15 @@ void lay_crossing(Model *m, const LayerState *s, int C) {
 
 // How many rows and slots there are for each rank, and from each: the host asks the device, and then the others.
 void exchange_counts(Model *m, LayerState *s, int l) {
-    int ep = ranks.ep, halves = halves_of(m);
-    int *counts = m->crossing->counts, *out = (int *)allocate((size_t)ep * 8, sizeof(int)), *in = out + 4 * ep;
+    int ep = ranks.ep, halves = halves_of(&m->config);
+    int *counts = m->transit->counts, *out = (int *)allocate((size_t)ep * 8, sizeof(int)), *in = out + 4 * ep;
     await_device();
     for (int i = 0; i < halves * ep; i++) { // first where rows begin, then the slots
         out[i % ep * 4 + i / ep] = counts[i + 1] - counts[i];
         out[i % ep * 4 + 2 + i / ep] = counts[halves * ep + 1 + i];
     }
     all_to_all(out, in, 4);
-    m->came[l] = 0;
+    m->crossing->came[l] = 0;
     for (int half = 0; half < halves; half++) {
         Exchange *ex = &s->exchange[half];
         ex->rows = ex->came = ex->slots = 0;
@@ -4528,7 +4562,7 @@ void exchange_counts(Model *m, LayerState *s, int l) {
             ex->came += ex->got[r];
             ex->slots += in[4 * r + 2 + half];
         }
-        m->came[l] += ex->came;
+        m->crossing->came[l] += ex->came;
     }
     free(out);
 }
@@ -4536,15 +4570,15 @@ void exchange_counts(Model *m, LayerState *s, int l) {
 // Packs the rows of `from` (n,C) that go; send_rows() sends them.
 void pack_rows(Model *m, const LayerState *s, const floatX *from, int C) {
     int rows = s->exchange[0].rows + (m->config.overlap ? s->exchange[1].rows : 0);
-    combine(m->crossing->out, NULL, NULL, from, s->sending.token, rows, 1, C);
+    combine(m->transit->out, NULL, NULL, from, s->sending.token, rows, 1, C);
 }
 
 // Sends each of the n tokens x (n,C) to the ranks that have its experts.
 void exchange_start(Model *m, int l, LayerState *s, const floatX *x, int n, int C) {
     const Plan *plan = &s->plan;
     Plan *sending = &s->sending;
-    Crossing *cross = m->crossing;
-    int K = plan->K, halves = halves_of(m), to = sending->E, *room = m->router.sort;
+    Crossing *cross = m->transit;
+    int K = plan->K, halves = halves_of(&m->config), to = sending->E, *room = m->router.sort;
     size_t choices = (size_t)n * K;
     sending->N = n;
     memset(cross->counts, 0, (size_t)(2 * to + 1) * sizeof(int));
@@ -4559,7 +4593,7 @@ void exchange_start(Model *m, int l, LayerState *s, const floatX *x, int n, int 
     }
     exchange_counts(m, s, l);
     lay_crossing(m, s, C);
-    size_t rows = (size_t)cross->counts[to], E = (size_t)(m->placement->here + m->placement->room);
+    size_t rows = (size_t)cross->counts[to], E = (size_t)(m->crossing->placement->here->E);
     if (rows) {
         pack_choices_kernel<<<blocks(rows * K), THREADS, 0, stream>>>(cross->choices_out, *sending, plan->key, s->weight,
                                                                       where_is(m, l), rows * K, ranks.ep);
@@ -4570,7 +4604,7 @@ void exchange_start(Model *m, int l, LayerState *s, const floatX *x, int n, int 
         Exchange *ex = &s->exchange[half];
         Travel *t = &cross->half[half];
         size_t came = (size_t)ex->came, ints = came * K * sizeof(int);
-        Plan p = {ex->came, (int)E, K, NULL, NULL, NULL, NULL, NULL, NULL, 0};
+        Plan p = {ex->came, (int)E, K, NULL, NULL, NULL, NULL, NULL, NULL};
         ex->tiles = ex->slots / TM + (int)E;
         lay_pieces(&ex->room, {{&ex->x, came * C * sizeof(floatX)},
                               {&ex->hidden, (size_t)ex->slots * m->experts.hidden_width * sizeof(floatX)},
@@ -4588,7 +4622,7 @@ void exchange_start(Model *m, int l, LayerState *s, const floatX *x, int n, int 
 
 // The experts that this rank has in layer l, for the rows that came.
 Experts experts_here(const Model *m, int l, const Exchange *ex) {
-    const Places *p = &m->crossing->places;
+    const Places *p = &m->transit->places;
     Experts x = layer_experts(m, &ex->plan, ex->tile, ex->tiles);
     int n = ex->plan.E;
     x.E = n;
@@ -4602,8 +4636,8 @@ Experts experts_here(const Model *m, int l, const Exchange *ex) {
 // The experts' work on each half as it comes, and their answers' way back: to m->rows, by s->sending.slot.
 void exchange_forward(Model *m, int l, LayerState *s, int C) {
     const LayerWeights *w = &m->weights.layer[l];
-    Crossing *x = m->crossing;
-    int K = s->plan.K, halves = halves_of(m);
+    Crossing *x = m->transit;
+    int K = s->plan.K, halves = halves_of(&m->config);
     for (int half = 0; half < halves; half++) {
         Exchange *ex = &s->exchange[half];
         Travel *t = &x->half[half];
@@ -4630,11 +4664,11 @@ void exchange_forward(Model *m, int l, LayerState *s, int C) {
 void exchange_start_backward(Model *m, LayerState *s, const floatX *dout, int C) {
     lay_crossing(m, s, C);
     pack_rows(m, s, dout, C);
-    for (int half = 0; half < halves_of(m); half++) {
+    for (int half = 0; half < halves_of(&m->config); half++) {
         Exchange *ex = &s->exchange[half];
-        Travel *t = &m->crossing->half[half];
+        Travel *t = &m->transit->half[half];
         depart();
-        send_rows(m->crossing->out, ex->sent, ex->sent_at, t->in, ex->got, ex->got_at, C * sizeof(floatX));
+        send_rows(m->transit->out, ex->sent, ex->sent_at, t->in, ex->got, ex->got_at, C * sizeof(floatX));
         arrive(t->arrived);
     }
 }
@@ -4642,8 +4676,8 @@ void exchange_start_backward(Model *m, LayerState *s, const floatX *dout, int C)
 // And then: the gradients by the experts' weights, by the tokens' rows (m->rows, by s->sending.slot), m->dweight (n,K).
 void exchange_backward(Model *m, int l, LayerState *s, int C) {
     const LayerWeights *w = &m->weights.layer[l], *dw = &m->grads.layer[l];
-    Crossing *x = m->crossing;
-    int K = s->plan.K, halves = halves_of(m);
+    Crossing *x = m->transit;
+    int K = s->plan.K, halves = halves_of(&m->config);
     for (int half = 0; half < halves; half++) {
         Exchange *ex = &s->exchange[half];
         Travel *t = &x->half[half];
@@ -4709,7 +4743,7 @@ void ffn_forward(Model *m, int l, LayerState *s, float *out, int N, int T) {
             x = s->sub;
         }
         gpu::router_forward(m, l, s, m->router_in, N * h, C / h, T * h);
-        m->came[l] = N * h;
+        m->acts.layer[l].route.N = N * h;
         if (apart) {
             gpu::exchange_start(m, l, s, x, N * h, C / h);
             gpu::dense_forward(m, l, s, N); // while the rows travel
@@ -4789,14 +4823,14 @@ void attend_forward(Model *m, int l) {
     const Config *c = &m->config;
     LayerState *s = &m->layers[l];
     const LayerWeights *w = &m->weights.layer[l];
-    int N = m->B * m->T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int N = m->batch.B * m->batch.T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
     gpu::rmsnorm_forward(s->h1, NULL, s->rstd1, s->x, w->norm1, N, C, c->norm_eps);
     product(s->qkv, along_rows(s->h1, C), along_rows(low_of(m, w->qkv), C), N, Q, C, 0);
-    gpu::rope(s->qkv, Q, N, m->T, H + KV, D, m->angles, 1);
+    gpu::rope(s->qkv, Q, N, m->batch.T, H + KV, D, m->angles, 1);
     if (m->cache)
         attention_of_one(s->att, m->cache + (size_t)l * c->seq * 2 * KV * D, s->qkv, m->position, c->seq, H, KV, D);
     else
-        gpu::attention_forward(s->att, s->lse, s->qkv, m->B, m->T, H, KV, D);
+        gpu::attention_forward(s->att, s->lse, s->qkv, m->batch.B, m->batch.T, H, KV, D);
     product(m->branch, along_rows(s->att, C), along_rows(low_of(m, w->proj), C), N, C, C, 0);
     add_rmsnorm_forward(s->mid, s->h2, is_moe(c, l) && c->subtokens == 1 ? m->router_in : NULL, s->rstd2, s->x, m->branch,
                         w->norm2, N, C, c->norm_eps);
@@ -4806,21 +4840,21 @@ void attend_forward(Model *m, int l) {
 // All layers, from m->tokens to m->h.
 void layers_forward(Model *m) {
     const Config *c = &m->config;
-    int N = m->B * m->T, C = c->dim, L = c->layers;
+    int N = m->batch.B * m->batch.T, C = c->dim, L = c->layers;
     if (N)
         gpu::embedding_forward(m->layers[0].x, m->weights.embed, m->tokens, N, C);
     for (int l = 0; l < L; l++) {
         keep_pace();
         if (N) // without tokens of its own, a rank's experts have those of others
             gpu::attend_forward(m, l);
-        gpu::ffn_forward(m, l, &m->layers[l], l + 1 < L ? m->layers[l + 1].x : m->x, N, m->T);
+        gpu::ffn_forward(m, l, &m->layers[l], l + 1 < L ? m->layers[l + 1].x : m->x, N, m->batch.T);
     }
     gpu::rmsnorm_forward(m->h, NULL, m->rstd, m->x, m->weights.norm, N, C, c->norm_eps);
 }
 
 // The cross-entropy of all rows of m->h, and in all modes but EVAL_MODE the gradients by m->h and the head.
 void head_loss(Model *m, int N, double scale) {
-    int C = m->config.dim, V = m->config.vocab, train = m->mode != EVAL_MODE;
+    int C = m->config.dim, V = m->config.vocab, train = m->batch.mode != EVAL_MODE;
     const floatX *head = low_of(m, m->weights.head);
     for (int first = 0; first < N; first += m->head_rows) {
         int rows = min_int(m->head_rows, N - first);
@@ -4863,35 +4897,25 @@ void send_batch(Model *m, const int *tokens, const int *targets, int N) {
     CHECK(cudaEventRecord(m->staged, stream));
 }
 
-// Queues a pass of B sequences of T tokens: see the C twin. The losses wait on the device for model_losses.
-void model_forward(::Model *base, const int *tokens, const int *targets, int B, int T, int mode, double grad_scale,
-                   long step, long first_token) {
+// Queues a pass over a batch: see the C twin. The losses wait on the device for model_losses.
+void model_forward(::Model *base, const Batch *batch) {
     Model *m = (Model *)base;
     const Config *c = &m->config;
-    int N = B * T, last;
-    m->B = B;
-    m->T = T;
-    m->mode = mode;
-    m->grad_scale = grad_scale;
-    m->step = (uint64_t)step;
-    m->first_token = (uint64_t)first_token;
-    int begins = !first_token || first_token < (long)ranks.size * N; // the step's first micro-step
-    m->last_pass = first_token / max_int(N, 1) / ranks.size == c->accum - 1;
-    m->rank_tokens[ranks.rank] = N;
-    if (is_spread(c))
-        share_token_counts(m, N);
-    send_batch(m, tokens, targets, N);
-    if (begins)
+    int N = batch->B * batch->T;
+    m->batch = *batch;
+    ranks_begin_batch(m);
+    send_batch(m, batch->inputs, batch->targets, N);
+    if (batch->first)
         zero(m->report, 2 * sizeof(double)); // LOSS and TOTAL_AUX
-    if (mode == TRAIN_MODE && begins)
+    if (batch->mode == TRAIN_MODE && batch->first)
         gpu::clear_router_stats(m);
     layers_forward(m);
     if (N) {
-        gpu::head_loss(m, N, grad_scale / N);
-        add_mean(m->report + LOSS, m->nll, N, grad_scale);
+        gpu::head_loss(m, N, batch->scale / N);
+        add_mean(m->report + LOSS, m->nll, N, batch->scale);
     }
-    if (moe_layers(c, &last) && mode != EVAL_MODE) {
-        add_aux_kernel<<<1, 1, 0, stream>>>(m->report, c->layers, stats_size(c), 4 * c->experts + AUX, grad_scale);
+    if (moe_layers(c) && batch->mode != EVAL_MODE) {
+        add_aux_kernel<<<1, 1, 0, stream>>>(m->report, c->layers, stats_size(c), 4 * c->experts + AUX, batch->scale);
         CHECK(cudaGetLastError());
     }
 }
@@ -4915,7 +4939,7 @@ void exchange_copies(Model *m, int what) {
     Copy *list = list_copies(m, &count);
     for (int i = 0; i < count; i++)
         room += what == GRADS && list[i].owned ? list[i].size : 0;
-    lay_pieces(&m->crossing->room, {{&arrived, room * sizeof(float)}});
+    lay_pieces(&m->transit->room, {{&arrived, room * sizeof(float)}});
     to = arrived;
     depart();
     for (int i = 0; i < count; i++) {
@@ -4929,8 +4953,8 @@ void exchange_copies(Model *m, int what) {
         ranks.traffic.reduced += receives ? 0 : (double)(k->size * sizeof(float));
         to += receives ? k->size : 0;
     }
-    arrive(m->crossing->half[0].arrived);
-    wait_for(m->crossing->half[0].arrived);
+    arrive(m->transit->half[0].arrived);
+    wait_for(m->transit->half[0].arrived);
     to = arrived;
     for (int i = 0; what == GRADS && i < count; i++) {
         float *own = m->memory[what] + list[i].at;
@@ -4949,8 +4973,8 @@ void exchange_copies(Model *m, int what) {
 void model_backward(::Model *base) {
     Model *m = (Model *)base;
     const Config *c = &m->config;
-    int B = m->B, T = m->T, N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
-    int sums = MANY && m->last_pass;
+    int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int sums = MANY && m->batch.last;
     size_t tail = (size_t)(m->grads.norm - m->memory[GRADS]), from = tail;
     zero(m->dx, (size_t)N * C * sizeof(float));
     gpu::rmsnorm_backward(m->dx, m->dx_low, m->grads.norm, m->dh, m->x, m->rstd, m->weights.norm, N, C, m->partial);
@@ -4980,17 +5004,21 @@ void model_backward(::Model *base) {
         return;
     sum_layer(m, -1, &from, gpu::start_sum);
     gpu::start_sum(m, tail, m->common, 0); // the last norm, and what all layers have in common
-    if (m->placement && c->replicate) {
+    if (has_copies(m)) {
         gpu::exchange_copies(m, GRADS);
         gpu::start_sum(m, m->common, m->size, 1);
     }
+}
+
+size_t slice_of(const Model *m) { // the numbers that this rank updates of what all have
+    return m->crossing->slice_end - m->crossing->slice;
 }
 
 // *norm of all ranks' gradients: of this rank's slice of what all have, and of its experts, which `groups` ranks have.
 void whole_norm(Model *m, double *norm) {
     const float *g = m->memory[GRADS];
     zero(norm, sizeof(double));
-    int parts = gpu::sum_of_squares(m->norm_part, g + m->slice, m->slice_end - m->slice);
+    int parts = gpu::sum_of_squares(m->norm_part, g + m->crossing->slice, slice_of(m));
     gpu::add_sum(norm, Doubles{m->norm_part}, parts, 1);
     parts = gpu::sum_of_squares(m->norm_part, g + m->common, m->size - m->common);
     gpu::add_sum(norm, Doubles{m->norm_part}, parts, 1.0 / ranks.groups);
@@ -5001,10 +5029,10 @@ void whole_norm(Model *m, double *norm) {
 
 // After each rank has updated its slice of what all have.
 void share_weights(Model *m) {
-    size_t slice = m->slice_end - m->slice;
+    size_t slice = slice_of(m);
     ranks.traffic.reduced += (double)(slice * sizeof(float)) * (ranks.size - 1);
     follow(network, stream);
-    nccl_gather(m->memory[WEIGHTS], m->slice, slice);
+    nccl_gather(m->memory[WEIGHTS], m->crossing->slice, slice);
     wait_for_network();
     round_weights(m, 0, m->common);
 }
@@ -5015,13 +5043,12 @@ void fetch_report(Model *m) {
 }
 
 // As of the last fetch_report.
-const RouterStats *model_stats(const ::Model *base, int l) {
+const Statistics *model_statistics(const ::Model *base, int l) {
     const Model *m = (const Model *)base;
-    RouterStats *s = &m->stats[l];
+    Statistics *s = &m->stats[l];
     int E = m->config.experts;
     double *from = m->host_report + (layer_stats(m, l) - m->report), *single = from + 4 * E;
     s->count = from;
-    s->lowest = from + E;
     s->recent = from + 2 * E;
     if (!s->idle)
         s->idle = (int *)own_host((Model *)m, E, sizeof(int));
@@ -5031,7 +5058,6 @@ const RouterStats *model_stats(const ::Model *base, int l) {
     s->dropped = single[DROPPED];
     s->active = single[ACTIVE];
     s->tokens = single[TOKENS];
-    s->passes = single[PASSES];
     return s;
 }
 
@@ -5050,13 +5076,14 @@ void model_update(::Model *base, int step, double lr) {
         const Tensor *t = &m->tensors[i];
         if (!i || t->layer != m->tensors[i - 1].layer)
             keep_pace();
-        size_t at, size = updated_part(m, t, &at);
-        if (!size)
+        size_t at = t->offset, size = t->size;
+        ranks_own_range(m, t, &at, &size);
+        if (!t->trained || !size)
             continue;
-        size_t moment = moment_place(m, at);
+        size_t moment = moment_offset(m, at);
         adamw(m->memory[WEIGHTS] + at, m->low + at, m->memory[GRADS] + at, m->memory[MOMENT1] + moment,
               m->memory[MOMENT2] + moment, size, norm, c->clip, (float)lr,
-              (float)(tensor_is_vector(t) ? 1 : 1 - lr * c->weight_decay),
+              (float)(t->dims == 1 ? 1 : 1 - lr * c->weight_decay),
               (float)c->beta1, (float)c->beta2, (float)(1 / (1 - pow(c->beta1, step))),
               (float)(1 / (1 - pow(c->beta2, step))), 1e-8f);
     }
@@ -5065,11 +5092,11 @@ void model_update(::Model *base, int step, double lr) {
         gpu::share_weights(m);
     }
     gpu::router_update(m);
-    if (MANY && m->placement && c->replicate) {
+    if (has_copies(m)) {
         if (step % c->replicate_every == 0) {
             fetch_report(m);
             for (int l = 0; l < c->layers; l++)
-                gpu::model_stats(m, l);
+                gpu::model_statistics(m, l);
             choose_copies(m);
             gpu::place_experts(m);
         }
@@ -5088,23 +5115,27 @@ void model_losses(::Model *base, double *loss, double *aux, double *norm) {
     *norm = m->host_report[GRADIENT_NORM];
 }
 
-// The plan of the last forward pass, copied to the host.
-const Plan *model_plan(const ::Model *base, int l) {
+// The choices of the last forward pass, copied to the host.
+const Route *model_route(const ::Model *base, int l) {
     Model *m = (Model *)base;
     const Plan *plan = &m->layers[l].plan;
+    Route *to = &m->acts.layer[l].route;
     size_t choices = (size_t)plan->N * plan->K, room = (size_t)m->max_tokens * m->config.subtokens * plan->K;
-    if (!m->host_plan)
-        m->host_plan = (Plan *)own_host(m, m->config.layers, sizeof(Plan));
-    Plan *to = &m->host_plan[l];
     if (!to->expert && plan->E) {
         int *ints = (int *)own_host(m, room * 5 + plan->E + 1, sizeof(int));
-        Plan p = {0, plan->E, plan->K, ints, ints + room, ints + 2 * room, ints + 3 * room, ints + 4 * room, ints + 5 * room, 0};
-        *to = p;
+        to->E = plan->E;
+        to->K = plan->K;
+        to->expert = ints;
+        to->served = ints + room;
+        to->row = ints + 2 * room;
+        to->choice = ints + 3 * room;
+        to->token = ints + 4 * room;
+        to->offset = ints + 5 * room;
     }
     to->N = plan->N;
     if (!plan->E || !plan->N)
         return to;
-    int *const target[] = {to->offset, to->expert, to->key, to->slot, to->choice, to->token};
+    int *const target[] = {to->offset, to->expert, to->served, to->row, to->choice, to->token};
     const int *const from[] = {plan->offset, plan->expert, plan->key, plan->slot, plan->choice, plan->token};
     for (int i = 0; i < 6; i++) { // behind the last slot nothing was ever written
         size_t count = i == 0 ? (size_t)plan->E + 1 : i < 4 ? choices : (size_t)to->offset[plan->E];
@@ -5122,10 +5153,10 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     if (!one) {
         one = m->one = new_model(c, 1, 0, m, 0);
         own_cache(one);
-        one->B = one->T = 1;
-        one->mode = EVAL_MODE;
+        one->batch.B = one->batch.T = 1;
+        one->batch.mode = EVAL_MODE;
         for (int r = 0; r < ranks.size; r++) // all ranks go on with the same token
-            one->rank_tokens[r] = 1;
+            one->crossing->rank_tokens[r] = 1;
     }
     one->position = position;
     float *angles = (float *)allocate(D, sizeof(float));
@@ -5191,8 +5222,8 @@ double device_memory(void) {
     return (double)total;
 }
 
-const Backend backend = {"cuda",         model_allocate, model_free,     model_init,  model_forward, model_backward,
-                         model_update,   model_losses,   model_generate, model_stats, model_plan,    model_fetch,
+const Backend backend = {"cuda",         model_allocate, model_free,     model_init,       model_forward, model_backward,
+                         model_update,   model_losses,   model_generate, model_statistics, model_route,   model_fetch,
                          model_store,    measured_peak,  device_name,    device_memory};
 
 } // namespace gpu
@@ -5204,6 +5235,6 @@ int main(int argc, char **argv) {
 #else
     program_name = "train_moe_cu";
 #endif
-    return run_program(argc, argv, &gpu::backend);
+    return run_program(argc, argv, &gpu::backend, train_moe);
 }
 #endif

@@ -47,7 +47,8 @@ test_mpi: dev/build/ranks dev/build/ranks_double dev/build/mpi train_moe_mpi
 # kernel's start as a function call. The compiler may not invent operations here, since invalid ones are errors (hence no
 # -fno-trapping-math).
 
-EMULATED_FLAGS = -x c++ -std=gnu++17 -O2 -g $(WARN) -Wno-unknown-pragmas $(ARCH) -ffp-contract=fast -fno-math-errno \
+EMULATED_FLAGS = -x c++ -std=gnu++17 -O2 -g $(WARN) -Wno-unknown-pragmas -Wno-missing-field-initializers $(ARCH) \
+    -ffp-contract=fast -fno-math-errno \
     $(if $(findstring clang,$(CXX)),-ffp-exception-behavior=maytrap) $(LOOPS) $(OPENMP) -DCUDACPU -Idev/emulator -I.
 EMULATED = $(CXX) $(EMULATED_FLAGS)
 # With NCCL, which MPI answers: mpicxx calls the same compiler.

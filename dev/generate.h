@@ -1,73 +1,110 @@
-// Generation: the next token, by the cache of keys and values, and its choice.
-// Gives: model_generate, sample. Needs: the model of train_moe.c, which includes it.
+// Generation: the next token, by a cache of keys and values, and how it is drawn.
+// Gives: model_generate, generation_free, sample. Needs: the model of train_moe.c, which includes it.
+//
+// The cache makes a new token cost one token's work: attention needs the keys and values of those before it, which
+// do not change any more.
 #pragma once
+#include "cpu/vector.h"
 
-// One token at `position`; logits (V) of the next. Keys and values of the last seq positions are in m->cache; a longer
-// text forgets its beginning.
-void model_generate(Model *m, int token, int position, real *logits) {
-    const Config *c = &m->config;
-    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, L = c->layers, width = 2 * KV * D;
-    if (!m->one) {
-        m->one = model_allocate(c, 1, 0, m->memory[WEIGHTS]);
-        m->one->placement = m->placement;
-        m->cache = own_reals(m, (size_t)L * c->seq * width);
+typedef struct Generation {
+    Model *one;  // a model for one token, with the weights of the trained one
+    real *cache; // (L, seq, 2*KV*D)  keys, then values; those of position p are in row p % seq
+} Generation;
+
+void generation_free(Model *m) {
+    if (m->generation) {
+        model_free(m->generation->one);
     }
-    Model *one = m->one;
-    LayerState *s = one->layers;
-    int seen = min_int(position + 1, c->seq), slot = position % c->seq;
-    real *scores = one->attention, scale = (real)(1 / sqrt((double)D)); // (seen)
-    rope_angles(one->angles, position, 1, D, c->rope_theta);
-    one->tokens = &token;
-    one->mode = EVAL_MODE;
-    for (int r = 0; r < ranks.size; r++) // all ranks go on with the same token
-        one->rank_tokens[r] = 1;
-    embedding_forward(one->x, m->weights.embed, &token, 1, C);
-    for (int l = 0; l < L; l++, s++) {
-        const LayerWeights *w = &m->weights.layer[l];
-        real *keys = m->cache + (size_t)l * c->seq * width, *values = keys + KV * D; // rows of width numbers
-        rmsnorm_forward(s->h1, s->rstd1, one->x, w->norm1, 1, C, c->norm_eps);
-        product(s->qkv, along_rows(s->h1, C, NULL), along_rows(w->qkv, C, NULL), 1, Q, C, 0);
-        rope(s->qkv, Q, 1, 1, H + KV, D, one->angles, 1);
-        memcpy(keys + (size_t)slot * width, s->qkv + H * D, (size_t)width * sizeof(real));
-        for (int h = 0; h < H; h++) {
-            const real *q = s->qkv + h * D;
-            real *out = s->att + h * D;
-            int kv = h / (H / KV) * D;
-            for (int t = 0; t < seen; t++)
-                scores[t] = dot(q, keys + (size_t)t * width + kv, D) * scale;
-            softmax(scores, seen);
-            memset(out, 0, (size_t)D * sizeof(real));
-            for (int t = 0; t < seen; t++) {
-                for (int i = 0; i < D; i++)
-                    out[i] += scores[t] * values[(size_t)t * width + kv + i];
-            }
-        }
-        product(one->x, along_rows(s->att, C, NULL), along_rows(w->proj, C, NULL), 1, C, C, 1);
-        rmsnorm_forward(s->h2, s->rstd2, one->x, w->norm2, 1, C, c->norm_eps);
-        ffn_forward(one, l, s, one->x, 1, 1);
-    }
-    rmsnorm_forward(one->h, one->rstd, one->x, m->weights.norm, 1, C, c->norm_eps);
-    product(logits, along_rows(one->h, C, NULL), along_rows(m->weights.head, C, NULL), 1, c->vocab, C, 0);
 }
 
-// Draws one of n tokens: logits divided by temperature, of these the top_k likeliest, of these as few of the likeliest as
-// hold top_p of the probability (Holtzman et al. 2020). u is uniform in [0,1). temperature 0: the likeliest.
+// out (H*D) = attention of one token's queries (H*D) to the `seen` rows of a layer's cache; scores (seen).
+void attend_to_cache(real *out, real *scores, const real *queries, const real *cache, int seen, int H, int KV, int D) {
+    int width = 2 * KV * D;
+    real scale = (real)(1 / sqrt((double)D));
+    memset(out, 0, (size_t)H * D * sizeof(real));
+    for (int h = 0; h < H; h++) {
+        const real *keys = cache + h / (H / KV) * D, *values = keys + KV * D;
+        for (int t = 0; t < seen; t++) {
+            scores[t] = dot(queries + h * D, keys + (size_t)t * width, D) * scale;
+        }
+        softmax(scores, seen);
+        for (int t = 0; t < seen; t++) {
+            for (int i = 0; i < D; i++) {
+                out[h * D + i] += scores[t] * values[(size_t)t * width + i];
+            }
+        }
+    }
+}
+
+// One token at `position`: logits (V) of the next one. The cache has the last seq positions, so a longer text
+// forgets its beginning.
+void model_generate(Model *m, int token, int position, real *logits) {
+    const Config *c = &m->config;
+    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, width = 2 * KV * D;
+    if (!m->generation) {
+        m->generation = (Generation *)own(m, 1, sizeof(Generation));
+        m->generation->one = model_allocate(c, 1, 0, m->memory[WEIGHTS]);
+        m->generation->cache = own_reals(m, (size_t)c->layers * c->seq * width);
+    }
+    Model *one = m->generation->one;
+    Acts *acts = &one->acts;
+    Batch batch = {&token, NULL, 1, 1, EVAL_MODE, 1, 0, 0, 1, 1};
+    one->batch = batch;
+    ranks_begin_batch(one);
+
+    // The same layers as in model_forward, but for attention, which looks into the cache.
+    rope_angles(one->angles, position, 1, D, c->rope_theta);
+    embedding_forward(acts->x, one->params.embed, &token, 1, C);
+    for (int l = 0; l < c->layers; l++) {
+        const LayerParams *w = &one->params.layer[l];
+        LayerActs *a = &acts->layer[l];
+        real *cache = m->generation->cache + (size_t)l * c->seq * width;
+        rmsnorm_forward(a->h1, a->rstd1, acts->x, w->norm1, 1, C, c->norm_eps);
+        matmul(a->qkv, a->h1, w->qkv, 1, C, Q, SET);
+        rope(a->qkv, Q, 1, 1, H + KV, D, one->angles, 1);
+        memcpy(cache + (size_t)(position % c->seq) * width, a->qkv + H * D, (size_t)width * sizeof(real));
+
+        scratch_reset(one);
+        int seen = min_int(position + 1, c->seq);
+        attend_to_cache(a->att, scratch(one, seen), a->qkv, cache, seen, H, KV, D);
+        matmul(acts->x, a->att, w->proj, 1, C, C, ADD);
+        rmsnorm_forward(a->h2, a->rstd2, acts->x, w->norm2, 1, C, c->norm_eps);
+        feed_forward(one, l, acts->x);
+    }
+    rmsnorm_forward(acts->h, acts->rstd, acts->x, one->params.norm, 1, C, c->norm_eps);
+    matmul(logits, acts->h, one->params.head, 1, C, c->vocab, SET);
+}
+
+// Draws one of n tokens: logits divided by temperature, of these the top_k likeliest, of these as few of the
+// likeliest as hold top_p of the probability (Holtzman et al. 2020). u is uniform in [0,1). temperature 0: the
+// likeliest.
 int sample(const real *logits, int n, double temperature, int top_k, double top_p, double u) {
-    Ranked *list = (Ranked *)allocate((size_t)n, sizeof(Ranked));
+    Ranked *list = (Ranked *)allocate(n, sizeof(Ranked));
     for (int i = 0; i < n; i++) {
         list[i].score = (double)logits[i];
         list[i].index = i;
     }
     qsort(list, (size_t)n, sizeof(Ranked), compare_ranked);
-    int kept = temperature == 0 ? 1 : top_k > 0 ? min_int(top_k, n) : n, chosen = 0;
+    int kept = top_k > 0 ? min_int(top_k, n) : n;
+    if (temperature == 0) {
+        kept = 1;
+    }
+
+    // From here on score holds the probability, not yet divided by the sum.
     double total = 0, sum = 0, top = list[0].score;
-    for (int i = 0; i < kept; i++) // from here on score holds the probability, not yet divided by the sum
-        total += list[i].score = kept == 1 ? 1 : exp((list[i].score - top) / temperature);
+    for (int i = 0; i < kept; i++) {
+        list[i].score = kept == 1 ? 1 : exp((list[i].score - top) / temperature);
+        total += list[i].score;
+    }
     int nucleus = 0;
-    while (nucleus < kept && (nucleus == 0 || sum < top_p * total))
+    while (nucleus < kept && (nucleus == 0 || sum < top_p * total)) {
         sum += list[nucleus++].score;
-    for (double part = list[0].score; chosen < nucleus - 1 && part <= u * sum; part += list[chosen].score)
+    }
+
+    int chosen = 0;
+    for (double part = list[0].score; chosen < nucleus - 1 && part <= u * sum; part += list[chosen].score) {
         chosen++;
+    }
     int id = list[chosen].index;
     free(list);
     return id;

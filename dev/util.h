@@ -43,6 +43,9 @@ typedef REAL real;
 #define BOTH
 #endif
 
+// Elements of an array.
+#define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+
 BOTH int min_int(int a, int b) {
     return a < b ? a : b;
 }
@@ -185,6 +188,52 @@ void *reallocate(void *p, size_t count, size_t size) {
 
 real *allocate_reals(size_t count) {
     return (real *)allocate(count, sizeof(real));
+}
+
+// Memory that is taken piece by piece and given back all at once. A piece that does not fit any more gets memory of its
+// own; at the next reset the arena grows so that all pieces fit. Pieces begin at multiples of 64 bytes and are not zeroed.
+typedef struct Arena {
+    char *memory;
+    size_t size, used;   // bytes; used counts the pieces outside, too
+    void *outside[64];
+    int outside_count;
+} Arena;
+
+void arena_reserve(Arena *a, size_t bytes) {
+    free(a->memory);
+    a->memory = (char *)allocate(bytes + 64, 1);
+    a->size = bytes;
+}
+
+void arena_reset(Arena *a) {
+    if (a->outside_count > 0) {
+        while (a->outside_count > 0) {
+            free(a->outside[--a->outside_count]);
+        }
+        arena_reserve(a, a->used);
+    }
+    a->used = 0;
+}
+
+void *arena_take(Arena *a, size_t count, size_t size) {
+    size_t bytes = (count * size + 63) / 64 * 64, at = a->used;
+    a->used += bytes;
+    if (a->used <= a->size) {
+        size_t skip = (64 - (size_t)a->memory % 64) % 64;
+        return a->memory + skip + at;
+    }
+    if (a->outside_count == (int)(sizeof(a->outside) / sizeof(a->outside[0]))) {
+        fail("the scratch memory of %zu bytes is too small by far", a->size);
+    }
+    return a->outside[a->outside_count++] = allocate(bytes, 1);
+}
+
+void arena_free(Arena *a) {
+    while (a->outside_count > 0) {
+        free(a->outside[--a->outside_count]);
+    }
+    free(a->memory);
+    a->memory = NULL;
 }
 
 // All bytes of a file and a NUL behind the last one, to be freed; *size does not count the NUL.

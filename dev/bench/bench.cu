@@ -206,9 +206,10 @@ int batch_for(const char *options, int most, double share) {
 
 Model *random_model(const Config *c, int N, int train) {
     Model *m = (Model *)backend.create(c, N, train, NULL);
-    for (int i = 0; i < m->tensor_count; i++)
-        random_floats(m->memory[WEIGHTS] + m->tensors[i].offset, m->tensors[i].size, (float)tensor_is_norm(&m->tensors[i]),
-                      tensor_is_norm(&m->tensors[i]) ? 0 : 0.07f);
+    for (int i = 0; i < m->tensor_count; i++) {
+        int one = m->tensors[i].init == INIT_ONE;
+        random_floats(m->memory[WEIGHTS] + m->tensors[i].offset, m->tensors[i].size, (float)one, one ? 0 : 0.07f);
+    }
 #ifndef FP32
     to_low(m->low, m->memory[WEIGHTS], m->size);
 #endif
@@ -236,7 +237,8 @@ double train_step(Trainee *t) {
     const Config *c = &t->config;
     double aux, norm, time = seconds_of([=] {
         t->step++;
-        backend.forward(t->model, t->inputs.data(), t->targets.data(), c->batch, c->seq, TRAIN_MODE, 1, t->step, 0);
+        Batch batch = {t->inputs.data(), t->targets.data(), c->batch, c->seq, TRAIN_MODE, 1, t->step, 0, 1, 1};
+        backend.forward(t->model, &batch);
         backend.backward(t->model);
         backend.update(t->model, t->step, 1e-9);
     }, 1);

@@ -1,21 +1,11 @@
 // What all test programs share: comparing two numbers, memory that notices what is written outside of it, small random
-// numbers, temporary files, and functions that are meant to end the process. It needs, of the program, its memory, its
-// random numbers and its files: allocate, hash64 and remove_tree. Include it after them.
+// numbers, temporary files, and functions that are meant to end the process.
+// Gives: assert_near, take, free_taken, draw, pick, scratch_file, put_text, dies, begin_tests. Needs: dev/util.h; cmocka.
 
 #pragma once
-#include <math.h>
+#include "dev/util.h"
 #include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/wait.h>
-#include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/lsan_interface.h>
 #endif
@@ -96,30 +86,30 @@ int pick(uint64_t *state, const int *list, int count) {
     return list[draw(state, 0, count - 1)];
 }
 
-char scratch_path[64];
+char scratch_folder[64];
 
-// A path in a temporary folder. It stays valid until scratch() has been called eight more times.
-const char *scratch(const char *name) {
+// A path in a temporary folder. It stays valid until scratch_file() has been called eight more times.
+const char *scratch_file(const char *name) {
     static char paths[8][256];
     static int next;
-    if (!scratch_path[0]) {
-        strcpy(scratch_path, "/tmp/test_moe-XXXXXX");
-        assert_non_null(mkdtemp(scratch_path));
+    if (!scratch_folder[0]) {
+        strcpy(scratch_folder, "/tmp/test_moe-XXXXXX");
+        assert_non_null(mkdtemp(scratch_folder));
     }
     char *path = paths[next++ % 8];
-    snprintf(path, sizeof(paths[0]), "%s/%s", scratch_path, name);
+    snprintf(path, sizeof(paths[0]), "%s/%s", scratch_folder, name);
     return path;
 }
 
 int scratch_done(void **state) {
     (void)state;
-    if (scratch_path[0])
-        remove_tree(scratch_path);
+    if (scratch_folder[0])
+        remove_tree(scratch_folder);
     return 0;
 }
 
 const char *put_file(const char *name, const char *text, size_t size) {
-    const char *path = scratch(name);
+    const char *path = scratch_file(name);
     FILE *file = fopen(path, "wb");
     assert_non_null(file);
     fwrite(text, 1, size, file);

@@ -1,6 +1,6 @@
 // The layers on the device against their C twins, on numbers that are new in each run (SEED=number repeats one).
 
-#include "dev/test/cuda.h"
+#include "dev/test/cuda_twin.h"
 
 uint64_t layers_draw; // moves on with each draw
 #define EXACT   1e-5                                     // what is float32 in both builds
@@ -86,7 +86,7 @@ void check_gpu_rmsnorm(int N, int C) {
     size_t size = (size_t)N * C, parts = (size_t)div_up(N, CHUNK) * C;
     real *x = draw_normal(size), *w = draw_normal(C), *dout = draw_normal(size), *dx = draw_normal(size),
          *dw = draw_normal(C);
-    real *out = take_reals(size), *rstd = take_reals(N), *partial = take_reals(parts);
+    real *out = take_reals(size), *rstd = take_reals(N);
     float *x_there = device_reals(x, size), *w_there = device_reals(w, C), *dout_there = device_reals(dout, size);
     float *dx_there = device_reals(dx, size), *dw_there = device_reals(dw, C);
     gpu::floatX *out_there = (gpu::floatX *)device_poison(size * sizeof(gpu::floatX));
@@ -97,7 +97,7 @@ void check_gpu_rmsnorm(int N, int C) {
     gpu::rmsnorm_backward(dx_there, dx_low, dw_there, dout_there, x_there, rstd_there, w_there, N, C,
                           (float *)device_poison(parts * 4));
     rmsnorm_forward(out, rstd, x, w, N, C, 1e-5);
-    rmsnorm_backward(dx, dw, dout, x, rstd, w, N, C, partial);
+    rmsnorm_backward(dx, dw, dout, x, rstd, w, N, C);
     assert_alike("rmsnorm's out", fetch_low(out_there, size), out, size, ROUNDED);
     assert_alike("rmsnorm's out32", fetch_reals(out32, size), out, size, EXACT);
     assert_alike("rmsnorm's rstd", fetch_reals(rstd_there, N), rstd, N, EXACT);
@@ -106,7 +106,7 @@ void check_gpu_rmsnorm(int N, int C) {
     assert_alike("rmsnorm's dw", fetch_reals(dw_there, C), dw, C, EXACT);
     gpu::rmsnorm_backward(dx_there, NULL, dw_there, dout_there, x_there, rstd_there, w_there, N, C,
                           (float *)device_poison(parts * 4));
-    rmsnorm_backward(dx, dw, dout, x, rstd, w, N, C, partial);
+    rmsnorm_backward(dx, dw, dout, x, rstd, w, N, C);
     assert_alike("rmsnorm's dx again", fetch_reals(dx_there, size), dx, size, EXACT);
     end_layers();
 }
@@ -120,7 +120,7 @@ void check_gpu_rope(int N, int T, int heads, int D, int extra) {
     real *before = take_reals(size);
     memcpy(before, x, size * sizeof(real));
     gpu::rope(there, ld, N, T, heads, D, angles_there, 1);
-    rope(x, ld, N, T, heads, D, angles, 1);
+    rope(x, (int)ld, N, T, heads, D, angles, 1);
     real *found = fetch_low(there, size);
     assert_alike("rope", found, x, size, ROUNDED);
     for (size_t i = 0; i < size; i++) {
@@ -143,7 +143,8 @@ void check_gpu_embedding(int N, int C, int V) {
     float *table_there = device_reals(table, (size_t)V * C), *dx_there = device_reals(dx, size);
     float *dtable_there = device_reals(dtable, (size_t)V * C), *x_there = (float *)device_poison(size * 4);
     embedding_forward(x, table, tokens, N, C);
-    embedding_backward(dtable, dx, tokens, N, C, V, order, offset);
+    embedding_backward(dtable, dx, tokens, N, C);
+    counting_sort(order, offset, tokens, N, V);
     int *begins = take_ints(V + 1);
     for (int v = 0; v < V; v++) {
         words[count] = v;
@@ -184,8 +185,7 @@ void test_gpu_rows(void **state) {
 void check_gpu_attention(int B, int T, int H, int KV, int D) {
     char what[100];
     size_t ld = (size_t)(H + 2 * KV) * D, N = (size_t)B * T, size = N * ld, width = N * H * D, rows = N * H;
-    real *qkv = draw_normal(size), *dout = draw_normal(width),
-         *scratch = take_reals(attention_room(T, D) * thread_count());
+    real *qkv = draw_normal(size), *dout = draw_normal(width);
     real *out = take_reals(width), *lse = take_reals(rows), *dqkv = take_reals(size);
     gpu::floatX *qkv_there = device_low(qkv, size), *dout_there = device_low(dout, width);
     gpu::floatX *out_there = (gpu::floatX *)device_poison(width * sizeof(gpu::floatX));
@@ -193,9 +193,9 @@ void check_gpu_attention(int B, int T, int H, int KV, int D) {
     float *lse_there = (float *)device_poison(rows * 4), *delta = (float *)device_poison(rows * 4);
     gpu::attention_forward(out_there, lse_there, qkv_there, B, T, H, KV, D);
     gpu::attention_backward(dqkv_there, dout_there, out_there, lse_there, qkv_there, B, T, H, KV, D, delta);
-    attention_forward(out, lse, qkv, B, T, H, KV, D, scratch);
+    attention_forward(out, lse, qkv, B, T, H, KV, D);
     real *found = fetch_low(out_there, width);
-    attention_backward(dqkv, dout, found, lse, qkv, B, T, H, KV, D, scratch); // of the same out, rounded
+    attention_backward(dqkv, dout, found, lse, qkv, B, T, H, KV, D); // of the same out, rounded
     int used = snprintf(what, sizeof(what), "attention, B %d, T %d, H %d, KV %d, D %d: ", B, T, H, KV, D);
     snprintf(what + used, sizeof(what) - used, "out");
     assert_alike(what, found, out, width, ROUNDED);
@@ -224,7 +224,6 @@ void check_gpu_generation(int seq, int H, int KV, int D) { // one token after an
     int width = 2 * KV * D, Q = (H + 2 * KV) * D, positions = seq + 3;
     real *qkv = draw_normal((size_t)positions * Q), *out = take_reals((size_t)seq * H * D),
          *lse = take_reals((size_t)seq * H);
-    real *scratch = take_reals(attention_room(seq, D) * thread_count());
     gpu::floatX *there = device_low(qkv, (size_t)positions * Q);
     gpu::floatX *cache = (gpu::floatX *)device_poison((size_t)seq * width * sizeof(gpu::floatX));
     for (int p = 0; p < positions; p++) {
@@ -233,7 +232,7 @@ void check_gpu_generation(int seq, int H, int KV, int D) { // one token after an
         gpu::attention_of_one(answer, cache, there + (size_t)p * Q, p, seq, H, KV, D);
         if (p > 2 && p < seq - 1 && draw(&layers_draw, 0, 9))
             continue;
-        attention_forward(out, lse, qkv + (size_t)(p + 1 - T) * Q, 1, T, H, KV, D, scratch);
+        attention_forward(out, lse, qkv + (size_t)(p + 1 - T) * Q, 1, T, H, KV, D);
         assert_alike("attention of one", fetch_low(answer, (size_t)H * D), out + (size_t)(T - 1) * H * D, (size_t)H * D,
                      ROUNDED);
     }
@@ -310,8 +309,9 @@ void test_gpu_loss(void **state) {
 void check_gpu_update(int size, int shift, double clip, double share) {
     Config c = small_config("dense");
     Tensor tensors[2] = {};
-    tensors[0].kind = QKV;
-    tensors[1].kind = NORM1;
+    tensors[0].dims = 2;
+    tensors[1].dims = 1; // and so without weight decay
+    tensors[0].trained = tensors[1].trained = 1;
     Model m = {};
     m.config = c;
     m.config.layers = 0;

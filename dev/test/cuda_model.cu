@@ -8,7 +8,7 @@
 // deviation of SPREAD instead of randomize_weights' 0.3, which makes two layers multiply a rounding by up to 30: the worst
 // that was found is then 3e-6, and 1e-2.
 
-#include "dev/test/cuda.h"
+#include "dev/test/cuda_twin.h"
 #include "dev/test/runs.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ void check_gpu_experts(int N, int E, int K, int C, int F, int activation, int mi
                       : random_uniform(seed, 3 * i) < hot ? 0 : (int)(random_uniform(seed, 3 * i + 1) * E);
         plan.expert[i] = random_uniform(seed, 3 * i + 2) < share ? e : -1;
     }
-    make_plan(&plan, N, factor);
+    int dropped = make_plan(&plan, N, factor);
     size_t rows = plan.offset[E], act_size = 0, hidden_size = 0;
     for (int e = 0; e < E; e++) {
         size_t n = plan.offset[e + 1] - plan.offset[e];
@@ -100,7 +100,7 @@ void check_gpu_experts(int N, int E, int K, int C, int F, int activation, int mi
         hidden_size += n * width[e] * (1 + is_gated(kind[e]));
     }
     snprintf(what, sizeof(what), "experts, N %d, E %d, K %d, C %d, F %d, %s, %d rows, %d dropped", N, E, K, C, F,
-             mixed ? "mixed" : activation_names[activation], (int)rows, plan.dropped);
+             mixed ? "mixed" : activation_names[activation], (int)rows, dropped);
     real *x = take_normal(size, seed + 1), *dout = take_normal(size, seed + 2), *from = take_normal(size, seed + 3);
     real *branch = take_normal(size, seed + 4), *w_in = take_normal(in[E], seed + 5), *w_out = take_normal(out[E], seed + 6);
     real *dw_in = take_normal(in[E], seed + 7), *dw_out = take_normal(out[E], seed + 8);
@@ -131,16 +131,19 @@ void check_gpu_experts(int N, int E, int K, int C, int F, int activation, int mi
                           out_low, act, dhidden, part, slots, &experts);
     gpu::combine(dx_low, NULL, NULL, drows, slot, N, K, C);
 
-    ::Experts plain = {E, C, width, kind, w_in, w_out, plan.offset, plan.token};
+    Model *m = bare_model(0); // of which the C twin takes scratch memory
+    ::Experts plain = take_experts(E, C, width, kind);
     real *c_rows = take_reals(rows * C), *c_hidden = take_reals(hidden_size), *c_act = take_reals(act_size);
-    real *c_dact = take_reals(act_size), *c_dhidden = take_reals(hidden_size), *c_drows = take_reals(rows * C);
-    real *sum = take_reals(size), *dx = take_reals(size);
+    real *c_drows = take_reals(rows * C), *sum = take_reals(size), *dx = take_reals(size), *c_weight = take_filled(slots, 1);
     for (size_t i = 0; i < size; i++)
         sum[i] = from[i] + branch[i];
-    ::experts_forward(c_rows, c_hidden, c_act, x, &plain, 0);
+    for (size_t i = 0; i < slots && weighted; i++)
+        c_weight[i] = weight[i];
+    ::experts_forward(m, c_rows, c_hidden, x, w_in, w_out, plan.token, plan.offset, &plain);
+    ::experts_activation_forward(c_act, c_hidden, plan.offset, &plain);
     ::combine(sum, c_rows, weighted ? weight : NULL, plan.slot, N, K, C);
-    ::experts_backward(c_drows, dw_in, dw_out, dweight, dout, x, c_hidden, weighted ? weight : NULL, plan.choice, c_dact,
-                       c_dhidden, &plain, 0);
+    ::experts_backward(m, c_drows, dweight, dw_in, dw_out, dout, x, c_hidden, c_weight, w_in, w_out, plan.token, plan.choice,
+                       plan.offset, &plain);
     ::combine(dx, c_drows, NULL, plan.slot, N, K, C);
 
     real *found_hidden = take_back_low(hidden, rows, H, H);
@@ -250,9 +253,10 @@ Twins make_twins(const char *recipe, const char *choices, int B, double spread) 
     randomize_weights(t.host);
     for (int i = 0; i < t.host->tensor_count; i++) {
         const Tensor *tensor = &t.host->tensors[i];
+        int one = tensor->init == INIT_ONE;
         real *w = t.host->memory[WEIGHTS] + tensor->offset;
-        for (size_t j = 0; j < tensor->size && tensor->kind != TABLE && tensor->kind != LEVEL; j++)
-            w[j] = (real)(tensor_is_norm(tensor) + ((double)w[j] - tensor_is_norm(tensor)) * spread / 0.3);
+        for (size_t j = 0; j < tensor->size && strcmp(tensor->kind, "table") && strcmp(tensor->kind, "level"); j++)
+            w[j] = (real)(one + ((double)w[j] - one) * spread / 0.3);
         round_numbers(w, tensor->size);
     }
     copy_weights(&t);
@@ -268,9 +272,8 @@ void free_twins(Twins *t) {
 // The choices of the host's model, for another model to take over.
 void note_plans(gpu::LayerPlan *plans, const Model *host) {
     for (int l = 0; l < host->config.layers; l++) {
-        const LayerState *s = &host->layers[l];
-        gpu::LayerPlan plan = {s->plan.expert, s->plan.key, s->gate.expert, s->groups.expert};
-        plans[l] = plan;
+        if (is_moe(&host->config, l))
+            plans[l] = layer_plan(host, l);
     }
 }
 
@@ -287,18 +290,18 @@ void clear_gradients(Twins *t) {
 
 // Does the first difference of two plans come from scores of the C twin that are less than 1e-5 apart? Who chose
 // differently compared a score with another one of its token, or of its expert, or with a bound.
-int is_near_tie(const Model *m, int l, const Plan *other) {
-    const LayerState *s = &m->layers[l];
-    const Plan *plan = &s->plan;
-    int n = 0, K = plan->K, E = s->gate.E, scored = m->weights.layer[l].slow || m->weights.layer[l].bias;
+int is_near_tie(Model *m, int l, const Route *other) {
+    const Route *plan = &m->acts.layer[l].route;
+    Gate gate = expert_gate(m, l);
+    int n = 0, K = plan->K, E = gate.E;
     while (n < plan->N * K && plan->expert[n] == other->expert[n])
         n++;
     if (n == plan->N * K || m->config.select == HASH)
         return 0;
     n /= K;
-    for (int row = n * s->gate.per; row < (n + 1) * s->gate.per; row++) {
+    const real *p = deciding_scores(m, l);
+    for (int row = n * gate.per; row < (n + 1) * gate.per; row++) {
         for (int e = 0; e < E; e++) {
-            const real *p = scored ? m->choice_score : s->gate.p;
             double mine = (double)p[(size_t)row * E + e];
             if (m->config.select == THRESHOLD && fabs(mine - (m->config.threshold > 0 ? m->config.threshold : 1.0 / E)) < 1e-5)
                 return 1;
@@ -320,7 +323,7 @@ int check_plans(const Twins *t) {
     for (int l = 0; l < t->c.layers; l++) {
         if (!is_moe(&t->c, l))
             continue;
-        const Plan *wanted = &t->host->layers[l].plan, *found = gpu::model_plan(t->device, l);
+        const Route *wanted = &t->host->acts.layer[l].route, *found = gpu::model_route(t->device, l);
         int choices = wanted->N * wanted->K, rows = wanted->offset[wanted->E];
         assert_true(found->N == wanted->N && found->K == wanted->K && found->E == wanted->E);
         if (memcmp(found->expert, wanted->expert, choices * sizeof(int)) && is_near_tie(t->host, l, found)) {
@@ -328,9 +331,10 @@ int check_plans(const Twins *t) {
             return 0;
         }
         for (int i = 0; i < choices; i++) {
-            if (found->expert[i] != wanted->expert[i] || found->key[i] != wanted->key[i] || found->slot[i] != wanted->slot[i])
-                fail_msg("%s: layer %d, choice %d: expert %d, key %d, slot %d; wanted %d, %d, %d", t->name, l, i,
-                         found->expert[i], found->key[i], found->slot[i], wanted->expert[i], wanted->key[i], wanted->slot[i]);
+            if (found->expert[i] != wanted->expert[i] || found->served[i] != wanted->served[i] || found->row[i] != wanted->row[i])
+                fail_msg("%s: layer %d, choice %d: expert %d, served %d, row %d; wanted %d, %d, %d", t->name, l, i,
+                         found->expert[i], found->served[i], found->row[i], wanted->expert[i], wanted->served[i],
+                         wanted->row[i]);
         }
         assert_memory_equal(found->offset, wanted->offset, ((size_t)wanted->E + 1) * sizeof(int));
         assert_memory_equal(found->choice, wanted->choice, rows * sizeof(int));
@@ -343,15 +347,17 @@ void check_stats(const Twins *t, double tolerance) { // after model_losses
     for (int l = 0; l < t->c.layers; l++) {
         if (!is_moe(&t->c, l))
             continue;
-        const RouterStats *wanted = ::model_stats(t->host, l), *found = gpu::model_stats(t->device, l);
+        const Statistics *wanted = ::cpu_statistics(t->host, l), *found = gpu::model_statistics(t->device, l);
+        const Lowest *low = lowest_of(t->host, l);
+        const double *lowest = found->count + t->c.experts, passes = found->count[4 * t->c.experts + gpu::PASSES];
         for (int e = 0; e < t->c.experts; e++) {
             assert_true(found->count[e] == wanted->count[e]);
-            assert_near(found->lowest[e], wanted->lowest[e], tolerance);
+            assert_near(lowest[e], low ? low->sum[e] : 0, tolerance);
             assert_near(found->recent[e], wanted->recent[e], 1e-12);
             assert_int_equal(found->idle[e], wanted->idle[e]);
         }
         assert_true(found->dropped == wanted->dropped && found->active == wanted->active);
-        assert_true(found->tokens == wanted->tokens && found->passes == wanted->passes);
+        assert_true(found->tokens == wanted->tokens && passes == (low ? *low->passes : 0));
         assert_near(found->entropy, wanted->entropy, tolerance);
     }
 }
@@ -370,33 +376,21 @@ void check_gradients_alike(const Twins *t, double tolerance) {
 }
 
 // The best of the experts that a row of the gate did not choose: the smooth load of the chosen ones is measured by it.
-int best_unchosen(const real *h, const int *chosen, int E, int K) {
-    int best = -1;
-    for (int e = 0; e < E; e++) {
-        int is_chosen = 0;
-        for (int k = 0; k < K; k++)
-            is_chosen |= chosen[k] == e;
-        if (!is_chosen && (best < 0 || h[e] > h[best]))
-            best = e;
-    }
-    return best;
-}
-
 // Whether both twins have the same ones; taking over choices does not say which.
 int same_unchosen(const Twins *t) {
-    int W = router_width(&t->c), same = 1;
+    int W = gpu::router_rows(&t->c), same = 1;
     for (int l = 0; l < t->c.layers; l++) {
         if (!is_moe(&t->c, l) || t->c.load_weight <= 0)
             continue;
-        const LayerState *s = &t->host->layers[l];
+        const real *wanted = noisy_logits(t->host, l);
         const real *found = take_back(((gpu::Model *)t->device)->layers[l].noisy, (size_t)t->N * W);
-        const Gate *const gates[] = {&s->gate, &s->groups};
+        const Gate gates[] = {expert_gate(t->host, l), group_gate(t->host, l)};
         for (int i = 0; i <= (t->c.select == HIERARCHICAL); i++) {
-            const Gate *g = gates[i];
+            const Gate *g = &gates[i];
             for (int row = 0; row < t->N * g->per; row++) {
                 size_t at = (size_t)(row / g->per) * W + g->column + row % g->per * g->E;
                 const int *chosen = g->expert + (size_t)row * g->K;
-                same &= best_unchosen(found + at, chosen, g->E, g->K) == best_unchosen(s->noisy + at, chosen, g->E, g->K);
+                same &= best_unchosen(chosen, found + at, g->E, g->K) == best_unchosen(chosen, wanted + at, g->E, g->K);
             }
         }
     }
@@ -411,9 +405,10 @@ int check_pass(Twins *t, int mode, int decided, double tolerance) {
     gpu::Model *device = (gpu::Model *)t->device;
     clear_gradients(t);
     device->head_rows = mode == EVAL_MODE ? N : max_int(1, N / 3); // the head in one piece, or in several
-    ::model_forward(t->host, t->tokens, t->targets, t->B, t->T, mode, grad_scale, 3, 0);
+    Batch batch = make_batch(t->tokens, t->targets, t->B, t->T, mode, grad_scale, 3, 0);
+    ::model_forward(t->host, &batch);
     decide(t, decided);
-    gpu::model_forward(t->device, t->tokens, t->targets, t->B, t->T, mode, grad_scale, 3, 0);
+    gpu::model_forward(t->device, &batch);
     gpu::model_losses(t->device, &loss, &aux, &norm);
     if (!check_plans(t) || !same_unchosen(t))
         return 0;
@@ -421,12 +416,12 @@ int check_pass(Twins *t, int mode, int decided, double tolerance) {
     all_logits(t->host, wanted, N);
     if (mode == EVAL_MODE)
         assert_alike_norm(t->name, "logits", take_back(device->logits, (size_t)N * V), wanted, (size_t)N * V, 0, TWIN_TOLERANCE);
-    assert_alike_norm(t->name, "nll", take_back(device->nll, N), t->host->nll, N, 0, TWIN_TOLERANCE);
+    assert_alike_norm(t->name, "nll", take_back(device->nll, N), t->host->acts.nll, N, 0, TWIN_TOLERANCE);
     assert_near(loss, t->host->loss, TWIN_TOLERANCE);
     if (mode == TRAIN_MODE)
         check_stats(t, TWIN_TOLERANCE);
     if (mode != EVAL_MODE) {
-        assert_near(aux, t->host->total_aux, TWIN_TOLERANCE);
+        assert_near(aux, t->host->aux, TWIN_TOLERANCE);
         ::model_backward(t->host);
         gpu::model_backward(t->device);
         check_gradients_alike(t, tolerance);
@@ -523,9 +518,10 @@ void check_gpu_nan(const char *recipe, double bad) {
     double loss, aux, norm;
     size_t n = t.host->size;
     real *before[4];
-    ::model_forward(t.host, t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, 1, 0);
+    Batch batch = make_batch(t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, 1, 0);
+    ::model_forward(t.host, &batch);
     decide(&t, LOW);
-    gpu::model_forward(t.device, t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, 1, 0);
+    gpu::model_forward(t.device, &batch);
     gpu::model_backward(t.device);
     gpu::model_update(t.device, 1, 0.01); // so that there is something in the moments
     for (int what = WEIGHTS; what <= MOMENT2; what++) {
@@ -537,7 +533,8 @@ void check_gpu_nan(const char *recipe, double bad) {
             gpu::model_store(t.device, GRADS);
         }
     }
-    gpu::model_forward(t.device, t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, 2, 0);
+    batch.step = 2;
+    gpu::model_forward(t.device, &batch);
     gpu::model_update(t.device, 2, 0.01);
     gpu::model_losses(t.device, &loss, &aux, &norm);
     assert_true(isfinite(loss) && !isfinite(norm));
@@ -555,9 +552,10 @@ void check_gpu_buffers(const char *recipe, const char *choices) {
     for (int step = 1; step <= 3; step++) {
         double loss, aux, norm;
         draw_tokens(&t);
-        ::model_forward(t.host, t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, step, 0);
+        Batch batch = make_batch(t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, step, 0);
+        ::model_forward(t.host, &batch);
         decide(&t, LOW);
-        gpu::model_forward(t.device, t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, step, 0);
+        gpu::model_forward(t.device, &batch);
         if (!check_plans(&t))
             break;
         clear_gradients(&t);
@@ -568,9 +566,9 @@ void check_gpu_buffers(const char *recipe, const char *choices) {
         const real *found = gpu::model_fetch(t.device, WEIGHTS);
         for (int i = 0; i < t.host->tensor_count; i++) {
             const Tensor *tensor = &t.host->tensors[i];
-            if (tensor_is_buffer(tensor))
+            if (!tensor->trained)
                 assert_alike_norm(t.name, tensor->name, found + tensor->offset, t.host->memory[WEIGHTS] + tensor->offset,
-                                  tensor->size, 0, tensor->kind == LEVEL ? TWIN_TOLERANCE : 1e-6);
+                                  tensor->size, 0, !strcmp(tensor->kind, "level") ? TWIN_TOLERANCE : 1e-6);
         }
     }
     free_twins(&t);
@@ -613,10 +611,11 @@ void check_curve(const char *recipe) {
             memcpy(t.tokens + b * t.T, text, t.T * sizeof(int));
             memcpy(t.targets + b * t.T, text + 1, t.T * sizeof(int));
         }
-        ::model_forward(t.host, t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, step, 0);
+        Batch batch = make_batch(t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, step, 0);
+        ::model_forward(t.host, &batch);
         ::model_backward(t.host);
         cpu_update(t.host, step, t.c.lr);
-        gpu::model_forward(t.device, t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 1, step, 0);
+        gpu::model_forward(t.device, &batch);
         gpu::model_backward(t.device);
         gpu::model_update(t.device, step, t.c.lr);
         gpu::model_losses(t.device, &loss, &aux, &norm);
@@ -651,13 +650,14 @@ void check_gpu_generation(const char *recipe, const char *choices) {
     gpu::Model *device = (gpu::Model *)t.device;
     gpu::LayerPlan *plans = (gpu::LayerPlan *)take(t.c.layers, sizeof(gpu::LayerPlan));
     real *found = take_reals((size_t)past * V), *wanted = take_reals((size_t)past * V);
-    ::model_forward(t.host, t.tokens, t.targets, 1, T, EVAL_MODE, 1, 1, 0);
+    Batch batch = make_batch(t.tokens, t.targets, 1, T, EVAL_MODE, 1, 1, 0);
+    ::model_forward(t.host, &batch);
     decide(&t, LOW);
-    gpu::model_forward(t.device, t.tokens, t.targets, 1, T, EVAL_MODE, 1, 1, 0);
+    gpu::model_forward(t.device, &batch);
     gpu::model_generate(t.device, t.tokens[T - 1], 0, found); // of a text before this one; and now there is device->one
     for (int i = 0; i < past; i++) {
         ::model_generate(t.host, t.tokens[i % T], i, wanted + (size_t)i * V);
-        note_plans(plans, t.host->one);
+        note_plans(plans, t.host->generation->one);
         ((gpu::Model *)device->one)->decided = LOW ? plans : NULL;
         gpu::model_generate(t.device, t.tokens[i % T], i, found + (size_t)i * V);
         assert_alike_norm(t.name, "a token's logits", found + (size_t)i * V, wanted + (size_t)i * V, V, 0, tolerance);
@@ -688,8 +688,9 @@ void check_gpu_halves(const char *recipe, const char *choices) {
     for (int i = 0; i < 2; i++) {
         gpu::model_init(m[i], NULL);
         for (int micro = 0; micro <= i; micro++) {
-            gpu::model_forward(m[i], tokens + 16 * micro, targets + 16 * micro, i ? 2 : 4, 8, TRAIN_MODE, i ? 0.5 : 1, 3,
-                               16 * micro);
+            Batch batch = make_batch(tokens + 16 * micro, targets + 16 * micro, i ? 2 : 4, 8, TRAIN_MODE, i ? 0.5 : 1, 3,
+                                   16 * micro);
+            gpu::model_forward(m[i], &batch);
             gpu::model_backward(m[i]);
         }
         gpu::model_losses(m[i], &loss[i], &aux[i], &norm);
@@ -697,13 +698,13 @@ void check_gpu_halves(const char *recipe, const char *choices) {
     assert_near(loss[1], loss[0], TWIN_TOLERANCE);
     assert_near(aux[1], aux[0], TWIN_TOLERANCE);
     for (int l = 0; l < c.layers; l++) {
-        const RouterStats *whole = gpu::model_stats(m[0], l), *halves = gpu::model_stats(m[1], l);
+        const Statistics *whole = gpu::model_statistics(m[0], l), *halves = gpu::model_statistics(m[1], l);
         for (int e = 0; is_moe(&c, l) && e < c.experts; e++)
             assert_true(whole->count[e] == halves->count[e]);
         assert_true(!is_moe(&c, l) || (whole->dropped == halves->dropped && whole->tokens == halves->tokens));
     }
     assert_alike_norm(recipe, "the gradient of two halves", gpu::model_fetch(m[1], GRADS), gpu::model_fetch(m[0], GRADS),
-                      m[0]->whole, 0, TWIN_TOLERANCE);
+                      file_size(m[0]), 0, TWIN_TOLERANCE);
     gpu::backend.release(m[0]);
     gpu::backend.release(m[1]);
 }
@@ -730,12 +731,13 @@ real *train_gpu(const char *recipe, int B, int T, int recompute, size_t *size) {
     for (int step = 1; step <= 2; step++) {
         random_tokens(tokens, N, c.vocab, (uint64_t)(2 * step));
         random_tokens(targets, N, c.vocab, (uint64_t)(2 * step + 1));
-        gpu::model_forward(m, tokens, targets, B, T, TRAIN_MODE, 1, step, 0);
+        Batch batch = make_batch(tokens, targets, B, T, TRAIN_MODE, 1, step, 0);
+        gpu::model_forward(m, &batch);
         gpu::model_backward(m);
         gpu::model_update(m, step, c.lr);
     }
-    *size = m->whole * sizeof(real);
-    real *weights = (real *)allocate(m->whole, sizeof(real));
+    *size = file_size(m) * sizeof(real);
+    real *weights = (real *)allocate(file_size(m), sizeof(real));
     memcpy(weights, gpu::model_fetch(m, WEIGHTS), *size);
     gpu::backend.release(m);
     return weights;
@@ -800,7 +802,7 @@ void logged_keys(const char *out, char *keys, size_t size) {
     size_t length;
     keys[0] = 0;
     snprintf(file, sizeof(file), "%s/log.jsonl", out);
-    char *text = read_file(scratch(file), &length);
+    char *text = read_file(scratch_file(file), &length);
     for (char *line = text; line < text + length;) {
         Json *json = next_line(&line, text + length);
         add_keys(keys, size, json->child->text, json);
@@ -822,7 +824,7 @@ void check_loaded(const char *dir) {
     for (int what = WEIGHTS; what <= MOMENT2; what++) {
         if (what != GRADS)
             assert_memory_equal(gpu::model_fetch(run[1].model, what), run[0].model->memory[what],
-                                run[0].model->whole * sizeof(real));
+                                file_size(run[0].model) * sizeof(real));
     }
     run[0].backend->release(run[0].model);
     run[1].backend->release(run[1].model);
@@ -836,9 +838,9 @@ void check_exchange(const char *recipe, int twin) {
     snprintf(other, sizeof(other), "%.40s-other", out);
     snprintf(options, sizeof(options), "--recipe %s --steps 3 --save-every 2 --eval-every 2 --sample-every 3 --seq 16", recipe);
     expect(run_either(twin, out, options), 0, "What next");
-    assert_int_equal(shell(said, sizeof(said), "cp -r %s %s", scratch(out), scratch(other)), 0);
+    assert_int_equal(shell(said, sizeof(said), "cp -r %s %s", scratch_file(out), scratch_file(other)), 0);
     snprintf(dir, sizeof(dir), "%s/latest", out);
-    check_loaded(scratch(dir));
+    check_loaded(scratch_file(dir));
     expect(run_either(twin, out, "--prompt hello --tokens 3"), 0, "hello");
     expect(run_either(!twin, out, "--prompt hello --tokens 3"), 0, "hello");
     snprintf(options, sizeof(options), "--recipe %s --steps 5 --save-every 2 --eval-every 2 --seq 16 --resume", recipe);
@@ -847,7 +849,7 @@ void check_exchange(const char *recipe, int twin) {
     assert_latest(out, "checkpoint-5");
     assert_latest(other, "checkpoint-5");
     Config c = small_config(recipe);
-    int last, routers = moe_layers(&c, &last);
+    int routers = moe_layers(&c);
     assert_log(out, 5, routers);
     assert_log(other, 5, routers);
     for (int step = 4; step <= 5; step++)

@@ -1,6 +1,6 @@
 // The reader and the writer of JSON.
 
-#include "dev/test/trainer.h"
+#include "data/json.h"
 #include "dev/test/common.h"
 
 typedef struct JsonCase {

@@ -1,8 +1,10 @@
-// The layers, each alone: forward and backward against the plain loops of dev/test/plain.h, in hundreds of sizes, with
-// hostile numbers, with several numbers of threads (the bits have to be the same), and against finite differences.
+// The layers, each alone: forward and backward, in hundreds of sizes, with hostile numbers, with several numbers of threads
+// (the bits have to be the same), and against finite differences. The functions of dev/cpu are held against the plain loops
+// of train_moe.c, and those that the lesson has only once against dev/test/plain.h.
 
 #include "dev/test/trainer.h"
 #include "dev/test/model.h"
+#include "dev/test/both.h"
 #include "dev/test/plain.h"
 #include "dev/test/slopes.h"
 
@@ -14,11 +16,12 @@ void assert_untouched(const char *what, const real *x, size_t n) { // still the 
 }
 
 typedef struct Layer { // what one of the layers below works on; its objective is inner(out, g), g random
-    int B, T, N, C, H, KV, D, E, K, F, V, activation, gated, gate, group, head_rows, everyone[2];
-    int *width, *kind; // of each expert
-    real *x, *w, *w2, *out, *g, *rstd, *scratch, *hidden, *act, *weight, *rows, *angles, *nll;
+    int B, T, N, C, H, KV, D, E, K, F, V, activation, gated, gate, group, head_rows;
+    real *x, *w, *w2, *out, *g, *rstd, *logits, *hidden, *act, *weight, *rows, *angles, *nll;
     int *index, *targets;
-    Plan plan;
+    Experts experts;
+    Route route;
+    Model *model;
 } Layer;
 
 Layer empty_layer; // all zero: what a test starts from
@@ -30,7 +33,7 @@ void subtract_one(real *x, size_t n) {
 
 double rmsnorm_objective(void *arg) {
     Layer *l = (Layer *)arg;
-    rmsnorm_forward(l->out, l->rstd, l->x, l->w, l->N, l->C, 1e-5);
+    fast_rmsnorm_forward(l->out, l->rstd, l->x, l->w, l->N, l->C, 1e-5);
     return inner(l->out, l->g, (size_t)l->N * l->C);
 }
 
@@ -40,7 +43,7 @@ void check_rmsnorm(int N, int C, int hostile, int slopes) {
     char what[64];
     l.N = N;
     l.C = C;
-    size_t size = (size_t)N * C, room = (size_t)div_up(N, CHUNK) * C;
+    size_t size = (size_t)N * C;
     l.x = take_normal(size, 1);
     for (size_t i = 0; hostile && i < size; i++)
         l.x[i] *= (real)(i / C % 5 == 3 ? 0 : pow(10, (double)(i / C % 13) - 6));
@@ -48,23 +51,22 @@ void check_rmsnorm(int N, int C, int hostile, int slopes) {
     l.g = take_normal(size, 3);
     l.out = take_reals(size);
     l.rstd = take_reals(N);
-    real *dx = take_reals(size), *dw = take_reals(C), *partial = take_reals(room), *start = take_normal(size, 4);
+    real *dx = take_reals(size), *dw = take_reals(C), *start = take_normal(size, 4);
     real *out = take_reals(size), *rstd = take_reals(N), *plain_dx = take_reals(size), *plain_dw = take_normal(C, 5);
     snprintf(what, sizeof(what), "rmsnorm %d x %d", N, C);
-    plain_rmsnorm_forward(out, rstd, l.x, l.w, N, C, 1e-5);
+    rmsnorm_forward(out, rstd, l.x, l.w, N, C, 1e-5);
     for (size_t i = 0; i < size; i++)
         plain_dx[i] = start[i] *= rstd[i / C]; // as large as what is added to it
-    plain_rmsnorm_backward(plain_dx, plain_dw, l.g, l.x, rstd, l.w, N, C);
+    rmsnorm_backward(plain_dx, plain_dw, l.g, l.x, rstd, l.w, N, C);
     for (int team = 0; team < TEAMS; team++) {
         set_threads(teams[team]);
         fill(l.out, size, (real)NAN);
         fill(l.rstd, N, (real)NAN);
-        fill(partial, room, (real)NAN);
         memcpy(dx, start, size * sizeof(real));
         for (int c = 0; c < C; c++)
             dw[c] = (real)random_normal(hash64(5), c);
         rmsnorm_objective(&l);
-        rmsnorm_backward(dx, dw, l.g, l.x, l.rstd, l.w, N, C, partial);
+        fast_rmsnorm_backward(dx, dw, l.g, l.x, l.rstd, l.w, N, C);
         assert_same_bits(what, team, bits_of(l.out, size, bits_of(dx, size, bits_of(dw, C, 0))));
     }
     set_threads(1);
@@ -90,7 +92,7 @@ void test_rmsnorm(void **state) {
     const int tokens[] = {1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 300};
     const int widths[] = {1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 64, 97, 100, 255, 256, 257, 513};
     uint64_t random = 1;
-    check_rmsnorm(2 * CHUNK + 5, 21, 0, 1); // three chunks
+    check_rmsnorm(2 * 128 + 5, 21, 0, 1); // three chunks of fast_rmsnorm_backward
     for (int round = 0; round < (is_slow() ? 5 : 60); round++)
         check_rmsnorm(pick(&random, tokens, 12), pick(&random, widths, 21), round % 2, 0);
 }
@@ -99,7 +101,7 @@ double rope_objective(void *arg) {
     Layer *l = (Layer *)arg;
     size_t size = (size_t)l->N * (l->H * l->D + 3);
     memcpy(l->out, l->x, size * sizeof(real));
-    rope(l->out, (size_t)l->H * l->D + 3, l->N, l->T, l->H, l->D, l->angles, 1);
+    rope(l->out, l->H * l->D + 3, l->N, l->T, l->H, l->D, l->angles, 1);
     return inner(l->out, l->g, size);
 }
 
@@ -120,7 +122,7 @@ void check_rope(int B, int T, int heads, int D) {
         set_threads(teams[team]);
         rope_objective(&l);
         memcpy(dx, l.g, size * sizeof(real));
-        rope(dx, ld, l.N, T, heads, D, l.angles, -1);
+        rope(dx, (int)ld, l.N, T, heads, D, l.angles, -1);
         assert_same_bits("rope", team, bits_of(l.out, size, bits_of(dx, size, 0)));
     }
     set_threads(1);
@@ -148,12 +150,19 @@ void test_rope(void **state) {
 
 double attention_objective(void *arg) {
     Layer *l = (Layer *)arg;
-    attention_forward(l->out, l->rstd, l->x, l->B, l->T, l->H, l->KV, l->D, l->scratch);
+    fast_attention_forward(l->out, l->rstd, l->x, l->B, l->T, l->H, l->KV, l->D);
     return inner(l->out, l->g, (size_t)l->N * l->H * l->D);
 }
 
-real *take_attention_scratch(int T, int D) { // for the largest team
-    return take_reals(attention_room(T, D) * teams[TEAMS - 1]);
+// Lets attention work in an array of the test, as large as it needs for the largest team and full of NaN: that shows who
+// writes outside of it, or reads what nobody wrote. Returns the memory that it had; to be put back by attention_memory = .
+real *take_attention_memory(int T, int D) {
+    set_threads(teams[TEAMS - 1]);
+    reserve_attention(T, D);
+    real *before = attention_memory;
+    attention_memory = take_filled(attention_bytes(T, D) / sizeof(real), (real)NAN);
+    set_threads(1);
+    return before;
 }
 
 // Compares one part of each row of qkv: the numbers from `first` to first + width. `scale` is the size of their terms.
@@ -184,7 +193,7 @@ void check_attention(int B, int T, int H, int KV, int D, double spread, int slop
     l.g = take_normal(width, 2);
     l.out = take_reals(width);
     l.rstd = take_reals(rows);
-    l.scratch = take_attention_scratch(T, D);
+    real *before = take_attention_memory(T, D);
     real *dx = take_reals(size), *out = take_reals(width), *lse = take_reals(rows), *dqkv = take_reals(size);
     snprintf(what, sizeof(what), "attention, B %d, T %d, H %d, KV %d, D %d, spread %g", B, T, H, KV, D, spread);
     for (int team = 0; team < TEAMS; team++) {
@@ -192,15 +201,15 @@ void check_attention(int B, int T, int H, int KV, int D, double spread, int slop
         fill(l.out, width, (real)NAN);
         fill(l.rstd, rows, (real)NAN);
         fill(dx, size, (real)NAN); // written, not added to
-        fill(l.scratch, attention_room(T, D) * teams[TEAMS - 1], (real)NAN);
+        fill(attention_memory, attention_bytes(T, D) / sizeof(real), (real)NAN); // what this team may use
         attention_objective(&l);
-        fill(l.scratch, attention_room(T, D) * teams[TEAMS - 1], (real)NAN);
-        attention_backward(dx, l.g, l.out, l.rstd, l.x, B, T, H, KV, D, l.scratch);
+        fill(attention_memory, attention_bytes(T, D) / sizeof(real), (real)NAN);
+        fast_attention_backward(dx, l.g, l.out, l.rstd, l.x, B, T, H, KV, D);
         assert_same_bits(what, team, bits_of(l.out, width, bits_of(l.rstd, rows, bits_of(dx, size, 0))));
     }
     set_threads(1);
-    plain_attention_forward(out, lse, l.x, B, T, H, KV, D);
-    plain_attention_backward(dqkv, l.g, l.x, B, T, H, KV, D);
+    attention_forward(out, lse, l.x, B, T, H, KV, D);
+    attention_backward(dqkv, l.g, out, lse, l.x, B, T, H, KV, D);
     // A score is rounded to epsilon of itself, and its sum of D terms like a product's; that much, as a share, is
     // unsure of its probability.
     double score = spread * spread, unsure = (16 + (8 + sqrt(D)) * score) * EPSILON;
@@ -219,6 +228,7 @@ void check_attention(int B, int T, int H, int KV, int D, double spread, int slop
     }
     if (slopes)
         check_slopes(what, l.x, size, dx, attention_objective, &l, T < 64 ? 40 : 15);
+    attention_memory = before;
     free_taken();
 }
 
@@ -250,7 +260,7 @@ void test_attention(void **state) {
 double activation_objective(void *arg) { // sum of weight[choice[r]] * inner(act[r], g[r])
     Layer *l = (Layer *)arg;
     double sum = 0;
-    activation_forward(l->act, l->hidden, l->N, l->F, l->activation);
+    fast_activation_forward(l->act, l->hidden, l->N, l->F, l->activation);
     for (int r = 0; r < l->N; r++)
         sum += (l->weight ? (double)l->weight[l->index[r]] : 1) * inner(l->act + r * l->F, l->g + r * l->F, l->F);
     return sum;
@@ -298,20 +308,17 @@ void check_activation(int activation, int rows, int F, int weighted, int wild) {
         fill(dhidden, in, (real)NAN);
         fill(dweight, (size_t)rows + 2, (real)NAN);
         memcpy(dact, l.g, size * sizeof(real));
-#pragma omp parallel
-        {
-            activation_forward(l.act, l.hidden, rows, F, activation);
-            activation_backward(dhidden, weighted ? dweight : NULL, dact, l.hidden, l.weight, l.index, rows, F,
-                                activation);
-        }
+        fast_activation_forward(l.act, l.hidden, rows, F, activation);
+        fast_activation_backward(dhidden, weighted ? dweight : NULL, dact, l.hidden, l.weight, l.index, rows, F,
+                                 activation);
         uint64_t bits = bits_of(l.act, size, bits_of(dact, size, bits_of(dhidden, in, 0)));
         assert_same_bits(what, team, bits_of(dweight + 2, rows, bits));
     }
     set_threads(1);
     memcpy(plain_dact, l.g, size * sizeof(real));
-    plain_activation_forward(act, l.hidden, rows, F, activation);
-    plain_activation_backward(plain_dhidden, weighted ? plain_dweight : NULL, plain_dact, l.hidden, l.weight, l.index,
-                              rows, F, activation);
+    activation_forward(act, l.hidden, rows, F, activation);
+    activation_backward(plain_dhidden, weighted ? plain_dweight : NULL, plain_dact, l.hidden, l.weight, l.index, rows, F,
+                        activation);
     assert_close(what, l.act, act, size, 1, 16 * EPSILON);
     assert_close(what, dhidden, plain_dhidden, in, 1, 16 * EPSILON);
     assert_close(what, dact, plain_dact, size, 1, 16 * EPSILON);
@@ -342,35 +349,33 @@ void test_activation(void **state) {
 
 double experts_objective(void *arg) { // of all answers, weighted and summed by token
     Layer *l = (Layer *)arg;
-    const Plan *p = &l->plan;
+    const Route *r = &l->route;
     size_t size = (size_t)l->N * l->C;
     memset(l->out, 0, size * sizeof(real));
-    Experts experts = {l->E, l->C, l->width, l->kind, l->w, l->w2, p->offset, p->token};
-    experts_forward(l->rows, l->hidden, l->act, l->x, &experts, 0);
-    combine(l->out, l->rows, l->weight, p->slot, l->N, l->K, l->C);
+    scratch_reset(l->model);
+    experts_forward(l->model, l->rows, l->hidden, l->x, l->w, l->w2, r->token, r->offset, &l->experts);
+    combine(l->out, l->rows, l->weight, r->row, l->N, l->K, l->C);
     return inner(l->out, l->g, size);
 }
 
-// Compares both passes of these experts over N tokens, for all numbers of threads, with the plain loops. Row r's answer is
-// multiplied by weight[choice[r]], and the weight's gradient goes to the same index, below `choices`. weight and choice may be
-// NULL.
-void compare_experts(const char *what, const Experts *e, int N, int choices, const real *weight, const int *choice,
-                     int accumulate) {
-    size_t rows = e->offset[e->E], hidden = 0, act = 0, in = 0, out = 0, C = e->C;
+// Compares both passes of these experts over N tokens, for all numbers of threads, with the plain loops. Row r is that of
+// token[r], or, with token NULL, row r of x. Its answer is multiplied by weight[choice[r]], and the weight's gradient goes
+// to the same index, below `choices`.
+void compare_experts(const char *what, const Experts *e, const real *w_in, const real *w_out, const int *token,
+                     const int *offset, int N, int choices, const real *weight, const int *choice) {
+    static Model m; // for its scratch memory
+    size_t rows = offset[e->E], hidden = sorted_size(offset, e->E, e->hidden), act = sorted_size(offset, e->E, e->F);
+    size_t in = 0, out = 0, C = e->C;
     for (int i = 0; i < e->E; i++) {
-        size_t F = e->width[i], H = F * (1 + is_gated(e->activation[i])), n = e->offset[i + 1] - e->offset[i];
-        hidden += n * H;
-        act += n * F;
-        in += H * C;
-        out += F * C;
+        in += e->hidden[i] * C;
+        out += e->F[i] * C;
     }
-    enum { OUT, HIDDEN, ACT, DX, DW_IN, DW_OUT, DWEIGHT, RESULTS };
-    static const char *const names[] = {"out", "hidden", "act", "dx", "dw_in", "dw_out", "dweight"};
-    const size_t sizes[] = {rows * C, hidden, act, rows * C, in, out, (size_t)choices};
-    const int added[] = {accumulate, 0, 0, accumulate, 1, 1, 0};
+    enum { OUT, HIDDEN, DX, DW_IN, DW_OUT, DWEIGHT, RESULTS };
+    static const char *const names[] = {"out", "hidden", "dx", "dw_in", "dw_out", "dweight"};
+    const size_t sizes[] = {rows * C, hidden, rows * C, in, out, (size_t)choices};
+    const int added[] = {0, 0, 0, 1, 1, 0};
     const size_t more = 7; // numbers behind the result, not to be written
     real *found[RESULTS], *plain[RESULTS], *start[RESULTS], *x = take_normal(N * C, 11), *g = take_normal(N * C, 12);
-    real *dact = take_reals(act), *dhidden = take_reals(hidden);
     for (int i = 0; i < RESULTS; i++) {
         found[i] = take_reals(sizes[i] + more);
         plain[i] = take_reals(sizes[i] + more);
@@ -382,36 +387,38 @@ void compare_experts(const char *what, const Experts *e, int N, int choices, con
     for (int team = 0; team < TEAMS; team++) {
         uint64_t bits = 0;
         set_threads(teams[team]);
-        fill(dact, act, (real)NAN);
-        fill(dhidden, hidden, (real)NAN);
         for (int i = 0; i < RESULTS; i++)
             memcpy(found[i], start[i], (sizes[i] + more) * sizeof(real));
-        experts_forward(found[OUT], found[HIDDEN], found[ACT], x, e, accumulate);
-        experts_backward(found[DX], found[DW_IN], found[DW_OUT], weight ? found[DWEIGHT] : NULL, g, x, found[HIDDEN],
-                         weight, choice, dact, dhidden, e, accumulate);
+        prepare_scratch(&m, team == 0);
+        experts_forward(&m, found[OUT], found[HIDDEN], x, w_in, w_out, token, offset, e);
+        prepare_scratch(&m, team == 0);
+        experts_backward(&m, found[DX], found[DWEIGHT], found[DW_IN], found[DW_OUT], g, x, found[HIDDEN], weight, w_in,
+                         w_out, token, choice, offset, e);
         for (int i = 0; i < RESULTS; i++)
             bits = bits_of(found[i], sizes[i], bits);
         assert_same_bits(what, team, bits);
     }
     set_threads(1);
-    plain_experts_forward(plain[OUT], plain[HIDDEN], plain[ACT], x, e, accumulate);
-    plain_experts_backward(plain[DX], plain[DW_IN], plain[DW_OUT], weight ? plain[DWEIGHT] : NULL, g, x, plain[HIDDEN],
-                           weight, choice, e, accumulate);
+    plain_experts_forward(plain[OUT], plain[HIDDEN], take_reals(act), x, w_in, w_out, token, offset, e);
+    plain_experts_backward(plain[DX], plain[DWEIGHT], plain[DW_IN], plain[DW_OUT], g, x, plain[HIDDEN], weight, w_in, w_out,
+                           token, choice, offset, e);
     for (int i = 0; i < RESULTS - 1; i++) {
         assert_close(names[i], found[i], plain[i], sizes[i], rms(plain[i], sizes[i]), 64 * EPSILON);
         assert_untouched(names[i], found[i] + sizes[i], more);
     }
     for (int i = 0; i < choices; i++) { // those without a row stay as they were
-        if (weight && !isnan(plain[DWEIGHT][i]))
+        if (!isnan(plain[DWEIGHT][i]))
             assert_close(names[DWEIGHT], found[DWEIGHT] + i, plain[DWEIGHT] + i, 1, sqrt((double)C), 64 * EPSILON);
         else
             assert_untouched(names[DWEIGHT], found[DWEIGHT] + i, 1);
     }
+    prepare_scratch(&m, 1); // gives its memory back
 }
 
 // mixed: experts have different widths and activations. A capacity factor below E makes experts drop choices.
 void check_experts(int N, int E, int K, int C, int F, int activation, int mixed, double factor, uint64_t seed,
                    int slopes) {
+    static Model m; // for its scratch memory
     Layer l = empty_layer;
     char what[128];
     l.N = N;
@@ -419,22 +426,23 @@ void check_experts(int N, int E, int K, int C, int F, int activation, int mixed,
     l.K = K;
     l.C = C;
     l.F = F;
-    l.width = take_ints(E);
-    l.kind = take_ints(E);
-    size_t in = 0, out = 0, slots = (size_t)N * K, size = (size_t)N * C;
+    l.model = &m;
+    int *width = take_ints(E), *kind = take_ints(E);
+    size_t in = 0, out = 0, choices = (size_t)N * K, size = (size_t)N * C;
     for (int e = 0; e < E; e++) {
-        l.width[e] = mixed ? max_int(1, F - e % 3) : F;
-        l.kind[e] = mixed ? e % 4 : activation;
-        in += (size_t)l.width[e] * (1 + is_gated(l.kind[e])) * C;
-        out += (size_t)l.width[e] * C;
+        width[e] = mixed ? max_int(1, F - e % 3) : F;
+        kind[e] = mixed ? e % 4 : activation;
+        in += (size_t)width[e] * (1 + is_gated(kind[e])) * C;
+        out += (size_t)width[e] * C;
     }
-    l.plan = take_plan(N, E, K);
+    l.experts = take_experts(E, C, width, kind);
+    l.route = take_route(N, E, K);
     for (int n = 0; n < N; n++) { // many go to the first experts, few to the last
         double u = random_uniform(seed, n);
         for (int k = 0; k < K; k++)
-            l.plan.expert[n * K + k] = ((int)(u * u * E) + k * max_int(1, E / K)) % E;
+            l.route.expert[n * K + k] = ((int)(u * u * E) + k * max_int(1, E / K)) % E;
     }
-    make_plan(&l.plan, N, factor);
+    make_route(&l.route, N, factor);
     l.x = take_normal(size, seed);
     l.w = take_normal(in, seed + 1);
     l.w2 = take_normal(out, seed + 2);
@@ -442,29 +450,28 @@ void check_experts(int N, int E, int K, int C, int F, int activation, int mixed,
         l.w[i] /= (real)sqrt(C);
     for (size_t i = 0; i < out; i++)
         l.w2[i] /= (real)sqrt(F);
-    l.weight = take_normal(slots, seed + 4);
+    l.weight = take_normal(choices, seed + 4);
     snprintf(what, sizeof(what), "experts, N %d, E %d, K %d, C %d, F %d, %s, dropped %d", N, E, K, C, F,
-             mixed ? "mixed" : activation_names[activation], l.plan.dropped);
-    Experts experts = {E, C, l.width, l.kind, l.w, l.w2, l.plan.offset, l.plan.token};
-    compare_experts(what, &experts, N, N * K, l.weight, l.plan.choice, 0);
+             mixed ? "mixed" : activation_names[activation], l.route.dropped);
+    compare_experts(what, &l.experts, l.w, l.w2, l.route.token, l.route.offset, N, N * K, l.weight, l.route.choice);
     if (slopes) {
         l.g = take_normal(size, seed + 3);
         l.out = take_reals(size);
-        l.rows = take_filled(slots * C, (real)NAN);
-        l.hidden = take_filled(slots * 2 * F, (real)NAN);
-        l.act = take_filled(slots * F, (real)NAN);
-        real *dx = take_reals(size), *drows = take_filled(slots * C, (real)NAN), *dweight = take_reals(slots);
+        l.rows = take_filled(choices * C, (real)NAN);
+        l.hidden = take_filled(choices * 2 * F, (real)NAN);
+        real *dx = take_reals(size), *drows = take_filled(choices * C, (real)NAN), *dweight = take_reals(choices);
         real *dw = take_reals(in), *dw2 = take_reals(out);
-        real *dact = take_filled(slots * F, (real)NAN), *dhidden = take_filled(slots * 2 * F, (real)NAN);
         experts_objective(&l);
-        experts_backward(drows, dw, dw2, dweight, l.g, l.x, l.hidden, l.weight, l.plan.choice, dact, dhidden, &experts,
-                         0);
-        combine(dx, drows, NULL, l.plan.slot, N, K, C);
+        prepare_scratch(&m, 0);
+        experts_backward(&m, drows, dweight, dw, dw2, l.g, l.x, l.hidden, l.weight, l.w, l.w2, l.route.token,
+                         l.route.choice, l.route.offset, &l.experts);
+        combine(dx, drows, NULL, l.route.row, N, K, C);
         check_slopes(what, l.x, size, dx, experts_objective, &l, 30);
         check_slopes(what, l.w, in, dw, experts_objective, &l, 30);
         check_slopes(what, l.w2, out, dw2, experts_objective, &l, 30);
-        check_slopes(what, l.weight, slots, dweight, experts_objective, &l, 20);
+        check_slopes(what, l.weight, choices, dweight, experts_objective, &l, 20);
     }
+    prepare_scratch(&m, 1);
     free_taken();
 }
 
@@ -482,44 +489,101 @@ void test_experts(void **state) {
     }
 }
 
-double dense_objective(void *arg) { // one expert with all tokens, added to what is there
+// Experts each of which has its own rows of x, in order.
+void test_experts_in_order(void **state) {
+    (void)state;
+    const int N = 50, C = 10, F = 33, widths[] = {F, F, F}, kinds[] = {SWIGLU, RELU, SWIGLU}, offset[] = {0, 20, 20, N};
+    Experts three = take_experts(3, C, widths, kinds);
+    real *w_in = take_normal((size_t)3 * 2 * F * C, 2), *w_out = take_normal((size_t)3 * F * C, 3);
+    int *choice = take_ints(N);
+    for (int n = 0; n < N; n++)
+        choice[n] = n;
+    compare_experts("three in order", &three, w_in, w_out, NULL, offset, N, N, take_filled(N, 1), choice);
+    free_taken();
+}
+
+// A layer that all tokens pass, which adds to what is there.
+double dense_objective(void *arg) {
     Layer *l = (Layer *)arg;
     fill(l->out, (size_t)l->N * l->C, 1);
-    Experts experts = {1, l->C, &l->F, &l->activation, l->w, l->w2, l->everyone, NULL};
-    experts_forward(l->out, l->hidden, l->act, l->x, &experts, 1);
+    dense_forward(l->model, 0, l->out);
     return inner(l->out, l->g, (size_t)l->N * l->C);
+}
+
+void check_dense(int activation) {
+    Layer l = empty_layer;
+    Config c = small_config("dense");
+    set_options(&c, "--layers 1 --dim 12 --heads 2 --kv-heads 2 --topk 1 --seq 50 --ffn 33");
+    c.dense_activation = activation;
+    l.N = c.seq;
+    l.C = c.dim;
+    l.F = dense_width(&c, 0);
+    assert_int_equal(l.F, 33);
+    size_t size = (size_t)l.N * l.C, H = (size_t)l.F * (1 + is_gated(activation)), in = H * l.C, out = (size_t)l.F * l.C;
+    Model *m = l.model = model_allocate(&c, l.N, 1, NULL);
+    m->batch = make_batch(NULL, NULL, 1, c.seq, TRAIN_MODE, 1, 1, 0);
+    l.x = m->acts.layer[0].h2;
+    l.w = m->params.layer[0].dense_in;
+    l.w2 = m->params.layer[0].dense_out;
+    memcpy(l.x, take_normal(size, 1), size * sizeof(real));
+    memcpy(l.w, take_normal(in, 2), in * sizeof(real));
+    memcpy(l.w2, take_normal(out, 3), out * sizeof(real));
+    l.g = take_normal(size, 4);
+    l.out = take_reals(size);
+    real *dw = m->grads.layer[0].dense_in, *dw2 = m->grads.layer[0].dense_out;
+    real *dx = take_reals(size), *start_x = take_normal(size, 5), *start_in = take_normal(in, 6);
+    real *start_out = take_normal(out, 7);
+
+    // With any number of threads, and whatever is in the scratch memory: the same bits.
+    for (int team = 0; team < TEAMS; team++) {
+        set_threads(teams[team]);
+        memcpy(dx, start_x, size * sizeof(real));
+        memcpy(dw, start_in, in * sizeof(real));
+        memcpy(dw2, start_out, out * sizeof(real));
+        prepare_scratch(m, team == 0);
+        dense_objective(&l);
+        prepare_scratch(m, team == 0);
+        dense_backward(m, 0, dx, l.g);
+        uint64_t bits = bits_of(l.out, size, bits_of(dx, size, 0));
+        assert_same_bits("dense", team, bits_of(dw, in, bits_of(dw2, out, bits)));
+    }
+    set_threads(1);
+
+    // The same as one expert that has all tokens, added to what was there.
+    int offset[2] = {0, l.N}, *choice = take_ints(l.N);
+    for (int n = 0; n < l.N; n++)
+        choice[n] = n;
+    Experts one = take_experts(1, l.C, &l.F, &activation);
+    real *hidden = take_reals(l.N * H), *answer = take_reals(size), *dx_rows = take_reals(size);
+    plain_experts_forward(answer, hidden, take_reals(l.N * l.F), l.x, l.w, l.w2, NULL, offset, &one);
+    plain_experts_backward(dx_rows, take_reals(l.N), start_in, start_out, l.g, l.x, hidden, take_filled(l.N, 1), l.w, l.w2,
+                           NULL, choice, offset, &one);
+    for (size_t i = 0; i < size; i++) {
+        answer[i] += 1;
+        dx_rows[i] += start_x[i];
+    }
+    assert_close("dense out", l.out, answer, size, rms(answer, size), 64 * EPSILON);
+    assert_close("dense dx", dx, dx_rows, size, rms(dx_rows, size), 64 * EPSILON);
+    assert_close("dense dw_in", dw, start_in, in, rms(start_in, in), 64 * EPSILON);
+    assert_close("dense dw_out", dw2, start_out, out, rms(start_out, out), 64 * EPSILON);
+
+    // Finite differences.
+    memset(dx, 0, size * sizeof(real));
+    memset(dw, 0, in * sizeof(real));
+    memset(dw2, 0, out * sizeof(real));
+    dense_objective(&l);
+    dense_backward(m, 0, dx, l.g);
+    check_slopes("dense dx", l.x, size, dx, dense_objective, &l, activation == RELU ? 0 : 30);
+    check_slopes("dense dw_in", l.w, in, dw, dense_objective, &l, activation == RELU ? 0 : 30);
+    check_slopes("dense dw_out", l.w2, out, dw2, dense_objective, &l, 30);
+    model_free(m);
+    free_taken();
 }
 
 void test_dense(void **state) {
     (void)state;
-    Layer l = empty_layer;
-    l.N = 50;
-    l.C = 10;
-    l.F = 33;
-    l.everyone[1] = l.N;
-    size_t size = (size_t)l.N * l.C, w_size = (size_t)2 * l.F * l.C;
-    l.x = take_normal(size, 1);
-    l.w = take_normal(3 * w_size, 2);
-    l.w2 = take_normal(3 * w_size / 2, 3);
-    l.g = take_normal(size, 4);
-    l.out = take_reals(size);
-    l.hidden = take_reals((size_t)l.N * 2 * l.F);
-    l.act = take_reals((size_t)l.N * l.F);
-    real *dx = take_reals(size), *dw = take_reals(w_size), *dw2 = take_reals(w_size / 2);
-    real *dact = take_filled((size_t)l.N * l.F, (real)NAN), *dhidden = take_filled((size_t)l.N * 2 * l.F, (real)NAN);
-    Experts experts = {1, l.C, &l.F, &l.activation, l.w, l.w2, l.everyone, NULL};
-    int widths[] = {l.F, l.F, l.F}, kinds[] = {SWIGLU, RELU, SWIGLU}, offset[] = {0, 20, 20, l.N};
-    Experts three = {3, l.C, widths, kinds, l.w, l.w2, offset, NULL}; // each has its own rows, in order
-    for (int accumulate = 0; accumulate < 2; accumulate++) {
-        compare_experts("dense", &experts, l.N, 0, NULL, NULL, accumulate);
-        compare_experts("three in order", &three, l.N, 0, NULL, NULL, accumulate);
-    }
-    dense_objective(&l);
-    experts_backward(dx, dw, dw2, NULL, l.g, l.x, l.hidden, NULL, NULL, dact, dhidden, &experts, 1);
-    check_slopes("dense dx", l.x, size, dx, dense_objective, &l, 30);
-    check_slopes("dense dw_in", l.w, w_size, dw, dense_objective, &l, 30);
-    check_slopes("dense dw_out", l.w2, w_size / 2, dw2, dense_objective, &l, 30);
-    free_taken();
+    for (int activation = SWIGLU; activation <= GELU; activation++)
+        check_dense(activation);
 }
 
 void test_combine(void **state) {
@@ -527,34 +591,34 @@ void test_combine(void **state) {
     uint64_t random = 1;
     for (int round = 0; round < (is_slow() ? 5 : 60); round++) {
         int N = round % 3 ? draw(&random, 1, 20) : draw(&random, 21, 300), K = draw(&random, 1, 8);
-        int C = draw(&random, 1, round % 2 ? 35 : 300), slots = draw(&random, 1, N * K);
+        int C = draw(&random, 1, round % 2 ? 35 : 300), count = draw(&random, 1, N * K);
         size_t size = (size_t)N * C;
-        real *rows = take_normal((size_t)slots * C, 1), *weight = round % 4 ? take_normal((size_t)N * K, 2) : NULL;
+        real *rows = take_normal((size_t)count * C, 1), *weight = round % 4 ? take_normal((size_t)N * K, 2) : NULL;
         real *start = take_normal(size, 3), *out = take_reals(size), *plain = take_reals(size);
-        int *slot = take_ints((size_t)N * K);
+        int *row = take_ints((size_t)N * K);
         for (int i = 0; i < N * K; i++)
-            slot[i] = draw(&random, -1 - slots / 8, slots - 1) < 0 ? -1 : draw(&random, 0, slots - 1);
+            row[i] = draw(&random, -1 - count / 8, count - 1) < 0 ? -1 : draw(&random, 0, count - 1);
         for (int team = 0; team < TEAMS; team++) {
             set_threads(teams[team]);
             memcpy(out, start, size * sizeof(real));
-            combine(out, rows, weight, slot, N, K, C);
+            combine(out, rows, weight, row, N, K, C);
             assert_same_bits("combine", team, bits_of(out, size, 0));
         }
         set_threads(1);
         memcpy(plain, start, size * sizeof(real));
-        plain_combine(plain, rows, weight, slot, N, K, C);
+        plain_combine(plain, rows, weight, row, N, K, C);
         assert_close("combine", out, plain, size, K, 16 * EPSILON);
         free_taken();
     }
 }
 
-double gate_objective(void *arg) {
+double weights_objective(void *arg) {
     Layer *l = (Layer *)arg;
-    gate_forward(l->weight, l->x, l->index, l->N, l->E, l->K, l->gate, 2.5);
+    weights_forward(l->weight, l->x, l->index, l->N, l->E, l->K, l->gate, 2.5);
     return inner(l->weight, l->g, (size_t)l->N * l->K);
 }
 
-void test_gate(void **state) {
+void test_weights(void **state) {
     (void)state;
     for (int gate = PROBABILITY; gate <= RENORMALIZED; gate++) {
         Layer l = empty_layer;
@@ -571,12 +635,12 @@ void test_gate(void **state) {
         for (int i = 0; i < l.N * l.K; i++)
             l.index[i] = i % 11 == 10 ? -1 : (i / l.K + i % l.K * 2) % l.E; // here and there no choice
         real *dx = take_filled((size_t)l.N * l.E, 1);
-        gate_objective(&l);
+        weights_objective(&l);
         for (int n = 0; n < l.N && gate == RENORMALIZED; n++)
             assert_near((double)(l.weight[n * 3] + l.weight[n * 3 + 1] + l.weight[n * 3 + 2]), 2.5, 3e-6);
-        gate_backward(dx, l.g, l.weight, l.x, l.index, l.N, l.E, l.K, gate, 2.5);
+        weights_backward(dx, l.g, l.weight, l.x, l.index, l.N, l.E, l.K, gate, 2.5);
         subtract_one(dx, (size_t)l.N * l.E);
-        check_slopes(gate_names[gate], l.x, (size_t)l.N * l.E, dx, gate_objective, &l, 63);
+        check_slopes(gate_names[gate], l.x, (size_t)l.N * l.E, dx, weights_objective, &l, 63);
         free_taken();
     }
 }
@@ -584,7 +648,7 @@ void test_gate(void **state) {
 double head_objective(void *arg) { // 0.7 times the sum of all nll
     Layer *l = (Layer *)arg;
     double sum = 0;
-    head_loss(l->nll, NULL, NULL, l->x, l->w, l->targets, l->N, l->C, l->V, 0.7, l->scratch, l->head_rows);
+    head_loss(l->nll, NULL, NULL, l->x, l->w, l->targets, l->N, l->C, l->V, 0.7, l->logits, l->head_rows);
     for (int n = 0; n < l->N; n++)
         sum += 0.7 * (double)l->nll[n];
     return sum;
@@ -608,7 +672,7 @@ void check_head_loss(int N, int C, int V, int head_rows, double spread, int slop
     l.targets[N / 2] = l.targets[0];
     l.targets[N - 1] = V - 1;
     l.nll = take_reals(N);
-    l.scratch = take_reals((size_t)head_rows * V);
+    l.logits = take_reals((size_t)head_rows * V);
     real *dx = take_reals(size), *dw = take_reals(w_size), *start = take_normal(w_size, 4), *alone = take_reals(N);
     real *nll = take_reals(N), *plain_dx = take_filled(size, (real)NAN), *plain_dw = take_reals(w_size);
     snprintf(what, sizeof(what), "head, N %d, C %d, V %d, rows %d, spread %g", N, C, V, head_rows, spread);
@@ -618,12 +682,12 @@ void check_head_loss(int N, int C, int V, int head_rows, double spread, int slop
         set_threads(teams[team]);
         fill(l.nll, N, (real)NAN);
         fill(dx, size, (real)NAN);
-        fill(l.scratch, (size_t)head_rows * V, (real)NAN);
+        fill(l.logits, (size_t)head_rows * V, (real)NAN);
         memcpy(dw, start, w_size * sizeof(real));
-        head_loss(l.nll, dx, dw, l.x, l.w, l.targets, N, C, V, 0.7, l.scratch, head_rows);
+        head_loss(l.nll, dx, dw, l.x, l.w, l.targets, N, C, V, 0.7, l.logits, head_rows);
         uint64_t bits = bits_of(l.nll, N, bits_of(dx, size, bits_of(dw, w_size, 0)));
-        fill(l.scratch, (size_t)head_rows * V, (real)NAN);
-        head_loss(alone, NULL, NULL, l.x, l.w, l.targets, N, C, V, 0.7, l.scratch, head_rows);
+        fill(l.logits, (size_t)head_rows * V, (real)NAN);
+        head_loss(alone, NULL, NULL, l.x, l.w, l.targets, N, C, V, 0.7, l.logits, head_rows);
         assert_same_bits(what, team, bits_of(alone, N, bits));
     }
     set_threads(1);
@@ -676,11 +740,10 @@ void check_embedding(int N, int C, int V, int slopes) {
     l.index = take_ints(N);
     random_tokens(l.index, N, max_int(V - 1, 1), 3); // the last one never, some several times
     real *dw = take_reals(size), *start = take_normal(size, 4), *plain = take_reals(size);
-    int *order = take_ints(N), *offset = take_ints((size_t)V + 1);
     for (int team = 0; team < TEAMS; team++) {
         set_threads(teams[team]);
         memcpy(dw, start, size * sizeof(real));
-        embedding_backward(dw, l.g, l.index, N, C, V, order, offset);
+        embedding_backward(dw, l.g, l.index, N, C);
         assert_same_bits("embedding", team, bits_of(dw, size, 0));
     }
     set_threads(1);
@@ -861,6 +924,131 @@ void test_many_products(void **state) {
     }
 }
 
+// A result of the lesson's plain loops and of dev/cpu for the same product, which has to be as exact as check_product says:
+// numbers are of size 1, and k of them are summed.
+void assert_product(const char *what, const real *found, const real *wanted, size_t n, int k) {
+    assert_close(what, found, wanted, n, 1, (4 * k + 16) * EPSILON);
+}
+
+real *take_uniform(size_t n, uint64_t seed) { // of variance 1
+    real *x = take_reals(n);
+    for (size_t i = 0; i < n; i++)
+        x[i] = (real)(sqrt(3.0) * (2 * random_uniform(hash64(seed), i) - 1));
+    return x;
+}
+
+// matmul, matmul_dx and matmul_dw of dev/cpu against the lesson's.
+void check_matmul(int N, int I, int O, int add, uint64_t seed) {
+    size_t nx = (size_t)N * I, nw = (size_t)O * I, no = (size_t)N * O;
+    real *x = take_uniform(nx, seed), *w = take_uniform(nw, seed + 1), *dout = take_uniform(no, seed + 2);
+    real *start_o = take_normal(no, seed + 3), *start_x = take_normal(nx, seed + 4), *start_w = take_normal(nw, seed + 5);
+    real *out[2] = {take_reals(no), take_reals(no)}, *dx[2] = {take_reals(nx), take_reals(nx)};
+    real *dw[2] = {take_reals(nw), take_reals(nw)};
+    for (int team = 0; team <= TEAMS; team++) { // the last time by plain loops
+        int plain = team == TEAMS;
+        set_threads(teams[team % TEAMS]);
+        memcpy(out[plain], add == ADD ? start_o : take_filled(no, (real)NAN), no * sizeof(real));
+        memcpy(dx[plain], add == ADD ? start_x : take_filled(nx, (real)NAN), nx * sizeof(real));
+        memcpy(dw[plain], start_w, nw * sizeof(real));
+        if (plain) {
+            matmul(out[1], x, w, N, I, O, add);
+            matmul_dx(dx[1], dout, w, N, I, O, add);
+            matmul_dw(dw[1], dout, x, N, I, O);
+        } else {
+            fast_matmul(out[0], x, w, N, I, O, add);
+            fast_matmul_dx(dx[0], dout, w, N, I, O, add);
+            fast_matmul_dw(dw[0], dout, x, N, I, O);
+            assert_same_bits("matmul", team, bits_of(out[0], no, bits_of(dx[0], nx, bits_of(dw[0], nw, 0))));
+        }
+    }
+    set_threads(1);
+    assert_product("matmul", out[0], out[1], no, I);
+    assert_product("matmul_dx", dx[0], dx[1], nx, O);
+    assert_product("matmul_dw", dw[0], dw[1], nw, N);
+    free_taken();
+}
+
+// The grouped ones, with experts of any width, some of which have no rows. Bits 1 and 2 of by_token: x, dout are read by
+// token.
+void check_grouped(int E, int tokens, int by_token, uint64_t *random) {
+    int *offset = take_ints(E + 1), *I = take_ints(E), *O = take_ints(E), most = 0;
+    size_t nw = 0, nx = 0, no = 0, wide_x = 0, wide_o = 0;
+    for (int e = 0; e < E; e++) {
+        int rows = draw(random, 0, 2) ? draw(random, 0, 40) : 0;
+        I[e] = by_token & 1 && e ? I[0] : draw(random, 1, 40); // what is read by token is as wide for all experts
+        O[e] = by_token & 2 && e ? O[0] : draw(random, 1, 40);
+        offset[e + 1] = offset[e] + rows;
+        most = max_int(most, max_int(rows, max_int(I[e], O[e])));
+        nw += (size_t)I[e] * O[e];
+        nx += (size_t)rows * I[e];
+        no += (size_t)rows * O[e];
+    }
+    wide_x = by_token & 1 ? (size_t)tokens * I[0] : nx;
+    wide_o = by_token & 2 ? (size_t)tokens * O[0] : no;
+    int *token = take_ints(offset[E]);
+    for (int r = 0; r < offset[E]; r++)
+        token[r] = draw(random, 0, tokens - 1);
+    const int *x_token = by_token & 1 ? token : NULL, *o_token = by_token & 2 ? token : NULL;
+    real *x = take_uniform(wide_x, 1), *w = take_uniform(nw, 2), *dout = take_uniform(wide_o, 3), *start = take_normal(nw, 4);
+    real *out[2] = {take_reals(no), take_reals(no)}, *dx[2] = {take_reals(nx), take_reals(nx)};
+    real *dw[2] = {take_reals(nw), take_reals(nw)};
+    for (int team = 0; team <= TEAMS; team++) {
+        int plain = team == TEAMS;
+        set_threads(teams[team % TEAMS]);
+        fill(out[plain], no, (real)NAN);
+        fill(dx[plain], nx, (real)NAN);
+        memcpy(dw[plain], start, nw * sizeof(real));
+        if (plain) {
+            grouped_matmul(out[1], x, x_token, w, offset, E, I, O);
+            grouped_matmul_dx(dx[1], dout, o_token, w, offset, E, I, O);
+            grouped_matmul_dw(dw[1], dout, o_token, x, x_token, offset, E, I, O);
+        } else {
+            fast_grouped_matmul(out[0], x, x_token, w, offset, E, I, O);
+            fast_grouped_matmul_dx(dx[0], dout, o_token, w, offset, E, I, O);
+            fast_grouped_matmul_dw(dw[0], dout, o_token, x, x_token, offset, E, I, O);
+            assert_same_bits("grouped", team, bits_of(out[0], no, bits_of(dx[0], nx, bits_of(dw[0], nw, 0))));
+        }
+    }
+    set_threads(1);
+    assert_product("grouped_matmul", out[0], out[1], no, most);
+    assert_product("grouped_matmul_dx", dx[0], dx[1], nx, most);
+    assert_product("grouped_matmul_dw", dw[0], dw[1], nw, most);
+    free_taken();
+}
+
+void test_matmul(void **state) {
+    (void)state;
+    const int sizes[] = {1, 2, 5, 6, 7, 12, 13, 31, 32, 33, 48, 49, 97, 129, 257};
+    uint64_t random = 3;
+    for (int round = 0; round < (is_slow() ? 4 : 60); round++) {
+        int N = pick(&random, sizes, is_slow() ? 8 : 15), I = pick(&random, sizes, is_slow() ? 8 : 15);
+        check_matmul(N, I, pick(&random, sizes, 12), round % 2 ? ADD : SET, random);
+    }
+    for (int round = 0; round < (is_slow() ? 4 : 60); round++)
+        check_grouped(draw(&random, 1, round % 5 ? 9 : 60), draw(&random, 1, 50), round % 4, &random);
+}
+
+// Sums of squares of either size, and of a number of numbers that is no multiple of anything.
+void test_sum_of_squares(void **state) {
+    (void)state;
+    const int sizes[] = {0, 1, 15, 16, 17, 1000, 16383, 16384, 16385, 50000};
+    for (int i = 0; i < 10; i++) {
+        real *x = take_normal(sizes[i], (uint64_t)i);
+        double wanted = sum_of_squares(x, sizes[i]);
+        assert_near(wanted, inner(x, x, sizes[i]), 1e-15);
+        for (int team = 0; team < TEAMS; team++) {
+            set_threads(teams[team]);
+            double found = fast_sum_of_squares(x, sizes[i]);
+            uint64_t bits;
+            memcpy(&bits, &found, sizeof(bits));
+            assert_same_bits("sum of squares", team, bits);
+            assert_near(found / fmax(wanted, 1e-9), wanted > 0, 1e-13);
+        }
+        set_threads(1);
+        free_taken();
+    }
+}
+
 double exp_of(double x) { // the first lane of vec_exp
     vec v = {0};
     v += (real)x;
@@ -895,14 +1083,15 @@ void test_softmax(void **state) {
         for (int j = 0; j < 12; j++) {
             for (int k = 0; k < n; k++)
                 plain[k] = row[k] = (real)((double)x[k] * scales[j % 4] + shifts[j / 4]);
-            real lse = softmax(row, n), plain_lse = plain_softmax(plain, n);
+            real lse = fast_softmax(row, n), plain_lse = softmax(plain, n);
             assert_close("softmax's log of the sum", &lse, &plain_lse, 1, 1, 4 * EPSILON);
             assert_close("softmax", row, plain, n, rms(plain, n), (16 + 2 * sqrt(n)) * EPSILON);
         }
         free_taken();
     }
-    real bad[5] = {0, 1, (real)NAN, 2, 3}; // a NaN must not hide
-    assert_true(isnan(softmax(bad, 5)) && isnan(bad[0]));
+    real bad[5] = {0, 1, (real)NAN, 2, 3}, worse[5] = {0, 1, (real)NAN, 2, 3}; // a NaN must not hide
+    assert_true(isnan(fast_softmax(bad, 5)) && isnan(bad[0]));
+    assert_true(isnan(softmax(worse, 5)) && isnan(worse[0]));
 }
 
 int main(void) {
@@ -912,14 +1101,17 @@ int main(void) {
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_activation),
         cmocka_unit_test(test_experts),
+        cmocka_unit_test(test_experts_in_order),
         cmocka_unit_test(test_dense),
         cmocka_unit_test(test_combine),
-        cmocka_unit_test(test_gate),
+        cmocka_unit_test(test_weights),
         cmocka_unit_test(test_head_loss),
         cmocka_unit_test(test_embedding),
         cmocka_unit_test(test_balance_backward),
         cmocka_unit_test(test_products),
         cmocka_unit_test(test_many_products),
+        cmocka_unit_test(test_matmul),
+        cmocka_unit_test(test_sum_of_squares),
         cmocka_unit_test(test_exp),
         cmocka_unit_test(test_softmax),
     };

@@ -1,6 +1,6 @@
 // The data loader: which tokens are in which batch, and what is said of bad files.
 
-#include "dev/test/trainer.h"
+#include "data/loader.h"
 #include "dev/test/common.h"
 
 // Writes a token file whose header says `claimed` tokens, and which holds `count`: first, first + 1, ...
@@ -27,7 +27,7 @@ void put_shards(const char *folder) {
                  {"train_9.bin", 11, 2000},
                  {"train_99.bin", 10, 3000},
                  {"val.bin", 50, 5000}};
-    assert_true(mkdir(scratch(folder), 0777) == 0 || errno == EEXIST);
+    assert_true(mkdir(scratch_file(folder), 0777) == 0 || errno == EEXIST);
     for (int i = 0; i < 5; i++) {
         char name[64];
         snprintf(name, sizeof(name), "%s/%s", folder, files[i].name);
@@ -44,7 +44,7 @@ void test_loader(void **state) {
     const int windows = 15, T = 10;
     int inputs[150], targets[150], starts[2][3][15], order[2][3][15];
     for (int seed = 0; seed < 2; seed++) {
-        Data *d = data_open(scratch("shards"), "train", T, 65536, (uint64_t)seed);
+        Data *d = data_open(scratch_file("shards"), "train", T, 65536, (uint64_t)seed);
         assert_int_equal(d->windows, windows);
         assert_int_equal(d->shard_count, 4);
         assert_true(d->tokens == 105 + 41 + 11 + 10);
@@ -82,7 +82,7 @@ void test_loader(void **state) {
     }
     assert_true(memcmp(order[0][0], order[1][0], sizeof(order[0][0])) != 0);
     assert_true(memcmp(order[0][0], order[0][1], sizeof(order[0][0])) != 0);
-    Data *val = data_open(scratch("shards"), "val", T, 65536, 1);
+    Data *val = data_open(scratch_file("shards"), "val", T, 65536, 1);
     assert_int_equal(val->windows, 4);
     data_close(val);
 }
@@ -90,7 +90,7 @@ void test_loader(void **state) {
 void load_all(void *arg) { // opens a folder and reads all its windows
     const char *folder = (const char *)arg;
     int inputs[10], targets[10];
-    Data *d = data_open(scratch(folder), "train", 10, 4000, 1);
+    Data *d = data_open(scratch_file(folder), "train", 10, 4000, 1);
     for (long w = 0; w < d->windows; w++)
         data_batch(d, w, 1, inputs, targets);
     data_close(d);
@@ -120,16 +120,16 @@ void test_loader_bad(void **state) {
     };
     for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++) {
         char message[1024], name[64];
-        remove_tree(scratch("bad"));
+        remove_tree(scratch_file("bad"));
         if (cases[i].name && !cases[i].name[0])
-            assert_int_equal(mkdir(scratch("bad"), 0777), 0);
+            assert_int_equal(mkdir(scratch_file("bad"), 0777), 0);
         else if (cases[i].name)
             put_shards("bad");
         if (cases[i].name && cases[i].name[0]) {
             snprintf(name, sizeof(name), "bad/%s", cases[i].name);
             put_shard(name, cases[i].magic, cases[i].version, cases[i].claimed, cases[i].count, cases[i].first);
             if (cases[i].cut)
-                assert_int_equal(truncate(scratch(name), cases[i].cut < 0 ? 0 : cases[i].cut), 0);
+                assert_int_equal(truncate(scratch_file(name), cases[i].cut < 0 ? 0 : cases[i].cut), 0);
         }
         int status = dies(load_all, (void *)"bad", message, sizeof(message));
         const char *file = cases[i].name && cases[i].name[0] ? name : "bad";
@@ -140,14 +140,14 @@ void test_loader_bad(void **state) {
     }
     for (int i = 0; i < 2; i++) { // nothing but a file of ten tokens: too short for a window of ten and one more
         char message[1024];
-        remove_tree(scratch("bad"));
-        assert_int_equal(mkdir(scratch("bad"), 0777), 0);
+        remove_tree(scratch_file("bad"));
+        assert_int_equal(mkdir(scratch_file("bad"), 0777), 0);
         put_shard("bad/train.bin", TOKENS_MAGIC, 1, 10 + i, 10 + i, 0);
         assert_int_equal(dies(load_all, (void *)"bad", message, sizeof(message)), i ? 0 : 1);
         assert_true(i || strstr(message, "too short"));
     }
     char message[1024];
-    assert_int_equal(mkdir(scratch("bad/train_folder.bin"), 0777), 0);
+    assert_int_equal(mkdir(scratch_file("bad/train_folder.bin"), 0777), 0);
     assert_int_equal(dies(load_all, (void *)"bad", message, sizeof(message)), 1);
     assert_non_null(strstr(message, "train_folder.bin"));
 }

@@ -1,5 +1,7 @@
 // What the tests of layers, routers and models share: arrays of numbers and how close two of them are, small models of
-// every recipe with random weights, and plans of who goes to which expert. Include it after the trainer.
+// every recipe with random weights, and routes, which say which token goes to which expert.
+// Gives: take_reals, take_normal, assert_close, small_config, randomize_weights, run_batch, take_route, switch_form, ...
+// Needs: train_moe.c, which must be included before; dev/test/common.h.
 
 #pragma once
 #include "dev/test/common.h"
@@ -125,17 +127,23 @@ Config small_config(const char *recipe) {
     return c;
 }
 
-// Random weights, larger than those that training begins with, so that nothing is near zero.
+// Random weights, larger than those that training begins with, so that nothing is near zero. A weight's number counts all
+// weights in the order of the table, so it is the same on several processes.
 void randomize_weights(Model *m) {
     uint64_t stream = random_stream(7, RANDOM_INIT, 1, 2);
+    size_t before = 0; // weights of the tensors before this one
     for (int t = 0; t < m->tensor_count; t++) {
-        real *w = m->memory[WEIGHTS] + m->tensors[t].offset;
-        for (size_t i = 0; i < m->tensors[t].size; i++)
-            w[i] = (real)(0.3 * random_normal(stream, m->tensors[t].place + m->tensors[t].first + i) + tensor_is_norm(&m->tensors[t]));
-        for (size_t i = 0; i < m->tensors[t].size && m->tensors[t].kind == TABLE; i++)
-            w[i] = (real)(hash64(i) % (uint64_t)m->config.experts);
-        for (size_t i = 0; i < m->tensors[t].size && m->tensors[t].kind == LEVEL; i++)
-            w[i] = (real)((0.5 + random_uniform(stream, i)) / m->config.experts);
+        const Tensor *tensor = &m->tensors[t];
+        real *w = m->memory[WEIGHTS] + tensor->offset;
+        int table = !strcmp(tensor->kind, "table"), level = !strcmp(tensor->kind, "level");
+        for (size_t i = 0; i < tensor->size; i++) {
+            w[i] = (real)(0.3 * random_normal(stream, before + tensor->first + i) + (tensor->init == INIT_ONE));
+            if (table)
+                w[i] = (real)(hash64(i) % (uint64_t)m->config.experts);
+            if (level)
+                w[i] = (real)((0.5 + random_uniform(stream, i)) / m->config.experts);
+        }
+        before += tensor->whole;
     }
 }
 
@@ -157,43 +165,101 @@ uint32_t golden_hash(uint32_t key) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Plans and balance losses
+// Batches, routes and balance losses
 
-// A plan whose arrays live until free_taken().
-Plan take_plan(int N, int E, int K) {
-    size_t choices = (size_t)N * K;
-    Plan p = {N,
-              E,
-              K,
-              take_ints(choices),
-              take_ints(choices),
-              take_ints(choices),
-              take_ints(choices),
-              take_ints(choices),
-              take_ints((size_t)E + 1),
-              0};
-    return p;
+// A batch that is the last of its step, and the first if its first token is token 0 of the step.
+Batch make_batch(const int *inputs, const int *targets, int B, int T, int mode, double scale, long step, long first_token) {
+    Batch batch = {inputs, targets, B, T, mode, scale, step, first_token, first_token == 0, 1};
+    return batch;
 }
 
-// Fills the rest of a plan from plan->expert. First choices are served before second ones.
-void make_plan(Plan *plan, int group_tokens, double factor) {
-    memcpy(plan->key, plan->expert, (size_t)plan->N * plan->K * sizeof(int));
-    plan_capacity(plan, group_tokens, factor, plan->E, BY_CHOICE, NULL, NULL, NULL);
-    plan_sort(plan);
+// The forward pass of such a batch. Returns its loss.
+double run_batch(Model *m, const int *inputs, const int *targets, int B, int T, int mode, double scale, long step,
+                 long first_token) {
+    Batch batch = make_batch(inputs, targets, B, T, mode, scale, step, first_token);
+    return model_forward(m, &batch);
+}
+
+// The shapes of E experts that read and write rows of C numbers. The arrays live until free_taken().
+Experts take_experts(int E, int C, const int *widths, const int *activations) {
+    Experts s = {E, C, take_ints(E), take_ints(E), take_ints(E), take_ints(E), take_ints(E)};
+    for (int e = 0; e < E; e++) {
+        s.in[e] = s.out[e] = C;
+        s.F[e] = widths[e];
+        s.hidden[e] = widths[e] * (1 + is_gated(activations[e]));
+        s.activation[e] = activations[e];
+    }
+    return s;
+}
+
+// The scratch memory that a function finds. fresh: each piece of it will be an allocation of its own, so that
+// AddressSanitizer sees what goes too far. Else it is full of NaN, which shows who reads what nobody wrote.
+void prepare_scratch(Model *m, int fresh) {
+    if (fresh) {
+        arena_free(&m->scratch);
+        memset(&m->scratch, 0, sizeof(m->scratch));
+        return;
+    }
+    scratch_reset(m);
+    if (m->scratch.memory)
+        memset(m->scratch.memory, 0xff, m->scratch.size + 64);
+}
+
+// A route whose arrays of integers live until free_taken(). All its tokens are one group.
+Route take_route(int N, int E, int K) {
+    size_t choices = (size_t)N * K;
+    Route r;
+    memset(&r, 0, sizeof(r));
+    r.N = r.rows = r.group = N;
+    r.E = E;
+    r.K = K;
+    r.expert = take_ints(choices);
+    r.served = take_ints(choices);
+    r.row = take_ints(choices);
+    r.choice = take_ints(choices);
+    r.token = take_ints(choices);
+    r.offset = take_ints((size_t)E + 1);
+    return r;
+}
+
+// Fills the rest of a route from r->expert. First choices are served before second ones. factor 0: no choice is refused.
+void make_route(Route *r, int group, double factor) {
+    r->group = group;
+    r->dropped = 0;
+    memcpy(r->served, r->expert, (size_t)r->N * r->K * sizeof(int));
+    if (factor > 0)
+        drop_overflow(r, factor, r->K, 1);
+    sort_by_expert(r);
+}
+
+// A route that has what the balance losses look at: p (N,E), and slope (groups,E).
+Route balance_route(const real *p, const double *slope, int N, int E, int group) {
+    Route r;
+    memset(&r, 0, sizeof(r));
+    r.N = r.rows = N;
+    r.E = E;
+    r.group = group;
+    r.p = (real *)p;
+    r.slope = (double *)slope;
+    return r;
 }
 
 // The balance loss of the Switch Transformer, over groups of tokens, when `count` says how often each expert was chosen.
+// dp not NULL: dp (N,E) += scale times its derivative.
 double switch_form(const real *p, const int *count, int N, int E, int group, real *dp, double scale) {
-    Gate g = {1, E, 1, 0, (real *)p, NULL, NULL, NULL};
+    static Model m; // without any weights
     double slope[64] = {0}, counts[64];
+    Route r = balance_route(p, slope, N, E, group);
     assert_true(N / group * E <= 64);
     for (int i = 0; i < N / group * E; i++)
         counts[i] = count[i];
     for (int i = 0; i < N / group; i++)
-        add_balance(slope + i * E, counts + i * E, NULL, E, 1);
+        add_balance(slope + i * E, counts + i * E, E, 1);
+    m.config.score = SOFTMAX;
+    m.batch.scale = scale;
     if (dp)
-        balance_backward(dp, &g, slope, N, group, SOFTMAX, scale);
-    return balance_forward(&g, slope, N, group, SOFTMAX);
+        balance_backward(&m, dp, &r);
+    return mean_of_slopes(&r, SOFTMAX);
 }
 
 // Random probabilities, many of which are equal.
@@ -206,6 +272,5 @@ real *take_scores(int N, int E, uint64_t seed) {
 
 // The logits of the next token after each of the N tokens of the last forward pass. (N,V)
 void all_logits(const Model *m, real *logits, int N) {
-    product(logits, along_rows(m->h, m->config.dim, NULL), along_rows(m->weights.head, m->config.dim, NULL), N,
-            m->config.vocab, m->config.dim, 0);
+    matmul(logits, m->acts.h, m->params.head, N, m->config.dim, m->config.vocab, SET);
 }

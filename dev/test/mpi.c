@@ -32,12 +32,12 @@ void test_mpi_program(void **state) {
     char output[16384], options[512], copy[512];
     if (!has_mpi())
         return;
-    snprintf(options, sizeof(options), "--batch 1 --group sequence --trace --save-every 3 --lr 0.02 --warmup 1 --out %s", scratch("four"));
+    snprintf(options, sizeof(options), "--batch 1 --group sequence --trace --save-every 3 --lr 0.02 --warmup 1 --out %s", scratch_file("four"));
     assert_int_equal(run_ranks(output, sizeof(output), 4, options), 0);
     assert_int_equal(times_in(output, "step 6/6"), 1);
     assert_int_equal(times_in(output, "What next"), 1);
     assert_non_null(strstr(output, "4 ranks, 1 sequences of a micro-step each; 2 of 8 experts on a rank"));
-    shell(output, sizeof(output), "cat %s/log.jsonl; wc -l %s/trace-3.jsonl", scratch("four"), scratch("four"));
+    shell(output, sizeof(output), "cat %s/log.jsonl; wc -l %s/trace-3.jsonl", scratch_file("four"), scratch_file("four"));
     assert_non_null(strstr(output, "\"ranks\":4,\"ep\":4"));
     assert_non_null(strstr(output, "\"all_to_all_bytes\""));
     assert_non_null(strstr(output, "6 /"));
@@ -45,29 +45,29 @@ void test_mpi_program(void **state) {
     assert_non_null(line);
     double loss = atof(line + strlen("\"step\":6,\"tokens\":768,\"loss\":"));
     for (int ranks = 1; ranks <= 2; ranks++) { // 2 ranks in two micro-steps
-        snprintf(copy, sizeof(copy), "cp -a %s %s && ln -sfn checkpoint-3 %s/latest", scratch("four"), scratch(ranks == 1 ? "one" : "two"),
-                 scratch(ranks == 1 ? "one" : "two"));
+        snprintf(copy, sizeof(copy), "cp -a %s %s && ln -sfn checkpoint-3 %s/latest", scratch_file("four"), scratch_file(ranks == 1 ? "one" : "two"),
+                 scratch_file(ranks == 1 ? "one" : "two"));
         assert_int_equal(shell(output, sizeof(output), "%s", copy), 0);
         snprintf(options, sizeof(options), "--resume --replicate %d %s --out %s", ranks - 1, ranks == 1 ? "" : "--batch 1",
-                 scratch(ranks == 1 ? "one" : "two"));
+                 scratch_file(ranks == 1 ? "one" : "two"));
         assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
-        shell(output, sizeof(output), "cat %s/log.jsonl", scratch(ranks == 1 ? "one" : "two"));
+        shell(output, sizeof(output), "cat %s/log.jsonl", scratch_file(ranks == 1 ? "one" : "two"));
         line = strstr(output, "\"step\":6,\"tokens\":768,\"loss\":");
         assert_non_null(line);
         assert_near(atof(line + strlen("\"step\":6,\"tokens\":768,\"loss\":")), loss, 1e-5);
     }
-    snprintf(options, sizeof(options), "--resume --steps 9 --out %s", scratch("four"));
+    snprintf(options, sizeof(options), "--resume --steps 9 --out %s", scratch_file("four"));
     assert_int_equal(run_ranks(output, sizeof(output), 3, options), 2);
     assert_non_null(strstr(output, "has 4 sequences, which 3 ranks cannot share evenly"));
-    assert_int_equal(shell(output, sizeof(output), "$TRAIN_MOE_MPI --prompt One --tokens 5 --out %s", scratch("four")), 0);
+    assert_int_equal(shell(output, sizeof(output), "$TRAIN_MOE_MPI --prompt One --tokens 5 --out %s", scratch_file("four")), 0);
     // two machines whose folders are not the same: the run is finished for one rank, and the other has none
-    snprintf(copy, sizeof(copy), "mkdir -p %s/0 %s/1 && ln -s ../../four %s/0/run", scratch("apart"), scratch("apart"), scratch("apart"));
+    snprintf(copy, sizeof(copy), "mkdir -p %s/0 %s/1 && ln -s ../../four %s/0/run", scratch_file("apart"), scratch_file("apart"), scratch_file("apart"));
     assert_int_equal(shell(output, sizeof(output), "%s", copy), 0);
     for (int first = 0; first < 2; first++) {
         int status = shell(output, sizeof(output),
                            "exec 2>&1; timeout 60 $MPIRUN -np 2 sh -c 'p=$(realpath $TRAIN_MOE_MPI); d=$PWD/data/stories; cd "
                            "%s/$(((%d + $OMPI_COMM_WORLD_RANK) %% 2)) && $p --data $d --resume --out run --steps 6'",
-                           scratch("apart"), first);
+                           scratch_file("apart"), first);
         assert_true(status != 0 && status != 124);
         if (!strstr(output, "rank 1: this rank has other options, other data or another checkpoint"))
             fail_msg("%s", output);
@@ -88,9 +88,9 @@ void test_mpi_log(void **state) {
         snprintf(options, sizeof(options),
                  "--batch %d --accum 2 --experts 6 --capacity-factor 0.6 --eval-capacity-factor 0.8 --jitter 0.9 --eval-every 3 "
                  "--eval-batches 0 --save-every 0 --out %s",
-                 6 / ranks, scratch(name));
+                 6 / ranks, scratch_file(name));
         assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
-        shell(output, sizeof(output), "cat %s/log.jsonl", scratch(name));
+        shell(output, sizeof(output), "cat %s/log.jsonl", scratch_file(name));
         for (int i = 0; i < COUNT; i++) {
             char *last = NULL;
             snprintf(key, sizeof(key), "\"%s\":", names[i]);
@@ -123,15 +123,15 @@ void test_mpi_bad_options(void **state) {
     char output[8192], options[512];
     if (!has_mpi())
         return;
-    setenv("PIPED", scratch("piped"), 1);
+    setenv("PIPED", scratch_file("piped"), 1);
     assert_int_equal(shell(output, sizeof(output), "mkdir $PIPED && mkfifo $PIPED/tokenizer.json"), 0);
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
-        snprintf(options, sizeof(options), "%s --out %s", cases[i][0], scratch("refused"));
+        snprintf(options, sizeof(options), "%s --out %s", cases[i][0], scratch_file("refused"));
         assert_true(run_ranks(output, sizeof(output), 2, options) > 0);
         if (times_in(output, cases[i][1]) != 1)
             fail_msg("%s: expected \"%s\" once, got %s", cases[i][0], cases[i][1], output);
     }
-    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch("refused")), 2);
+    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch_file("refused")), 2);
 }
 
 // One rank is killed; or it hangs; or it is asked to stop; or it hangs while it writes. Each time the job ends with a message, and
@@ -140,7 +140,7 @@ void test_mpi_crash(void **state) {
     (void)state;
     static const char *const signals[] = {"KILL", "STOP", "TERM", "STOP"};
     char output[16384], options[512];
-    const char *out = scratch("crash");
+    const char *out = scratch_file("crash");
     if (!has_mpi())
         return;
     for (int i = 0; i < 4; i++) {

@@ -22,7 +22,7 @@ pid_t start_tiny(const char *out, const char *more) {
     pid_t child = fork();
     assert_true(child >= 0);
     if (child == 0) {
-        int file = open(scratch("said"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        int file = open(scratch_file("said"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
         dup2(file, 1);
         dup2(file, 2);
         execl("/bin/sh", "sh", "-c", line, (char *)NULL);
@@ -50,7 +50,7 @@ int wait_for(pid_t child, const char *path, const char *text) {
 }
 
 int exists(const char *name) {
-    return access(scratch(name), F_OK) == 0;
+    return access(scratch_file(name), F_OK) == 0;
 }
 
 void assert_same_weights(const char *a, const char *b) {
@@ -59,7 +59,7 @@ void assert_same_weights(const char *a, const char *b) {
         char x[200], y[200];
         snprintf(x, sizeof(x), "%s/latest/%s", a, files[i]);
         snprintf(y, sizeof(y), "%s/latest/%s", b, files[i]);
-        assert_same_file(scratch(x), scratch(y));
+        assert_same_file(scratch_file(x), scratch_file(y));
     }
 }
 
@@ -77,9 +77,9 @@ void check_resume(const char *recipe) {
     expect(run_tiny(whole, options), 0, "What next");
     for (int attempt = 0, status = 0; !WIFSIGNALED(status); attempt++) {
         assert_true(attempt < 5); // it was always done before it could be killed
-        remove_tree(scratch(halves));
+        remove_tree(scratch_file(halves));
         pid_t child = start_tiny(halves, options);
-        status = wait_for(child, scratch(path), "\"step\":7,");
+        status = wait_for(child, scratch_file(path), "\"step\":7,");
         if (status == -1) {
             kill(child, SIGKILL);
             waitpid(child, &status, 0);
@@ -91,7 +91,7 @@ void check_resume(const char *recipe) {
     assert_latest(halves, "checkpoint-12");
     assert_same_weights(whole, halves);
     Config c = small_config(recipe);
-    int last, routers = moe_layers(&c, &last);
+    int routers = moe_layers(&c);
     assert_log(whole, 12, routers);
     assert_log(halves, 12, routers);
     for (int step = 1; step <= 12; step++)
@@ -145,7 +145,7 @@ void test_resume_pieces(void **state) {
     expect(run_tiny("pieces", "--resume --steps 14 --batch 2 --accum 3"), 2, "has 4 sequences, and cannot have --batch 2 times --accum 3");
     for (int batch = 1; batch <= 4; batch++) {
         snprintf(name, sizeof(name), "pieces%d", batch);
-        shell(said, sizeof(said), "cp -a %s %s; ln -sfn checkpoint-6 %s/latest", scratch("pieces"), scratch(name), scratch(name));
+        shell(said, sizeof(said), "cp -a %s %s; ln -sfn checkpoint-6 %s/latest", scratch_file("pieces"), scratch_file(name), scratch_file(name));
         snprintf(options, sizeof(options), "--group sequence --resume --batch %d", batch);
         if (batch == 3) {
             expect(run_tiny(name, options), 2, "a step there has 4 sequences, and cannot have --batch 3 times --accum 1");
@@ -182,12 +182,12 @@ void test_run_directory(void **state) {
         size_t size;
         snprintf(name, sizeof(name), "paces/latest/%s", files[i]);
         assert_true(exists(name));
-        char *text = read_file(scratch(name), &size);
+        char *text = read_file(scratch_file(name), &size);
         if (!strstr(name, "safetensors"))
             json_free(json_parse(text, size, name));
         free(text);
     }
-    assert_same_file(scratch("paces/latest/tokenizer.json"), scratch("data/tokenizer.json"));
+    assert_same_file(scratch_file("paces/latest/tokenizer.json"), scratch_file("data/tokenizer.json"));
     assert_true(!exists("paces/unfinished-checkpoint") && !exists("paces/latest.new"));
     expect(run_tiny("off", "--steps 3 --save-every 0 --log-every 0 --eval-every 0 --sample-every 0 --seed 2"), 0,
            "What next");
@@ -202,14 +202,14 @@ void test_leftovers(void **state) {
     char command[1024];
     expect(run_tiny("clean", "--steps 4 --save-every 2"), 0, NULL);
     expect(run_tiny("left", "--steps 2 --save-every 2 --schedule constant"), 0, NULL);
-    remove_tree(scratch("left"));
+    remove_tree(scratch_file("left"));
     expect(run_tiny("left", "--steps 4 --save-every 2"), 0, NULL);
     snprintf(command, sizeof(command),
              "cd %s && rm -r checkpoint-4 && ln -sfn checkpoint-2 latest && mkdir -p unfinished-checkpoint/x && "
              "echo x > unfinished-checkpoint/model.safetensors && mkdir checkpoint-4 && echo x > "
              "checkpoint-4/config.json && "
              "ln -s nowhere latest.new && printf '{\"type\":\"step\",\"st' >> log.jsonl",
-             scratch("left"));
+             scratch_file("left"));
     expect(shell(said, sizeof(said), "%s", command), 0, NULL);
     expect(run_tiny("left", "--steps 4 --save-every 2 --resume"), 0, "What next");
     assert_true(!exists("left/unfinished-checkpoint") && !exists("left/latest.new"));
@@ -229,7 +229,7 @@ void test_init(void **state) {
         snprintf(options, sizeof(options), "--recipe %s --steps 5 --lr 0.01", recipes[r].name);
         expect(run_tiny(first, options), 0, NULL);
         snprintf(options, sizeof(options), "--init %s/latest --steps 1 --lr 0 --eval-every 1 --recipe %s",
-                 scratch(first), recipes[r].name);
+                 scratch_file(first), recipes[r].name);
         char again[64];
         snprintf(again, sizeof(again), "again-%s", recipes[r].name);
         expect(run_tiny(again, options), 0, NULL);
@@ -240,11 +240,11 @@ void test_init(void **state) {
         assert_true(logged(first, "eval", 5, "val_loss") < 5.55); // it had learned something
     }
     char options[512];
-    snprintf(options, sizeof(options), "--init %s/latest --dim 64", scratch("first-mixtral"));
+    snprintf(options, sizeof(options), "--init %s/latest --dim 64", scratch_file("first-mixtral"));
     expect(run_tiny("refused", options), 2, "--dim");
-    snprintf(options, sizeof(options), "--init %s/latest --resume", scratch("first-mixtral"));
+    snprintf(options, sizeof(options), "--init %s/latest --resume", scratch_file("first-mixtral"));
     expect(run_tiny("refused", options), 2, "--init");
-    snprintf(options, sizeof(options), "--init %s", scratch("data"));
+    snprintf(options, sizeof(options), "--init %s", scratch_file("data"));
     expect(run_tiny("refused", options), 1, "config.json");
     assert_true(!exists("refused"));
 }
@@ -256,12 +256,12 @@ void test_interrupt(void **state) {
     int status, stopped = 0;
     size_t size;
     pid_t child = start_tiny("stopped", "--steps 1000000 --save-every 3");
-    assert_int_equal(wait_for(child, scratch("stopped/latest/config.json"), "{"), -1);
+    assert_int_equal(wait_for(child, scratch_file("stopped/latest/config.json"), "{"), -1);
     kill(child, SIGINT);
     waitpid(child, &status, 0);
     assert_true(WIFEXITED(status));
     assert_int_equal(WEXITSTATUS(status), 130);
-    char *text = read_file(scratch("said"), &size), *at = strstr(text, "stopped after step ");
+    char *text = read_file(scratch_file("said"), &size), *at = strstr(text, "stopped after step ");
     assert_non_null(at);
     assert_non_null(strstr(at, "--resume"));
     assert_int_equal(sscanf(at, "stopped after step %d", &stopped), 1);
@@ -281,13 +281,13 @@ void test_interrupt_evaluation(void **state) {
     check_leaks(0);
     int status, stopped = 0;
     pid_t child = start_tiny("halted", "--steps 1000000 --save-every 0 --eval-every 2 --eval-batches 0 --batch 1");
-    assert_int_equal(wait_for(child, scratch("halted/log.jsonl"), "\"eval\""), -1);
+    assert_int_equal(wait_for(child, scratch_file("halted/log.jsonl"), "\"eval\""), -1);
     expect(run_tiny("halted", "--resume"), 1, "another process");
     kill(child, SIGTERM);
     waitpid(child, &status, 0);
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 130);
     size_t size;
-    char *text = read_file(scratch("said"), &size), *at = strstr(text, "stopped after step "), name[64];
+    char *text = read_file(scratch_file("said"), &size), *at = strstr(text, "stopped after step "), name[64];
     assert_non_null(at);
     assert_int_equal(sscanf(at, "stopped after step %d", &stopped), 1);
     free(text);
@@ -302,12 +302,12 @@ void test_run_safety(void **state) {
     need_program();
     check_leaks(0);
     expect(run_tiny("safe", "--steps 4 --save-every 2"), 0, NULL);
-    assert_int_equal(shell(said, sizeof(said), "ln -sfn checkpoint-9 %s", scratch("safe/latest")), 0);
+    assert_int_equal(shell(said, sizeof(said), "ln -sfn checkpoint-9 %s", scratch_file("safe/latest")), 0);
     expect(run_tiny("safe", "--resume --steps 6"), 1, "does not lead to a checkpoint");
-    assert_int_equal(shell(said, sizeof(said), "ln -sfn checkpoint-2 %s", scratch("safe/latest")), 0);
+    assert_int_equal(shell(said, sizeof(said), "ln -sfn checkpoint-2 %s", scratch_file("safe/latest")), 0);
     expect(run_tiny("safe", "--resume --steps 3 --keep 1"), 0, "going on after step 2");
     assert_latest("safe", "checkpoint-3"); // and not removed though checkpoint-4 is there
-    assert_int_equal(shell(said, sizeof(said), "mkdir -p %s/checkpoint-1", scratch("theirs")), 0);
+    assert_int_equal(shell(said, sizeof(said), "mkdir -p %s/checkpoint-1", scratch_file("theirs")), 0);
     expect(run_tiny("theirs", "--steps 2"), 2, "holds a run already");
 }
 
@@ -337,7 +337,7 @@ void test_memory(void **state) {
         char file[300];
         size_t size;
         snprintf(file, sizeof(file), "%s/log.jsonl", out);
-        char *text = read_file(scratch(file), &size), *at = text;
+        char *text = read_file(scratch_file(file), &size), *at = text;
         Json *json = next_line(&at, text + size);
         for (const Json *part = json_get(json, "memory")->child; part; part = part->next)
             sum += part->number;
@@ -415,7 +415,7 @@ int check_router_lines(const char *recipe, const char *out) {
     size_t size;
     int lines = 0;
     snprintf(file, sizeof(file), "%s/log.jsonl", out);
-    char *text = read_file(scratch(file), &size);
+    char *text = read_file(scratch_file(file), &size);
     for (char *line = text; line < text + size;) {
         Json *json = next_line(&line, text + size);
         if (!strcmp(json->child->text, "router")) {
@@ -455,7 +455,7 @@ void test_router_log(void **state) {
     for (int r = 0; r < recipe_count; r++) {
         char out[64], options[128];
         Config c = tiny_config(recipes[r].name);
-        int last, moe = moe_layers(&c, &last);
+        int moe = moe_layers(&c);
         snprintf(out, sizeof(out), "log-%s", recipes[r].name);
         snprintf(options, sizeof(options), "--recipe %s --steps 6 --lr 0.02 --eval-every 2", recipes[r].name);
         expect(run_tiny(out, options), 0, NULL);
@@ -624,7 +624,7 @@ void test_recipe_files(void **state) {
         snprintf(line, sizeof(line), "--recipe %s --steps 1", name);
         expect(run_tiny(file, line), 0, NULL);
         snprintf(file, sizeof(file), "files-%s/latest/config.json", name);
-        char *text = read_file(scratch(file), &size);
+        char *text = read_file(scratch_file(file), &size);
         Json *json = json_parse(text, size, file);
         const Json *own = json_get(json, "train_moe");
         for (int i = 0; i < option_count; i++) {
@@ -724,7 +724,7 @@ void test_bad_places(void **state) {
     expect(run_tiny("data/tokenizer.json", ""), 1, "data/tokenizer.json");
     expect(run_tiny("data/tokenizer.json/run", ""), 1, "data/tokenizer.json");
     if (geteuid() != 0) {
-        mkdir(scratch("locked"), 0555);
+        mkdir(scratch_file("locked"), 0555);
         expect(run_tiny("locked/run", ""), 1, "locked/run");
     }
     const char *const limit = "trap '' XFSZ; ulimit -f 16;"; // 8 or 16 KiB
@@ -740,10 +740,10 @@ void test_bad_places(void **state) {
     assert_log("fuller", 4, 2);
 }
 
-// Copies the folder scratch(from), runs a shell command in the copy that damages it, and runs the program on it.
+// Copies the folder scratch_file(from), runs a shell command in the copy that damages it, and runs the program on it.
 void check_bad_case(const char *from, const BadCase *c) {
-    expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s && cd %s && %s", scratch("case"), scratch(from),
-                 scratch("case"), scratch("case"), c->change),
+    expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s && cd %s && %s", scratch_file("case"), scratch_file(from),
+                 scratch_file("case"), scratch_file("case"), c->change),
            0, NULL);
     int status = run_tiny("case", c->options);
     if (status != c->status || !memmem(said, said_size, c->message, strlen(c->message)))
@@ -831,22 +831,22 @@ void test_bad_data(void **state) {
     };
     for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++) {
         char options[300];
-        snprintf(options, sizeof(options), "--data %s --out %s %s", scratch("case"), scratch("nothing"),
+        snprintf(options, sizeof(options), "--data %s --out %s %s", scratch_file("case"), scratch_file("nothing"),
                  cases[i].options);
         BadCase c = cases[i];
         c.options = options;
         check_bad_case("data", &c);
         assert_true(!exists("nothing/latest") && !exists("nothing/unfinished-checkpoint"));
-        remove_tree(scratch("nothing"));
+        remove_tree(scratch_file("nothing"));
     }
     // the data of a run may not change
-    expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s", scratch("case"), scratch("data"), scratch("case")), 0,
+    expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s", scratch_file("case"), scratch_file("data"), scratch_file("case")), 0,
            NULL);
     char options[300];
-    snprintf(options, sizeof(options), "--data %s --steps 2", scratch("case"));
+    snprintf(options, sizeof(options), "--data %s --steps 2", scratch_file("case"));
     expect(run_tiny("moved", options), 0, NULL);
-    expect(shell(said, sizeof(said), "rm %s/train_1.bin", scratch("case")), 0, NULL);
-    snprintf(options, sizeof(options), "--data %s --steps 4 --resume", scratch("case"));
+    expect(shell(said, sizeof(said), "rm %s/train_1.bin", scratch_file("case")), 0, NULL);
+    snprintf(options, sizeof(options), "--data %s --steps 4 --resume", scratch_file("case"));
     expect(run_tiny("moved", options), 1, "they may not change");
     assert_latest("moved", "checkpoint-2");
 }
@@ -919,7 +919,7 @@ void test_prompt(void **state) {
     assert_latest("told", "checkpoint-3");
     // trained by so many ranks that one process would not have room for their sequences
     shell(said, sizeof(said), "sed -i 's/\"batch\":2,/\"batch\":1048576,/' %s/latest/config.json; cat %s/latest/config.json",
-          scratch("told"), scratch("told"));
+          scratch_file("told"), scratch_file("told"));
     expect(0, 0, "1048576");
     expect(run_tiny("told", "--prompt hello"), 0, "hello");
 }

@@ -46,8 +46,8 @@ void test_ranks_copies(void **state) {
     Model *m = model_allocate(&c, c.seq, 1, NULL);
     memcpy(m->stats[1].recent, load, sizeof(load));
     choose_copies(m); // loads 15 2 2 3; then 11 6 2 3; 7.5 6 5.5 3
-    const int *host = m->placement->host + 8;
-    int wrong = host[0] != 1 || host[1] != 2 || host[6] != 2 || m->placement->slot[8 + 6] != 1;
+    const int *host = m->crossing->placement->host + 8;
+    int wrong = host[0] != 1 || host[1] != 2 || host[6] != 2 || m->crossing->placement->nth[8 + 6] != 1;
     for (int e = 2; e < 8; e++)
         wrong |= e != 6 && host[e] != -1;
     model_free(m);
@@ -64,7 +64,7 @@ void test_ranks_busy(void **state) {
     watch_patience = 0.5;
     real *a = take_reals(256 * 256), *out = take_reals(256 * 256);
     while (ranks.rank == 3 && seconds() - start < 4)
-        product(out, along_rows(a, 256, NULL), along_rows(a, 256, NULL), 256, 256, 256, 0);
+        matmul(out, a, a, 256, 256, 256, SET);
     ranks_meet();
     watch_patience = patience;
     end_form();

@@ -67,10 +67,13 @@ void run_share(Model *m, int first, int sequences, int mode, double grad_scale, 
         memcpy(inputs + b * T, tokens, T * sizeof(int));
         memcpy(targets + b * T, tokens + 1, T * sizeof(int));
     }
-    if (mode == EVAL_MODE)
-        grad_scale = mine * T;
-    trained->forward(m, inputs, targets, mine, T, mode, grad_scale, step,
-                     mode == EVAL_MODE ? 0 : ((long)micro * ranks.size * B + (long)ranks.rank * B) * T);
+    long first_token = ((long)micro * ranks.size * B + (long)ranks.rank * B) * T;
+    Batch batch = {inputs, targets, mine, T, mode, grad_scale, step, first_token, micro == 0, micro == c->accum - 1};
+    if (mode == EVAL_MODE) {
+        batch.scale = mine * T;
+        batch.first_token = 0;
+    }
+    trained->forward(m, &batch);
     if (mode != EVAL_MODE)
         trained->backward(m);
 }
@@ -80,15 +83,16 @@ void draw_weights(Model *m, real bias) {
     Model *host = trained == &cpu_backend ? m : model_allocate(&m->config, 1, 0, NULL);
     randomize_weights(host);
     for (int l = 0; l < m->config.layers && bias != 0; l++)
-        host->weights.layer[l].bias[0] = bias;
+        host->params.layer[l].bias[0] = bias;
 #ifdef TWIN
     real *device = allocate_reals(m->size); // a model's first tensor of experts may have room behind it, for copies
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         for (size_t j = 0; j < t->size; j++) {
             real *w = &host->memory[WEIGHTS][host->tensors[i].offset + j];
-            if (!tensor_is_buffer(t))
-                *w = (real)(tensor_is_norm(t) + (*w - tensor_is_norm(t)) * SPREAD / 0.3);
+            int one = t->init == INIT_ONE;
+            if (t->trained)
+                *w = (real)(one + (*w - one) * SPREAD / 0.3);
             round_numbers(w, 1);
             device[t->offset + j] = *w;
         }
@@ -131,8 +135,8 @@ Model *train_curve(const Config *config, int steps, Curve *curve) {
 
 void take_weights(Model *m, Curve *curve) {
     const real *whole = trained->fetch(m, WEIGHTS);
-    curve->weights = (real *)allocate(m->whole, sizeof(real));
-    memcpy(curve->weights, whole, m->whole * sizeof(real));
+    curve->weights = (real *)allocate(file_size(m), sizeof(real));
+    memcpy(curve->weights, whole, file_size(m) * sizeof(real));
 }
 
 // The same number on all processes of the world: the largest.
@@ -182,13 +186,12 @@ void check_ranks(const char *recipe, const char *choices, int steps) {
     single.replicate = 0;
     Model *m = train_curve(&single, steps, &alone);
     take_weights(m, &alone);
-    size_t size = m->whole;
+    size_t size = file_size(m);
     model_free(m);
     static int turn = 0; // the emulator is slow: every other form, by turns
     turn += RANKS_BACKEND != &cpu_backend;
     for (int i = 0; i < FORMS; i++) {
-        int last, moe = moe_layers(&c, &last);
-        if ((moe ? c.experts : 1) % forms[i][1] || (c.replicate && forms[i][1] == 1) || (turn && !getenv("THOROUGH") && (i + turn) % 2))
+        if ((moe_layers(&c) ? c.experts : 1) % forms[i][1] || (c.replicate && forms[i][1] == 1) || (turn && !getenv("THOROUGH") && (i + turn) % 2))
             continue;
         begin_form(forms[i][0], forms[i][1]);
         trained = RANKS_BACKEND;
@@ -203,26 +206,29 @@ void check_ranks(const char *recipe, const char *choices, int steps) {
     free(alone.weights);
 }
 
-// The bytes that one forward and backward pass should send to other ranks, from all plans. `wide`: bytes of a row's number.
+// The bytes that one forward and backward pass should send to other ranks, from all routes. `wide`: bytes of a row's number.
 double expected_bytes(const Model *m, double wide) {
     const Config *c = &m->config;
     double bytes = 0;
     int C = c->dim / c->subtokens, number;
     for (int l = 0; l < c->layers; l++) {
-        const Plan *plan = trained->plan(m, l);
+        const Route *route = trained->route(m, l);
+        const Placement *p = m->crossing->placement;
         int mine = 0; // rows that this rank sends to itself
-        for (int n = 0; is_moe(c, l) && n < plan->N; n++) {
+        for (int n = 0; is_moe(c, l) && n < route->N; n++) {
             for (int r = 0; r < ranks.ep; r++) {
                 int there = 0;
-                for (int k = 0; k < plan->K; k++)
-                    there |= plan->key[n * plan->K + k] >= 0 && expert_rank(m, l, plan->key[n * plan->K + k], n, &number) == r;
-                mine += there && r == ranks.place;
-                if (there && r != ranks.place) // the token and, backward, the answer's gradient; weights and numbers
-                    bytes += 2.0 * C * wide + 2 * plan->K * sizeof(real);
+                for (int k = 0; k < route->K; k++) {
+                    int e = route->served[n * route->K + k], all = l * c->experts;
+                    there |= e >= 0 && rank_of_expert(p->host + all, p->nth + all, p->owned, ranks.member, e, n, &number) == r;
+                }
+                mine += there && r == ranks.member;
+                if (there && r != ranks.member) // the token and, backward, the answer's gradient; weights and numbers
+                    bytes += 2.0 * C * wide + 2 * route->K * sizeof(real);
             }
         }
         if (is_moe(c, l)) // and back what others sent here
-            bytes += (m->came[l] - mine) * (2.0 * C * wide + plan->K * sizeof(real));
+            bytes += (ranks_came(m, l) - mine) * (2.0 * C * wide + route->K * sizeof(real));
     }
     return bytes;
 }
@@ -304,28 +310,28 @@ void test_ranks_uneven(void **state) {
                 double aux;
                 run_share(m, 0, 4, TRAIN_MODE, 1.0 / ranks.size, step, 0);
                 if (form && !copies)
-                    assert_int_equal(m->came[0], ranks.place ? 0 : 4 * c.seq);
+                    assert_int_equal(ranks_came(m, 0), ranks.member ? 0 : 4 * c.seq);
                 if (form && copies && step > 1) // two ranks have it now, and half of what the others send
-                    assert_int_equal(m->came[0], ranks.place < 2 ? 2 * c.seq : 0);
+                    assert_int_equal(ranks_came(m, 0), ranks.member < 2 ? 2 * c.seq : 0);
                 trained->update(m, step, 1e-2);
                 trained->losses(m, &curve->loss[step - 1], &aux, &curve->norm[step - 1]);
                 curve->aux[step - 1] = 0;
                 free_taken();
             }
-            if (form && copies && ranks.place < 2) { // the copy is the owner's, to the bit
+            if (form && copies && ranks.member < 2) { // the copy is the owner's, to the bit
                 const Tensor *t = m->tensors;
-                while (!(t->kind == W_IN && t->layer == 1))
+                while (strcmp(t->name, "layer1.w_in"))
                     t++;
-                size_t size = expert_size(&c, W_IN, 0), at = expert_offset(m, t, ranks.place ? m->placement->here : 0);
+                size_t size = expert_size(&c, t, 0), at = expert_offset(m, t, ranks.member ? m->crossing->placement->owned : 0);
                 real *weights = weights_here(m) + at, *other = take_reals(size);
-                MPI_Sendrecv(weights, (int)size, MPI_REALS, 1 - ranks.place, 7, other, (int)size, MPI_REALS, 1 - ranks.place, 7,
+                MPI_Sendrecv(weights, (int)size, MPI_REALS, 1 - ranks.member, 7, other, (int)size, MPI_REALS, 1 - ranks.member, 7,
                              comm.group, MPI_STATUS_IGNORE);
                 assert_memory_equal(weights, other, size * sizeof(real));
                 free_taken();
             }
             take_weights(m, curve);
             curve->validation = 0;
-            size_t size = m->whole;
+            size_t size = file_size(m);
             trained->release(m);
             trained = &cpu_backend;
             if (form)
@@ -339,9 +345,9 @@ void test_ranks_uneven(void **state) {
 
 // What the model has, in the order of a single process, on all processes of the world; of one process's model it is a copy.
 real *take_whole(Model *m, int what) {
-    real *all = (real *)allocate(m->whole, sizeof(real));
-    memcpy(all, trained->fetch(m, what), m->whole * sizeof(real));
-    MPI_Bcast(all, (int)m->whole, MPI_REALS, 0, MPI_COMM_WORLD);
+    real *all = (real *)allocate(file_size(m), sizeof(real));
+    memcpy(all, trained->fetch(m, what), file_size(m) * sizeof(real));
+    MPI_Bcast(all, (int)file_size(m), MPI_REALS, 0, MPI_COMM_WORLD);
     return all;
 }
 
@@ -354,7 +360,7 @@ void test_ranks_checkpoints(void **state) {
     Curve alone, parts;
     Model *m = train_curve(&c, 4, &alone);
     take_weights(m, &alone);
-    size_t size = m->whole;
+    size_t size = file_size(m);
     model_free(m);
     for (size_t i = 0; i < sizeof(from_to) / sizeof(from_to[0]); i++) {
         real *kept[4] = {NULL, NULL, NULL, NULL};
@@ -411,7 +417,7 @@ void test_ranks_first_weights(void **state) {
             Model *m = trained->create(&c, 1, 0, NULL);
             trained->init(m, NULL);
             const real *all = trained->fetch(m, WEIGHTS);
-            int same = ranks.rank || memcmp(all, alone->memory[WEIGHTS], m->whole * sizeof(real)) == 0;
+            int same = ranks.rank || memcmp(all, alone->memory[WEIGHTS], file_size(m) * sizeof(real)) == 0;
             trained->release(m);
             trained = &cpu_backend;
             end_form();

@@ -6,7 +6,7 @@
 #include "dev/test/model.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Choosing the best, plans, capacity, balance losses
+// Choosing the best, routes, capacity, balance losses
 
 void test_select_topk(void **state) {
     (void)state;
@@ -33,57 +33,57 @@ void test_select_topk(void **state) {
         assert_int_equal(expert[k], k);
 }
 
-// Checks a plan against its definition, word by word.
-void check_plan(const Plan *plan, int group_tokens, double factor) {
-    int N = plan->N, E = plan->E, K = plan->K, dropped = 0, slots = 0, groups = N / group_tokens;
-    int capacity = factor > 0 ? (int)fmin(ceil(factor * K * group_tokens / E - 1e-9), N * K) : N * K;
+// Checks what is served and how it is sorted against their definitions, word by word.
+void check_route(const Route *r, int group, double factor) {
+    int N = r->N, E = r->E, K = r->K, dropped = 0, rows = 0, groups = N / group;
+    int capacity = factor > 0 ? (int)fmin(ceil(factor * K * group / E - 1e-9), N * K) : N * K;
     int *kept = take_ints((size_t)groups * E), *load = take_ints(E);
-    for (int group = 0; group < groups; group++) {
-        for (int place = 0; place < K * group_tokens; place++) { // first choices before second ones, early tokens first
-            int choice = (group * group_tokens + place % group_tokens) * K + place / group_tokens;
-            int e = plan->expert[choice], takes = e >= 0 && kept[group * E + e] < capacity;
-            assert_int_equal(plan->key[choice], takes ? e : -1);
+    for (int g = 0; g < groups; g++) {
+        for (int i = 0; i < K * group; i++) { // first choices before second ones, early tokens first
+            int choice = (g * group + i % group) * K + i / group;
+            int e = r->expert[choice], takes = e >= 0 && kept[g * E + e] < capacity;
+            assert_int_equal(r->served[choice], takes ? e : -1);
             if (e >= 0) {
-                kept[group * E + e] += takes;
+                kept[g * E + e] += takes;
                 load[e] += takes;
                 dropped += !takes;
             }
         }
         for (int e = 0; e < E; e++)
-            assert_in_range(kept[group * E + e], 0, capacity);
+            assert_in_range(kept[g * E + e], 0, capacity);
     }
-    assert_int_equal(plan->dropped, dropped);
-    assert_int_equal(plan->offset[0], 0);
+    assert_int_equal(r->dropped, dropped);
+    assert_int_equal(r->offset[0], 0);
     for (int e = 0; e < E; e++) {
-        assert_int_equal(plan->offset[e + 1] - plan->offset[e], load[e]);
-        for (int s = plan->offset[e]; s < plan->offset[e + 1]; s++) {
-            assert_int_equal(plan->key[plan->choice[s]], e);
-            assert_int_equal(plan->slot[plan->choice[s]], s);
-            assert_int_equal(plan->token[s], plan->choice[s] / K);
-            assert_true(s == plan->offset[e] || plan->token[s] > plan->token[s - 1]);
+        assert_int_equal(r->offset[e + 1] - r->offset[e], load[e]);
+        for (int row = r->offset[e]; row < r->offset[e + 1]; row++) {
+            assert_int_equal(r->served[r->choice[row]], e);
+            assert_int_equal(r->row[r->choice[row]], row);
+            assert_int_equal(r->token[row], r->choice[row] / K);
+            assert_true(row == r->offset[e] || r->token[row] > r->token[row - 1]);
         }
     }
     for (int i = 0; i < N * K; i++) {
-        assert_true((plan->slot[i] >= 0) == (plan->key[i] >= 0));
-        slots += plan->slot[i] >= 0;
+        assert_true((r->row[i] >= 0) == (r->served[i] >= 0));
+        rows += r->row[i] >= 0;
     }
-    assert_int_equal(slots, plan->offset[E]);
+    assert_int_equal(rows, r->offset[E]);
 }
 
-void test_plan(void **state) {
+void test_route(void **state) {
     (void)state;
     const double factors[] = {0, 0.01, 0.3, 0.5, 1, 1.25, 1000, 1e6};
     uint64_t random = 3;
     for (int round = 0; round < (is_slow() ? 20 : 300); round++) {
-        int group_tokens = draw(&random, 1, 20), groups = draw(&random, 1, 4), N = groups * group_tokens;
+        int group = draw(&random, 1, 20), groups = draw(&random, 1, 4), N = groups * group;
         int E = draw(&random, 1, 12), K = draw(&random, 1, E);
         double factor = factors[draw(&random, 0, 7)];
-        Plan plan = take_plan(N, E, K);
-        select_topk(plan.expert, take_scores(N, E, random), N, E, K);
+        Route r = take_route(N, E, K);
+        select_topk(r.expert, take_scores(N, E, random), N, E, K);
         for (int i = 0; round % 3 == 0 && i < N * K; i += 7)
-            plan.expert[i] = -1; // no choice
-        make_plan(&plan, group_tokens, factor);
-        check_plan(&plan, group_tokens, factor);
+            r.expert[i] = -1; // no choice
+        make_route(&r, group, factor);
+        check_route(&r, group, factor);
         free_taken();
     }
 }
@@ -96,32 +96,32 @@ void assert_ints(const int *found, const int *wanted, int n) {
 // Three tokens choose both of two experts; the capacity is ceil(0.5 * 2*3/2) = 2. Expert 0 takes the first choices of tokens 0
 // and 2 and refuses the second choice of token 1. Expert 1 takes the first choice of token 1 and the second of token 0, and
 // refuses that of token 2.
-void test_plan_by_hand(void **state) {
+void test_route_by_hand(void **state) {
     (void)state;
-    const int expert[6] = {0, 1, 1, 0, 0, 1}, key[6] = {0, 1, 1, -1, 0, -1}, slot[6] = {0, 2, 3, -1, 1, -1};
+    const int expert[6] = {0, 1, 1, 0, 0, 1}, served[6] = {0, 1, 1, -1, 0, -1}, row[6] = {0, 2, 3, -1, 1, -1};
     const int choice[4] = {0, 4, 1, 2}, token[4] = {0, 2, 0, 1}, offset[3] = {0, 2, 4};
-    Plan plan = take_plan(3, 2, 2);
-    memcpy(plan.expert, expert, sizeof(expert));
-    make_plan(&plan, 3, 0.5);
-    assert_ints(plan.key, key, 6);
-    assert_ints(plan.slot, slot, 6);
-    assert_ints(plan.choice, choice, 4);
-    assert_ints(plan.token, token, 4);
-    assert_ints(plan.offset, offset, 3);
-    assert_int_equal(plan.dropped, 2);
+    Route r = take_route(3, 2, 2);
+    memcpy(r.expert, expert, sizeof(expert));
+    make_route(&r, 3, 0.5);
+    assert_ints(r.served, served, 6);
+    assert_ints(r.row, row, 6);
+    assert_ints(r.choice, choice, 4);
+    assert_ints(r.token, token, 4);
+    assert_ints(r.offset, offset, 3);
+    assert_int_equal(r.dropped, 2);
     free_taken();
 }
 
 // The first group sends four tokens to expert 0, the second none: a group cannot use the capacity of another.
 void test_capacity_of_groups(void **state) {
     (void)state;
-    const int expert[8] = {0, 0, 0, 0, 1, 1, 0, 1}, key[8] = {0, 0, -1, -1, 1, 1, 0, -1};
-    Plan plan = take_plan(8, 2, 1);
-    memcpy(plan.expert, expert, sizeof(expert));
-    make_plan(&plan, 4, 1);
-    assert_ints(plan.key, key, 8);
-    assert_int_equal(plan.dropped, 3);
-    check_plan(&plan, 4, 1);
+    const int expert[8] = {0, 0, 0, 0, 1, 1, 0, 1}, served[8] = {0, 0, -1, -1, 1, 1, 0, -1};
+    Route r = take_route(8, 2, 1);
+    memcpy(r.expert, expert, sizeof(expert));
+    make_route(&r, 4, 1);
+    assert_ints(r.served, served, 8);
+    assert_int_equal(r.dropped, 3);
+    check_route(&r, 4, 1);
     free_taken();
 }
 
@@ -137,10 +137,11 @@ void test_evaluation_drops_nothing(void **state) {
     randomize_weights(m);
     double loss[4];
     for (int i = 0; i < 4; i++) {
-        loss[i] = model_forward(m, inputs, targets, 2, 8, i % 2 ? EVAL_MODE : TRAIN_MODE, 1, 1, 0);
-        assert_int_equal(m->layers[1].plan.dropped, i % 2 ? 0 : 16 - m->layers[1].plan.offset[4]);
-        assert_true(i % 2 || m->layers[1].plan.dropped >= 8); // two groups of 8, 4 experts, one place in each
-        check_plan(&m->layers[1].plan, 8, i % 2 ? 0 : 0.25);
+        const Route *r = &m->acts.layer[1].route;
+        loss[i] = run_batch(m, inputs, targets, 2, 8, i % 2 ? EVAL_MODE : TRAIN_MODE, 1, 1, 0);
+        assert_int_equal(r->dropped, i % 2 ? 0 : 16 - r->offset[4]);
+        assert_true(i % 2 || r->dropped >= 8); // two groups of 8; each of 4 experts takes one choice of a group
+        check_route(r, 8, i % 2 ? 0 : 0.25);
         free_taken();
     }
     assert_true(loss[0] == loss[2] && loss[1] == loss[3] && loss[0] != loss[1]);
@@ -188,7 +189,7 @@ void test_aux(void **state) {
         random_tokens(targets, 16, c.vocab, 2);
         Model *m = model_allocate(&c, 16, 1, NULL);
         randomize_weights(m);
-        model_forward(m, inputs, targets, 2, 8, TRAIN_MODE, 1, 1, 0);
+        run_batch(m, inputs, targets, 2, 8, TRAIN_MODE, 1, 1, 0);
         double aux = 0;
         for (int l = 0; l < c.layers; l++) {
             double balance = 0, z = 0;
@@ -197,11 +198,11 @@ void test_aux(void **state) {
                 for (int n = first; n < first + T; n++) {
                     double total = 0, e[4];
                     for (int i = 0; i < E; i++)
-                        total += e[i] = exp(inner(m->layers[l].h2 + n * C, m->weights.layer[l].router + i * C, C));
+                        total += e[i] = exp(inner(m->acts.layer[l].h2 + n * C, m->params.layer[l].router + i * C, C));
                     for (int i = 0; i < E; i++)
                         mean[i] += e[i] / total / T;
                     for (int k = 0; k < K; k++)
-                        share[m->layers[l].plan.expert[n * K + k]] += 1.0 / (T * K);
+                        share[m->acts.layer[l].route.expert[n * K + k]] += 1.0 / (T * K);
                     z += log(total) * log(total) / 16;
                 }
                 for (int i = 0; i < E; i++)
@@ -209,7 +210,7 @@ void test_aux(void **state) {
             }
             aux += 0.3 * balance + 0.7 * z;
         }
-        assert_near(model_aux(m), aux, IS_DOUBLE ? 1e-12 : 1e-5);
+        assert_near(balance_losses(m), aux, IS_DOUBLE ? 1e-12 : 1e-5);
         model_free(m);
     }
 }
@@ -241,25 +242,25 @@ void test_mask_groups(void **state) {
     (void)state;
     uint64_t random = 11;
     for (int round = 0; round < 200; round++) {
-        int E = draw(&random, 1, 12), D = draw(&random, 1, E), M = draw(&random, 1, D),
+        int E = draw(&random, 1, 12), G = draw(&random, 1, E), M = draw(&random, 1, G),
             by = draw(&random, BEST, BEST_TWO), N = 3;
         real *p = take_scores(N, E, random), *masked = take_reals((size_t)N * E);
         for (int i = 0; i < N * E; i++)
             masked[i] = p[i] -= (real)0.5;
-        mask_groups(masked, N, E, D, M, by);
+        mask_groups(masked, N, E, G, M, by);
         for (int i = 0; i < N * E; i++) {
             double value[12];
-            int g = i % E * D / E, before = 0;
-            for (int d = 0; d < D; d++) { // the sum of the best and, by two, of the next
+            int g = i % E * G / E, before = 0;
+            for (int d = 0; d < G; d++) { // the sum of the best and, by two, of the next
                 double best = -INFINITY, second = -INFINITY;
                 for (int e = 0; e < E; e++) {
-                    double s = e * D / E == d ? (double)p[i / E * E + e] : -INFINITY;
+                    double s = e * G / E == d ? (double)p[i / E * E + e] : -INFINITY;
                     second = fmax(second, fmin(best, s));
                     best = fmax(best, s);
                 }
                 value[d] = best + (by == BEST_TWO && second > -INFINITY ? second : 0);
             }
-            for (int d = 0; d < D; d++)
+            for (int d = 0; d < G; d++)
                 before += value[d] > value[g] || (value[d] == value[g] && d < g);
             assert_true(masked[i] == (before < M ? p[i] : (real)-INFINITY));
         }
@@ -302,8 +303,10 @@ void test_select_by_experts(void **state) {
         int n = draw(&random, 1, 15), E = draw(&random, 1, 6), take = draw(&random, 1, n);
         real *p = take_scores(n, E, random);
         int *expert = take_ints((size_t)n * E);
-        double lowest[6] = {1, 1, 1, 1, 1, 1};
-        select_by_experts(expert, lowest, p, n, E, take);
+        double lowest[6] = {1, 1, 1, 1, 1, 1}, passes = 2;
+        Lowest low_of_all = {lowest, &passes, take};
+        select_by_experts(expert, p, n, E, &low_of_all);
+        assert_true(passes == 3);
         for (int e = 0; e < E; e++) {
             int count = 0;
             double low = INFINITY;
@@ -341,14 +344,14 @@ double assigned(const int *expert, const real *score, int n, int E) { // the sum
     return sum;
 }
 
-double best_assignment(const real *score, int n, int E, int t, int *room) { // of tokens t and later
+double best_assignment(const real *score, int n, int E, int t, int *left) { // of tokens t and later; left (E): how many more each expert takes
     double best = t == n ? 0 : -INFINITY;
     for (int e = 0; t < n && e < E; e++) {
-        if (!room[e])
+        if (!left[e])
             continue;
-        room[e]--;
-        best = fmax(best, (double)score[t * E + e] + best_assignment(score, n, E, t + 1, room));
-        room[e]++;
+        left[e]--;
+        best = fmax(best, (double)score[t * E + e] + best_assignment(score, n, E, t + 1, left));
+        left[e]++;
     }
     return best;
 }
@@ -358,30 +361,30 @@ void test_select_balanced(void **state) {
     uint64_t random = 14;
     int expert[256];
     for (int round = 0; round < (is_slow() ? 20 : 300); round++) {
-        int n = draw(&random, 1, 8), E = draw(&random, 1, n < 6 ? 5 : 3), room[8];
+        int n = draw(&random, 1, 8), E = draw(&random, 1, n < 6 ? 5 : 3), left[8];
         real *score =
             round % 3 ? take_normal((size_t)n * E, random) : take_scores(n, E, random); // with and without ties
         for (int e = 0; e < E; e++)
-            room[e] = n / E + (e < n % E);
-        select_balanced(expert, score, n, E);
-        double sum = assigned(expert, score, n, E), best = best_assignment(score, n, E, 0, room);
+            left[e] = n / E + (e < n % E);
+        select_balanced(expert, score, n, E, NULL);
+        double sum = assigned(expert, score, n, E), best = best_assignment(score, n, E, 0, left);
         if (!(fabs(sum - best) <= 1e-9))
             fail_msg("%d tokens, %d experts: %.9g, the best is %.9g", n, E, sum, best);
         free_taken();
     }
     real *same = take_filled(60, 1), *many = take_normal(200 * 7, 5), *bad = take_normal(50 * 4, 6);
-    select_balanced(expert, same, 20, 3);
+    select_balanced(expert, same, 20, 3, NULL);
     assigned(expert, same, 20, 3);
     for (int t = 0; t < 200; t++)
         many[t * 7 + 3] += 3; // nearly all want expert 3
-    select_balanced(expert, many, 200, 7);
+    select_balanced(expert, many, 200, 7, NULL);
     assigned(expert, many, 200, 7);
     alarm(20); // a NaN must not keep it going for ever
     for (int i = 0; i < 50 * 4; i += 7)
         bad[i] = (real)NAN;
-    select_balanced(expert, bad, 50, 4);
+    select_balanced(expert, bad, 50, 4, NULL);
     fill(bad, 50 * 4, (real)NAN);
-    select_balanced(expert, bad, 50, 4);
+    select_balanced(expert, bad, 50, 4, NULL);
     alarm(0);
     free_taken();
 }
@@ -425,71 +428,101 @@ void test_balance_table(void **state) {
 void test_decline_second(void **state) {
     (void)state;
     enum { N = 4000 };
-    int *key = take_ints(2 * N), *again = take_ints(2 * N);
+    Config c = small_config("gshard");
+    int l = 1; // a layer with experts
+    assert_true(is_moe(&c, l) && c.topk == 2);
+    Model *m = model_allocate(&c, N, 1, NULL);
+    Route *r = &m->acts.layer[l].route;
+    int *served = take_ints(2 * N), *again = take_ints(2 * N);
     real *weight = take_reals(2 * N);
+    m->config.second_threshold = 0.5;
+    m->batch = make_batch(NULL, NULL, 1, N, TRAIN_MODE, 1, 77, 0);
     for (int i = 0; i <= 7; i++) {
         double w = i * 0.1, scale = i % 2 ? 2.5 : 1, kept = 0;
         for (int n = 0; n < 2 * N; n++) {
             weight[n] = (real)(n % 2 ? w * scale : (1 - w) * scale);
-            key[n] = again[n] = n % 5;
+            served[n] = again[n] = n % 5;
         }
-        decline_second(key, weight, N, 0.5, scale, 77, 0);
+        m->config.scale = scale;
+        for (int part = 0; part < 3; part++) { // all at once; then in two halves: the same
+            int first = part == 2 ? N / 2 : 0;
+            r->N = part ? N / 2 : N;
+            r->served = (part ? again : served) + 2 * first;
+            r->weight = weight + 2 * first;
+            m->batch.first_token = first;
+            gshard_forward(m, l, NULL);
+        }
         for (int n = 0; n < N; n++) {
-            assert_int_equal(key[2 * n], 2 * n % 5); // first choices stay
-            assert_true(key[2 * n + 1] == -1 || key[2 * n + 1] == (2 * n + 1) % 5);
-            kept += key[2 * n + 1] >= 0;
+            assert_int_equal(served[2 * n], 2 * n % 5); // first choices stay
+            assert_true(served[2 * n + 1] == -1 || served[2 * n + 1] == (2 * n + 1) % 5);
+            kept += served[2 * n + 1] >= 0;
         }
         double p = fmin(1, w / 0.5); // five standard deviations; none at 0 and 1
         assert_true(fabs(kept / N - p) <= 5 * sqrt(p * (1 - p) / N));
-        decline_second(again, weight, N / 2, 0.5, scale, 77, 0); // in two halves: the same
-        decline_second(again + N, weight + N, N / 2, 0.5, scale, 77, N / 2);
-        assert_memory_equal(key, again, 2 * N * sizeof(int));
+        assert_memory_equal(served, again, 2 * N * sizeof(int));
+        for (int mode = EVAL_MODE; mode <= CHECK_MODE; mode++) { // only training leaves anything to chance
+            m->batch.mode = mode;
+            r->served = again;
+            gshard_forward(m, l, NULL);
+            assert_memory_equal(served, again, 2 * N * sizeof(int));
+        }
+        m->batch.mode = TRAIN_MODE;
     }
+    model_free(m);
     free_taken();
 }
 
-typedef struct Capacity {                  // arguments of plan_capacity
-    int group_tokens, units, order, limit; // limit: choices that a unit takes
-    real *weight, *p;
-    unsigned char *exempt;
-} Capacity;
+// A model of one layer that has nothing but a route, in training. A test fills in what the function looks at that it calls.
+// Valid until the next call.
+Model bare_model(const Route *r) {
+    static LayerActs layer;
+    Model m;
+    memset(&m, 0, sizeof(m));
+    layer.route = *r;
+    m.acts.layer = &layer;
+    m.config.layers = m.config.subtokens = m.config.routers = 1;
+    m.config.scale = m.batch.scale = 1;
+    m.batch.mode = TRAIN_MODE;
+    m.batch.step = 1;
+    return m;
+}
 
-// The definition of plan_capacity, one choice after the other.
-int naive_capacity(const Capacity *a, int N, int E, int K, int *expert, int *key) {
-    int dropped = 0, *order = take_ints((size_t)N * K), *taken = take_ints(a->units),
-        *served = take_ints((size_t)N * K);
-    for (int first = 0; first < N * K; first += a->group_tokens * K) {
-        int count = a->group_tokens * K;
-        for (int place = 0; place < count; place++) {
+// The definition of serve(), one choice after the other. Returns how many choices are refused.
+int naive_capacity(const Service *s, int N, int *expert, int *served) {
+    int E = s->E, K = s->K, dropped = 0;
+    int *order = take_ints((size_t)N * K), *taken = take_ints(s->units), *done = take_ints((size_t)N * K);
+    for (int first = 0; first < N * K; first += s->group * K) {
+        int count = s->group * K;
+        for (int turn = 0; turn < count; turn++) {
             int best = -1;
             for (int i = first; i < first + count; i++) {
-                int before = best >= 0 && (a->order == BY_CHOICE  ? i % K < best % K
-                                           : a->order == BY_SCORE ? a->weight[i] > a->weight[best]
+                int before = best >= 0 && (s->order == BY_CHOICE  ? i % K < best % K
+                                           : s->order == BY_SCORE ? s->weight[i] > s->weight[best]
                                                                   : 0);
-                if (!served[i] && (best < 0 || before))
+                if (!done[i] && (best < 0 || before))
                     best = i;
             }
-            served[best] = 1;
-            order[place] = best;
+            done[best] = 1;
+            order[turn] = best;
         }
-        memset(taken, 0, (size_t)a->units * sizeof(int));
-        for (int place = 0; place < count; place++) {
-            int i = order[place], next = -1;
-            if (key[i] < 0)
+        memset(taken, 0, (size_t)s->units * sizeof(int));
+        for (int turn = 0; turn < count; turn++) {
+            int i = order[turn], next = -1;
+            if (served[i] < 0)
                 continue;
-            int unit = key[i] * a->units / E;
-            if (taken[unit] < a->limit || (a->exempt && a->exempt[i / K])) {
+            int unit = served[i] * s->units / E;
+            if (taken[unit] < s->capacity || (s->exempt && s->exempt[i / K])) {
                 taken[unit]++;
                 continue;
             }
-            for (int e = E - 1; a->p && e >= 0; e--) {
+            for (int e = E - 1; s->p && e >= 0; e--) {
                 int has = 0;
                 for (int k = 0; k < K; k++)
                     has |= expert[i / K * K + k] == e;
-                if (!has && taken[e] < a->limit && (next < 0 || a->p[i / K * E + e] >= a->p[i / K * E + next]))
+                if (!has && taken[e] < s->capacity && (next < 0 || s->p[i / K * E + e] >= s->p[i / K * E + next]))
                     next = e;
             }
-            key[i] = next;
+            served[i] = next;
             expert[i] = next < 0 ? expert[i] : next;
             if (next < 0)
                 dropped++;
@@ -507,31 +540,59 @@ void test_capacity(void **state) {
     for (int round = 0; round < (is_slow() ? 60 : 600); round++) {
         int tokens = draw(&random, 1, 12), N = tokens * draw(&random, 1, 3), E = draw(&random, 1, 8),
             K = draw(&random, 1, E);
-        Capacity a = {tokens, E, draw(&random, BY_CHOICE, BY_TOKEN), draw(&random, 1, tokens), NULL, NULL, NULL};
+        int order = draw(&random, BY_CHOICE, BY_TOKEN), limit = draw(&random, 1, tokens);
         int grouped = draw(&random, 0, 1), spared = draw(&random, 0, 1),
-            next = !grouped && a.order != BY_SCORE && draw(&random, 0, 1);
-        real *p = take_scores(N, E, random);
-        a.weight = take_scores(N, K, random + 1);
-        a.units = grouped ? draw(&random, 1, E) : E;
-        a.p = next ? p : NULL;
-        a.exempt = spared ? (unsigned char *)take(N, 1) : NULL;
+            next = !grouped && order != BY_SCORE && draw(&random, 0, 1);
+        real *p = take_scores(N, E, random), *weight = take_scores(N, K, random + 1);
+        int units = grouped ? draw(&random, 1, E) : E;
+        unsigned char *exempt = spared ? (unsigned char *)take(N, 1) : NULL;
         for (int n = 0; spared && n < N; n++)
-            a.exempt[n] = !draw(&random, 0, 3);
-        Plan plan = take_plan(N, E, K);
-        int *expert = take_ints((size_t)N * K), *key = take_ints((size_t)N * K);
-        select_topk(plan.expert, p, N, E, K);
-        memcpy(plan.key, plan.expert, (size_t)N * K * sizeof(int));
+            exempt[n] = !draw(&random, 0, 3);
+        Route r = take_route(N, E, K);
+        int *expert = take_ints((size_t)N * K), *served = take_ints((size_t)N * K), *start = take_ints((size_t)N * K);
+        select_topk(r.expert, p, N, E, K);
         for (int i = 0; i < N * K; i++)
-            plan.key[i] = draw(&random, 0, 9) ? plan.key[i] : -1; // declined before
-        memcpy(expert, plan.expert, (size_t)N * K * sizeof(int));
-        memcpy(key, plan.key, (size_t)N * K * sizeof(int));
-        plan_capacity(&plan, tokens, (double)a.limit * a.units / (K * tokens), a.units, a.order, a.weight, a.exempt,
-                      a.p);
-        int dropped = naive_capacity(&a, N, E, K, expert, key);
-        assert_int_equal(plan.dropped, dropped);
-        assert_ints(plan.expert, expert, N * K);
-        assert_ints(plan.key, key, N * K);
-        seen[a.order][grouped][spared][next] += dropped > 0;
+            start[i] = draw(&random, 0, 9) ? r.expert[i] : -1; // declined before
+        memcpy(expert, r.expert, (size_t)N * K * sizeof(int));
+        memcpy(served, start, (size_t)N * K * sizeof(int));
+        memcpy(r.served, start, (size_t)N * K * sizeof(int));
+        Service s = {E, K, tokens, units, limit, order, r.served, r.expert, weight, next ? p : NULL, exempt};
+        int before = count_served(&r);
+        serve(&s, N);
+        int dropped = naive_capacity(&s, N, expert, served);
+        assert_int_equal(before - count_served(&r), dropped);
+        assert_ints(r.expert, expert, N * K);
+        assert_ints(r.served, served, N * K);
+        seen[order][grouped][spared][next] += dropped > 0;
+
+        // The same as a layer of a model, which knows the capacity as a factor. Who is exempt, it decides itself.
+        if (!spared) {
+            r.group = tokens;
+            r.weight = weight;
+            r.p = p;
+            Model m = bare_model(&r);
+            m.config.capacity_factor = (double)limit * units / (K * tokens);
+            m.config.capacity_unit = grouped ? EXPERT_GROUP : ONE_EXPERT;
+            m.config.groups = units;
+            m.config.topk = K;
+            m.config.drop_order = order;
+            m.config.overflow = next ? NEXT : SKIP;
+            select_topk(r.expert, p, N, E, K);
+            memcpy(r.served, start, (size_t)N * K * sizeof(int));
+            capacity_forward(&m, 0, NULL);
+            assert_int_equal(m.acts.layer[0].route.dropped, dropped);
+            assert_ints(r.expert, expert, N * K);
+            assert_ints(r.served, served, N * K);
+
+            // The lesson's own function does the simplest of these cases.
+            if (!grouped && !next && order != BY_SCORE) {
+                memcpy(r.served, start, (size_t)N * K * sizeof(int));
+                r.dropped = 0;
+                drop_overflow(&r, m.config.capacity_factor, K, order == BY_CHOICE);
+                assert_int_equal(r.dropped, dropped);
+                assert_ints(r.served, served, N * K);
+            }
+        }
         free_taken();
     }
     for (int order = 0; order < 3; order++) {
@@ -542,24 +603,26 @@ void test_capacity(void **state) {
 }
 
 // With the order BY_TOKEN a later token never decides whether an earlier one is dropped: if the text is cut short and the
-// capacity stays, the rest of the plan stays as well. With the other two orders it may change.
+// capacity stays, what is served of the rest stays as well. With the other two orders it may change.
 void test_capacity_is_causal(void **state) {
     (void)state;
     uint64_t random = 16;
     int differ[3] = {0, 0, 0};
     for (int round = 0; round < 300; round++) {
         int N = draw(&random, 2, 14), cut = draw(&random, 1, N - 1), E = draw(&random, 2, 6), K = draw(&random, 1, 2);
-        int order = round % 3, next = order != BY_SCORE && draw(&random, 0, 1), limit = draw(&random, 1, 4), key[2][28];
+        int order = round % 3, next = order != BY_SCORE && draw(&random, 0, 1), limit = draw(&random, 1, 4);
+        int served[2][28];
         real *p = take_scores(N, E, random), *weight = take_scores(N, K, random + 1);
         for (int i = 0; i < 2; i++) {
             int n = i ? cut : N;
-            Plan plan = take_plan(n, E, K);
-            select_topk(plan.expert, p, n, E, K);
-            memcpy(plan.key, plan.expert, (size_t)n * K * sizeof(int));
-            plan_capacity(&plan, n, (double)limit * E / (K * n), E, order, weight, NULL, next ? p : NULL);
-            memcpy(key[i], plan.key, (size_t)n * K * sizeof(int));
+            Route r = take_route(n, E, K);
+            select_topk(r.expert, p, n, E, K);
+            memcpy(r.served, r.expert, (size_t)n * K * sizeof(int));
+            Service s = {E, K, n, E, limit, order, r.served, r.expert, weight, next ? p : NULL, NULL};
+            serve(&s, n);
+            memcpy(served[i], r.served, (size_t)n * K * sizeof(int));
         }
-        differ[order] += memcmp(key[0], key[1], (size_t)cut * K * sizeof(int)) != 0;
+        differ[order] += memcmp(served[0], served[1], (size_t)cut * K * sizeof(int)) != 0;
         free_taken();
     }
     assert_int_equal(differ[BY_TOKEN], 0);
@@ -570,9 +633,23 @@ void test_capacity_is_causal(void **state) {
 // Balance losses by hand
 
 // Sum over tokens and experts of slope . p / N.
-double slope_form(const real *p, const double *slope, int N, int E) {
-    Gate g = {1, E, 1, 0, (real *)p, NULL, NULL, NULL};
-    return balance_forward(&g, slope, N, N, SOFTMAX);
+double slope_form(const real *p, const double *slope, int N, int E, int score) {
+    Route r = balance_route(p, slope, N, E, N);
+    return mean_of_slopes(&r, score);
+}
+
+// Runs a loss of dev/routers over N tokens, which are one group, with these counts and served choices, after options have
+// been set in m. Adds to slope (E).
+void add_loss(void (*forward)(Model *m, int l, const real *x), const Config *c, double *slope, double *count,
+              const int *served, int N, int E, int K) {
+    Route r = balance_route(NULL, slope, N, E, N);
+    r.K = K;
+    r.count = count;
+    r.served = (int *)served;
+    Model m = bare_model(&r);
+    m.config = *c;
+    forward(&m, 0, NULL);
+    arena_free(&m.scratch);
 }
 
 // Three tokens chose (0,1), (0,2), (1,0); the sums of their p are 1.4, 0.8, 0.8.
@@ -585,37 +662,85 @@ void test_balance_by_hand(void **state) {
                        (real)0.3, (real)0.3, (real)0.4, (real)0.3};
     const int choice[6] = {0, 1, 0, 2, 1, 0}, width[3] = {1, 2, 3};
     const double all[3] = {3, 2, 1}, firsts[3] = {2, 1, 0};
-    double count[6], slope[3][3] = {{0}};
-    count_choices(count, choice, 3, 3, 2, 2, 3, 1);
-    for (int e = 0; e < 3; e++)
+    double count[4], wide[3], slope[3][3] = {{0}};
+    Config c;
+    config_defaults(&c);
+    c.aux_weight = 1;
+    count_choices(count, choice, 3, 3, 2, 3);
+    for (int e = 0; e < 3; e++) {
         assert_true(count[e] == all[e]);
-    add_balance(slope[0], count, NULL, 3, 1);
-    add_balance(slope[2], count, width, 3, 1);
-    count_choices(count, choice, 3, 3, 2, 1, 3, 1);
+        wide[e] = count[e] * width[e];
+    }
+    add_balance(slope[0], count, 3, 1);
+    add_balance(slope[2], wide, 3, 1);
+    add_loss(gshard_loss_forward, &c, slope[1], count, choice, 3, 3, 2);
     for (int e = 0; e < 3; e++)
         assert_true(count[e] == firsts[e]);
-    add_balance(slope[1], count, NULL, 3, 1);
-    assert_near(slope_form(p, slope[0], 3, 3), 1.1, 1e-6);
-    assert_near(slope_form(p, slope[1], 3, 3), 1.2, 1e-6);
-    assert_near(slope_form(p, slope[2], 3, 3), 0.98, 1e-6);
-    // the same as two gates of a token, in rows by turns, of a group of one token and one of two: rows 0 | 1 of the
-    // first ...
-    const int rows[8] = {0, 1, -1, 2, 1, 1, 2, 0};
-    const double counted[12] = {1, 1, 0, 0, 0, 1, 0, 2, 0, 1, 0, 1}; // group 0: gate 0, gate 1; group 1: gate 0, gate 1
-    double apart[12];
-    count_choices(apart, rows, 4, 3, 2, 2, 2, 2);
-    for (int i = 0; i < 12; i++)
+    assert_near(slope_form(p, slope[0], 3, 3, SOFTMAX), 1.1, 1e-6);
+    assert_near(slope_form(p, slope[1], 3, 3, SOFTMAX), 1.2, 1e-6);
+    assert_near(slope_form(p, slope[2], 3, 3, SOFTMAX), 0.98, 1e-6);
+
+    // Two groups of two tokens; a choice that was not made counts nowhere.
+    const int some[8] = {0, 1, -1, 2, 1, 1, 2, 0};
+    const double counted[6] = {1, 1, 1, 1, 2, 1};
+    double apart[6];
+    count_choices(apart, some, 4, 3, 2, 2);
+    for (int i = 0; i < 6; i++)
         assert_true(apart[i] == counted[i]);
-    // balance by width: counts 6, 3, 2 are 6 each; whatever P is, the loss is then the sum of P
-    const double by_width[3] = {6, 3, 2};
-    double even[3] = {0};
-    add_balance(even, by_width, width, 3, 0.5);
-    assert_near(slope_form(p, even, 3, 3), 0.5, 1e-6);
+
     // sigmoid scores 0.8, 0.4, 0.4 are shares 1/2, 1/4, 1/4: with slopes 2, 1, 0 that is 1.25
-    real sigmoids[3] = {(real)0.8, (real)0.4, (real)0.4};
+    const real sigmoids[3] = {(real)0.8, (real)0.4, (real)0.4};
     const double slopes[3] = {2, 1, 0};
-    Gate g = {1, 3, 1, 0, sigmoids, NULL, NULL, NULL};
-    assert_near(balance_forward(&g, slopes, 1, 1, SIGMOID), 1.25, 1e-6);
+    assert_near(slope_form(sigmoids, slopes, 1, 3, SIGMOID), 1.25, 1e-6);
+}
+
+// Experts of width 1, 2, 2, 3. Three tokens chose (0,1), (0,3), (1,0), and the sums of their p are 1.2, 0.8, 0.5, 0.5. Counts
+// (3,2,0,1), by width (3,4,0,3) of 10: 4 * (0.3 * 1.2 + 0.4 * 0.8 + 0.3 * 0.5) / 3 = 3.32 / 3. Counts 6, 3, 3, 2 are 6 each;
+// whatever P is, the loss is then its weight times the sum of P, which is 1.
+void test_width_balance_by_hand(void **state) {
+    (void)state;
+    const real p[12] = {(real)0.4, (real)0.3, (real)0.2, (real)0.1, (real)0.5, (real)0.1,
+                        (real)0.2, (real)0.2, (real)0.3, (real)0.4, (real)0.1, (real)0.2};
+    const int choice[6] = {0, 1, 0, 3, 1, 0};
+    double count[4], even[4] = {6, 3, 3, 2}, slope[2][4] = {{0}};
+    Config c;
+    config_defaults(&c);
+    c.experts = 4;
+    c.mixed = 1;
+    c.ffn = 2;
+    c.balance = WIDTH;
+    c.aux_weight = 1;
+    count_choices(count, choice, 3, 4, 2, 3);
+    add_loss(mixed_forward, &c, slope[0], count, choice, 3, 4, 2);
+    assert_near(slope_form(p, slope[0], 3, 4, SOFTMAX), 3.32 / 3, 1e-6);
+    c.aux_weight = 0.5;
+    add_loss(mixed_forward, &c, slope[1], even, choice, 3, 4, 2);
+    assert_near(slope_form(p, slope[1], 3, 4, SOFTMAX), 0.5, 1e-6);
+}
+
+// Two routers with two choices each, and two tokens that are a group each: the counts of a router and of a group are its
+// own. Router 0 chose (0,1) of the first token and (1,1) of the second, router 1 (0,2) and (2,0). Slopes are 3/2 of counts.
+void test_multirouter_balance_by_hand(void **state) {
+    (void)state;
+    const int served[8] = {0, 1, 0, 2, 1, 1, 2, 0};
+    const double counted[12] = {1, 1, 0, 1, 0, 1, 0, 2, 0, 1, 0, 1}; // group 0: router 0, router 1; group 1: the same
+    const double firsts[12] = {1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1};
+    for (int balance = SWITCH; balance <= GSHARD; balance++) {
+        Config c = small_config("multirouter");
+        set_options(&c, "--experts 3 --routers 2 --topk 4 --seq 1 --group sequence --aux-weight 1");
+        c.balance = balance;
+        Model *m = model_allocate(&c, 2, 1, NULL);
+        Route *r = &m->acts.layer[0].route;
+        const double *slope = (const double *)*router_state(m, 0, &multirouter_router);
+        r->N = 2;
+        r->rows = 4;
+        r->group = 1;
+        memcpy(r->served, served, sizeof(served));
+        multirouter_loss_forward(m, 0, NULL);
+        for (int i = 0; i < 12; i++)
+            assert_near(slope[i], balance == SWITCH ? 1.5 * counted[i] : 3 * firsts[i], 1e-12);
+        model_free(m);
+    }
 }
 
 // Four experts in two groups, counts 2, 1, 1, 0: E*f is the same, its means 1.5 and 0.5; P' = 0.7 and 0.3: 1.2.
@@ -625,19 +750,24 @@ void test_device_balance_by_hand(void **state) {
     (void)state;
     const real four[4] = {(real)0.4, (real)0.3, (real)0.2, (real)0.1};
     const real seven[7] = {(real)0.2, (real)0.1, (real)0.1, (real)0.1, (real)0.2, (real)0.2, (real)0.1};
-    const double counts[4] = {2, 1, 1, 0},
-                 uneven[3][7] = {{2, 0, 1, 1, 0, 2, 1}, {7, 0, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0, 7}};
+    double counts[4] = {2, 1, 1, 0},
+           uneven[3][7] = {{2, 0, 1, 1, 0, 2, 1}, {7, 0, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0, 7}};
     const double wanted[3] = {1, 1.05, 0.7};
     const int group[7] = {0, 0, 1, 1, 2, 2, 3};
     double slope[4] = {0};
-    add_device_balance(slope, counts, 4, 2, 1);
-    assert_near(slope_form(four, slope, 1, 4), 1.2, 1e-6);
+    Config c;
+    config_defaults(&c);
+    c.device_weight = 1;
+    c.groups = 2;
+    add_loss(group_loss_forward, &c, slope, counts, NULL, 1, 4, 1);
+    assert_near(slope_form(four, slope, 1, 4, SOFTMAX), 1.2, 1e-6);
     for (int e = 0; e < 7; e++)
         assert_int_equal(group_of(e, 7, 4), group[e]);
+    c.groups = 4;
     for (int i = 0; i < 3; i++) {
         double s[7] = {0};
-        add_device_balance(s, uneven[i], 7, 4, 1);
-        assert_near(slope_form(seven, s, 1, 7), wanted[i], 1e-6);
+        add_loss(group_loss_forward, &c, s, uneven[i], NULL, 1, 7, 1);
+        assert_near(slope_form(seven, s, 1, 7, SOFTMAX), wanted[i], 1e-6);
     }
 }
 
@@ -648,13 +778,18 @@ void test_communication_by_hand(void **state) {
     (void)state;
     const real p[6] = {(real)0.1, (real)0.2, (real)0.3, (real)0.1, (real)0.2, (real)0.1};
     const int expert[2][6] = {{0, 1, 2, 5, 4, 0}, {0, 1, 2, 5, -1, 0}}, even[9] = {0, 1, 2, 2, 4, 3, 4, 5, 1};
+    Config c;
+    config_defaults(&c);
+    c.comm_weight = 1;
+    c.groups = 3;
+    c.group_topk = 2;
     for (int i = 0; i < 2; i++) {
         double slope[6] = {0};
-        add_communication_balance(slope, expert[i], 2, 6, 3, 3, 2, 1, 2, 0);
-        assert_near(slope_form(p, slope, 1, 6), 0.975, 1e-6);
+        add_loss(communication_forward, &c, slope, NULL, expert[i], 2, 6, 3);
+        assert_near(slope_form(p, slope, 1, 6, SOFTMAX), 0.975, 1e-6);
     }
     double slope[6] = {0};
-    add_communication_balance(slope, even, 3, 6, 3, 3, 2, 1, 3, 0);
+    add_loss(communication_forward, &c, slope, NULL, even, 3, 6, 3);
     for (int e = 0; e < 6; e++)
         assert_near(slope[e], 1, 1e-12);
 }
@@ -685,17 +820,12 @@ void test_smooth_load_by_hand(void **state) {
     (void)state;
     const real logits[6] = {2, 1, 0, 0, 0, 0}, noisy[3] = {(real)1.9, (real)1.2, (real)0.1};
     const double threshold[2][3] = {{1.2, 1.9, 1.9}, {0.1, 0.1, 1.2}}, size = log(2.0) + 0.01;
-    int expert[2] = {0, 1};
-    const unsigned char dead[1] = {0};
+    const int chosen[2] = {0, 1};
     for (int K = 1; K <= 2; K++) {
-        Gate g = {1, 3, K, 0, NULL, NULL, NULL, expert};
-        double load[3] = {0, 0, 0}, none[3] = {0, 0, 0};
-        smooth_load(load, NULL, NULL, NULL, &g, noisy, logits, 3, 0, 1, NULL);
-        smooth_load(none, NULL, NULL, NULL, &g, noisy, logits, 3, 0, 1, dead);
-        for (int e = 0; e < 3; e++) {
-            assert_near(load[e], 0.5 * erfc(-((double)logits[e] - threshold[K - 1][e]) / size / sqrt(2.0)), 1e-6);
-            assert_true(none[e] == 0);
-        }
+        double load[3] = {1, 1, 1}; // added to
+        smooth_load(load, chosen, noisy, logits, 3, K, 3);
+        for (int e = 0; e < 3; e++)
+            assert_near(load[e] - 1, 0.5 * erfc(-((double)logits[e] - threshold[K - 1][e]) / size / sqrt(2.0)), 1e-6);
     }
     assert_near(noise_size(0), 0.7031471805599453, 1e-12);
     assert_near(noise_size(-50), 0.01, 1e-12);
@@ -715,26 +845,33 @@ Model *hand_made(const char *recipe, const char *options, const double *a, const
     set_options(&c, options);
     Model *m = model_allocate(&c, 4, 1, NULL);
     for (int e = 0; e < c.experts; e++) {
-        m->weights.layer[0].router[2 * e] = (real)log(a[e]);
-        m->weights.layer[0].router[2 * e + 1] = (real)log(b[e]);
+        m->params.layer[0].router[2 * e] = (real)log(a[e]);
+        m->params.layer[0].router[2 * e + 1] = (real)log(b[e]);
     }
-    m->step = 1;
     return m;
 }
 
+// Sends N tokens x (N,C) in sequences of T through the experts of layer l, in training, and returns where they went.
+const Route *route_tokens(Model *m, int l, const real *x, int N, int T) {
+    real *out = take_reals((size_t)N * m->config.dim);
+    m->batch = make_batch(NULL, NULL, N / T, T, TRAIN_MODE, 1, 1, 0);
+    clear_statistics(m);
+    moe_forward(m, l, out, x, N, T);
+    return &m->acts.layer[l].route;
+}
+
 // Routes tokens of types such as "AABA"; `first` is the number of the first one in the step.
-LayerState *route(Model *m, const char *types, int mode, int first) {
-    real x[8];
+const Route *route(Model *m, const char *types, int mode, int first) {
+    real x[8], out[8] = {0};
     for (int n = 0; n < 4; n++) {
         x[2 * n] = types[n] == 'A';
         x[2 * n + 1] = types[n] == 'B';
     }
-    m->mode = mode;
-    m->first_token = (uint64_t)first;
+    m->batch = make_batch(NULL, NULL, 1, 4, mode, 1, 1, first);
     if (first == 0 && mode == TRAIN_MODE)
-        clear_router_stats(m);
-    router_forward(m, 0, &m->layers[0], x, 4, 2, 4);
-    return &m->layers[0];
+        clear_statistics(m);
+    moe_forward(m, 0, out, x, 4, 4);
+    return &m->acts.layer[0].route;
 }
 
 // Four experts; A has p = 1/2, 1/4, 1/8, 1/8: an entropy of (1/2 * 1 + 1/4 * 2 + 1/4 * 3) log 2 = 1.75 log 2; B 1/4
@@ -744,13 +881,13 @@ void test_router_stats_by_hand(void **state) {
     (void)state;
     const double a[4] = {0.5, 0.25, 0.125, 0.125}, b[4] = {0.25, 0.25, 0.25, 0.25};
     Model *m = hand_made("switch", "--experts 4 --capacity-factor 2 --aux-weight 1", a, b);
-    const int key[4] = {0, 0, -1, -1};
+    const int served[4] = {0, 0, -1, -1};
     for (int again = 0; again < 2; again++) {
-        LayerState *s = route(m, "AAAB", TRAIN_MODE, 0);
-        assert_ints(s->plan.key, key, 4);
-        assert_near(s->aux, 1.75, 1e-6);
-        assert_int_equal(s->plan.offset[4], 2);
-        RouterStats *stats = &m->stats[0];
+        const Route *r = route(m, "AAAB", TRAIN_MODE, 0);
+        assert_ints(r->served, served, 4);
+        assert_near(r->aux, 1.75, 1e-6);
+        assert_int_equal(r->offset[4], 2);
+        const Statistics *stats = &m->stats[0];
         for (int mode = EVAL_MODE; mode <= CHECK_MODE; mode++) {
             assert_near(stats->entropy, (3 * 1.75 + 2) * log(2.0), 1e-5);
             assert_true(stats->tokens == 4 && stats->active == 4 && stats->dropped == 2); // active: before the capacity
@@ -762,13 +899,13 @@ void test_router_stats_by_hand(void **state) {
     model_free(m);
     // sparse choice: A has 1/2 above 0.25, and no more; B nothing, but its best: 4 of 4 tokens * 4 experts are active
     m = hand_made("threshold", "--experts 4 --threshold 0.2 --max-active 3 --aux-weight 0 --sparsity-weight 1", a, b);
-    LayerState *s = route(m, "AABB", TRAIN_MODE, 0); // A: 0, 1; B: three of four
+    const Route *r = route(m, "AABB", TRAIN_MODE, 0); // A: 0, 1; B: three of four
     assert_true(m->stats[0].active == 10);
-    assert_near(s->aux, 10.0 / 16, 1e-12);
+    assert_near(r->aux, 10.0 / 16, 1e-12);
     m->config.threshold = 0.3;
-    s = route(m, "AABB", TRAIN_MODE, 0); // A: 0; B: the best, 0, though it is not above
+    r = route(m, "AABB", TRAIN_MODE, 0); // A: 0; B: the best, 0, though it is not above
     assert_true(m->stats[0].active == 4 && m->stats[0].count[0] == 4);
-    assert_near(s->aux, 4.0 / 16, 1e-12);
+    assert_near(r->aux, 4.0 / 16, 1e-12);
     model_free(m);
 }
 
@@ -805,7 +942,7 @@ void test_group_step(void **state) {
     m = model_allocate(&c, 16, 1, NULL);
     randomize_weights(m);
     for (int i = 0; i < 5; i++) { // counted once in each micro-step, by no backward pass, and anew with the first one
-        model_forward(m, inputs, targets, 2, 8, TRAIN_MODE, 1, 1, i % 3 * 16);
+        run_batch(m, inputs, targets, 2, 8, TRAIN_MODE, 1, 1, i % 3 * 16);
         model_backward(m);
         double share[4], total = 0;
         expert_load(&m->stats[1], 4, share);
@@ -824,19 +961,16 @@ void test_unbiased_balance(void **state) {
     set_options(&c, "--aux-weight 1 --groups 4 --group-topk 2 --topk 2");
     Model *m = model_allocate(&c, 16, 1, NULL);
     real *x = take_normal(16 * 16, 3);
-    LayerState *s = &m->layers[1];
-    m->step = 1;
-    m->mode = TRAIN_MODE;
+    const Route *r = NULL;
     double aux[2];
     for (int i = 0; i < 2; i++) {
         randomize_weights(m);
         for (int e = 0; e < 8; e++) // all scores with bias negative; then the last two win
-            m->weights.layer[1].bias[e] = (real)(i && e < 6 ? -9 : -2);
-        router_forward(m, 1, s, x, 16, 16, 8);
-        aux[i] = s->aux;
+            m->params.layer[1].bias[e] = (real)(i && e < 6 ? -9 : -2);
+        r = route_tokens(m, 1, x, 16, 8);
+        aux[i] = r->aux;
         for (int n = 0; n < 16 && i; n++)
-            assert_true(s->plan.expert[2 * n] + s->plan.expert[2 * n + 1] == 13 &&
-                        s->plan.expert[2 * n] != s->plan.expert[2 * n + 1]);
+            assert_true(r->expert[2 * n] + r->expert[2 * n + 1] == 13 && r->expert[2 * n] != r->expert[2 * n + 1]);
     }
     assert_true(aux[0] == aux[1]);
     double wanted = 0;
@@ -846,8 +980,8 @@ void test_unbiased_balance(void **state) {
             double score[8], sum = 0;
             int best[2];
             for (int e = 0; e < 8; e++)
-                sum += score[e] = 1 / (1 + exp(-inner(x + n * 16, m->weights.layer[1].router + e * 16, 16)));
-            select_topk(best, s->gate.p + n * 8, 1, 8, 2);
+                sum += score[e] = 1 / (1 + exp(-inner(x + n * 16, m->params.layer[1].router + e * 16, 16)));
+            select_topk(best, r->p + n * 8, 1, 8, 2);
             for (int e = 0; e < 8; e++) {
                 P[e] += score[e] / sum / 8;
                 f[e] += (e == best[0] || e == best[1]) / 16.0;
@@ -869,20 +1003,18 @@ void test_balance_of_full_softmax(void **state) {
     Model *m = model_allocate(&c, 16, 1, NULL);
     randomize_weights(m);
     real *x = take_normal(16 * 16, 3);
-    m->step = 1;
-    m->mode = TRAIN_MODE;
-    router_forward(m, 1, &m->layers[1], x, 16, 16, 8);
+    const Route *r = route_tokens(m, 1, x, 16, 8);
     double wanted = 0;
     for (int n = 0; n < 16; n++) {
         double f[8] = {0}, e[8], total = 0;
         for (int i = n / 8 * 24; i < n / 8 * 24 + 24; i++)
-            f[m->layers[1].plan.expert[i]] += 1 / 24.0;
+            f[r->expert[i]] += 1 / 24.0;
         for (int i = 0; i < 8; i++)
-            total += e[i] = exp(inner(x + n * 16, m->weights.layer[1].router + i * 16, 16));
+            total += e[i] = exp(inner(x + n * 16, m->params.layer[1].router + i * 16, 16));
         for (int i = 0; i < 8; i++)
             wanted += 8 * f[i] * e[i] / total / 16;
     }
-    assert_near(m->layers[1].aux, wanted, 1e-5);
+    assert_near(r->aux, wanted, 1e-5);
     model_free(m);
     free_taken();
 }
@@ -900,8 +1032,8 @@ void test_bias_update(void **state) {
     set_options(&c, "--experts 4 --topk 2 --bias-rate 0.25 --weight-decay 0.5");
     Model *m = model_allocate(&c, 16, 1, NULL);
     randomize_weights(m);
-    real *bias = m->weights.layer[1].bias;
-    assert_null(m->weights.layer[0].bias); // a dense layer
+    real *bias = m->params.layer[1].bias;
+    assert_null(m->params.layer[0].bias); // a dense layer
     fill(bias, 4, 3);
     for (int step = 0; step < 3; step++) {
         memcpy(m->stats[1].count, counts[step], sizeof(counts[step]));
@@ -925,18 +1057,21 @@ void test_level_update(void **state) {
     const real p[8] = {(real)0.9, (real)0.1, (real)0.5, (real)0.5, (real)0.5, (real)0.5, (real)0.1, (real)0.9};
     const int wanted[8] = {0, -1, 0, 1, -1, -1, 1, -1};
     int expert[8];
-    real *level = m->weights.layer[0].level;
+    real *level = layer_tensor(m, 0, "level", WEIGHTS);
+    Lowest *low = (Lowest *)*router_state(m, 0, &expert_choice_router);
     level[0] = level[1] = (real)0.25;
-    select_by_experts(expert, m->stats[0].lowest, p, 4, 2, 2);
+    low->take = 2;
+    select_by_experts(expert, p, 4, 2, low);
     assert_ints(expert, wanted, 8);
-    assert_near(m->stats[0].lowest[0], 0.5, 1e-6);
-    m->stats[0].lowest[1] = 1.2; // three passes
-    m->stats[0].lowest[0] = 1.5;
-    m->stats[0].passes = 3;
+    assert_near(low->sum[0], 0.5, 1e-6);
+    assert_true(*low->passes == 1);
+    low->sum[1] = 1.2; // three passes
+    low->sum[0] = 1.5;
+    *low->passes = 3;
     model_update(m, 1, 0, 0);
     assert_near((double)level[0], 0.275, 1e-6);
     assert_near((double)level[1], 0.265, 1e-6);
-    m->stats[0].passes = 0; // no pass, no change
+    *low->passes = 0; // no pass, no change
     model_update(m, 2, 0, 0);
     assert_near((double)level[0], 0.275, 1e-6);
     // a step of two sequences has two passes; the level lets evaluation choose
@@ -945,13 +1080,13 @@ void test_level_update(void **state) {
     int inputs[16], targets[16];
     random_tokens(inputs, 16, c.vocab, 1);
     random_tokens(targets, 16, c.vocab, 2);
-    model_forward(m, inputs, targets, 2, 8, TRAIN_MODE, 1, 1, 0);
-    assert_true(m->stats[0].passes == 2 && m->stats[0].count[0] == 8 && m->stats[0].count[1] == 8);
-    m->weights.layer[0].level[0] = 2;  // nobody
-    m->weights.layer[0].level[1] = -1; // everybody
-    model_forward(m, inputs, targets, 2, 8, EVAL_MODE, 1, 0, 0);
+    run_batch(m, inputs, targets, 2, 8, TRAIN_MODE, 1, 1, 0);
+    assert_true(*low->passes == 2 && m->stats[0].count[0] == 8 && m->stats[0].count[1] == 8);
+    level[0] = 2;  // nobody
+    level[1] = -1; // everybody
+    run_batch(m, inputs, targets, 2, 8, EVAL_MODE, 1, 0, 0);
     for (int n = 0; n < 16; n++)
-        assert_true(m->layers[0].plan.key[2 * n] == 1 && m->layers[0].plan.key[2 * n + 1] == -1);
+        assert_true(m->acts.layer[0].route.served[2 * n] == 1 && m->acts.layer[0].route.served[2 * n + 1] == -1);
     model_free(m);
 }
 
@@ -963,34 +1098,33 @@ void test_history_update(void **state) {
     set_options(&c, "--history-decay 0.9 --weight-decay 0 --clip 0");
     Model *m = model_allocate(&c, 16, 1, NULL);
     model_init(m, NULL);
-    LayerWeights *w = &m->weights.layer[1];
-    assert_memory_equal(w->slow, w->router, 4 * 16 * sizeof(real));
-    fill(w->router, 4 * 16, 1);
-    fill(w->slow, 4 * 16, 1);
+    real *router = m->params.layer[1].router, *slow = layer_tensor(m, 1, "slow", WEIGHTS);
+    assert_memory_equal(slow, router, 4 * 16 * sizeof(real));
+    fill(router, 4 * 16, 1);
+    fill(slow, 4 * 16, 1);
     const double wanted[2] = {0.95, 0.95 - 0.095};
     for (int step = 1; step <= 2; step++) {
         fill(m->memory[GRADS], m->size, 1);
         model_update(m, step, 0.5, 1);
         for (int i = 0; i < 4 * 16; i++) {
-            assert_near((double)w->router[i], 1 - 0.5 * step, 1e-6);
-            assert_near((double)w->slow[i], wanted[step - 1], 1e-6);
+            assert_near((double)router[i], 1 - 0.5 * step, 1e-6);
+            assert_near((double)slow[i], wanted[step - 1], 1e-6);
         }
     }
     // chosen by the average, weighed by the router of now: the other sign reverses the choice, not the scores
     for (int i = 0; i < 4 * 16; i++) {
-        w->router[i] = (real)random_normal(1, i);
-        w->slow[i] = -w->router[i];
+        router[i] = (real)random_normal(1, i);
+        slow[i] = -router[i];
     }
     real *x = take_normal(16 * 16, 3);
-    m->mode = TRAIN_MODE;
-    router_forward(m, 1, &m->layers[1], x, 16, 16, 8);
+    const Route *r = route_tokens(m, 1, x, 16, 8);
     for (int n = 0; n < 16; n++) {
         int best[4];
-        const real *p = m->layers[1].gate.p + n * 4;
+        const real *p = r->p + n * 4;
         select_topk(best, p, 1, 4, 4);
-        assert_int_equal(m->layers[1].plan.expert[2 * n], best[3]);
-        assert_int_equal(m->layers[1].plan.expert[2 * n + 1], best[2]);
-        assert_near((double)m->layers[1].weight[2 * n], (double)(p[best[3]] / (p[best[2]] + p[best[3]])), 1e-5);
+        assert_int_equal(r->expert[2 * n], best[3]);
+        assert_int_equal(r->expert[2 * n + 1], best[2]);
+        assert_near((double)r->weight[2 * n], (double)(p[best[3]] / (p[best[2]] + p[best[3]])), 1e-5);
     }
     model_free(m);
     free_taken();
@@ -1021,8 +1155,8 @@ void test_idle_and_recent(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_select_topk),
-        cmocka_unit_test(test_plan),
-        cmocka_unit_test(test_plan_by_hand),
+        cmocka_unit_test(test_route),
+        cmocka_unit_test(test_route_by_hand),
         cmocka_unit_test(test_capacity_of_groups),
         cmocka_unit_test(test_evaluation_drops_nothing),
         cmocka_unit_test(test_balance),
@@ -1037,6 +1171,8 @@ int main(void) {
         cmocka_unit_test(test_capacity),
         cmocka_unit_test(test_capacity_is_causal),
         cmocka_unit_test(test_balance_by_hand),
+        cmocka_unit_test(test_width_balance_by_hand),
+        cmocka_unit_test(test_multirouter_balance_by_hand),
         cmocka_unit_test(test_device_balance_by_hand),
         cmocka_unit_test(test_communication_by_hand),
         cmocka_unit_test(test_cv_squared_by_hand),

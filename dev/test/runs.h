@@ -1,12 +1,12 @@
 // Tiny runs of ./train_moe (or of the program that TRAIN_MOE names): their data, their command line, their log and their
-// checkpoints. Include it after the trainer.
+// checkpoints. Gives: run_tiny, logged, assert_log, ... Needs: dev/test/model.h, shell.h, tokens.h.
 
 #pragma once
 #include "dev/test/model.h"
 #include "dev/test/shell.h"
 #include "dev/test/tokens.h"
 
-// Writes random tokens, some of them <|endoftext|>, to scratch(name), in the format of llm.c.
+// Writes random tokens, some of them <|endoftext|>, to scratch_file(name), in the format of llm.c.
 void put_tokens(const char *name, int count, int vocab, uint64_t seed) {
     int32_t header[256] = {TOKENS_MAGIC, 1, count};
     char *bytes = (char *)allocate(1024 + 2 * (size_t)count, 1);
@@ -20,11 +20,11 @@ void put_tokens(const char *name, int count, int vocab, uint64_t seed) {
     free(bytes);
 }
 
-void make_data(void) { // scratch("data"), once
+void make_data(void) { // scratch_file("data"), once
     static int done = 0;
     if (done++)
         return;
-    assert_int_equal(mkdir(scratch("data"), 0777), 0);
+    assert_int_equal(mkdir(scratch_file("data"), 0777), 0);
     put_tokens("data/train_0.bin", 3000, 265, 1);
     put_tokens("data/train_1.bin", 777, 265, 2);
     put_tokens("data/val_0.bin", 30000, 265, 3);
@@ -44,7 +44,7 @@ void need_program(void) {
     setenv("OMP_WAIT_POLICY", "passive", 1); // the machine may have other things to do
 }
 
-// The command line of a tiny run in the folder scratch(out), followed by more options. If these begin with --prompt, the sizes
+// The command line of a tiny run in the folder scratch_file(out), followed by more options. If these begin with --prompt, the sizes
 // are left out, since they come from the checkpoint.
 const char *command_line(const char *out, const char *more) {
     static char line[2048];
@@ -52,7 +52,7 @@ const char *command_line(const char *out, const char *more) {
     char name[64] = "";
     if (!strncmp(more, "--prompt", 8)) {
         snprintf(line, sizeof(line), "%s --out %s --tokens 8 --threads 1 %s", program ? program : "./train_moe",
-                 scratch(out), more);
+                 scratch_file(out), more);
         return line;
     }
     if (recipe)
@@ -61,7 +61,7 @@ const char *command_line(const char *out, const char *more) {
         line, sizeof(line),
         "%s --data %s --out %s --layers 2 --dim 32 --heads 2 --ffn 32 --experts 4 --seq 32 --batch 2 --eval-batches 1 "
         "--tokens 8 --threads 1 --log-every 1 --warmup 2 --steps 12 --save-every 6 %s %s",
-        program ? program : "./train_moe", scratch("data"), scratch(out), small_sizes(name), more);
+        program ? program : "./train_moe", scratch_file("data"), scratch_file(out), small_sizes(name), more);
     return line;
 }
 
@@ -84,7 +84,7 @@ double logged(const char *out, const char *type, int step, const char *name) {
     size_t size;
     double found = NAN;
     snprintf(file, sizeof(file), "%s/log.jsonl", out);
-    char *text = read_file(scratch(file), &size);
+    char *text = read_file(scratch_file(file), &size);
     for (char *line = text; line < text + size;) {
         Json *json = next_line(&line, text + size);
         const Json *at = json_get(json, "step"), *value = json_get(json, name);
@@ -113,9 +113,9 @@ void assert_log(const char *out, int last, int routers) {
     int step = 0, router = 0;
     char message[1024];
     snprintf(file, sizeof(file), "%s/log.jsonl", out);
-    if (dies(parse_log, (void *)scratch(file), message, sizeof(message)) != 0)
+    if (dies(parse_log, (void *)scratch_file(file), message, sizeof(message)) != 0)
         fail_msg("%s: %s", file, message);
-    char *text = read_file(scratch(file), &size);
+    char *text = read_file(scratch_file(file), &size);
     for (char *line = text; line < text + size;) {
         Json *json = next_line(&line, text + size);
         const char *type = json->child->text;
@@ -143,7 +143,7 @@ void assert_log(const char *out, int last, int routers) {
 void assert_latest(const char *out, const char *name) {
     char link[256], path[300];
     snprintf(path, sizeof(path), "%s/latest", out);
-    ssize_t n = readlink(scratch(path), link, sizeof(link) - 1);
+    ssize_t n = readlink(scratch_file(path), link, sizeof(link) - 1);
     assert_true(n > 0);
     link[n] = 0;
     assert_string_equal(link, name);

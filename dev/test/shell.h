@@ -1,4 +1,5 @@
-// Running programs through the shell and looking at what they say. It needs read_file of the program.
+// Running programs through the shell and looking at what they say.
+// Gives: shell, said, expect, check_leaks, assert_same_file. Needs: dev/test/common.h.
 
 #pragma once
 #include "dev/test/common.h"

@@ -1,4 +1,5 @@
-// Finite differences: the test that a gradient is one. Include it after the trainer.
+// Finite differences: the test that a gradient is one.
+// Gives: check_slopes. Needs: dev/test/model.h.
 
 #pragma once
 #include "dev/test/model.h"

@@ -1,7 +1,7 @@
 // data/tokenize, the program (or the one that TOKENIZE names): the merges it learns, the token files it writes, and what it
 // says of bad input.
 
-#include "dev/test/trainer.h"
+#include "data/tokenizer.h"
 #include "dev/test/shell.h"
 #include "dev/test/tokens.h"
 
@@ -53,7 +53,7 @@ uint16_t *read_shard(const char *path, size_t *count) { // to be freed; checks t
 const char *write_documents(const char *name, int documents, uint64_t seed) {
     static const char *const parts[] = {"sto", "ry",        "ba",  "na", "the",
                                         "ing", "e\xcc\x81", "cat", "12", "\xe4\xb8\xad"};
-    const char *path = scratch(name);
+    const char *path = scratch_file(name);
     FILE *file = fopen(path, "wb");
     for (int d = 0; d < documents; d++) {
         for (int w = 0; w < 40; w++) {
@@ -74,8 +74,8 @@ void test_tokenize_trains_by_definition(void **state) {
     const char *text_path = write_documents("text.txt", 60, 1), *valid = write_documents("valid.txt", 5, 2);
     enum { VOCAB = 330 };
     assert_int_equal(
-        shell(output, sizeof(output), "$TOKENIZE --vocab %d %s %s --out %s", VOCAB, text_path, valid, scratch("d")), 0);
-    Tokenizer *t = tokenizer_load(scratch("d/tokenizer.json"));
+        shell(output, sizeof(output), "$TOKENIZE --vocab %d %s %s --out %s", VOCAB, text_path, valid, scratch_file("d")), 0);
+    Tokenizer *t = tokenizer_load(scratch_file("d/tokenizer.json"));
     assert_int_equal(t->vocab, VOCAB);
 
     // All words in a row, -1 between them; one merge after the other, each after counting all pairs anew.
@@ -161,34 +161,34 @@ void test_tokenize_shards(void **state) {
     const char *valid = put_text("a-valid.txt", "hello<|endoftext|>");
     const char *json = small_tokenizer("t.json", NULL, NULL);
     assert_int_equal(
-        shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s %s --out %s", json, train, valid, scratch("e")), 0);
+        shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s %s --out %s", json, train, valid, scratch_file("e")), 0);
     assert_non_null(strstr(output, "3 documents"));
     assert_non_null(strstr(output, "1 empty"));
     size_t n;
-    uint16_t *ids = read_shard(scratch("e/train_000000.bin"), &n);
+    uint16_t *ids = read_shard(scratch_file("e/train_000000.bin"), &n);
     const uint16_t expected[] = {0, 260, 262, 0, 264, 0, 260};
     assert_int_equal(n, 7);
     assert_memory_equal(ids, expected, sizeof(expected));
     free(ids);
-    ids = read_shard(scratch("e/val_000000.bin"), &n);
+    ids = read_shard(scratch_file("e/val_000000.bin"), &n);
     assert_int_equal(n, 2);
     free(ids);
-    assert_same_file(json, scratch("e/tokenizer.json"));
+    assert_same_file(json, scratch_file("e/tokenizer.json"));
 }
 
 void test_tokenize_split(void **state) { // without a validation file the last hundredth of the documents
     (void)state;
     char output[4096];
     const char *text = write_documents("many.txt", 300, 3), *json = small_tokenizer("t.json", NULL, NULL);
-    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, text, scratch("f")),
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, text, scratch_file("f")),
                      0);
     assert_non_null(strstr(output, "last 3 of 300 documents"));
     size_t n, train = 0, val = 0;
-    uint16_t *ids = read_shard(scratch("f/train_000000.bin"), &n);
+    uint16_t *ids = read_shard(scratch_file("f/train_000000.bin"), &n);
     for (size_t i = 0; i < n; i++)
         train += ids[i] == 0;
     free(ids);
-    ids = read_shard(scratch("f/val_000000.bin"), &n);
+    ids = read_shard(scratch_file("f/val_000000.bin"), &n);
     for (size_t i = 0; i < n; i++)
         val += ids[i] == 0;
     free(ids);
@@ -203,13 +203,13 @@ void test_tokenize_threads(void **state) {
                *names[] = {"tokenizer.json", "train_000000.bin", "val_000000.bin"};
     for (int threads = 1; threads <= 2; threads++)
         assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --vocab 400 --threads %d %s --out %s%d", threads,
-                               text, scratch("threads"), threads),
+                               text, scratch_file("threads"), threads),
                          0);
     for (int i = 0; i < 3; i++) {
         char a[64], b[64];
         snprintf(a, sizeof(a), "threads1/%s", names[i]);
         snprintf(b, sizeof(b), "threads2/%s", names[i]);
-        assert_same_file(scratch(a), scratch(b));
+        assert_same_file(scratch_file(a), scratch_file(b));
     }
 }
 
@@ -223,10 +223,10 @@ void test_tokenize_long_document(void **state) { // longer than the blocks of 8 
     memcpy(text + size, "<|endoftext|> hello<|endoftext|>aaaa", 37);
     const char *path = put_file("long.txt", text, size + 36), *json = small_tokenizer("t.json", NULL, NULL);
     free(text);
-    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, path, scratch("g")),
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, path, scratch_file("g")),
                      0);
     size_t n;
-    uint16_t *ids = read_shard(scratch("g/train_000000.bin"), &n);
+    uint16_t *ids = read_shard(scratch_file("g/train_000000.bin"), &n);
     assert_int_equal(n, 1 + size / 6 + 2);
     assert_true(ids[0] == 0 && ids[1] == 260 && ids[2] == 262 && ids[n - 3] == 262 && ids[n - 2] == 0 &&
                 ids[n - 1] == 260);
@@ -246,11 +246,11 @@ void test_tokenize_clean(void **state) {
     const char *path = put_file("dirty.txt", text, sizeof(text) - 1), *valid = put_text("dirty-valid.txt", "One.");
     const char *json = small_tokenizer("t.json", NULL, NULL);
     assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --clean --tokenizer %s %s %s --out %s", json, path, valid,
-                           scratch("h")),
+                           scratch_file("h")),
                      0);
     Tokenizer *t = tokenizer_load(json);
     size_t n, used = 0;
-    uint16_t *ids = read_shard(scratch("h/train_000000.bin"), &n);
+    uint16_t *ids = read_shard(scratch_file("h/train_000000.bin"), &n);
     char got[1024];
     for (size_t i = 0; i < n; i++) {
         int length;
@@ -288,15 +288,15 @@ void test_tokenize_old_shards(void **state) { // those of a former run go; other
     const char *text = write_documents("many.txt", 10, 5), *json = small_tokenizer("t.json", NULL, NULL);
     for (int round = 0; round < 2; round++) {
         assert_int_equal(
-            shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, text, scratch("old")), 0);
+            shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, text, scratch_file("old")), 0);
         if (round == 0)
             assert_int_equal(shell(output, sizeof(output),
                                    "cd %s && touch train_000007.bin val_000001.bin my_train.bin notes.txt train_1.txt",
-                                   scratch("old")),
+                                   scratch_file("old")),
                              0);
     }
     assert_non_null(strstr(output, "my_train.bin"));
-    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch("old")), 0);
+    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch_file("old")), 0);
     assert_string_equal(output,
                         "my_train.bin\nnotes.txt\ntokenizer.json\ntrain_000000.bin\ntrain_1.txt\nval_000000.bin\n");
 }
@@ -330,10 +330,10 @@ void assert_refused(const char *message, const char *prefix, const char *argumen
     assert_non_null(getcwd(here, sizeof(here)));
     int status =
         shell(output, sizeof(output), "cd %s && mkdir -p out && rm -f out/* && %s %s/data/tokenize %s --out out",
-              scratch(""), prefix, here, arguments);
+              scratch_file(""), prefix, here, arguments);
     if (status != 1 || !strstr(output, message))
         fail_msg("%s: exit %d, expected \"%s\", got \"%s\"", arguments, status, message, output);
-    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch("out")), 0);
+    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch_file("out")), 0);
     assert_string_equal(output, "");
 }
 
@@ -397,7 +397,7 @@ void test_tokenize_large_tokenizer(void **state) { // 65537 tokens do not fit 16
     put_text("one.txt", "hello");
     assert_refused("65537 tokens", "", "--tokenizer large.json one.txt");
     assert_int_equal(
-        shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids %s", scratch("large.json"), scratch("one.txt")),
+        shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids %s", scratch_file("large.json"), scratch_file("one.txt")),
         0);
     assert_string_equal(output, "260\n");
 }
@@ -409,7 +409,7 @@ void test_tokenize_no_room(void **state) { // a limit on file sizes stands for a
     char output[256];
     if (access("/dev/full", W_OK) == 0)
         assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids %s > /dev/full",
-                               small_tokenizer("t.json", NULL, NULL), scratch("many.txt")),
+                               small_tokenizer("t.json", NULL, NULL), scratch_file("many.txt")),
                          1);
 }
 
@@ -418,13 +418,13 @@ void test_tokenize_no_permission(void **state) {
     char output[1024];
     write_documents("many.txt", 10, 7);
     put_text("file", "x");
-    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE %s --out %s/inner", scratch("many.txt"), scratch("file")),
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE %s --out %s/inner", scratch_file("many.txt"), scratch_file("file")),
                      1);
     assert_non_null(strstr(output, "file"));
     if (geteuid() == 0) // root may write anywhere
         return;
-    shell(output, sizeof(output), "mkdir %s && chmod 555 %s", scratch("locked"), scratch("locked"));
-    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE %s --out %s", scratch("many.txt"), scratch("locked")), 1);
+    shell(output, sizeof(output), "mkdir %s && chmod 555 %s", scratch_file("locked"), scratch_file("locked"));
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE %s --out %s", scratch_file("many.txt"), scratch_file("locked")), 1);
     assert_non_null(strstr(output, "Permission denied"));
 }
 

@@ -1,6 +1,6 @@
 // The tokenizer: reading tokenizer.json, cutting texts into words, merging, and back again.
 
-#include "dev/test/trainer.h"
+#include "data/tokenizer.h"
 #include "dev/test/tokens.h"
 
 void assert_ids(Tokenizer *t, const char *text, const char *expected) { // expected: ids, a space behind each
@@ -115,7 +115,7 @@ void test_tokenizer_bad(void **state) {
     }
     const char *path = put_text("bad.json", "");
     assert_int_equal(dies(load_case, (void *)path, message, sizeof(message)), 1);
-    assert_int_equal(dies(load_case, (void *)scratch("absent.json"), message, sizeof(message)), 1);
+    assert_int_equal(dies(load_case, (void *)scratch_file("absent.json"), message, sizeof(message)), 1);
     assert_non_null(strstr(message, "absent.json"));
 }
 

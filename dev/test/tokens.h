@@ -1,6 +1,7 @@
-// A small tokenizer.json for tests. It needs data/json.h and data/tokenizer.h, or what includes them.
+// A small tokenizer.json for tests. Gives: small_tokenizer. Needs: data/tokenizer.h.
 
 #pragma once
+#include "data/tokenizer.h"
 #include "dev/test/common.h"
 
 // Writes a tokenizer.json with <|endoftext|>, the 256 bytes and a few merges. The text `from` in it is replaced by `to`.

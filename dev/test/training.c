@@ -14,29 +14,67 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory that nobody wrote, and recomputing
 
+// Fills an array, which is an allocation of its own, with NaN, be it of floats or of doubles. NULL: nothing.
+void poison_array(void *p) {
+    if (p)
+        memset(p, 0xff, malloc_usable_size(p));
+}
+
+// The memory of the routers of dev/routers in layer l.
+void poison_router(Model *m, int l, const Router *r) {
+    void *state = *router_state(m, l, r);
+    if (r == &jitter_router || r == &importance_loss || r == &multirouter_router) {
+        poison_array(state);
+    } else if (r == &noisy_router) {
+        Noisy *s = (Noisy *)state;
+        poison_array(s->logits);
+        poison_array(s->load_slope);
+    } else if (r == &hierarchical_router) {
+        Hierarchical *s = (Hierarchical *)state;
+        Level *const levels[] = {&s->groups, &s->experts};
+        for (int i = 0; i < 2; i++) {
+            poison_array(levels[i]->p);
+            poison_array(levels[i]->weight);
+            memset(levels[i]->chosen, 111, malloc_usable_size(levels[i]->chosen));
+        }
+        poison_array(s->noisy);
+        poison_array(s->load_slope);
+    } else if (r == &recurrent_router) {
+        Recurrent *s = (Recurrent *)state;
+        poison_array(s->projected);
+        poison_array(s->keep);
+        poison_array(s->state);
+        poison_array(s->dstate);
+    } else if (r == &subtokens_router) {
+        Subtokens *s = (Subtokens *)state;
+        poison_array(s->parts);
+        poison_array(s->answers);
+        poison_array(s->dparts);
+        poison_array(s->danswers);
+    }
+}
+
 void poison(Model *m) {
     const Config *c = &m->config;
-    int E = c->experts, W = router_width(c);
-    size_t N = m->max_tokens, n = N * c->subtokens, nK = n * places(c);
+    Acts *acts = &m->acts;
     for (int l = 0; l < c->layers; l++) {
-        LayerState *s = &m->layers[l];
-        real *first = s->h1;
-        fill(first, place_activations(m, l, (int)N, first), (real)NAN);
+        LayerActs *a = &acts->layer[l];
+        Route *r = &a->route;
+        poison_array(a->x);
+        fill(a->h1, lay_activations(m, l, m->max_tokens, a->h1), (real)NAN); // and all that lies behind it
         if (!is_moe(c, l))
             continue;
-        fill(s->logits, n * W * (1 + c->noise), (real)NAN);
-        fill(s->gate.p, n * s->gate.per * s->gate.E, (real)NAN);
-        fill(s->gate.weight, n * s->gate.per * s->gate.K, (real)NAN);
-        fill(s->weight, nK, (real)NAN);
-        memset(s->plan.key, 111, nK * 4 * sizeof(int)); // and slot, choice, token
-        for (size_t i = 0; i < n * E; i++)
-            s->weight_slope[i] = s->slope[i] = NAN;
+        void *const arrays[] = {r->logits, r->p, r->lse, r->weight, r->count, r->slope};
+        for (int i = 0; i < COUNT(arrays); i++)
+            poison_array(arrays[i]);
+        memset(r->expert, 111, (size_t)m->max_tokens * c->subtokens * r->K * 5 * sizeof(int)); // to token
+        for (int i = 0; m->parts[i]; i++)
+            poison_router(m, l, m->parts[i]);
     }
-    real *const scratch[] = {m->rows,    m->act,  m->dhidden, m->choice_score, m->gru_room,  m->dlogits,
-                             m->dnoisy,  m->dp,   m->dgroups, m->dweight,      m->dgate,     m->dgroup_weight,
-                             m->drouter, m->dsub, m->dmerged, m->dstate,       m->dprojected};
-    for (size_t i = 0; i < sizeof(scratch) / sizeof(scratch[0]); i++)
-        fill(scratch[i], malloc_usable_size(scratch[i]) / sizeof(real), (real)NAN);
+    void *const arrays[] = {acts->x, acts->h, acts->rstd, acts->nll, acts->dh, m->dx};
+    for (int i = 0; i < COUNT(arrays); i++)
+        poison_array(arrays[i]);
+    prepare_scratch(m, 0);
 }
 
 // --recompute changes no bit of any gradient, in any recipe.
@@ -56,12 +94,12 @@ void test_recompute(void **state) {
             for (int step = 1; step <= 2; step++) {
                 if (step == 2)
                     poison(m[again]);
-                model_forward(m[again], inputs, targets, 2, 8, TRAIN_MODE, 1, step, 0);
+                run_batch(m[again], inputs, targets, 2, 8, TRAIN_MODE, 1, step, 0);
                 model_backward(m[again]);
             }
         }
         assert_memory_equal(m[0]->memory[GRADS], m[1]->memory[GRADS], m[0]->size * sizeof(real));
-        if (m[1]->layers[0].h1 != m[1]->layers[1].h1 || m[1]->bytes[FOR_ACTIVATIONS] >= m[0]->bytes[FOR_ACTIVATIONS])
+        if (m[1]->acts.layer[0].h1 != m[1]->acts.layer[1].h1 || m[1]->bytes[FOR_ACTIVATIONS] >= m[0]->bytes[FOR_ACTIVATIONS])
             fail_msg("%s: --recompute saves nothing", recipes[i].name);
         model_free(m[0]);
         model_free(m[1]);
@@ -87,8 +125,8 @@ void test_poison(void **state) {
             fill(m->memory[GRADS], m->size, 0);
             if (bad)
                 poison(m);
-            loss[bad] = model_forward(m, inputs, targets, 2, 8, mode, 1, 1, 0);
-            aux[bad] = model_aux(m);
+            loss[bad] = run_batch(m, inputs, targets, 2, 8, mode, 1, 1, 0);
+            aux[bad] = balance_losses(m);
             model_backward(m);
             if (!bad)
                 memcpy(grads, m->memory[GRADS], m->size * sizeof(real));
@@ -98,6 +136,39 @@ void test_poison(void **state) {
             fail_msg("%s reads what it did not write: loss %g, then %g", recipes[i / 4].name, loss[0], loss[1]);
         model_free(m);
         free_taken();
+    }
+}
+
+// A batch may be smaller than what the model's buffers hold, and what they hold of the batch before does not matter.
+void test_smaller_batch(void **state) {
+    (void)state;
+    for (int i = 0; i < recipe_count; i++) {
+        Config c = small_config(recipes[i].name);
+        if (c.score == SOFTMAX && c.select == TOP_K && c.moe_every)
+            set_options(&c, "--z-weight 0.1");
+        int inputs[48], targets[48];
+        random_tokens(inputs, 48, c.vocab, 1);
+        random_tokens(targets, 48, c.vocab, 2);
+        Model *fits = model_allocate(&c, 16, 1, NULL), *large = model_allocate(&c, 48, 1, NULL);
+        randomize_weights(fits);
+        randomize_weights(large);
+        run_batch(large, inputs, targets, 6, 8, TRAIN_MODE, 1, 1, 0);
+        model_backward(large);
+        fill(large->memory[GRADS], large->size, 0);
+        double wanted = run_batch(fits, inputs, targets, 2, 8, TRAIN_MODE, 1, 2, 0);
+        double found = run_batch(large, inputs, targets, 2, 8, TRAIN_MODE, 1, 2, 0);
+        model_backward(fits);
+        model_backward(large);
+        if (found != wanted || balance_losses(large) != balance_losses(fits) ||
+            memcmp(large->memory[GRADS], fits->memory[GRADS], fits->size * sizeof(real)))
+            fail_msg("%s: a smaller batch gives a loss of %.9g and %.9g, not of %.9g and %.9g, or other gradients",
+                     recipes[i].name, found, balance_losses(large), wanted, balance_losses(fits));
+        for (int l = 0; l < c.layers; l++) {
+            if (is_moe(&c, l))
+                assert_true(large->stats[l].entropy == fits->stats[l].entropy);
+        }
+        model_free(fits);
+        model_free(large);
     }
 }
 
@@ -111,7 +182,7 @@ void check_generation(const Config *c) {
     Model *m = model_allocate(c, T, 1, NULL);
     randomize_weights(m);
     real *wanted = take_reals((size_t)T * V), *logits = take_reals(V);
-    model_forward(m, tokens, targets, 1, T, EVAL_MODE, 1, 0, 0);
+    run_batch(m, tokens, targets, 1, T, EVAL_MODE, 1, 0, 0);
     all_logits(m, wanted, T);
     for (int again = 0; again < 2; again++) { // a second text does not see the first
         for (int t = 0; t < T; t++) {
@@ -157,7 +228,7 @@ void test_generation_forgets(void **state) {
         model_generate(m, tokens[t], t, logits);
         if (t < T - 1)
             continue;
-        model_forward(m, tokens + t - (T - 1), targets, 1, T, EVAL_MODE, 1, 0, 0);
+        run_batch(m, tokens + t - (T - 1), targets, 1, T, EVAL_MODE, 1, 0, 0);
         all_logits(m, wanted, T);
         for (int v = 0; v < V; v++)
             assert_near((double)logits[v], (double)wanted[(T - 1) * V + v], IS_DOUBLE ? 1e-10 : 1e-4);
@@ -176,25 +247,28 @@ void test_generation_forgets(void **state) {
 // that expert is `gap` above the others'.
 void lean_on_one(Model *m, const int *inputs, const int *targets, int B, int T, double gap) {
     const Config *c = &m->config;
-    LayerState *s = &m->layers[0];
-    LayerWeights *w = &m->weights.layer[0];
-    int C = c->dim, width = c->recurrent ? c->recurrent : C / c->subtokens, two = c->select == HIERARCHICAL,
-        n = B * T * c->subtokens;
+    real *router = m->params.layer[0].router, *slow = layer_tensor(m, 0, "slow", WEIGHTS);
+    real *split = layer_tensor(m, 0, "split", WEIGHTS), *project = layer_tensor(m, 0, "project", WEIGHTS);
+    int C = c->dim, width = router_width(c), two = c->select == HIERARCHICAL, n = B * T * c->subtokens;
     for (int v = 0; v < c->vocab; v++)
-        m->weights.embed[v * C] += (real)0.5;
-    for (int i = 0; i < C && w->split; i++)
-        w->split[i * C] = 1; // of every sub-token
-    for (int i = 0; i < width * C && w->project; i++)
-        w->project[i] *= 10; // or the state would hardly move
-    model_forward(m, inputs, targets, B, T, EVAL_MODE, 1, 0, 0);
-    const real *x = w->project ? s->state : w->split ? s->sub : s->h2;
+        m->params.embed[v * C] += (real)0.5;
+    for (int i = 0; i < C && split; i++)
+        split[i * C] = 1; // of every sub-token
+    for (int i = 0; i < width * C && project; i++)
+        project[i] *= 10; // or the state would hardly move
+    run_batch(m, inputs, targets, B, T, EVAL_MODE, 1, 0, 0);
+    const real *x = m->acts.layer[0].h2; // what the router reads
+    if (project)
+        x = ((const Recurrent *)*router_state(m, 0, &recurrent_router))->state;
+    if (split)
+        x = subtokens_of(m, 0);
     double *mean = (double *)take(width, sizeof(double)), square = 0;
     for (int i = 0; i < n * width; i++)
         mean[i % width] += (double)x[i] / n;
     for (int i = 0; i < width; i++)
         square += mean[i] * mean[i];
-    for (int r = 0; r < router_width(c) && !c->noise; r++) { // the rows as they are only tell tokens apart
-        real *row = w->router + (size_t)r * width;
+    for (int r = 0; r < router_outputs(c) && !c->noise; r++) { // the rows as they are only tell tokens apart
+        real *row = router + (size_t)r * width;
         double along = 0, scale = c->init_scheme == NORMAL ? 4 : 1;
         for (int i = 0; i < width; i++)
             along += (double)row[i] * mean[i] / square;
@@ -202,12 +276,12 @@ void lean_on_one(Model *m, const int *inputs, const int *targets, int B, int T, 
             row[i] = (real)(scale * ((double)row[i] - along * mean[i]));
     }
     for (int r = 0; r < c->routers + two; r++) { // each router's expert 0; or group 0, and its expert 0
-        real *row = w->router + (size_t)r * (two ? c->groups : c->experts) * width;
+        real *row = router + (size_t)r * (two ? c->groups : c->experts) * width;
         for (int i = 0; i < width; i++)
             row[i] += (real)(gap * mean[i] / square);
     }
-    if (w->slow)
-        memcpy(w->slow, w->router, (size_t)router_width(c) * width * sizeof(real));
+    if (slow)
+        memcpy(slow, router, (size_t)router_outputs(c) * width * sizeof(real));
 }
 
 typedef struct Collapse {
@@ -235,10 +309,10 @@ Collapse train_collapsed(const char *recipe, const char *more) {
     for (int step = 1; step <= STEPS; step++) {
         random_tokens(inputs, B * T, c.vocab, (uint64_t)(2 * step));
         random_tokens(targets, B * T, c.vocab, (uint64_t)(2 * step + 1));
-        model_forward(m, inputs, targets, B, T, TRAIN_MODE, 1, step, 0);
-        const Plan *plan = &m->layers[0].plan;
-        for (int n = 0; n < plan->N && step == 1; n++)
-            found.first += (plan->expert[n * plan->K] == 0) / (double)plan->N;
+        run_batch(m, inputs, targets, B, T, TRAIN_MODE, 1, step, 0);
+        const Route *r = &m->acts.layer[0].route;
+        for (int n = 0; n < r->N && step == 1; n++)
+            found.first += (r->expert[n * r->K] == 0) / (double)r->N;
         model_backward(m);
         double load = expert_load(&m->stats[0], E, share);
         found.before = step == 1 ? load : found.before;
@@ -363,13 +437,9 @@ void test_schedule(void **state) {
     }
 }
 
-int is_norm(const Tensor *t) {
-    return t->kind == NORM1 || t->kind == NORM2 || t->kind == NORM;
-}
-
 // AdamW against the plain loops, on the same gradients, some of which are zero or tiny; without clipping, with a limit that is
 // never reached, and with one that always is. `vocab` makes the model a little larger or smaller than a multiple of
-// UPDATE_CHUNK.
+// 16384 numbers, from which on threads share the work.
 void check_optimizer(const char *choices, int vocab) {
     Config c = small_config("mixtral");
     c.vocab = vocab;
@@ -388,7 +458,7 @@ void check_optimizer(const char *choices, int vocab) {
             grads[i] = (real)(i % 17 ? random_normal(hash64((uint64_t)step), i) * pow(10, (double)(i % 13) - 10) : 0);
         memcpy(plain[GRADS], grads, m->size * sizeof(real));
         memcpy(m->memory[GRADS], grads, m->size * sizeof(real));
-        double norm = plain_gradient_norm(grads, m->size), found = 0;
+        double norm = sqrt(inner(grads, grads, m->size)), found = 0;
         for (int i = 0; i < 4; i++)
             memcpy(before[i], m->memory[i], m->size * sizeof(real));
         for (int team = 0; team < TEAMS; team++) {
@@ -410,7 +480,7 @@ void check_optimizer(const char *choices, int vocab) {
             size_t at = m->tensors[t].offset;
             plain_adamw(plain[WEIGHTS] + at, plain[GRADS] + at, plain[MOMENT1] + at, plain[MOMENT2] + at,
                         m->tensors[t].size, step, lr, scale, c.beta1, c.beta2,
-                        is_norm(&m->tensors[t]) ? 0 : c.weight_decay);
+                        strncmp(m->tensors[t].kind, "norm", 4) ? c.weight_decay : 0);
         }
         // 1 - beta in float is a few epsilons off; the rest is a rounding here and there.
         assert_close("weights", m->memory[WEIGHTS], plain[WEIGHTS], m->size, lr, 32 * EPSILON);
@@ -433,7 +503,7 @@ void test_optimizer(void **state) {
     check_optimizer("--clip 1 --weight-decay 0.1 --untied 1 --beta1 0", 1025);
     if (is_slow())
         return;
-    check_optimizer("--layers 1 --dim 128 --heads 2", 257); // a projection of UPDATE_CHUNK weights
+    check_optimizer("--layers 1 --dim 128 --heads 2", 257); // a projection of 16384 weights
     check_optimizer("--layers 1 --dim 130 --heads 1 --kv-heads 1 --clip 0.1", 129);
 }
 
@@ -443,13 +513,18 @@ void test_optimizer_of_one_expert(void **state) {
     check_optimizer("--experts 1 --topk 1 --weight-decay 0.5", 50);
     Config c = small_config("mixtral");
     set_options(&c, "--experts 1 --topk 1");
-    int count;
-    Part *parts = model_parts(&c, &count);
+    Model *m = model_allocate(&c, 16, 0, NULL);
+    int count, routers = 0;
+    Part *parts = model_parts(m, &count);
     for (int i = 0; i < count; i++) {
-        if (strstr(parts[i].name, "block_sparse_moe.gate"))
+        if (strstr(parts[i].name, "block_sparse_moe.gate")) {
             assert_int_equal(parts[i].rows, 1);
+            routers++;
+        }
     }
+    assert_int_equal(routers, c.layers);
     free(parts);
+    model_free(m);
 }
 
 // First weights: norms are 1. All others have the standard deviation of the scheme and, if it truncates, nothing beyond its limit.
@@ -465,14 +540,15 @@ void test_init_schemes(void **state) {
         for (int t = 0; t < m->tensor_count; t++) {
             const Tensor *tensor = &m->tensors[t];
             const real *w = m->memory[WEIGHTS] + tensor->offset;
-            int residual = tensor->kind == PROJ || tensor->kind == W_OUT,
-                cut = scheme == TRUNCATED && tensor->kind != EMBED;
+            int residual = !strcmp(tensor->kind, "proj") || !strcmp(tensor->kind, "w_out"),
+                norm = !strncmp(tensor->kind, "norm", 4),
+                cut = scheme == TRUNCATED && strcmp(tensor->kind, "embed");
             double std = cut ? sqrt(0.1 / tensor->shape[2]) : residual ? 0.02 / sqrt(4.0) : 0.02, top = 0;
             for (size_t i = 0; i < tensor->size; i++) {
-                assert_true(!is_norm(tensor) || w[i] == 1);
+                assert_true(!norm || w[i] == 1);
                 top = fmax(top, fabs((double)w[i]));
             }
-            if (is_norm(tensor))
+            if (norm)
                 continue;
             double found = sqrt(inner(w, w, tensor->size) / (double)tensor->size), wanted = cut ? 0.8796 * std : std;
             if (!(fabs(found / wanted - 1) < 5 / sqrt((double)tensor->size)) || (cut && top > 2 * std * 1.000001))
@@ -494,11 +570,11 @@ double halves_differ(const char *recipe, const char *choices) {
     Model *whole = model_allocate(&c, 32, 1, NULL), *halves = model_allocate(&c, 16, 1, NULL);
     randomize_weights(whole);
     randomize_weights(halves);
-    double loss = model_forward(whole, inputs, targets, 4, 8, TRAIN_MODE, 1, 3, 0), half_loss = 0;
+    double loss = run_batch(whole, inputs, targets, 4, 8, TRAIN_MODE, 1, 3, 0), half_loss = 0;
     model_backward(whole);
     for (int micro = 0; micro < 2; micro++) {
         half_loss +=
-            model_forward(halves, inputs + 16 * micro, targets + 16 * micro, 2, 8, TRAIN_MODE, 0.5, 3, 16 * micro) / 2;
+            run_batch(halves, inputs + 16 * micro, targets + 16 * micro, 2, 8, TRAIN_MODE, 0.5, 3, 16 * micro) / 2;
         model_backward(halves);
     }
     assert_near(half_loss, loss, IS_DOUBLE ? 1e-13 : 1e-5);
@@ -592,6 +668,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_poison),
         cmocka_unit_test(test_recompute),
+        cmocka_unit_test(test_smaller_batch),
         cmocka_unit_test(test_generation),
         cmocka_unit_test(test_generation_forgets),
         cmocka_unit_test(test_collapse),

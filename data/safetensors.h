@@ -1,0 +1,293 @@
+// Safetensors, the files in which models keep their numbers. https://github.com/huggingface/safetensors
+// Gives: Part, write_safetensors, open_weights, read_tensor; has_file, open_for_writing, write_text, expect_member.
+// Needs: data/json.h; find_word of dev/options.h; ranks_tick of dev/ranks/comm.h.
+//
+// Such a file is the length of its header as 8 bytes, the header, which is JSON, and the numbers.
+#pragma once
+#include "json.h"
+
+typedef struct Part { // a block of a tensor's rows
+    char name[96];
+    size_t offset;  // in the memory that Backend's fetch returns
+    int rows, cols; // rows 0: one dimension
+} Part;
+
+size_t part_size(const Part *p) {
+    return (size_t)max_int(p->rows, 1) * (size_t)p->cols;
+}
+
+// ---- writing files
+
+int has_file(const char *dir, const char *name) {
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/%s", dir, name);
+    return access(path, F_OK) == 0;
+}
+
+FILE *open_for_writing(const char *dir, const char *name) {
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/%s", dir, name);
+    FILE *file = fopen(path, "wb");
+    if (!file) {
+        fail("%s: cannot create: %s", path, strerror(errno));
+    }
+    return file;
+}
+
+// Returns once the file's bytes are on the disk.
+void await_disk(FILE *file, const char *dir, const char *name) {
+    if (fflush(file) != 0 || ferror(file) || (sync_file(fileno(file)) != 0 && errno != EINVAL)) {
+        fail("%s/%s: cannot write: %s", dir, name, strerror(errno));
+    }
+}
+
+// Closes it once its bytes are there.
+void close_written(FILE *file, const char *dir, const char *name) {
+    await_disk(file, dir, name);
+    fclose(file);
+}
+
+void write_text(const char *dir, const char *name, const char *text, size_t size) {
+    FILE *file = open_for_writing(dir, name);
+    fwrite(text, 1, size, file);
+    close_written(file, dir, name);
+}
+
+// ---- writing tensors
+
+// The header of a file that holds the parts `copies` times, each time under another prefix. To be freed.
+char *safetensors_header(const Part *parts, int count, const char *const *prefix, int copies, size_t *size) {
+    char *header = NULL;
+    size_t at = 0;
+    FILE *text = open_memstream(&header, size);
+    fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (int copy = 0; copy < copies; copy++) {
+        for (int i = 0; i < count; i++) {
+            const Part *p = &parts[i];
+            size_t end = at + part_size(p) * sizeof(real);
+            fprintf(text, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", prefix[copy], p->name,
+                    sizeof(real) == 8 ? "F64" : "F32");
+            if (p->rows) {
+                fprintf(text, "%d,", p->rows);
+            }
+            fprintf(text, "%d],\"data_offsets\":[%zu,%zu]}", p->cols, at, end);
+            at = end;
+        }
+    }
+    fprintf(text, "}");
+    fflush(text);
+
+    // The numbers begin at a multiple of 8 bytes.
+    while (*size % 8) {
+        fputc(' ', text);
+        fflush(text);
+    }
+    fclose(text);
+    return header;
+}
+
+// Writes the parts of `copies` memories, each under its prefix.
+void write_safetensors(const char *dir, const char *name, const Part *parts, int count, real *const *memory,
+                       const char *const *prefix, int copies) {
+    uint64_t length;
+    size_t size = 0;
+    char *header = safetensors_header(parts, count, prefix, copies, &size);
+    FILE *file = open_for_writing(dir, name);
+    length = size;
+    fwrite(&length, 8, 1, file);
+    fwrite(header, 1, size, file);
+    free(header);
+
+    const size_t most = 1 << 22; // numbers to write at once
+    size_t written = 0;          // since the disk was last waited for
+    for (int i = 0; i < copies * count; i++) {
+        const Part *p = &parts[i % count];
+        size_t n = part_size(p), piece;
+        for (size_t done = 0; done < n; done += piece) {
+            piece = n - done < most ? n - done : most;
+            ranks_tick();
+            fwrite(memory[i / count] + p->offset + done, sizeof(real), piece, file);
+            written += piece;
+
+            // With several processes the system's buffers must not fill up: fwrite would wait, and this one would not
+            // answer the watch.
+            if (ranks.size > 1 && written >= most) {
+                await_disk(file, dir, name);
+                written = 0;
+            }
+        }
+    }
+    close_written(file, dir, name);
+}
+
+// ---- reading tensors
+
+typedef struct Safetensors { // a mapped file
+    char path[4200];
+    const char *map, *data;
+    size_t size, data_size;
+    Json *header;
+} Safetensors;
+
+void safetensors_open(Safetensors *s, const char *path) {
+    snprintf(s->path, sizeof(s->path), "%s", path);
+    int file = open(path, O_RDONLY);
+    struct stat info;
+    if (file < 0 || fstat(file, &info) != 0) {
+        fail("%s: cannot open: %s", path, strerror(errno));
+    }
+    s->size = (size_t)info.st_size;
+    void *map = s->size >= 8 ? mmap(NULL, s->size, PROT_READ, MAP_PRIVATE, file, 0) : MAP_FAILED;
+    if (map == MAP_FAILED) {
+        fail("%s: not a safetensors file: %zu bytes", path, s->size);
+    }
+    close(file);
+    s->map = (const char *)map;
+    uint64_t length;
+    memcpy(&length, s->map, 8);
+    if (length > s->size - 8) {
+        fail("%s: damaged: its header should have %llu bytes, the whole file has %zu", path, (unsigned long long)length,
+             s->size);
+    }
+    s->header = json_parse(s->map + 8, (size_t)length, path);
+    s->data = s->map + 8 + length;
+    s->data_size = s->size - 8 - (size_t)length;
+}
+
+void safetensors_close(Safetensors *s) {
+    munmap((void *)s->map, s->size);
+    json_free(s->header);
+}
+
+// The types of numbers that model files use.
+enum { F64, F32, F16, BF16 };
+const char *const number_types[] = {"F64", "F32", "F16", "BF16", NULL};
+const size_t number_bytes[] = {8, 4, 2, 2};
+
+double decode_number(const char *from, int type) {
+    if (type == F64) {
+        double number;
+        memcpy(&number, from, 8);
+        return number;
+    }
+    if (type == F16) { // sign, 5 bits of exponent, 10 of mantissa
+        uint16_t bits;
+        memcpy(&bits, from, 2);
+        int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+        double value = ldexp(mantissa + 1024, exponent - 25);
+        if (exponent == 31) {
+            value = mantissa ? NAN : INFINITY;
+        } else if (exponent == 0) {
+            value = ldexp(mantissa, -24);
+        }
+        return bits >> 15 ? -value : value;
+    }
+    float number;
+    char bytes[4] = {0, 0, 0, 0}; // BF16 is the upper two bytes of a float
+    size_t size = number_bytes[type];
+    memcpy(bytes + 4 - size, from, size);
+    memcpy(&number, bytes, 4);
+    return number;
+}
+
+// Where the tensor t, called `name`, has its numbers, of the given type; ends the program unless it is rows x cols.
+// Where it has more dimensions than two, the first ones count as one; rows 0: one dimension.
+const char *tensor_data(const Safetensors *s, const Json *t, const char *name, int rows, int cols, int *type) {
+    const Json *dtype = json_get(t, "dtype"), *shape = json_get(t, "shape"), *range = json_get(t, "data_offsets");
+    *type = dtype && dtype->type == 's' ? find_word(number_types, dtype->text) : -1;
+    if (*type < 0) {
+        fail("%s: %s has type %s; expected F64, F32, F16 or BF16", s->path, name,
+             dtype && dtype->text ? dtype->text : "none");
+    }
+
+    // The shape, as text and as rows and columns.
+    char found[128] = "no shape";
+    double found_rows = 1, found_cols = 0;
+    for (const Json *d = shape ? shape->child : NULL; d; d = d->next) {
+        size_t used = d == shape->child ? 0 : strlen(found);
+        snprintf(found + used, sizeof(found) - used, "%s%.0f", used ? " x " : "", d->number);
+        if (d->next) {
+            found_rows *= d->number;
+        } else {
+            found_cols = d->number;
+        }
+    }
+    if (found_cols != cols || found_rows != max_int(rows, 1)) {
+        fail("%s: %s is %s; config.json makes it %.0d%s%d", s->path, name, found, rows, rows ? " x " : "", cols);
+    }
+
+    const Json *from = range ? range->child : NULL, *end = from ? from->next : NULL;
+    size_t bytes = (size_t)max_int(rows, 1) * (size_t)cols * number_bytes[*type];
+    if (!end || !(from->number >= 0) || !(end->number <= (double)s->data_size) ||
+        end->number - from->number != (double)bytes) {
+        fail("%s: damaged: %s should have %zu bytes within the file's %zu", s->path, name, bytes, s->data_size);
+    }
+    return s->data + (size_t)from->number;
+}
+
+// Reads the part's numbers to `to`: rows from `first` on of the tensor `name`, which should have `all` rows (0: one
+// dimension). Returns 0 where the file has no such name.
+int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, int first, real *to) {
+    const Json *t = json_get(s->header, name);
+    if (!t) {
+        return 0;
+    }
+    int type;
+    const char *from = tensor_data(s, t, name, all, p->cols, &type);
+    size_t bytes = number_bytes[type], count = part_size(p);
+    from += (size_t)first * (size_t)p->cols * bytes;
+    if (bytes == sizeof(real)) {
+        memcpy(to, from, count * bytes);
+        return 1;
+    }
+    for (size_t i = 0; i < count; i++) {
+        to[i] = (real)decode_number(from + i * bytes, type);
+    }
+    return 1;
+}
+
+// A member that has to be there; `type` as in Json, 'i' for a whole number.
+const Json *expect_member(const Json *object, const char *name, char type, const char *path) {
+    const Json *m = json_get(object, name);
+    if (!m || m->type != (type == 'i' ? 'n' : type) || (type == 'i' && m->number != floor(m->number))) {
+        const char *what = type == 'i' ? "a whole number" : "a number";
+        if (type == 'o' || type == 's') {
+            what = type == 'o' ? "an object" : "a text";
+        }
+        fail("%s: expected %s \"%s\", found %s", path, what, name, m ? "something else" : "none");
+    }
+    return m;
+}
+
+// Opens dir/name: one file, or those that dir/name.index.json lists. path becomes the last one's. To be freed.
+Safetensors *open_weights(const char *dir, const char *name, char path[4200], int *count) {
+    Safetensors *files = (Safetensors *)allocate(1, sizeof(Safetensors));
+    char index[4200];
+    *count = 0;
+    snprintf(index, sizeof(index), "%s/%s.index.json", dir, name);
+    if (access(index, F_OK) != 0) {
+        snprintf(path, 4200, "%s/%s", dir, name);
+        safetensors_open(&files[(*count)++], path);
+        return files;
+    }
+    size_t size;
+    char *text = read_file(index, &size);
+    Json *json = json_parse(text, size, index);
+    for (const Json *m = expect_member(json, "weight_map", 'o', index)->child; m; m = m->next) {
+        if (m->type != 's') {
+            fail("%s: the file of %s is not a text", index, m->key);
+        }
+        snprintf(path, 4200, "%s/%s", dir, m->text);
+        int known = 0;
+        for (int i = 0; i < *count; i++) {
+            known |= !strcmp(files[i].path, path);
+        }
+        if (!known) {
+            files = (Safetensors *)reallocate(files, (size_t)*count + 1, sizeof(Safetensors));
+            safetensors_open(&files[(*count)++], path);
+        }
+    }
+    json_free(json);
+    free(text);
+    return files;
+}

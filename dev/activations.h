@@ -1,0 +1,151 @@
+// The arrays of a model's activations: Acts, Route and Experts of train_moe.c, whose comments give their shapes.
+// Gives: allocate_activations. Needs: the model and the routers of train_moe.c, which includes it.
+#ifndef ACTIVATIONS_H
+#define ACTIVATIONS_H
+
+// The activations of layer l that --recompute can do without are laid one behind the other from `memory` on. Returns
+// their number; with memory NULL it only counts.
+size_t lay_activations(Model *m, int l, int N, real *memory) {
+    const Config *c = &m->config;
+    LayerActs *a = &m->acts.layer[l];
+    int C = c->dim, Q = (c->heads + 2 * c->kv_heads) * (C / c->heads), hidden = 0;
+    size_t used = 0, dense = (size_t)dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
+    for (int e = 0; is_moe(c, l) && e < c->experts; e++) {
+        hidden = max_int(hidden, expert_hidden(c, e));
+    }
+    size_t rows = ranks.ep == 1 ? (size_t)N * c->subtokens * most_choices(c) : 0; // several processes: see ranks_allocate
+    struct {
+        real **array;
+        size_t size;
+    } list[] = {
+        {&a->h1, (size_t)N * C},          {&a->rstd1, (size_t)N},
+        {&a->qkv, (size_t)N * Q},         {&a->att, (size_t)N * C},
+        {&a->lse, (size_t)N * c->heads},  {&a->mid, (size_t)N * C},
+        {&a->h2, (size_t)N * C},          {&a->rstd2, (size_t)N},
+        {&a->dense_hidden, N * dense},    {&a->hidden, rows * hidden},
+    };
+    for (size_t i = 0; i < sizeof(list) / sizeof(list[0]); i++) {
+        *list[i].array = memory ? memory + used : NULL;
+        used += (list[i].size + 15) / 16 * 16;
+    }
+    return used;
+}
+
+void allocate_route(Model *m, int l, int n) {
+    const Config *c = &m->config;
+    Route *r = &m->acts.layer[l].route;
+    int E = c->experts, K = most_choices(c);
+    size_t choices = (size_t)n * K;
+    r->E = E;
+    r->K = K;
+    r->rows = n;
+    r->logits = own_reals(m, (size_t)n * router_outputs(c));
+    r->p = own_reals(m, (size_t)n * E);
+    r->lse = own_reals(m, n);
+    r->weight = own_reals(m, choices);
+    int *integers = (int *)own(m, choices * 5 + E + 1, sizeof(int));
+    r->expert = integers;
+    r->served = r->expert + choices;
+    r->row = r->served + choices;
+    r->choice = r->row + choices;
+    r->token = r->choice + choices;
+    r->offset = r->token + choices;
+
+    r->count = own_by_group(m, n, E);
+    r->slope = own_by_group(m, n, E);
+
+    // What the parts of the router keep, and what the log shows.
+    for (int i = 0; m->parts[i]; i++) {
+        if (m->parts[i]->allocate) {
+            m->parts[i]->allocate(m, l, n);
+        }
+    }
+    allocate_statistics(m, l);
+}
+
+void allocate_experts(Model *m) {
+    const Config *c = &m->config;
+    Experts *x = &m->experts;
+    int E = c->experts;
+    int *integers = (int *)own(m, (size_t)5 * E, sizeof(int));
+    x->E = E;
+    x->C = c->dim / c->subtokens;
+    x->in = integers;
+    x->out = x->in + E;
+    x->F = x->out + E;
+    x->hidden = x->F + E;
+    x->activation = x->hidden + E;
+    for (int e = 0; e < E; e++) {
+        x->in[e] = x->out[e] = x->C;
+        x->F[e] = expert_width(c, e);
+        x->hidden[e] = expert_hidden(c, e);
+        x->activation[e] = expert_activation(c, e);
+    }
+}
+
+// The most that a part of a layer takes of the scratch arena, in numbers. Should it take more, the arena grows.
+size_t expected_scratch(const Config *c, int N, int train) {
+    size_t C = (size_t)c->dim, most = 0;
+    size_t choices = (size_t)N * most_choices(c), width = (size_t)c->ffn;
+    for (int l = 0; l < c->layers; l++) {
+        size_t need = (size_t)N * dense_width(c, l) * (train ? 3 : 1);
+        if (is_moe(c, l)) {
+            size_t scores = (size_t)N * c->subtokens * router_outputs(c);
+            size_t moe = choices * (C + c->subtokens * width * (train ? 3 : 1)) + scores * (train ? 2 : 1);
+            moe += ranks_scratch(c, N); // several processes: rows under way
+            need = need > moe ? need : moe;
+        }
+        most = most > need ? most : need;
+    }
+    size_t attention = train ? (size_t)N * (2 * C + 2 * C / c->heads * c->kv_heads) : 0;
+    size_t logits = (size_t)logit_rows(N, c->vocab) * c->vocab;
+    most = most > attention ? most : attention;
+    return (most > logits ? most : logits) + 4096;
+}
+
+// Memory for the activations of N tokens, and for what is needed only while something works.
+void allocate_activations(Model *m, int N, int train) {
+    const Config *c = &m->config;
+    int L = c->layers, C = c->dim;
+    m->purpose = FOR_ACTIVATIONS;
+    m->acts.layer = (LayerActs *)own(m, L, sizeof(LayerActs));
+    m->stats = (Statistics *)own(m, L, sizeof(Statistics));
+    allocate_experts(m);
+
+    // With --recompute all layers share one array for most of their activations.
+    for (int l = 0; l < L; l++) {
+        size_t size = lay_activations(m, l, N, NULL);
+        m->passing += size;
+        m->largest = size > m->largest ? size : m->largest;
+    }
+    real *shared = c->recompute ? own_reals(m, m->largest) : NULL;
+    for (int l = 0; l < L; l++) {
+        m->acts.layer[l].x = own_reals(m, (size_t)N * C);
+        lay_activations(m, l, N, shared ? shared : own_reals(m, lay_activations(m, l, N, NULL)));
+        if (is_moe(c, l)) {
+            allocate_route(m, l, N * c->subtokens);
+        }
+    }
+    ranks_allocate(m, N);
+    m->acts.x = own_reals(m, (size_t)N * C);
+    m->acts.h = own_reals(m, (size_t)N * C);
+    m->acts.rstd = own_reals(m, N);
+    m->acts.nll = own_reals(m, N);
+
+    // What is needed only while something works.
+    m->purpose = FOR_BUFFERS;
+    m->angles = own_reals(m, (size_t)c->seq * (C / c->heads));
+    rope_angles(m->angles, 0, c->seq, C / c->heads, c->rope_theta);
+    if (train) {
+        m->acts.dh = own_reals(m, (size_t)N * C);
+        m->dx = own_reals(m, (size_t)N * C);
+    }
+    size_t scratch_size = expected_scratch(c, N, train) * sizeof(real);
+    arena_reserve(&m->scratch, scratch_size);
+    m->bytes[FOR_BUFFERS] += scratch_size;
+#ifndef PLAIN
+    m->bytes[FOR_BUFFERS] += attention_bytes(c->seq, C / c->heads);
+#endif
+}
+
+#endif

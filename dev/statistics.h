@@ -1,0 +1,141 @@
+// What the experts had to do: loads, entropy, choices refused. The log shows it, and the selection bias follows it.
+// Gives: Statistics, count_routing, clear_statistics, sum_statistics, count_parameters, flops_per_token.
+// Needs: Config, Route and Model of train_moe.c, which includes it.
+#ifndef STATISTICS_H
+#define STATISTICS_H
+
+typedef struct Statistics { // of one layer, in training, since the step began
+    double *count;          // (E) choices that went to each expert, before any was refused for want of capacity
+    double entropy;         // of the scores, in nats, summed over tokens
+    double dropped;         // choices refused
+    double active, tokens;  // choices made, tokens
+    double *recent;         // (E) load over the mean load, averaged over about the last 50 steps
+    int *idle;              // (E) steps since the expert had a token
+} Statistics;
+
+void *own(Model *m, size_t count, size_t size);
+
+void allocate_statistics(Model *m, int l) {
+    Statistics *s = &m->stats[l];
+    int E = m->config.experts;
+    s->count = (double *)own(m, (size_t)2 * E, sizeof(double));
+    s->recent = s->count + E;
+    s->idle = (int *)own(m, E, sizeof(int));
+}
+
+// A step of training begins.
+void clear_statistics(Model *m) {
+    for (int l = 0; l < m->config.layers; l++) {
+        Statistics *s = &m->stats[l];
+        if (s->count) {
+            memset(s->count, 0, (size_t)m->config.experts * sizeof(double));
+        }
+        s->entropy = s->dropped = s->active = s->tokens = 0;
+    }
+}
+
+// Adds a batch's routing. Each token's entropy is the mean of its rows; sigmoid scores are divided by their sum first.
+void count_routing(Statistics *s, const Route *r, int score) {
+    enum { CHUNK = 128 }; // rows; chunks are added in order, so the sum does not depend on the number of threads
+    int rows = r->p ? r->rows : 0, E = r->E, chunks = div_up(rows, CHUNK);
+    for (int i = 0; i < r->N * r->K; i++) {
+        if (r->served[i] >= 0) {
+            s->count[r->served[i]] += 1;
+            s->active += 1;
+        }
+    }
+    s->tokens += r->N;
+
+    double *part = (double *)allocate(chunks, sizeof(double));
+#pragma omp parallel for
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        for (int row = chunk * CHUNK; row < min_int(rows, (chunk + 1) * CHUNK); row++) {
+            const real *p = r->p + (size_t)row * E;
+            double sum = 0;
+            for (int e = 0; e < E && score == SIGMOID; e++) {
+                sum += (double)p[e];
+            }
+            for (int e = 0; e < E; e++) {
+                double share = score == SIGMOID ? (double)p[e] / sum : (double)p[e];
+                part[chunk] -= share > 0 ? share * log(share) : 0;
+            }
+        }
+    }
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        s->entropy += part[chunk] * r->N / rows;
+    }
+    free(part);
+}
+
+// After the last batch of a step: the counts of all processes, of all layers in one message; then what the log says of
+// the last steps.
+void sum_statistics(Model *m) {
+    int L = m->config.layers, E = m->config.experts, each = E + 4;
+    double *all = (double *)allocate((size_t)L * each, sizeof(double));
+    for (int l = 0; l < L; l++) {
+        const Statistics *s = &m->stats[l];
+        double single[4] = {s->entropy, s->dropped, s->active, s->tokens};
+        if (is_moe(&m->config, l)) {
+            memcpy(all + (size_t)l * each, s->count, (size_t)E * sizeof(double));
+            memcpy(all + (size_t)l * each + E, single, sizeof(single));
+        }
+    }
+    sum_over_ranks(all, L * each);
+    for (int l = 0; l < L; l++) {
+        Statistics *s = &m->stats[l];
+        const double *count = all + (size_t)l * each, *single = count + E;
+        if (!is_moe(&m->config, l)) {
+            continue;
+        }
+        memcpy(s->count, count, (size_t)E * sizeof(double));
+        s->entropy = single[0];
+        s->dropped = single[1];
+        s->active = single[2];
+        s->tokens = single[3];
+        double mean = fmax(s->active / E, 1e-9);
+        for (int e = 0; e < E; e++) {
+            s->idle[e] = s->count[e] > 0 ? 0 : s->idle[e] + 1;
+            s->recent[e] += 0.02 * (s->count[e] / mean - s->recent[e]);
+        }
+    }
+    free(all);
+}
+
+int tensor_limit(const Config *c);
+int model_tensors(const Config *c, Tensor *list);
+
+// All weights, and those that one token uses. The embedding counts once, as the output matrix. What a token passes
+// several times counts so often: experts by each of its sub-tokens, a recurrent router in each layer.
+void count_parameters(const Config *c, double *total, double *active) {
+    Tensor *list = (Tensor *)allocate(tensor_limit(c), sizeof(Tensor));
+    int count = model_tensors(c, list);
+    *total = *active = 0;
+    for (int i = 0; i < count; i++) {
+        const Tensor *t = &list[i];
+        double uses = 1;
+        if (t->of_experts) {
+            uses = (double)c->topk / c->experts * c->subtokens;
+        } else if (t->layer >= 0 && !strcmp(t->kind, "router")) {
+            uses = c->subtokens;
+        } else if (t->layer < 0 && !strncmp(t->kind, "gru", 3)) {
+            uses = moe_layers(c);
+        } else if (t->layer < 0 && !strcmp(t->kind, "head")) {
+            uses = 0;
+        }
+        if (t->trained) {
+            *total += (double)t->whole;
+            *active += (double)t->whole * uses;
+        }
+    }
+    free(list);
+}
+
+// Operations of a training step for each token, a multiply-add counted as two: forward, and twice that backward.
+// 6*L*T*C is attention: two products of (T,T) with (T,D), of which causality leaves half, three times.
+double flops_per_token(const Config *c) {
+    double total, active;
+    count_parameters(c, &total, &active);
+    return 6 * active + 6.0 * c->layers * c->seq * c->dim;
+}
+
+#endif
