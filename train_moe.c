@@ -1,10 +1,11 @@
 // train_moe.c: trains a Mixture-of-Experts language model from scratch, on the CPU.
 //
-// This file is the lesson. It has the whole model and its training: every layer, forward and backward, written out by
-// hand; the mixture of experts; AdamW; and the loop. There is no framework and no automatic differentiation. Read it
-// from top to bottom: each function stands before its first use, and each chapter begins with what it is about.
-// What every trainer needs besides (files, options, log, several processes, fast kernels, the routers of single
-// papers) stands in data/ and dev/, and each #include below says what it brings.
+// This file is the lesson. It has the whole model and its training: every layer, forward and
+// backward, written out by hand; the mixture of experts; AdamW; and the loop. There is no framework
+// and no automatic differentiation. Read it from top to bottom: each function stands before its
+// first use, and each chapter begins with what it is about. What every trainer needs besides
+// (files, options, log, several processes, fast kernels, the routers of single papers) stands in
+// data/ and dev/, and each #include below says what it brings.
 //
 //   make train_moe        a C compiler and make are all it takes; OpenMP is used where the compiler has it
 //   ./train_moe           trains on the built-in stories and tells one
@@ -31,20 +32,22 @@
 //        v
 //     rmsnorm --> logits (N,V) = x . embedding^T --> cross-entropy
 //
-// In a dense GPT every token passes the same feed-forward layer, a pair of matrices. Here a layer has E such pairs, the
-// experts. A small linear map, the router, sends each token to K of them. So the feed-forward layers have E/K times as
-// many weights for the same work per token. Chapter 3 is about that; most of the rest is what any GPT has.
+// In a dense GPT every token passes the same feed-forward layer, a pair of matrices. Here a layer
+// has E such pairs, the experts. A small linear map, the router, sends each token to K of them. So
+// the feed-forward layers have E/K times as many weights for the same work per token. Chapter 3 is
+// about that; most of the rest is what any GPT has.
 //
 // Letters, with the same meaning to the end of the file:
 //   B sequences in a batch     T tokens in a sequence     N = B*T tokens      C width of the model    V words
 //   L layers                   H query heads              KV key/value heads  D = C/H width of a head
 //   E experts of a layer       K experts for each token   F width of a feed-forward layer, behind its activation
-// A comment such as "x (N,C)" gives the shape of an array, row after row. The gradient of a value has the value's name
-// with a d in front: dx is the derivative of the loss with respect to x, in short "by x". A backward function adds to
-// the gradients that it is given, unless its comment says that it writes them.
+// A comment such as "x (N,C)" gives the shape of an array, row after row. The gradient of a value
+// has the value's name with a d in front: dx is the derivative of the loss with respect to x, in
+// short "by x". A backward function adds to the gradients that it is given, unless its comment says
+// that it writes them.
 //
-// The file is C11, and with GCC's and Clang's extensions C++17, because its CUDA twin, train_moe.cu, includes it and
-// replaces what computes.
+// The file is C11, and with GCC's and Clang's extensions C++17, because its CUDA twin,
+// train_moe.cu, includes it and replaces what computes.
 
 #include "dev/util.h"        // errors, memory, random numbers; the type `real`: float, or double for exact checks
 #include "data/tokenizer.h"  // text to tokens and back
@@ -54,9 +57,10 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. What a model is
 //
-// The structs of this chapter are the vocabulary of all that follows: Config is what the user asks for, Params are the
-// weights, Acts are the activations that the backward pass needs, and Route says which token goes to which expert. Skim
-// them now, and come back when a function uses them: many of their words are explained in chapter 3.
+// The structs of this chapter are the vocabulary of all that follows: Config is what the user asks
+// for, Params are the weights, Acts are the activations that the backward pass needs, and Route
+// says which token goes to which expert. Skim them now, and come back when a function uses them:
+// many of their words are explained in chapter 3.
 
 enum { SWIGLU, GEGLU, RELU, GELU, SAME };           // activation functions; SAME: dense layers have that of the experts
 enum { SOFTMAX, SIGMOID };                          // what makes scores of logits
@@ -67,7 +71,8 @@ enum { TOP_K, HIERARCHICAL, THRESHOLD, EXPERT_CHOICE, BALANCED, HASH }; // ways 
 enum { NORMAL, TRUNCATED };                         // distributions of the first weights
 enum { COSINE, WSD, CONSTANT };                     // schedules of the learning rate
 
-// What the user asks for: one field for each option of the command line. dev/options.h has their defaults and ranges.
+// What the user asks for: one field for each option of the command line. dev/options.h has their
+// defaults and ranges.
 #define MAX_OPTIONS 160
 typedef struct Config {
     // The model.
@@ -88,7 +93,8 @@ typedef struct Config {
     int balance, group;                  // form of the balance loss; the tokens over which it is taken
     double aux_weight, z_weight;         // weights of the balance loss and of the z-loss
     double capacity_factor, eval_capacity_factor;
-    // The routers of single papers. Their files begin with the fields that they need here; that part alone is included.
+    // The routers of single papers. Their files begin with the fields that they need here; that
+    // part alone is included.
 #define CONFIG_FIELDS
 #include "dev/routers/all.h"
 #undef CONFIG_FIELDS
@@ -118,14 +124,15 @@ int is_moe(const Config *c, int l) {
     return c->moe_every > 0 && l >= c->dense_first && (l - c->dense_first + 1) % c->moe_every == 0;
 }
 
-// A gated activation multiplies f(gate) with a second product, `up`, so w_in has twice as many rows. (BOTH: the CUDA twin
-// calls this function on the host and on the device.)
+// A gated activation multiplies f(gate) with a second product, `up`, so w_in has twice as many
+// rows. (BOTH: the CUDA twin calls this function on the host and on the device.)
 BOTH int is_gated(int activation) {
     return activation == SWIGLU || activation == GEGLU;
 }
 
-// Width of the feed-forward that every token of a layer passes: the shared experts together, or a whole dense layer.
-// A dense layer is as wide as all experts that a token would see, so that it costs the same work.
+// Width of the feed-forward that every token of a layer passes: the shared experts together, or a
+// whole dense layer. A dense layer is as wide as all experts that a token would see, so that it
+// costs the same work.
 int dense_width(const Config *c, int l) {
     return (is_moe(c, l) ? c->shared : c->topk + c->shared) * c->ffn;
 }
@@ -163,7 +170,8 @@ typedef struct Params {
     real *head;         // (V, C)  the same memory as embed, unless untied
 } Params;
 
-// One row of the table of weights of chapter 4, which AdamW, the checkpoints, the CUDA twin and the tests walk over.
+// One row of the table of weights of chapter 4, which AdamW, the checkpoints, the CUDA twin and the
+// tests walk over.
 enum { INIT_NORMAL, INIT_RESIDUAL, INIT_FAN_IN, INIT_ZERO, INIT_ONE }; // see first_deviation()
 typedef struct Tensor {
     char name[40];         // "layer3.qkv"
@@ -178,9 +186,9 @@ typedef struct Tensor {
     size_t first, whole;   // several processes: this one has numbers first .. first+size of `whole`
 } Tensor;
 
-// Which token goes to which expert, in one layer. A "choice" is a number n*K + k: the k-th expert of token n. The choices
-// that are served are sorted by expert: expert e has the rows offset[e] up to, but not including, offset[e+1]. An
-// example with numbers stands before sort_by_expert().
+// Which token goes to which expert, in one layer. A "choice" is a number n*K + k: the k-th expert
+// of token n. The choices that are served are sorted by expert: expert e has the rows offset[e] up
+// to, but not including, offset[e+1]. An example with numbers stands before sort_by_expert().
 typedef struct Route {
     int N, E, K;
     int group;       // tokens of a group: counts, capacity and losses are taken over each group on its own
@@ -223,7 +231,8 @@ typedef struct Acts {
     real *dh;            // (N,C)  gradient by h: the forward pass takes it at once, since it does not keep the logits
 } Acts;
 
-// The shapes of a layer's experts. They are alike in nearly all recipes; the arrays are there for those that differ.
+// The shapes of a layer's experts. They are alike in nearly all recipes; the arrays are there for
+// those that differ.
 typedef struct Experts {
     int E, C;
     int *in, *out;       // (E)  width of the rows that an expert reads and writes: C
@@ -258,8 +267,9 @@ typedef struct Model {
     const struct Router *parts[16];     // all parts of it, NULL behind the last one
     Batch batch;                        // of the last forward pass
     int max_tokens;                     // N that the buffers hold
-    // The table of weights, and the four arrays that it describes: weights, gradients, AdamW's two moments. In each, what
-    // all processes have in common comes first, and the experts after it, from number `common` on.
+    // The table of weights, and the four arrays that it describes: weights, gradients, AdamW's two
+    // moments. In each, what all processes have in common comes first, and the experts after it,
+    // from number `common` on.
     Tensor *tensors;
     int tensor_count;
     size_t size, common;
@@ -273,8 +283,8 @@ typedef struct Model {
     struct Generation *generation;      // what generation keeps
     struct Crossing *crossing;          // several processes
     int at_hand;                        // with --recompute: the layer whose activations are in memory
-    // What the program says of its memory: bytes by what they are for; numbers that --recompute would not keep, of all
-    // layers together and of the largest one.
+    // What the program says of its memory: bytes by what they are for; numbers that --recompute
+    // would not keep, of all layers together and of the largest one.
     size_t bytes[MEMORY_KINDS], passing, largest;
     int purpose;                        // what own() allocates for at present
     void **owned;                       // every allocation, for model_free()
@@ -286,16 +296,17 @@ typedef struct Model {
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. The layers of a transformer
 //
-// Plain loops over plain arrays, forward and backward side by side. Sums run in one fixed order, and each number is
-// summed by one thread, so any number of threads gives the same bits.
+// Plain loops over plain arrays, forward and backward side by side. Sums run in one fixed order,
+// and each number is summed by one thread, so any number of threads gives the same bits.
 //
-// These loops are real code: `make train_moe PLAIN=1` builds the program with them. The usual build takes the faster
-// functions of dev/cpu instead, which have the same names and arguments; test_moe.c holds one against the other.
+// These loops are real code: `make train_moe PLAIN=1` builds the program with them. The usual build
+// takes the faster functions of dev/cpu instead, which have the same names and arguments;
+// test_moe.c holds one against the other.
 
 // ---- matrix products
 //
-// A weight matrix w (O,I) maps rows of I numbers to rows of O numbers: out = x w^T. With dout = d loss / d out, the chain
-// rule gives dx = dout w and dw = dout^T x.
+// A weight matrix w (O,I) maps rows of I numbers to rows of O numbers: out = x w^T. With dout = d
+// loss / d out, the chain rule gives dx = dout w and dw = dout^T x.
 
 enum { SET, ADD }; // the result replaces what is there, or is added to it
 
@@ -341,12 +352,13 @@ void matmul_dw(real *dw, const real *dout, const real *x, int N, int I, int O) {
     }
 }
 
-// Grouped products are the same for all experts at once. Expert e has the rows offset[e] .. offset[e+1] and its own
-// matrix (O[e],I[e]); the experts' blocks stand one behind the other, in w as in the arrays of rows. An array can also
-// be read by token: with `token`, row r of the sorted order is row token[r] of the array, so nothing need be copied.
+// Grouped products are the same for all experts at once. Expert e has the rows offset[e] ..
+// offset[e+1] and its own matrix (O[e],I[e]); the experts' blocks stand one behind the other, in w
+// as in the arrays of rows. An array can also be read by token: with `token`, row r of the sorted
+// order is row token[r] of the array, so nothing need be copied.
 
-// Row r of x, which is I wide. With `token` it is the row of its token. Else x is sorted itself, and the row begins at
-// number `from`.
+// Row r of x, which is I wide. With `token` it is the row of its token. Else x is sorted itself,
+// and the row begins at number `from`.
 static const real *row_of(const real *x, const int *token, int r, size_t from, int I) {
     return token ? x + (size_t)token[r] * I : x + from;
 }
@@ -379,8 +391,8 @@ void grouped_matmul_dx(real *dx, const real *dout, const int *token, const real 
     }
 }
 
-// Each expert's dw (O,I) += its rows of dout (.., O) transposed times its rows of x (.., I). Each of the two arrays may
-// be read by token.
+// Each expert's dw (O,I) += its rows of dout (.., O) transposed times its rows of x (.., I). Each
+// of the two arrays may be read by token.
 void grouped_matmul_dw(real *dw, const real *dout, const int *dout_token, const real *x, const int *x_token,
                        const int *offset, int E, const int *I, const int *O) {
     size_t from = 0, dfrom = 0;
@@ -396,7 +408,8 @@ void grouped_matmul_dw(real *dw, const real *dout, const int *dout_token, const 
 
 // ---- softmax and RMSNorm
 
-// row (n) becomes softmax(row); returns log(sum(exp(row))). The largest number is taken off first, so nothing overflows.
+// row (n) becomes softmax(row); returns log(sum(exp(row))). The largest number is taken off first,
+// so nothing overflows.
 real softmax(real *row, int n) {
     real top = row[0], sum = 0;
     for (int i = 1; i < n; i++) {
@@ -412,8 +425,8 @@ real softmax(real *row, int n) {
     return top + (real)log((double)sum);
 }
 
-// out (N,C) = x / rms(x) * w with w (C) and rms(x) = sqrt(mean(x^2) + eps); rstd (N) keeps 1 / rms(x).
-// Zhang and Sennrich 2019, Root Mean Square Layer Normalization.
+// out (N,C) = x / rms(x) * w with w (C) and rms(x) = sqrt(mean(x^2) + eps); rstd (N) keeps 1 /
+// rms(x). Zhang and Sennrich 2019, Root Mean Square Layer Normalization.
 void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N, int C, double eps) {
 #pragma omp parallel for
     for (int n = 0; n < N; n++) {
@@ -429,8 +442,8 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N,
     }
 }
 
-// With y = x * rstd, the row before w: dw += dout * y, and dx += rstd * (dout*w - y * mean(dout*w*y)). The second term
-// is there because rms(x) depends on x, too.
+// With y = x * rstd, the row before w: dw += dout * y, and dx += rstd * (dout*w - y *
+// mean(dout*w*y)). The second term is there because rms(x) depends on x, too.
 void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *rstd, const real *w, int N, int C) {
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * C, *d = dout + (size_t)n * C;
@@ -448,7 +461,8 @@ void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const
 
 // ---- rotary positions
 
-// angles (count, D/2, 2): cosine and sine of position * theta^(-2i/D), for `count` positions from `first` on.
+// angles (count, D/2, 2): cosine and sine of position * theta^(-2i/D), for `count` positions from
+// `first` on.
 void rope_angles(real *angles, int first, int count, int D, double theta) {
     for (int t = 0; t < count; t++) {
         for (int i = 0; i < D / 2; i++) {
@@ -459,10 +473,11 @@ void rope_angles(real *angles, int first, int count, int D, double theta) {
     }
 }
 
-// Turns the pair (i, i + D/2) of each head by the angle of its token's position, so that the product of a query and a key
-// depends on their distance. `heads` heads of D stand first in each row of qkv (N rows, `width` numbers each).
-// direction 1 turns; -1 turns back, which is the backward pass: a rotation's transpose is its inverse.
-// Su et al. 2021, RoFormer; the pairs are those of Hugging Face's models.
+// Turns the pair (i, i + D/2) of each head by the angle of its token's position, so that the
+// product of a query and a key depends on their distance. `heads` heads of D stand first in each
+// row of qkv (N rows, `width` numbers each). direction 1 turns; -1 turns back, which is the
+// backward pass: a rotation's transpose is its inverse. Su et al. 2021, RoFormer; the pairs are
+// those of Hugging Face's models.
 void rope(real *qkv, int width, int N, int T, int heads, int D, const real *angles, real direction) {
 #pragma omp parallel for if (N > 16)
     for (int n = 0; n < N; n++) {
@@ -481,12 +496,13 @@ void rope(real *qkv, int width, int N, int T, int heads, int D, const real *angl
 
 // ---- attention
 //
-// Each token looks at itself and at all tokens before it: out_t = sum over s <= t of p_ts * v_s, where
-// p_t = softmax over s of q_t . k_s / sqrt(D). Vaswani et al. 2017, Attention Is All You Need. Several query heads share
-// a key and value head: query head h uses number h / (H/KV) (Ainslie et al. 2023, GQA).
+// Each token looks at itself and at all tokens before it: out_t = sum over s <= t of p_ts * v_s,
+// where p_t = softmax over s of q_t . k_s / sqrt(D). Vaswani et al. 2017, Attention Is All You
+// Need. Several query heads share a key and value head: query head h uses number h / (H/KV)
+// (Ainslie et al. 2023, GQA).
 
-// qkv (B,T,(H+2KV)*D): H query heads, KV keys, KV values. out (B,T,H*D). lse (B,H,T): log of the sum of exp of each
-// query's scores, with which the backward pass finds the probabilities again.
+// qkv (B,T,(H+2KV)*D): H query heads, KV keys, KV values. out (B,T,H*D). lse (B,H,T): log of the
+// sum of exp of each query's scores, with which the backward pass finds the probabilities again.
 void attention_forward(real *out, real *lse, const real *qkv, int B, int T, int H, int KV, int D) {
     int width = (H + 2 * KV) * D;
     real scale = (real)(1 / sqrt((double)D));
@@ -522,7 +538,8 @@ void attention_forward(real *out, real *lse, const real *qkv, int B, int T, int 
 // Writes dqkv (B,T,(H+2KV)*D). Of one query, with its probabilities p:
 //   dv_s += p_s * dout     dp_s = dout . v_s     dscore_s = p_s * (dp_s - sum over r of p_r * dp_r)
 //   dq += dscore_s * k_s / sqrt(D)               dk_s += dscore_s * q / sqrt(D)
-// The sum over r is dout . out, since out = sum of p_r * v_r. One task owns a key and value head, so it alone adds to it.
+// The sum over r is dout . out, since out = sum of p_r * v_r. One task owns a key and value head,
+// so it alone adds to it.
 void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv, int B, int T,
                         int H, int KV, int D) {
     int width = (H + 2 * KV) * D;
@@ -563,7 +580,8 @@ void attention_backward(real *dqkv, const real *dout, const real *out, const rea
 
 // ---- the activation of a feed-forward layer
 
-// f(x); *slope is f'(x). SwiGLU and GEGLU use f for their gate: Shazeer 2020, GLU Variants Improve Transformer.
+// f(x); *slope is f'(x). SwiGLU and GEGLU use f for their gate: Shazeer 2020, GLU Variants Improve
+// Transformer.
 real activate(int activation, real x, real *slope) {
     double v = (double)x, f = 0, df = 0;
     if (activation == RELU) {
@@ -582,7 +600,8 @@ real activate(int activation, real x, real *slope) {
     return (real)f;
 }
 
-// act (rows,F) = f(gate) * up with hidden (rows,2F): F numbers of gate, then F of up. Not gated: f(hidden), hidden (rows,F).
+// act (rows,F) = f(gate) * up with hidden (rows,2F): F numbers of gate, then F of up. Not gated:
+// f(hidden), hidden (rows,F).
 void activation_forward(real *act, const real *hidden, int rows, int F, int activation) {
     int gated = is_gated(activation), H = F * (1 + gated);
 #pragma omp parallel for
@@ -594,15 +613,15 @@ void activation_forward(real *act, const real *hidden, int rows, int F, int acti
     }
 }
 
-// The way back through the activation, and through the weight of an expert's answer. A token's sum counts the answer as
-// y = weight * (act W_out^T), so with dy = dout:
+// The way back through the activation, and through the weight of an expert's answer. A token's sum
+// counts the answer as y = weight * (act W_out^T), so with dy = dout:
 //   by act           dact = weight * (dout W_out)
 //   by the weight    dweight = dout . (act W_out^T) = (dout W_out) . act      which needs no copy of the answer
 //   by W_out         dW_out = dout^T (weight * act)
-// dact (rows,F) comes in as dout W_out, without the weight. This function takes dweight from it, puts the weight in, goes
-// on to dhidden by the product rule (act = f(gate) * up), and leaves weight * act in dact, which dW_out needs.
-// weight and dweight are by choice, and choice[r] is the choice of row r. weight NULL: all weights are 1, and there is no
-// dweight.
+// dact (rows,F) comes in as dout W_out, without the weight. This function takes dweight from it,
+// puts the weight in, goes on to dhidden by the product rule (act = f(gate) * up), and leaves
+// weight * act in dact, which dW_out needs. weight and dweight are by choice, and choice[r] is the
+// choice of row r. weight NULL: all weights are 1, and there is no dweight.
 void activation_backward(real *dhidden, real *dweight, real *dact, const real *hidden, const real *weight,
                          const int *choice, int rows, int F, int activation) {
     int gated = is_gated(activation), H = F * (1 + gated);
@@ -656,7 +675,8 @@ void embedding_forward(real *x, const real *embedding, const int *tokens, int N,
     }
 }
 
-// Adds to dembedding (V,C). A thread owns some of the columns, so no two threads add to the same number.
+// Adds to dembedding (V,C). A thread owns some of the columns, so no two threads add to the same
+// number.
 void embedding_backward(real *dembedding, const real *dx, const int *tokens, int N, int C) {
     int width = 32; // columns of a task
 #pragma omp parallel for
@@ -675,10 +695,11 @@ int logit_rows(int N, int V) {
     return max_int(1, min_int(N, (1 << 24) / V));
 }
 
-// The cross-entropy of N rows h (N,C) against their targets: nll (N) = -log softmax(h head^T)[target], in nats.
-// The logits (N,V) would be the largest array of all, so only `rows` rows of them are in memory at a time, and the
-// gradients of scale * sum(nll) are taken at once, while they are there: dh (N,C) is written, dhead (V,C) is added to. With
-// dh NULL there are no gradients.
+// The cross-entropy of N rows h (N,C) against their targets: nll (N) = -log softmax(h
+// head^T)[target], in nats. The logits (N,V) would be the largest array of all, so only `rows` rows
+// of them are in memory at a time, and the gradients of scale * sum(nll) are taken at once, while
+// they are there: dh (N,C) is written, dhead (V,C) is added to. With dh NULL there are no
+// gradients.
 void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head, const int *targets, int N, int C, int V,
                double scale, real *logits, int rows) {
     for (int first = 0; first < N; first += rows) {
@@ -708,8 +729,8 @@ void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. The mixture of experts
 //
-// Shazeer et al. 2017, Outrageously Large Neural Networks; in today's form Fedus et al. 2021, Switch Transformers. In the
-// order in which it happens:
+// Shazeer et al. 2017, Outrageously Large Neural Networks; in today's form Fedus et al. 2021,
+// Switch Transformers. In the order in which it happens:
 //
 //   scores    how well each expert suits each token             p (N,E) = softmax(x router^T)
 //   choice    which experts a token gets                        the K with the highest p
@@ -720,12 +741,13 @@ void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head
 //   experts   each a small feed-forward layer, over its own rows
 //   combining each token adds up its experts' answers, weighted
 //
-// A choice has no derivative. The router learns only by the weights of the experts that it did choose, and by losses of
-// its own, above all the balance loss. Without that loss it soon sends all tokens to a few favourites, because an expert
-// that gets more tokens learns faster, and so is chosen even more.
+// A choice has no derivative. The router learns only by the weights of the experts that it did
+// choose, and by losses of its own, above all the balance loss. Without that loss it soon sends all
+// tokens to a few favourites, because an expert that gets more tokens learns faster, and so is
+// chosen even more.
 
-// Width and activation of expert e. All experts are alike, except with --mixed: then their widths are F/2, F, F, 3F/2 by
-// turns, and their activations SwiGLU, GELU by turns.
+// Width and activation of expert e. All experts are alike, except with --mixed: then their widths
+// are F/2, F, F, 3F/2 by turns, and their activations SwiGLU, GELU by turns.
 int expert_width(const Config *c, int e) {
     if (c->mixed && (e % 4 == 0 || e % 4 == 3)) {
         return e % 4 == 0 ? c->ffn / 2 : c->ffn * 3 / 2;
@@ -745,15 +767,16 @@ int expert_hidden(const Config *c, int e) {
     return expert_width(c, e) * (1 + is_gated(expert_activation(c, e)));
 }
 
-// Width of what a router reads: C, but with --recurrent the width of its state, and with --subtokens a part of C.
+// Width of what a router reads: C, but with --recurrent the width of its state, and with
+// --subtokens a part of C.
 int router_width(const Config *c) {
     return c->recurrent ? c->recurrent : c->dim / c->subtokens;
 }
 
 #include "dev/statistics.h" // what the log shows of the routing: choices of each expert, entropy of the scores, ...
 
-// A router, or a part of one. `topk_router` below is the lesson's; others stand in dev/routers, one paper a file. Their
-// functions may be NULL where there is nothing to do.
+// A router, or a part of one. `topk_router` below is the lesson's; others stand in dev/routers, one
+// paper a file. Their functions may be NULL where there is nothing to do.
 enum {
     INPUT,    // changes what the router reads, and calls the next one
     CHOICE,   // chooses the experts: each model has one such part
@@ -794,7 +817,8 @@ int run_parts(Model *m, int l, const real *x, int place) {
 
 // ---- scores
 
-// p (rows,E) = softmax of each row of the logits, or sigmoid of each number; lse (rows): see softmax().
+// p (rows,E) = softmax of each row of the logits, or sigmoid of each number; lse (rows): see
+// softmax().
 void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int score) {
     memcpy(p, logits, (size_t)rows * E * sizeof(real));
 #pragma omp parallel for if (rows > 64)
@@ -810,8 +834,9 @@ void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int
     }
 }
 
-// Writes dlogits (rows,E). Softmax: dlogit_e = p_e * (dp_e - sum_j p_j dp_j); sigmoid: dlogit_e = dp_e * p_e * (1 - p_e).
-// The z-loss is z * lse^2 for each row, and the derivative of lse by a logit is that logit's p.
+// Writes dlogits (rows,E). Softmax: dlogit_e = p_e * (dp_e - sum_j p_j dp_j); sigmoid: dlogit_e =
+// dp_e * p_e * (1 - p_e). The z-loss is z * lse^2 for each row, and the derivative of lse by a
+// logit is that logit's p.
 void scores_backward(real *dlogits, const real *dp, const real *p, const real *lse, int rows, int E, int score, double z) {
 #pragma omp parallel for if (rows > 64)
     for (int row = 0; row < rows; row++) {
@@ -832,7 +857,8 @@ void scores_backward(real *dlogits, const real *dp, const real *p, const real *l
 
 // ---- choice
 
-// expert (N,K): the K largest numbers of each row of p (N,E), largest first; of equal ones the lower index comes first.
+// expert (N,K): the K largest numbers of each row of p (N,E), largest first; of equal ones the
+// lower index comes first.
 void select_topk(int *expert, const real *p, int N, int E, int K) {
 #pragma omp parallel for if (N > 64)
     for (int n = 0; n < N; n++) {
@@ -871,9 +897,9 @@ void weights_forward(real *weight, const real *p, const int *expert, int N, int 
     }
 }
 
-// Adds to dp (N,E). With w the weights and dw = dweight: PROBABILITY has dp_k = scale * dw_k. RENORMALIZED divides by the
-// sum s of the chosen p; there w_k = scale * p_k / s depends on all chosen p, and the quotient rule gives
-// dp_k = (scale * dw_k - sum over j of dw_j w_j) / s.
+// Adds to dp (N,E). With w the weights and dw = dweight: PROBABILITY has dp_k = scale * dw_k.
+// RENORMALIZED divides by the sum s of the chosen p; there w_k = scale * p_k / s depends on all
+// chosen p, and the quotient rule gives dp_k = (scale * dw_k - sum over j of dw_j w_j) / s.
 void weights_backward(real *dp, const real *dweight, const real *weight, const real *p, const int *expert, int N, int E,
                       int K, int gate, double scale) {
     for (int n = 0; n < N; n++) {
@@ -895,16 +921,18 @@ void weights_backward(real *dp, const real *dweight, const real *weight, const r
 
 // ---- balance
 //
-// The loss of Switch Transformers (Fedus et al. 2021, equation 4): E * sum over experts of f_e * P_e. f_e is the share of
-// all choices that went to expert e, and P_e the mean of p_e over the tokens. It is 1 where all experts are equally busy,
-// and larger the more uneven they are.
+// The loss of Switch Transformers (Fedus et al. 2021, equation 4): E * sum over experts of f_e *
+// P_e. f_e is the share of all choices that went to expert e, and P_e the mean of p_e over the
+// tokens. It is 1 where all experts are equally busy, and larger the more uneven they are.
 //
-// An example with 4 tokens, 2 experts and one choice each: three tokens choose expert 0, so f = (3/4, 1/4). If the scores
-// are on average P = (0.7, 0.3), the loss is 2 * (3/4 * 0.7 + 1/4 * 0.3) = 1.2.
+// An example with 4 tokens, 2 experts and one choice each: three tokens choose expert 0, so f =
+// (3/4, 1/4). If the scores are on average P = (0.7, 0.3), the loss is 2 * (3/4 * 0.7 + 1/4 * 0.3)
+// = 1.2.
 //
-// Counts have no derivative, so for the gradient f is a constant. With slope_e = weight * E * f_e the weighted loss is the
-// mean over tokens of the sum over experts of slope_e * p_e, and its derivative by each p_e is slope_e / N. Other balance
-// losses have the same form with another slope.
+// Counts have no derivative, so for the gradient f is a constant. With slope_e = weight * E * f_e
+// the weighted loss is the mean over tokens of the sum over experts of slope_e * p_e, and its
+// derivative by each p_e is slope_e / N. Other balance losses have the same form with another
+// slope.
 
 // count (groups,E): how often each expert stands in expert (N,K), for each group of tokens.
 void count_choices(double *count, const int *expert, int N, int E, int K, int group) {
@@ -927,7 +955,8 @@ void add_balance(double *slope, const double *count, int E, double weight) {
     }
 }
 
-// The sum over tokens of slope . p, divided by N. Sigmoid scores do not sum to 1, so each token's are divided by their sum.
+// The sum over tokens of slope . p, divided by N. Sigmoid scores do not sum to 1, so each token's
+// are divided by their sum.
 double mean_of_slopes(const Route *r, int score) {
     double loss = 0;
     for (int n = 0; n < r->N; n++) {
@@ -949,14 +978,15 @@ void balance_forward(Model *m, int l, const real *x) {
     Route *r = &m->acts.layer[l].route;
     int N = r->N, E = r->E, K = r->K, groups = N / r->group;
 
-    // The z-loss, the mean of lse^2, keeps the logits from growing (Zoph et al. 2022, ST-MoE, equation 5). It goes with
-    // softmax scores only.
+    // The z-loss, the mean of lse^2, keeps the logits from growing (Zoph et al. 2022, ST-MoE,
+    // equation 5). It goes with softmax scores only.
     for (int row = 0; c->z_weight > 0 && row < r->rows; row++) {
         r->aux += c->z_weight * (double)r->lse[row] * (double)r->lse[row] / r->rows;
     }
 
     if (r->slope) {
-        // Count the choices of each group of tokens. DeepSeek-V3 counts what the scores would choose without the bias.
+        // Count the choices of each group of tokens. DeepSeek-V3 counts what the scores would
+        // choose without the bias.
         const int *counted = r->served;
         if (c->balance == UNBIASED) {
             int *unbiased = (int *)arena_take(&m->scratch, (size_t)N * K, sizeof(int));
@@ -965,8 +995,9 @@ void balance_forward(Model *m, int l, const real *x) {
         }
         count_choices(r->count, counted, N, E, K, r->group);
 
-        // A group may be all tokens of a step (Qiu et al. 2025, Demons in the Detail). Its later micro-steps have not come
-        // yet, so the counts are those of the micro-steps up to this one. And it may have tokens in other processes.
+        // A group may be all tokens of a step (Qiu et al. 2025, Demons in the Detail). Its later
+        // micro-steps have not come yet, so the counts are those of the micro-steps up to this one.
+        // And it may have tokens in other processes.
         if (c->group == STEP && m->batch.mode == TRAIN_MODE) {
             memcpy(r->count, m->stats[l].count, (size_t)E * sizeof(double));
         }
@@ -987,8 +1018,8 @@ void balance_forward(Model *m, int l, const real *x) {
     }
 }
 
-// Adds to dp (N,E) the derivative of mean_of_slopes(): slope / N, or for sigmoid scores, by the quotient rule,
-// (slope_e - sum over j of slope_j p_j / s) / s / N with s = sum(p).
+// Adds to dp (N,E) the derivative of mean_of_slopes(): slope / N, or for sigmoid scores, by the
+// quotient rule, (slope_e - sum over j of slope_j p_j / s) / s / N with s = sum(p).
 void balance_backward(Model *m, real *dp, const Route *r) {
     int E = r->E, sigmoid = m->config.score == SIGMOID;
     double scale = m->batch.scale / r->N;
@@ -1022,8 +1053,9 @@ void topk_forward(Model *m, int l, const real *x) {
     matmul(r->logits, x, w->router, N, C, E, SET);
     scores_forward(r->p, r->lse, r->logits, N, E, c->score);
 
-    // With a selection bias, p + bias decides who is chosen; the weight is still made of p alone. That way the bias can
-    // even out the load without pulling on what the model computes (DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2).
+    // With a selection bias, p + bias decides who is chosen; the weight is still made of p alone.
+    // That way the bias can even out the load without pulling on what the model computes
+    // (DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2).
     const real *decides = r->p;
     if (w->bias) {
         real *biased = scratch(m, (size_t)N * E);
@@ -1057,11 +1089,12 @@ const Router topk_router = {.place = CHOICE, .forward = topk_forward, .backward 
 
 // ---- capacity and sorting
 
-// An expert takes at most ceil(factor * topk * tokens / E) choices of a group; those that come later are refused. A token
-// keeps its other experts, and what it is on the residual stream. In training all first choices are served before all
-// second ones (Lepikhin et al. 2020, GShard, algorithm 1). At evaluation the tokens are served one after the other, so that
-// no later token can decide what becomes of an earlier one. topk is --topk, which is K, but for routers that may choose
-// more.
+// An expert takes at most ceil(factor * topk * tokens / E) choices of a group; those that come
+// later are refused. A token keeps its other experts, and what it is on the residual stream. In
+// training all first choices are served before all second ones (Lepikhin et al. 2020, GShard,
+// algorithm 1). At evaluation the tokens are served one after the other, so that no later token can
+// decide what becomes of an earlier one. topk is --topk, which is K, but for routers that may
+// choose more.
 void drop_overflow(Route *r, double factor, int topk, int train) {
     int E = r->E, K = r->K, choices = r->group * K;
     int capacity = (int)fmin(ceil(factor * topk * r->group / E - 1e-9), (double)choices); // 1e-9: against rounding
@@ -1086,8 +1119,8 @@ void drop_overflow(Route *r, double factor, int topk, int train) {
     free(taken);
 }
 
-// Counting sort: order lists 0 .. n-1 by key, those of equal keys in their own order; offset (keys+1) says where each key
-// begins. Negative keys are left out.
+// Counting sort: order lists 0 .. n-1 by key, those of equal keys in their own order; offset
+// (keys+1) says where each key begins. Negative keys are left out.
 void counting_sort(int *order, int *offset, const int *key, int n, int keys) {
     memset(offset, 0, ((size_t)keys + 1) * sizeof(int));
     for (int i = 0; i < n; i++) {
@@ -1111,8 +1144,8 @@ void counting_sort(int *order, int *offset, const int *key, int n, int keys) {
     offset[0] = 0;
 }
 
-// Sorts the choices that are served by their experts. An example with 3 tokens, 2 experts and K = 2, where expert 0 has
-// refused the last choice:
+// Sorts the choices that are served by their experts. An example with 3 tokens, 2 experts and K =
+// 2, where expert 0 has refused the last choice:
 //   served (3,2) = 1 0, 0 1, 1 -1       token 0 has experts 1 and 0, token 1 has 0 and 1, token 2 has 1
 //   offset       = 0, 2, 5              expert 0 has rows 0 and 1, expert 1 has rows 2, 3 and 4
 //   choice       = 1 2 0 3 4            rows 0, 1, ... belong to choices n*K + k = 1, 2, ...
@@ -1138,7 +1171,8 @@ size_t sorted_size(const int *offset, int E, const int *width) {
     return size;
 }
 
-// The activation of all experts. Neighbours that are alike are done together; in most recipes all experts are.
+// The activation of all experts. Neighbours that are alike are done together; in most recipes all
+// experts are.
 void experts_activation_forward(real *act, const real *hidden, const int *offset, const Experts *s) {
     for (int e = 0, next; e < s->E; e = next) {
         for (next = e + 1; next < s->E && s->F[next] == s->F[e] && s->activation[next] == s->activation[e];) {
@@ -1166,7 +1200,8 @@ void experts_activation_backward(real *dhidden, real *dweight, real *dact, const
     }
 }
 
-// answer (rows,C) of each expert to its rows of x (N,C): act W_out^T with act = f(x W_in^T). hidden (rows,2F) is kept.
+// answer (rows,C) of each expert to its rows of x (N,C): act W_out^T with act = f(x W_in^T). hidden
+// (rows,2F) is kept.
 void experts_forward(Model *m, real *answer, real *hidden, const real *x, const real *w_in, const real *w_out,
                      const int *token, const int *offset, const Experts *s) {
     real *act = scratch(m, sorted_size(offset, s->E, s->F));
@@ -1175,7 +1210,8 @@ void experts_forward(Model *m, real *answer, real *hidden, const real *x, const 
     grouped_matmul(answer, act, NULL, w_out, offset, s->E, s->F, s->out);
 }
 
-// dx (rows,C) and dweight (by choice) are written, dw_in and dw_out are added to; dout (N,C) is by token.
+// dx (rows,C) and dweight (by choice) are written, dw_in and dw_out are added to; dout (N,C) is by
+// token.
 void experts_backward(Model *m, real *dx, real *dweight, real *dw_in, real *dw_out, const real *dout, const real *x,
                       const real *hidden, const real *weight, const real *w_in, const real *w_out, const int *token,
                       const int *choice, const int *offset, const Experts *s) {
@@ -1223,7 +1259,8 @@ void moe_forward(Model *m, int l, real *out, const real *x, int N, int T) {
     r->aux = 0;
     m->router->forward(m, l, x);
 
-    // Some routers decline choices by chance. The other choices are counted, for the log and for the balance losses.
+    // Some routers decline choices by chance. The other choices are counted, for the log and for
+    // the balance losses.
     memcpy(r->served, r->expert, (size_t)N * r->K * sizeof(int));
     run_parts(m, l, x, DECLINE);
     if (train) {
@@ -1247,7 +1284,8 @@ void moe_forward(Model *m, int l, real *out, const real *x, int N, int T) {
         return;
     }
 
-    // Sort the choices by expert, let each expert work on its own rows, and give each token the sum of its answers.
+    // Sort the choices by expert, let each expert work on its own rows, and give each token the sum
+    // of its answers.
     sort_by_expert(r);
     real *answer = scratch(m, (size_t)r->offset[r->E] * C);
     experts_forward(m, answer, m->acts.layer[l].hidden, x, w->w_in, w->w_out, r->token, r->offset, &m->experts);
@@ -1261,8 +1299,8 @@ void moe_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
     int C = m->experts.C;
     scratch_reset(m);
 
-    // Through the experts: the gradient by their rows, by their matrices, and by the weight of each choice. A choice that
-    // was refused has no answer, so the gradient by its weight stays 0.
+    // Through the experts: the gradient by their rows, by their matrices, and by the weight of each
+    // choice. A choice that was refused has no answer, so the gradient by its weight stays 0.
     real *dweight = scratch(m, (size_t)r->N * r->K);
     memset(dweight, 0, (size_t)r->N * r->K * sizeof(real));
     if (ranks.ep > 1) {
@@ -1274,7 +1312,8 @@ void moe_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
         combine(dx, dx_rows, NULL, r->row, r->N, r->K, C);
     }
 
-    // Through the router: from the weights, and from the balance losses, to its matrix and once more to x.
+    // Through the router: from the weights, and from the balance losses, to its matrix and once
+    // more to x.
     for (int i = 0; m->parts[i]; i++) {
         if (m->parts[i]->place == LOSS && m->parts[i]->backward) {
             m->parts[i]->backward(m, l, dx, dweight, x);
@@ -1283,8 +1322,9 @@ void moe_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
     m->router->backward(m, l, dx, dweight, x);
 }
 
-// After a step: what changes without a gradient. The selection bias of each expert moves by a fixed step against its load
-// (DeepSeek-AI 2024, DeepSeek-V3; Wang et al. 2024, Auxiliary-Loss-Free Load Balancing).
+// After a step: what changes without a gradient. The selection bias of each expert moves by a fixed
+// step against its load (DeepSeek-AI 2024, DeepSeek-V3; Wang et al. 2024, Auxiliary-Loss-Free Load
+// Balancing).
 void router_update(Model *m) {
     const Config *c = &m->config;
     sum_statistics(m);
@@ -1340,8 +1380,9 @@ void dense_backward(Model *m, int l, real *dx, const real *dout) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. Memory and first weights
 //
-// All weights stand in one table. The arrays of weights, gradients and moments are laid out by it, and whatever is done to
-// all weights (first values, AdamW, checkpoints, tests) is one loop over its rows.
+// All weights stand in one table. The arrays of weights, gradients and moments are laid out by it,
+// and whatever is done to all weights (first values, AdamW, checkpoints, tests) is one loop over
+// its rows.
 
 #include "dev/ranks/gradients.h" // several processes: what each of them has, sums of gradients, shares of the update
 
@@ -1349,9 +1390,9 @@ void dense_backward(Model *m, int l, real *dx, const real *dout) {
 
 #define NO_FIELD ((size_t)-1)
 
-// Appends a tensor of a x b x c numbers, if it has any; the leading ones are 1 where it has fewer than three dimensions.
-// field: where LayerParams, or Params for layer -1, has its pointer. Returns the row, which does not count if the tensor has
-// no numbers.
+// Appends a tensor of a x b x c numbers, if it has any; the leading ones are 1 where it has fewer
+// than three dimensions. field: where LayerParams, or Params for layer -1, has its pointer. Returns
+// the row, which does not count if the tensor has no numbers.
 Tensor *add_tensor(Tensor *list, int *count, int layer, const char *kind, size_t field, int dims, int a, int b, int c,
                    int init) {
     Tensor *t = &list[*count];
@@ -1418,8 +1459,8 @@ int model_tensors(const Config *c, Tensor *list) {
     return count;
 }
 
-// Where each tensor lies: first the arena of what all processes have in common, then that of the experts. Each tensor
-// begins at a multiple of `unit` numbers, which a GPU wants.
+// Where each tensor lies: first the arena of what all processes have in common, then that of the
+// experts. Each tensor begins at a multiple of `unit` numbers, which a GPU wants.
 void lay_out(Model *m, Tensor *list, size_t unit) {
     size_t at = 0;
     m->tensors = list;
@@ -1440,8 +1481,8 @@ void lay_out(Model *m, Tensor *list, size_t unit) {
     ranks_lay_out(m, unit); // several processes: each has only some of the experts
 }
 
-// Points a Params to an array of all weights, or of all gradients: each row of the table says where its pointer stands in
-// the struct, and where its numbers begin in the array.
+// Points a Params to an array of all weights, or of all gradients: each row of the table says where
+// its pointer stands in the struct, and where its numbers begin in the array.
 void point_params(Model *m, Params *p, real *memory) {
     p->layer = (LayerParams *)own(m, m->config.layers, sizeof(LayerParams));
     for (int i = 0; i < m->tensor_count; i++) {
@@ -1458,9 +1499,9 @@ void point_params(Model *m, Params *p, real *memory) {
 
 // ---- the first weights
 
-// Standard deviation of a tensor's first weights. "normal": 0.02, and 1/sqrt(2L) of that for what is added to the
-// residual stream (Radford et al. 2019, GPT-2). "truncated": sqrt(0.1 / inputs), and nothing beyond two standard
-// deviations (Fedus et al. 2021, Switch Transformers).
+// Standard deviation of a tensor's first weights. "normal": 0.02, and 1/sqrt(2L) of that for what
+// is added to the residual stream (Radford et al. 2019, GPT-2). "truncated": sqrt(0.1 / inputs),
+// and nothing beyond two standard deviations (Fedus et al. 2021, Switch Transformers).
 double first_deviation(const Config *c, const Tensor *t, int truncated) {
     if (t->init == INIT_ZERO || t->init == INIT_ONE) {
         return 0;
@@ -1474,7 +1515,8 @@ double first_deviation(const Config *c, const Tensor *t, int truncated) {
     return t->init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * c->layers) : 0.02;
 }
 
-// The weights of step 0. frequency (V): how often each word comes in the training text; NULL: that is not known.
+// The weights of step 0. frequency (V): how often each word comes in the training text; NULL: that
+// is not known.
 void model_init(Model *m, const double *frequency) {
     const Config *c = &m->config;
     for (int i = 0; i < m->tensor_count; i++) {
@@ -1505,7 +1547,8 @@ void model_init(Model *m, const double *frequency) {
 
 #include "dev/activations.h" // the arrays of Acts, Route and Experts
 
-// A model with buffers for N tokens. train 0: no gradients and no moments. weights: those of another model, or NULL.
+// A model with buffers for N tokens. train 0: no gradients and no moments. weights: those of
+// another model, or NULL.
 Model *model_allocate(const Config *config, int N, int train, real *weights) {
     Model *m = (Model *)allocate(1, sizeof(Model));
     const Config *c = &m->config;
@@ -1546,9 +1589,9 @@ void model_free(Model *m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. The whole model, forward and backward
 //
-// A layer adds to the residual stream twice: mid = x + attention(rmsnorm(x)), and then the next layer's
-// x = mid + feed-forward layers(rmsnorm(mid)). So its backward pass has the gradient by the residual stream in one array, dx,
-// and each of the two norms adds its part to it.
+// A layer adds to the residual stream twice: mid = x + attention(rmsnorm(x)), and then the next
+// layer's x = mid + feed-forward layers(rmsnorm(mid)). So its backward pass has the gradient by the
+// residual stream in one array, dx, and each of the two norms adds its part to it.
 
 // The first half of layer l, from a->x to a->h2: x + attention(rmsnorm(x)), and the norm of that.
 void attend_forward(Model *m, int l) {
@@ -1568,8 +1611,9 @@ void attend_forward(Model *m, int l) {
     m->at_hand = l;
 }
 
-// Its way back. dx (N,C) comes in as the gradient by the layer's output, and dh2 (N,C) as that by a->h2. With what the
-// second norm adds, dx is the gradient by a->mid; with what the first one adds, that by a->x. dh2 is overwritten.
+// Its way back. dx (N,C) comes in as the gradient by the layer's output, and dh2 (N,C) as that by
+// a->h2. With what the second norm adds, dx is the gradient by a->mid; with what the first one
+// adds, that by a->x. dh2 is overwritten.
 void attend_backward(Model *m, int l, real *dx, real *dh2) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
@@ -1639,7 +1683,8 @@ void recompute_layer(Model *m, int l) {
     }
 }
 
-// The balance losses of the last batch, weighted: they are added to the loss for the gradient, and reported apart.
+// The balance losses of the last batch, weighted: they are added to the loss for the gradient, and
+// reported apart.
 double balance_losses(const Model *m) {
     double aux = 0;
     for (int l = 0; l < m->config.layers; l++) {
@@ -1707,10 +1752,11 @@ void model_backward(Model *m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. The optimizer
 //
-// The gradients of a step are scaled down if they are too large together, and AdamW moves the weights against them.
+// The gradients of a step are scaled down if they are too large together, and AdamW moves the
+// weights against them.
 
-// The learning rate of step 1, 2, ..., steps: a straight line up over the warm-up, then, unless it stays constant, down to
-// --min-lr, by default a tenth of --lr.
+// The learning rate of step 1, 2, ..., steps: a straight line up over the warm-up, then, unless it
+// stays constant, down to --min-lr, by default a tenth of --lr.
 double learning_rate(const Config *c, int step) {
     double low = c->min_lr < 0 ? c->lr / 10 : c->min_lr;
     if (step <= c->warmup) {
@@ -1735,9 +1781,10 @@ double gradient_norm(Model *m) {
     return sqrt(ranks_sum_of_squares(m)); // one process: sum_of_squares(m->memory[GRADS], m->size)
 }
 
-// AdamW: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization. m1 and m2 are moving averages of each gradient
-// and of its square; a weight moves against m1 / sqrt(m2), both corrected for having begun at 0. Matrices decay, vectors
-// do not. If the norm of all gradients is above --clip, they are scaled down to it. step counts from 1.
+// AdamW: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization. m1 and m2 are moving
+// averages of each gradient and of its square; a weight moves against m1 / sqrt(m2), both corrected
+// for having begun at 0. Matrices decay, vectors do not. If the norm of all gradients is above
+// --clip, they are scaled down to it. step counts from 1.
 void model_update(Model *m, int step, double lr, double norm) {
     const Config *c = &m->config;
     real scale = (real)(c->clip > 0 && norm > c->clip ? c->clip / norm : 1);
@@ -1770,8 +1817,8 @@ void model_update(Model *m, int step, double lr, double norm) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. Training
 //
-// The loop at the end of this chapter is the same on every device. What it asks of one is in a Backend; this file's is the
-// CPU's.
+// The loop at the end of this chapter is the same on every device. What it asks of one is in a
+// Backend; this file's is the CPU's.
 
 #include "dev/ranks/files.h" // several processes: one of them reads and writes for all
 #include "data/checkpoint.h" // a model as a Hugging Face directory, written and read
