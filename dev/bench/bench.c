@@ -305,24 +305,23 @@ void bench_products(void) {
 
 typedef struct Heads {
     int B, T, H, D;
-    real *qkv, *out, *lse, *dout, *dqkv, *scratch;
+    real *qkv, *out, *lse, *dout, *dqkv;
 } Heads;
 
-CALL(call_attention_forward, Heads, attention_forward(a->out, a->lse, a->qkv, a->B, a->T, a->H, a->H, a->D, a->scratch))
+CALL(call_attention_forward, Heads, attention_forward(a->out, a->lse, a->qkv, a->B, a->T, a->H, a->H, a->D))
 CALL(call_attention_backward, Heads,
-     attention_backward(a->dqkv, a->dout, a->out, a->lse, a->qkv, a->B, a->T, a->H, a->H, a->D, a->scratch))
+     attention_backward(a->dqkv, a->dout, a->out, a->lse, a->qkv, a->B, a->T, a->H, a->H, a->D))
 
 void bench_attention(void) {
     printf("\nattention: sequences x tokens x heads x width; half of all pairs counted, backward as twice forward\n");
-    const Heads sizes[] = {{16, 256, 8, 32, 0, 0, 0, 0, 0, 0}, {8, 512, 8, 64, 0, 0, 0, 0, 0, 0},
-                           {4, 1024, 8, 64, 0, 0, 0, 0, 0, 0}, {2, 2048, 8, 64, 0, 0, 0, 0, 0, 0}};
+    const Heads sizes[] = {{16, 256, 8, 32, 0, 0, 0, 0, 0}, {8, 512, 8, 64, 0, 0, 0, 0, 0},
+                           {4, 1024, 8, 64, 0, 0, 0, 0, 0}, {2, 2048, 8, 64, 0, 0, 0, 0, 0}};
     for (int i = 0; i < 4; i++) {
         Heads a = sizes[i];
         int N = a.B * a.T, C = a.H * a.D;
         double work = 2.0 * N * a.T * C; // two products of half a (T,T) matrix; backward is five, of which one is anew
         a.qkv = random_reals((size_t)N * 3 * C), a.dqkv = random_reals((size_t)N * 3 * C);
         a.out = random_reals((size_t)N * C), a.dout = random_reals((size_t)N * C), a.lse = random_reals((size_t)N * a.H);
-        a.scratch = random_reals(attention_room(a.T, a.D) * (size_t)thread_count());
         real *w = random_reals((size_t)3 * C * C), *x = random_reals((size_t)N * C);
         Product qkv = {a.dqkv, (size_t)(3 * C), along_rows(x, C, NULL), along_rows(w, C, NULL), N, 3 * C, C};
         List product_list = {&qkv, 1};
@@ -334,7 +333,7 @@ void bench_attention(void) {
                    k == 1 ? "forward" : "backward", a.B, a.T, a.H, a.D, median(t[k].rate, NULL, n) / 1e9,
                    100 * median(t[k].rate, t[0].rate, n), 100 * median(t[k].rate, t[3].rate, n));
         fflush(stdout);
-        free(a.qkv), free(a.out), free(a.lse), free(a.dout), free(a.dqkv), free(a.scratch), free(w), free(x);
+        free(a.qkv), free(a.out), free(a.lse), free(a.dout), free(a.dqkv), free(w), free(x);
     }
 }
 
@@ -372,9 +371,14 @@ Model *random_model(const Config *c, int N, int train) {
         real *w = m->memory[WEIGHTS] + t->offset;
 #pragma omp parallel for
         for (size_t j = 0; j < t->size; j++)
-            w[j] = (real)(tensor_is_norm(t) ? 1 : ((double)(hash64(t->offset + j) >> 11) * 0x1p-53 - 0.5) * 0.07);
+            w[j] = (real)(t->init == INIT_ONE ? 1 : ((double)(hash64(t->offset + j) >> 11) * 0x1p-53 - 0.5) * 0.07);
     }
     return m;
+}
+
+void run_batch(Trainee *t, int B) {
+    Batch batch = {t->inputs, t->targets, B, t->model->config.seq, TRAIN_MODE, 1, 1, 0, 1, 1};
+    model_forward(t->model, &batch);
 }
 
 Trainee *new_trainee(const char *name, const char *recipe, const char *options) {
@@ -391,7 +395,7 @@ Trainee *new_trainee(const char *name, const char *recipe, const char *options) 
         t->inputs[i] = (int)(hash64((uint64_t)i) % (uint64_t)c.vocab);
         t->targets[i] = (int)(hash64((uint64_t)i + 1) % (uint64_t)c.vocab);
     }
-    model_forward(t->model, t->inputs, t->targets, 1, c.seq, TRAIN_MODE, 1, 1, 0); // the memory becomes real
+    run_batch(t, 1); // the memory becomes real
     model_backward(t->model);
     model_update(t->model, 1, 1e-9, gradient_norm(t->model));
     return t;
@@ -417,7 +421,7 @@ void train_step(Trainee *t, int round) {
     for (int part = 0; part < 3; part++) {
         double start = seconds();
         if (part == 0)
-            model_forward(t->model, t->inputs, t->targets, c->batch, c->seq, TRAIN_MODE, 1, 1, 0);
+            run_batch(t, c->batch);
         else if (part == 1)
             model_backward(t->model);
         else
@@ -453,15 +457,15 @@ void print_step(const Trainee *t, int n) {
            median(t->part[2], NULL, n) * 1e3);
 }
 
-CALL(call_layer_attention, Model, const Config *c = &a->config; LayerState *s = a->layers; int D = c->dim / c->heads;
-     attention_forward(s->att, s->lse, s->qkv, c->batch, c->seq, c->heads, c->kv_heads, D, a->attention);
-     attention_backward(a->dqkv, a->dx, s->att, s->lse, s->qkv, c->batch, c->seq, c->heads, c->kv_heads, D, a->attention))
-CALL(call_layer_ffn, Model, int T = a->config.seq; int N = a->config.batch * T;
-     ffn_forward(a, 0, a->layers, a->x, N, T);
-     ffn_backward(a, 0, a->layers, a->dh, a->dx, N, T))
-CALL(call_head, Trainee, Model *m = a->model; const Config *c = &m->config;
-     head_loss(m->nll, m->dh, m->grads.head, m->h, m->weights.head, a->targets, c->batch * c->seq, c->dim, c->vocab, 1e-9,
-               m->logits, m->head_rows))
+CALL(call_layer_attention, Model, const Config *c = &a->config; LayerActs *x = a->acts.layer; int D = c->dim / c->heads;
+     scratch_reset(a); real *dqkv = scratch(a, (size_t)c->batch * c->seq * (c->heads + 2 * c->kv_heads) * D);
+     attention_forward(x->att, x->lse, x->qkv, c->batch, c->seq, c->heads, c->kv_heads, D);
+     attention_backward(dqkv, a->dx, x->att, x->lse, x->qkv, c->batch, c->seq, c->heads, c->kv_heads, D))
+CALL(call_layer_ffn, Model, feed_forward(a, 0, a->acts.x); feed_backward(a, 0, a->acts.dh, a->dx))
+CALL(call_head, Trainee, Model *m = a->model; const Config *c = &m->config; int N = c->batch * c->seq;
+     int rows = logit_rows(N, c->vocab); scratch_reset(m);
+     head_loss(m->acts.nll, m->acts.dh, m->grads.head, m->acts.h, m->params.head, a->targets, N, c->dim, c->vocab, 1e-9,
+               scratch(m, (size_t)rows * c->vocab), rows))
 
 void bench_parts(Trainee *t) {
     const Config *c = &t->model->config;
@@ -520,19 +524,19 @@ void bench_model(const char *letter, const char *options, const char *fine, int 
 
 enum { ROWS = 65536, ROW_WIDTH = 512, WORDS = 4096, HIDDEN = 1024 }; // arrays of 128 to 256 MiB, so that none stays in a cache
 typedef struct Rows {
-    real *a, *b, *c, *d, *w, *rstd, *partial;
-    int *slot;
+    real *a, *b, *c, *d, *w, *rstd;
+    int *row;
     Model *model;
 } Rows;
 
 CALL(call_softmax, Rows, _Pragma("omp parallel for") for (int i = 0; i < ROWS / 4; i++)
      softmax(a->a + (size_t)i * WORDS, WORDS))
 CALL(call_norm_forward, Rows, rmsnorm_forward(a->b, a->rstd, a->a, a->w, ROWS, ROW_WIDTH, 1e-5))
-CALL(call_norm_backward, Rows, rmsnorm_backward(a->c, a->d, a->b, a->a, a->rstd, a->w, ROWS, ROW_WIDTH, a->partial))
-CALL(call_activation_forward, Rows, _Pragma("omp parallel") activation_forward(a->b, a->a, ROWS / 2, HIDDEN, SWIGLU))
+CALL(call_norm_backward, Rows, rmsnorm_backward(a->c, a->d, a->b, a->a, a->rstd, a->w, ROWS, ROW_WIDTH))
+CALL(call_activation_forward, Rows, activation_forward(a->b, a->a, ROWS / 2, HIDDEN, SWIGLU))
 CALL(call_activation_backward, Rows,
-     _Pragma("omp parallel") activation_backward(a->c, NULL, a->b, a->a, NULL, NULL, ROWS / 2, HIDDEN, SWIGLU))
-CALL(call_combine, Rows, combine(a->b, a->a, a->w, a->slot, ROWS, 2, ROW_WIDTH))
+     activation_backward(a->c, NULL, a->b, a->a, NULL, NULL, ROWS / 2, HIDDEN, SWIGLU))
+CALL(call_combine, Rows, combine(a->b, a->a, a->w, a->row, ROWS, 2, ROW_WIDTH))
 CALL(call_gradient_norm, Rows, peak_result[0] = (real)gradient_norm(a->model))
 CALL(call_update, Rows, model_update(a->model, 1, 1e-9, 1))
 
@@ -540,10 +544,10 @@ void bench_rows(void) {
     Config c = read_config("mixtral", "--layers 2 --dim 512 --experts 16 --ffn 1024 --seq 16 --batch 1");
     size_t size = (size_t)ROWS * 2 * ROW_WIDTH; // 256 MiB; also (ROWS/4, WORDS), (ROWS/2, 2*HIDDEN)
     Rows r = {random_reals(size), random_reals(size), random_reals(size), random_reals(ROW_WIDTH), random_reals(2 * ROWS),
-              random_reals(ROWS), random_reals((size_t)div_up(ROWS, CHUNK) * ROW_WIDTH), NULL, random_model(&c, 16, 1)};
-    r.slot = (int *)allocate(2 * ROWS, sizeof(int));
+              random_reals(ROWS), NULL, random_model(&c, 16, 1)};
+    r.row = (int *)allocate(2 * ROWS, sizeof(int));
     for (int i = 0; i < 2 * ROWS; i++) // a permutation
-        r.slot[i] = (int)((unsigned)i * 40503u % (2 * ROWS));
+        r.row[i] = (int)((unsigned)i * 40503u % (2 * ROWS));
     double n = (double)ROWS * ROW_WIDTH, h = (double)ROWS / 2 * HIDDEN, weights = (double)r.model->size;
     const struct {
         const char *name;
@@ -568,7 +572,7 @@ void bench_rows(void) {
         fflush(stdout);
     }
     model_free(r.model);
-    free(r.a), free(r.b), free(r.c), free(r.d), free(r.w), free(r.rstd), free(r.partial), free(r.slot);
+    free(r.a), free(r.b), free(r.c), free(r.d), free(r.w), free(r.rstd), free(r.row);
 }
 
 // ---- generation

@@ -122,7 +122,6 @@ const Preset models[] = {
      " --group-topk 4 --speedup 2 --dispatch-bytes 1.03125",
      "arXiv 2412.19437, sections 3.2 and 4.2"},
 };
-#define COUNT(list) (int)(sizeof(list) / sizeof(*(list)))
 
 void set_number(Setup *s, const char *name, const char *value) {
     for (int i = 0; i < number_count; i++) {

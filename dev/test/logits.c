@@ -24,9 +24,10 @@ int main(int argc, char **argv) {
     run.backend = &cpu_backend;
     run.model = model_allocate(&run.config, T, 0, NULL);
     load_weights(&run, argv[1], 0);
-    model_forward(run.model, ids, ids, 1, T, EVAL_MODE, 1, 0, 0);
+    Batch batch = {ids, ids, 1, T, EVAL_MODE, 1, 0, 0, 1, 1};
+    model_forward(run.model, &batch);
     real *logits = allocate_reals((size_t)T * V);
-    product(logits, along_rows(run.model->h, C, NULL), along_rows(run.model->weights.head, C, NULL), T, V, C, 0);
+    matmul(logits, run.model->acts.h, run.model->params.head, T, C, V, SET);
     for (size_t i = 0; i < (size_t)T * V; i++) {
         float x = (float)logits[i];
         fwrite(&x, sizeof(x), 1, stdout);
