@@ -37,10 +37,11 @@
 // the feed-forward layers have E/K times as many weights for the same work per token. Chapter 3 is
 // about that; most of the rest is what any GPT has.
 //
-// Letters, with the same meaning to the end of the file:
+// Letters, with the same meaning to the end of the file (only in chapter 3 N, T and C are those of
+// what the experts read, which with --subtokens are parts of tokens):
 //   B sequences in a batch     T tokens in a sequence     N = B*T tokens      C width of the model    V words
 //   L layers                   H query heads              KV key/value heads  D = C/H width of a head
-//   E experts of a layer       K experts for each token   F width of a feed-forward layer, behind its activation
+//   E experts of a layer       K experts for each token   F width of a feed-forward layer, after its activation
 // A comment such as "x (N,C)" gives the shape of an array, row after row. The gradient of a value
 // has the value's name with a d in front: dx is the derivative of the loss with respect to x, in
 // short "by x". A backward function adds to the gradients that it is given, unless its comment says
@@ -88,9 +89,9 @@ typedef struct Config {
     int init_scheme;
     // The router of chapter 3.
     int select, score, gate;             // TOP_K; SOFTMAX or SIGMOID; PROBABILITY or RENORMALIZED
-    double scale;                        // all weights times this
+    double scale;                        // all weights of chosen experts are multiplied by this
     double bias_rate;                    // step of the selection bias; 0: there is none
-    int balance, group;                  // form of the balance loss; the tokens over which it is taken
+    int balance, group;                  // form of the balance loss; over which tokens: SEQUENCE, BATCH, STEP
     double aux_weight, z_weight;         // weights of the balance loss and of the z-loss
     double capacity_factor, eval_capacity_factor;
     // The routers of single papers. Their files begin with the fields that they need here; that
@@ -119,7 +120,7 @@ typedef struct Config {
 
 #include "dev/options.h" // the table of options, the recipes, and the command line
 
-// Does layer l have experts? Every moe_every-th layer behind the first dense_first ones has.
+// Does layer l have experts? Every moe_every-th layer after the first dense_first ones has.
 int is_moe(const Config *c, int l) {
     return c->moe_every > 0 && l >= c->dense_first && (l - c->dense_first + 1) % c->moe_every == 0;
 }
@@ -191,8 +192,8 @@ typedef struct Tensor {
 // to, but not including, offset[e+1]. An example with numbers stands before sort_by_expert().
 typedef struct Route {
     int N, E, K;
-    int group;       // tokens of a group: counts, capacity and losses are taken over each group on its own
-    int rows;        // rows of p: N, but with several routers one for each
+    int group;       // tokens of a group: T with SEQUENCE, else N; see "balance" in chapter 3
+    int rows;        // rows of p: one for each token, but with several routers one for each of them
     real *logits;    // (N,E) what the router's matrix gives; some routers of dev/routers have more columns
     real *p;         // (rows,E) scores
     real *lse;       // (rows) log of the sum of exp of each row of logits, where scores are softmax
@@ -211,7 +212,9 @@ typedef struct Route {
     void *state[16]; // what the parts of dev/routers keep
 } Route;
 
-// What one layer keeps from its forward pass for its backward pass.
+// What one layer keeps from its forward pass for its backward pass. With --recompute only x and the
+// route are kept for each layer; all layers share the memory of the other arrays, and the backward
+// pass fills them anew.
 typedef struct LayerActs {
     real *x;             // (N,C)  the layer's input
     real *h1, *rstd1;    // (N,C), (N)  its norm
@@ -236,7 +239,7 @@ typedef struct Acts {
 typedef struct Experts {
     int E, C;
     int *in, *out;       // (E)  width of the rows that an expert reads and writes: C
-    int *F, *hidden;     // (E)  width behind and before the activation: F, and 2F where it is gated
+    int *F, *hidden;     // (E)  width after and before the activation: F, and 2F where it is gated
     int *activation;     // (E)
 } Experts;
 
@@ -264,7 +267,7 @@ typedef struct Model {
     Acts acts;
     Experts experts;
     const struct Router *router;        // chooses the experts
-    const struct Router *parts[16];     // all parts of it, NULL behind the last one
+    const struct Router *parts[16];     // all parts of it, NULL after the last one
     Batch batch;                        // of the last forward pass
     int max_tokens;                     // N that the buffers hold
     // The table of weights, and the four arrays that it describes: weights, gradients, AdamW's two
@@ -352,10 +355,11 @@ void matmul_dw(real *dw, const real *dout, const real *x, int N, int I, int O) {
     }
 }
 
-// Grouped products are the same for all experts at once. Expert e has the rows offset[e] ..
-// offset[e+1] and its own matrix (O[e],I[e]); the experts' blocks stand one behind the other, in w
+// Grouped products are the same for all experts at once, each with its own rows and its own matrix:
+// see the example before sort_by_expert(). Expert e has the rows offset[e] ..
+// offset[e+1] and its own matrix (O[e],I[e]); the experts' blocks stand one after the other, in w
 // as in the arrays of rows. An array can also be read by token: with `token`, row r of the sorted
-// order is row token[r] of the array, so nothing need be copied.
+// order is row token[r] of the array, so nothing has to be copied.
 
 // Row r of x, which is I wide. With `token` it is the row of its token. Else x is sorted itself,
 // and the row begins at number `from`.
@@ -442,8 +446,9 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N,
     }
 }
 
-// With y = x * rstd, the row before w: dw += dout * y, and dx += rstd * (dout*w - y *
-// mean(dout*w*y)). The second term is there because rms(x) depends on x, too.
+// With y = x * rstd, the row before it is multiplied by w: dw += dout * y, and dx += rstd * (dout*w
+// - y * mean(dout*w*y)). The second term is there because rstd depends on x, too: d rstd / d x_j =
+// -rstd^3 x_j / C.
 void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *rstd, const real *w, int N, int C) {
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * C, *d = dout + (size_t)n * C;
@@ -538,6 +543,7 @@ void attention_forward(real *out, real *lse, const real *qkv, int B, int T, int 
 // Writes dqkv (B,T,(H+2KV)*D). Of one query, with its probabilities p:
 //   dv_s += p_s * dout     dp_s = dout . v_s     dscore_s = p_s * (dp_s - sum over r of p_r * dp_r)
 //   dq += dscore_s * k_s / sqrt(D)               dk_s += dscore_s * q / sqrt(D)
+// The third formula is the derivative of a softmax: d p_r / d score_s = p_r * ((r == s) - p_s).
 // The sum over r is dout . out, since out = sum of p_r * v_r. One task owns a key and value head,
 // so it alone adds to it.
 void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv, int B, int T,
@@ -566,7 +572,7 @@ void attention_backward(real *dqkv, const real *dout, const real *out, const rea
                         dp += d[i] * v[i];
                     }
                     real p = (real)exp((double)(score - lse[((size_t)b * H + h) * T + t]));
-                    real dscore = p * (dp - delta) * scale;
+                    real dscore = p * (dp - delta) * scale; // with the 1/sqrt(D)
                     for (int i = 0; i < D; i++) {
                         dqkv[values + (size_t)s * width + i] += p * d[i];
                         dqkv[keys + (size_t)s * width + i] += dscore * q[i];
@@ -603,34 +609,34 @@ real activate(int activation, real x, real *slope) {
 // act (rows,F) = f(gate) * up with hidden (rows,2F): F numbers of gate, then F of up. Not gated:
 // f(hidden), hidden (rows,F).
 void activation_forward(real *act, const real *hidden, int rows, int F, int activation) {
-    int gated = is_gated(activation), H = F * (1 + gated);
+    int gated = is_gated(activation), width = F * (1 + gated); // of a row of hidden
 #pragma omp parallel for
     for (int r = 0; r < rows; r++) {
         for (int j = 0; j < F; j++) {
-            real slope, value = activate(activation, hidden[(size_t)r * H + j], &slope);
-            act[(size_t)r * F + j] = gated ? value * hidden[(size_t)r * H + F + j] : value;
+            real slope, value = activate(activation, hidden[(size_t)r * width + j], &slope);
+            act[(size_t)r * F + j] = gated ? value * hidden[(size_t)r * width + F + j] : value;
         }
     }
 }
 
 // The way back through the activation, and through the weight of an expert's answer. A token's sum
-// counts the answer as y = weight * (act W_out^T), so with dy = dout:
-//   by act           dact = weight * (dout W_out)
-//   by the weight    dweight = dout . (act W_out^T) = (dout W_out) . act      which needs no copy of the answer
-//   by W_out         dW_out = dout^T (weight * act)
-// dact (rows,F) comes in as dout W_out, without the weight. This function takes dweight from it,
-// puts the weight in, goes on to dhidden by the product rule (act = f(gate) * up), and leaves
-// weight * act in dact, which dW_out needs. weight and dweight are by choice, and choice[r] is the
-// choice of row r. weight NULL: all weights are 1, and there is no dweight.
+// has the term weight * (act W_out^T), so
+//   the gradient by the weight   dweight = dout . (act W_out^T) = (dout W_out) . act
+//   the gradient by act                    weight * (dout W_out)
+//   the gradient by W_out                  dout^T (weight * act)
+// The first one needs no copy of the answer. What the arrays hold (row r has the choice choice[r]):
+//   dact (rows,F)                comes in as dout W_out, and leaves as weight * act, which W_out's gradient needs
+//   dhidden (rows,2F or F)       is written: the gradient by hidden, by the product rule for act = f(gate) * up
+//   weight, dweight (choices)    dweight is written; weight NULL: all weights are 1, and there is no dweight
 void activation_backward(real *dhidden, real *dweight, real *dact, const real *hidden, const real *weight,
                          const int *choice, int rows, int F, int activation) {
-    int gated = is_gated(activation), H = F * (1 + gated);
+    int gated = is_gated(activation), width = F * (1 + gated); // of a row of hidden
 #pragma omp parallel for
     for (int r = 0; r < rows; r++) {
         real w = weight ? weight[choice[r]] : 1, sum = 0;
         for (int j = 0; j < F; j++) {
-            const real *gate = hidden + (size_t)r * H + j;
-            real *dgate = dhidden + (size_t)r * H + j, *d = dact + (size_t)r * F + j;
+            const real *gate = hidden + (size_t)r * width + j;
+            real *dgate = dhidden + (size_t)r * width + j, *d = dact + (size_t)r * F + j;
             real slope, value = activate(activation, gate[0], &slope), up = gated ? gate[F] : 1;
             sum += *d * value * up;
             dgate[0] = w * *d * up * slope;
@@ -775,15 +781,16 @@ int router_width(const Config *c) {
 
 #include "dev/statistics.h" // what the log shows of the routing: choices of each expert, entropy of the scores, ...
 
-// A router, or a part of one. `topk_router` below is the lesson's; others stand in dev/routers, one
-// paper a file. Their functions may be NULL where there is nothing to do.
+// A router, or a part of one. This file needs only `topk_router` below; at first reading go on
+// there. The other parts stand in dev/routers, one paper a file. A function is NULL where a part
+// has nothing to do.
 enum {
-    INPUT,    // changes what the router reads, and calls the next one
+    INPUT,    // changes what the router reads, and calls the next INPUT or the CHOICE
     CHOICE,   // chooses the experts: each model has one such part
-    DECLINE,  // leaves some choices to chance
+    DECLINE,  // declines some choices by chance
     LOSS,     // adds a balance loss
     CAPACITY, // limits what an expert takes, in another way than drop_overflow()
-    ELSEWHERE // is called where it belongs
+    ELSEWHERE // has its own line in this file (--subtokens), or is called by another part
 };
 typedef struct Router {
     int place;                                 // one of the above
@@ -865,11 +872,11 @@ void select_topk(int *expert, const real *p, int N, int E, int K) {
         const real *row = p + (size_t)n * E;
         int last = -1; // the expert that was chosen before
         for (int k = 0; k < K; k++) {
-            // The best of those that come behind the last one in the order of their scores.
+            // The best of those that come after the last one in the order of their scores.
             int best = -1;
             for (int e = 0; e < E; e++) {
-                int behind = last < 0 || row[e] < row[last] || (row[e] == row[last] && e > last);
-                if (behind && (best < 0 || row[e] > row[best])) {
+                int after = last < 0 || row[e] < row[last] || (row[e] == row[last] && e > last);
+                if (after && (best < 0 || row[e] > row[best])) {
                     best = e;
                 }
             }
@@ -923,16 +930,22 @@ void weights_backward(real *dp, const real *dweight, const real *weight, const r
 //
 // The loss of Switch Transformers (Fedus et al. 2021, equation 4): E * sum over experts of f_e *
 // P_e. f_e is the share of all choices that went to expert e, and P_e the mean of p_e over the
-// tokens. It is 1 where all experts are equally busy, and larger the more uneven they are.
+// tokens. It is 1 where all experts are equally busy, and larger where those chosen most often also
+// have high scores.
 //
-// An example with 4 tokens, 2 experts and one choice each: three tokens choose expert 0, so f =
-// (3/4, 1/4). If the scores are on average P = (0.7, 0.3), the loss is 2 * (3/4 * 0.7 + 1/4 * 0.3)
-// = 1.2.
+// An example with 4 tokens, 2 experts and one choice each: three tokens choose expert 0, so
+// f = (3/4, 1/4). If the scores are on average P = (0.7, 0.3), the loss is
+// 2 * (3/4 * 0.7 + 1/4 * 0.3) = 1.2.
 //
 // Counts have no derivative, so for the gradient f is a constant. With slope_e = weight * E * f_e
 // the weighted loss is the mean over tokens of the sum over experts of slope_e * p_e, and its
 // derivative by each p_e is slope_e / N. Other balance losses have the same form with another
 // slope.
+//
+// Tokens are taken in groups (--group). Counts, slopes and the capacity below are those of
+//   SEQUENCE   each sequence on its own;
+//   BATCH      all tokens of a micro-step, in all processes;
+//   STEP       the same, but the counts are those of the whole step, as far as it has come.
 
 // count (groups,E): how often each expert stands in expert (N,K), for each group of tokens.
 void count_choices(double *count, const int *expert, int N, int E, int K, int group) {
@@ -1035,7 +1048,7 @@ void balance_backward(Model *m, real *dp, const Route *r) {
                 sum += (double)p[e];
             }
         }
-        for (int e = 0; e < E; e++) {
+        for (int e = 0; e < E; e++) { // with softmax, dot is 0 and sum is 1
             dp[(size_t)n * E + e] += (real)(scale * (slope[e] - dot / sum) / sum);
         }
     }
@@ -1102,8 +1115,8 @@ void drop_overflow(Route *r, double factor, int topk, int train) {
     for (int first = 0; first < r->N; first += r->group) {
         memset(taken, 0, (size_t)E * sizeof(int));
         for (int i = 0; i < choices; i++) {
-            int by_rank = i % r->group * K + i / r->group; // for each k: for each token
-            int choice = first * K + (train ? by_rank : i);
+            int k_first = i % r->group * K + i / r->group; // of all tokens choice 0, then of all choice 1, ...
+            int choice = first * K + (train ? k_first : i);
             int e = r->served[choice];
             if (e < 0) {
                 continue;
@@ -1334,7 +1347,7 @@ void router_update(Model *m) {
         }
         real *bias = m->params.layer[l].bias;
         const double *count = m->stats[l].count;
-        double mean = m->stats[l].active / c->experts;
+        double mean = m->stats[l].active / c->experts; // active: choices of the step, of all experts together
         for (int e = 0; bias && e < c->experts; e++) {
             bias[e] += (real)(c->bias_rate * ((count[e] < mean) - (count[e] > mean)));
         }
@@ -1436,7 +1449,7 @@ int model_tensors(const Config *c, Tensor *list) {
         for (int e = 0; e < E; e++) {
             rows += expert_hidden(c, e);
         }
-        int matrices = c->mixed ? 1 : E; // experts that differ stand one behind the other in one matrix
+        int matrices = c->mixed ? 1 : E; // experts that differ stand one after the other in one matrix; F is their mean
         add_tensor(list, &count, l, IN_LAYER(norm1), 1, 1, 1, C, INIT_ONE);
         add_tensor(list, &count, l, IN_LAYER(qkv), 2, 1, (c->heads + 2 * c->kv_heads) * D, C, INIT_NORMAL);
         add_tensor(list, &count, l, IN_LAYER(proj), 2, 1, C, C, INIT_RESIDUAL);
@@ -1693,7 +1706,9 @@ double balance_losses(const Model *m) {
     return aux;
 }
 
-// Runs a batch. Returns the mean loss of its tokens; m->acts.nll (N) has each token's.
+// Runs a batch. Returns the mean loss of its tokens; m->acts.nll (N) has each token's. Except at
+// evaluation it also adds the head's gradient, and leaves the gradient by h in m->acts.dh, for
+// model_backward().
 double model_forward(Model *m, const Batch *batch) {
     const Config *c = &m->config;
     Acts *a = &m->acts;
@@ -1728,7 +1743,7 @@ double model_forward(Model *m, const Batch *batch) {
     return loss;
 }
 
-// Adds to the gradients those of the last batch: of scale * (loss + balance losses).
+// Adds the other gradients of the last batch: of scale * (loss + balance losses).
 void model_backward(Model *m) {
     const Config *c = &m->config;
     Acts *a = &m->acts;
