@@ -149,9 +149,9 @@ const char *matching_class(const Config *c) {
     if (moe == 0) {
         return dense_activation(c, 0) == SWIGLU ? "LlamaForCausalLM" : "";
     }
-    int plain = c->activation == SWIGLU && !c->shared && !c->mixed && c->subtokens == 1;
-    plain &= c->score == SOFTMAX && c->select == TOP_K && c->scale == 1 && !c->bias_rate && !c->eval_capacity_factor;
-    plain &= c->routers == 1 && !c->group_topk && !c->noise && !c->recurrent && !c->history_decay;
+    int plain = c->activation == SWIGLU && !c->shared && !c->mixed && c->subtokens == 1 && !c->recurrent;
+    plain &= choosing_router(c) == &topk_router; // of the other routers transformers knows nothing
+    plain &= c->score == SOFTMAX && c->scale == 1 && !c->bias_rate && !c->eval_capacity_factor;
     return plain && moe == c->layers && c->gate == RENORMALIZED ? "MixtralForCausalLM" : "";
 }
 
