@@ -4322,9 +4322,30 @@ void start_device(void) {
     CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)); // sums are float32
 }
 
+// The router for which this file has no kernels; NULL: it has all that the options ask for. A new router of dev/routers
+// trains on the CPU until it is added here.
+const Router *router_without_kernels(const Config *c) {
+    const Router *const known[] = {
+        &jitter_router, &recurrent_router, &subtokens_router, &noisy_router, &noisy_load, &hierarchical_router,
+        &hierarchical_load, &history_matrix, &groups_router, &multirouter_router, &multirouter_loss, &history_router,
+        &threshold_router, &expert_choice_router, &balanced_router, &hash_router, &topk_router, &gshard_router,
+        &gshard_loss, &group_loss, &communication_loss, &mixed_loss, &sparsity_loss, &importance_loss, &capacity_part,
+    };
+    for (const Router *r : all_routers) {
+        int found = moe_layers(c) == 0 || !router_is_used(r, c);
+        for (const Router *k : known)
+            found |= k == r;
+        if (!found)
+            return r;
+    }
+    return NULL;
+}
+
 // Buffers for N tokens. train 0: no gradients, no moments. weights: always NULL; only the C twin shares them here.
 ::Model *model_allocate(const Config *config, int N, int train, real *weights) {
     (void)weights;
+    if (router_without_kernels(config))
+        usage_fail("--recipe %s: its router has no kernels for a GPU yet; ./train_moe trains it on the CPU", config->recipe);
     if (config->dim / config->heads > 256)
         usage_fail("--heads: a head is %d wide; on a GPU 256 is the most", config->dim / config->heads);
     start_device();

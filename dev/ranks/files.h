@@ -76,7 +76,7 @@ void ranks_store(Model *m, int what) {
 
 // Frees the memory that ranks_fetch gave.
 void ranks_forget(Model *m) {
-    if (!MANY) {
+    if (!m->crossing) {
         return;
     }
     for (int what = 0; what < 4; what++) {

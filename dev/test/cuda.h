@@ -16,6 +16,12 @@ enum { LOW = 0 };
 enum { LOW = 1 };
 #endif
 
+// The recipes whose routers the twin has.
+int has_kernels(const char *recipe) {
+    Config c = small_config(recipe);
+    return gpu::router_without_kernels(&c) == NULL;
+}
+
 #ifdef __SANITIZE_ADDRESS__ // which sees by itself what goes too far
 enum { FENCE = 0 };
 #else

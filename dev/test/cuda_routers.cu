@@ -729,8 +729,10 @@ void test_gpu_routers(void **state) {
     (void)state;
     uint64_t random = fresh();
     int otherwise = 0;
-    for (int i = 0; i < recipe_count; i++)
-        check_router(recipes[i].name, "", random = hash64(random), &otherwise);
+    for (int i = 0; i < recipe_count; i++) {
+        if (has_kernels(recipes[i].name))
+            check_router(recipes[i].name, "", random = hash64(random), &otherwise);
+    }
     for (int i = 0; i < router_case_count; i++)
         check_router(router_cases[i].recipe, router_cases[i].options, random = hash64(random), &otherwise);
     assert_true(otherwise <= 2);
