@@ -152,6 +152,7 @@ const char *matching_class(const Config *c) {
     int plain = c->activation == SWIGLU && !c->shared && !c->mixed && c->subtokens == 1;
     plain &= c->score == SOFTMAX && c->select == TOP_K && c->scale == 1 && !c->bias_rate && !c->eval_capacity_factor;
     plain &= c->routers == 1 && !c->group_topk && !c->noise && !c->recurrent && !c->history_decay;
+    plain &= !c->quantile_sweeps;
     return plain && moe == c->layers && c->gate == RENORMALIZED ? "MixtralForCausalLM" : "";
 }
 

@@ -235,7 +235,8 @@ void test_init(void **state) {
         expect(run_tiny(again, options), 0, NULL);
         double before = logged(first, "eval", 5, "val_loss"), after = logged(again, "eval", 1, "val_loss");
         int moves = strstr(recipes[r].choices, "--bias-rate") || strstr(recipes[r].choices, "expert-choice") ||
-                    strstr(recipes[r].choices, "--history-decay"); // buffers, which --lr does not hold
+                    strstr(recipes[r].choices, "--history-decay") ||
+                    strstr(recipes[r].choices, "--quantile-sweeps"); // buffers, which --lr does not hold
         assert_true(moves ? fabs(before - after) < 0.02 : before == after);
         assert_true(logged(first, "eval", 5, "val_loss") < 5.55); // it had learned something
     }
@@ -559,6 +560,7 @@ void test_bad_routers(void **state) {
         {"--bias-rate 0.1 --select threshold --gate probability", "go with --select topk"},
         {"--history-decay 0.9 --select threshold --gate probability", "go with --select topk"},
         {"--bias-rate 0.1 --history-decay 0.9", "give one of them"},
+        {"--bias-rate 0.1 --quantile-sweeps 1", "and not with --bias-rate"},
         {"--balance unbiased --select threshold --gate probability", "--balance unbiased goes with"},
         {"--second-threshold 0.5 --topk 3", "--second-threshold needs"},
         {"--second-threshold 0.5 --gate probability", "--second-threshold needs"},
