@@ -35,6 +35,7 @@ void **router_state(Model *m, int l, const Router *r) {
 #include "groups.h"        // DeepSeek-V2 and V3: only the best groups of experts; losses that balance groups
 #include "multirouter.h"   // several routers choose
 #include "history.h"       // StableMoE: a moving average of the router chooses
+#include "quantile.h"      // quantile balancing: a bias that is set to what an even load needs
 #include "threshold.h"     // every expert above a threshold
 #include "expert_choice.h" // each expert chooses its tokens
 #include "balanced.h"      // BASE: the best assignment with equal loads
@@ -51,7 +52,7 @@ void **router_state(Model *m, int l, const Router *r) {
 const Router *const all_routers[] = {
     &jitter_router, &recurrent_router, &subtokens_router, &noisy_router, &noisy_load,
     &hierarchical_router, &hierarchical_load, &history_matrix, &groups_router, &multirouter_router,
-    &multirouter_loss, &history_router, &threshold_router, &expert_choice_router, &balanced_router,
+    &multirouter_loss, &history_router, &quantile_router, &threshold_router, &expert_choice_router, &balanced_router,
     &hash_router, &topk_router, &gshard_router, &gshard_loss, &group_loss, &communication_loss,
     &mixed_loss, &sparsity_loss, &importance_loss, &capacity_part,
 };

@@ -1130,6 +1130,109 @@ void test_history_update(void **state) {
     free_taken();
 }
 
+// Four tokens, two experts, one choice: three prefer expert 0, by 0.8, 0.6 and 0.4; the last one expert 1, by 0.2. The fair
+// share is two, so b_0 becomes the middle of -0.6 and -0.4; expert 1's margins are 0.2, 0, 0, 0, and b_1 stays. A second
+// sweep has the margins 0.3, 0.1, 0, 0 and 0.7, 0.1, 0, 0: -0.05 for both, which does not change who is chosen.
+void test_quantile_by_hand(void **state) {
+    (void)state;
+    const real p[8] = {(real)0.9, (real)0.1, (real)0.8, (real)0.2, (real)0.7, (real)0.3, (real)0.4, (real)0.6};
+    double bias[2] = {0, 0};
+    balance_by_quantiles(bias, p, 4, 2, 1, 1);
+    assert_near(bias[0], -0.5, 1e-6);
+    assert_near(bias[1], 0, 1e-6);
+    balance_by_quantiles(bias, p, 4, 2, 1, 1);
+    assert_near(bias[0], -0.55, 1e-6);
+    assert_near(bias[1], -0.05, 1e-6);
+
+    // A quarter of the way with a decay of 0.75; the mean of two passes.
+    Config c = small_config("quantile");
+    set_options(&c, "--experts 3 --topk 2 --quantile-decay 0.75");
+    Model *m = model_allocate(&c, 16, 1, NULL);
+    Wish *wish = (Wish *)*router_state(m, 0, &quantile_router);
+    real *b = m->params.layer[0].bias;
+    b[0] = 1;
+    wish->sum[0] = 4;
+    wish->sum[1] = -2;
+    *wish->passes = 2;
+    model_update(m, 1, 0, 0);
+    assert_near((double)b[0], 1.25, 1e-6);
+    assert_near((double)b[1], -0.25, 1e-6);
+    *wish->passes = 0; // no pass, no change
+    model_update(m, 2, 0, 0);
+    assert_near((double)b[0], 1.25, 1e-6);
+    model_free(m);
+
+    // All orders, and equal ones: against counting.
+    for (int round = 0; round < 200; round++) {
+        int n = 1 + round % 20;
+        real *v = take_scores(n, 1, (uint64_t)round);
+        for (int rank = 0; rank < n; rank++) {
+            real found = nth_largest(v, n, rank);
+            int larger = 0, equal = 0;
+            for (int i = 0; i < n; i++) {
+                larger += v[i] > found;
+                equal += v[i] == found;
+            }
+            assert_true(larger <= rank && rank < larger + equal);
+        }
+        free_taken();
+    }
+}
+
+double max_over_mean(const Model *m, int l) {
+    const Statistics *s = &m->stats[l];
+    double most = 0;
+    for (int e = 0; e < m->config.experts; e++)
+        most = fmax(most, s->count[e]);
+    return most * m->config.experts / s->active;
+}
+
+// A direction that all tokens share makes the later experts favourites. The bias evens that out after a few steps, on the
+// tokens that it has seen nearly exactly; evaluation takes it from the model, and moves it by no step.
+void test_quantile_is_even(void **state) {
+    (void)state;
+    enum { N = 512, E = 8 };
+    Config c = small_config("quantile");
+    set_options(&c, "--experts 8");
+    Model *m = model_allocate(&c, N, 1, NULL);
+    real *router = m->params.layer[1].router, *bias = m->params.layer[1].bias;
+    real *x[2] = {take_normal(N * 16, 3), take_normal(N * 16, 4)};
+    for (int i = 0; i < E * 16; i++)
+        router[i] = i % 16 ? (real)(0.3 * random_normal(1, i)) : (real)(0.3 * (i / 16));
+    for (int n = 0; n < 2 * N; n++)
+        x[n / N][n % N * 16] = 1;
+    route_tokens(m, 1, x[0], N, 8);
+    assert_true(max_over_mean(m, 1) > 1.8);
+    for (int step = 0; step < 12; step++) {
+        route_tokens(m, 1, x[0], N, 8);
+        router_update(m);
+    }
+    route_tokens(m, 1, x[0], N, 8);
+    assert_true(max_over_mean(m, 1) < 1.03);
+    route_tokens(m, 1, x[1], N, 8); // other tokens of the same kind
+    assert_true(max_over_mean(m, 1) < 1.2);
+
+    fill(bias, E, 0);
+    bias[2] = 3;
+    bias[5] = 2;
+    real before[E], *out = take_reals(N * 16);
+    memcpy(before, bias, sizeof(before));
+    Wish *wish = (Wish *)*router_state(m, 1, &quantile_router);
+    double passes = *wish->passes;
+    m->batch = make_batch(NULL, NULL, N / 8, 8, EVAL_MODE, 1, 1, 0);
+    moe_forward(m, 1, out, x[0], N, 8);
+    const Route *r = &m->acts.layer[1].route;
+    for (int n = 0; n < N; n++) {
+        assert_true(r->expert[2 * n] == 2 || (double)r->p[n * E + 5] > (double)r->p[n * E + 2] + 0.99);
+        assert_int_equal(r->expert[2 * n] + r->expert[2 * n + 1], 7);
+        assert_near((double)r->weight[2 * n], (double)(r->p[n * E + 2] / (r->p[n * E + 2] + r->p[n * E + 5])), 1e-5);
+    }
+    assert_memory_equal(bias, before, sizeof(before));
+    assert_true(*wish->passes == passes);
+    model_free(m);
+    free_taken();
+}
+
 // Counts 6, 2, 0, 0 of 8: loads 3, 1, 0, 0; recent moves by 0.02 of the difference: 0.06, 0.02, 0, 0; then 0, 8, 0, 0:
 // loads 0, 4: 0.06 - 0.0012, 0.02 + 0.02 * 3.98. Idle: 0, 0, 1, 1, then 1, 0, 2, 2, then expert 2 has a token: 2, 0,
 // 0, 3.
@@ -1185,6 +1288,8 @@ int main(void) {
         cmocka_unit_test(test_bias_update),
         cmocka_unit_test(test_level_update),
         cmocka_unit_test(test_history_update),
+        cmocka_unit_test(test_quantile_by_hand),
+        cmocka_unit_test(test_quantile_is_even),
         cmocka_unit_test(test_idle_and_recent),
     };
     begin_tests();

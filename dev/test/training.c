@@ -354,6 +354,7 @@ void test_collapse(void **state) {
         {"cmoe", "", 1},
         {"multirouter", "", 1},
         {"history", "", 1},
+        {"quantile", "", 1},
         {"threshold", "", 1},
         {"variance", "", 0},
         {"st-moe", "", 1},
