@@ -103,8 +103,10 @@ const char *scratch_file(const char *name) {
 
 int scratch_done(void **state) {
     (void)state;
-    if (scratch_folder[0])
+    if (scratch_folder[0]) {
         remove_tree(scratch_folder);
+        scratch_folder[0] = 0; // all.c has several groups of tests, each with a folder of its own
+    }
     return 0;
 }
 
