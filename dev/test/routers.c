@@ -1082,6 +1082,12 @@ void test_level_update(void **state) {
     random_tokens(targets, 16, c.vocab, 2);
     run_batch(m, inputs, targets, 2, 8, TRAIN_MODE, 1, 1, 0);
     assert_true(*low->passes == 2 && m->stats[0].count[0] == 8 && m->stats[0].count[1] == 8);
+    double sum = low->sum[0];
+    for (int micro = 0; micro < 2; micro++) { // the next step begins anew, and its second batch adds to the first
+        run_batch(m, inputs, targets, 2, 8, TRAIN_MODE, 1, 2, 16 * micro);
+        assert_true(*low->passes == 2 + 2 * micro);
+        assert_near(low->sum[0], (1 + micro) * sum, 1e-6);
+    }
     level[0] = 2;  // nobody
     level[1] = -1; // everybody
     run_batch(m, inputs, targets, 2, 8, EVAL_MODE, 1, 0, 0);
