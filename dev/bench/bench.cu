@@ -10,7 +10,7 @@
 
 #define TRAIN_MOE_NO_MAIN
 #ifndef TWIN
-#define TWIN "../train_moe.cu"
+#define TWIN "train_moe.cu"
 #endif
 #include TWIN
 #include <algorithm>
