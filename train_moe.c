@@ -799,8 +799,9 @@ typedef struct Router {
     int (*outputs)(const Config *c);           // CHOICE: rows of the router's matrix, if they are not E
     int (*choices)(const Config *c);           // CHOICE: most experts of a token, if they are not K
     void (*tensors)(const Config *c, int l, Tensor *list, int *count); // adds its own weights of layer l, -1: of all
-    void (*init)(Model *m, int l, const double *frequency);  // first values of its buffers
-    void (*allocate)(Model *m, int l, int n);                // its own activations, for n tokens
+    // Changes the first values w of tensor i, if they are not to be random numbers.
+    void (*init)(const Model *m, int i, real *w, const double *frequency);
+    void (*allocate)(Model *m, int l, int n);  // its own activations, for n tokens
     void (*forward)(Model *m, int l, const real *x);
     void (*backward)(Model *m, int l, real *dx, real *dweight, const real *x);
     void (*update)(Model *m, int l);           // after a step: what changes without a gradient
@@ -1421,14 +1422,19 @@ Tensor *add_tensor(Tensor *list, int *count, int layer, const char *kind, size_t
     return t;
 }
 
+// The row of a layer's tensor; -1 where it has none of this kind.
+int find_tensor(const Model *m, int l, const char *kind) {
+    int i = m->tensor_count - 1;
+    while (i >= 0 && (m->tensors[i].layer != l || strcmp(m->tensors[i].kind, kind))) {
+        i--;
+    }
+    return i;
+}
+
 // A weight that a router has for itself, and its gradient; NULL where there is none of this kind.
 real *layer_tensor(const Model *m, int l, const char *kind, int what) {
-    for (int i = 0; i < m->tensor_count; i++) {
-        if (m->tensors[i].layer == l && !strcmp(m->tensors[i].kind, kind)) {
-            return m->memory[what] + m->tensors[i].offset;
-        }
-    }
-    return NULL;
+    int i = find_tensor(m, l, kind);
+    return i < 0 ? NULL : m->memory[what] + m->tensors[i].offset;
 }
 
 #include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
@@ -1528,31 +1534,28 @@ double first_deviation(const Config *c, const Tensor *t, int truncated) {
     return t->init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * c->layers) : 0.02;
 }
 
-// The weights of step 0. frequency (V): how often each word comes in the training text; NULL: that
-// is not known.
-void model_init(Model *m, const double *frequency) {
+// The weights w of tensor i at step 0. frequency (V): how often each word comes in the training
+// text; NULL: that is not known.
+void init_tensor(const Model *m, int i, real *w, const double *frequency) {
     const Config *c = &m->config;
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        int truncated = c->init_scheme == TRUNCATED && strcmp(t->kind, "embed");
-        double deviation = first_deviation(c, t, truncated), mean = t->init == INIT_ONE;
-        uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_INIT, (uint64_t)i, 0);
-        real *w = m->memory[WEIGHTS] + t->offset;
+    const Tensor *t = &m->tensors[i];
+    int truncated = c->init_scheme == TRUNCATED && strcmp(t->kind, "embed");
+    double deviation = first_deviation(c, t, truncated), mean = t->init == INIT_ONE;
+    uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_INIT, (uint64_t)i, 0);
 #pragma omp parallel for
-        for (size_t j = 0; j < t->size; j++) {
-            double z = random_normal(stream, t->first + j);
-            for (uint64_t again = 1; truncated && fabs(z) > 2; again++) {
-                z = random_normal(stream, t->first + j + again * t->whole);
-            }
-            w[j] = (real)(deviation * z + mean);
+    for (size_t j = 0; j < t->size; j++) {
+        double z = random_normal(stream, t->first + j);
+        for (uint64_t again = 1; truncated && fabs(z) > 2; again++) {
+            z = random_normal(stream, t->first + j + again * t->whole);
         }
+        w[j] = (real)(deviation * z + mean);
     }
-    for (int l = 0; l < c->layers; l++) {
-        for (int i = 0; is_moe(c, l) && m->parts[i]; i++) {
-            if (m->parts[i]->init) {
-                m->parts[i]->init(m, l, frequency);
-            }
-        }
+    init_router_tensor(m, i, w, frequency);
+}
+
+void model_init(Model *m, const double *frequency) {
+    for (int i = 0; i < m->tensor_count; i++) {
+        init_tensor(m, i, m->memory[WEIGHTS] + m->tensors[i].offset, frequency);
     }
 }
 
@@ -1852,8 +1855,9 @@ typedef struct Backend {
     void (*generate)(Model *m, int token, int position, real *logits);
     const Statistics *(*statistics)(const Model *m, int l);
     const Route *(*route)(const Model *m, int l);  // of the last forward pass, in the host's memory
-    real *(*fetch)(Model *m, int what);            // WEIGHTS, GRADS, ...: all numbers, in the host's memory
-    void (*store)(Model *m, int what);             // takes over what was changed there
+    // One tensor's WEIGHTS, GRADS, ..., all of them, into the host's memory and back.
+    void (*read)(Model *m, int what, int tensor, real *to);
+    void (*write)(Model *m, int what, int tensor, const real *from);
     double (*peak)(void);                          // operations per second that the device can do at most, measured
     void (*device)(char name[128]);
     double (*memory)(void);                        // bytes of memory of its own; 0: it has the host's
@@ -1893,7 +1897,7 @@ double cpu_memory(void) {
 
 const Backend cpu_backend = {
     "cpu",          model_allocate, model_free, model_init,  cpu_forward, model_backward, cpu_update, cpu_losses,
-    model_generate, cpu_statistics, cpu_route,  ranks_fetch, ranks_store, measured_peak,  cpu_name,   cpu_memory,
+    model_generate, cpu_statistics, cpu_route,  ranks_read,  ranks_write, measured_peak,  cpu_name,   cpu_memory,
 };
 
 #include "dev/run.h" // the run directory, log and progress, evaluation, stories, the start and the end of the program

@@ -4373,72 +4373,39 @@ void download(void *to, const void *from, size_t bytes) {
     await_device();
 }
 
-// Copies memory[what] to the host, or back: as it is here, or tensor by tensor in the order of a single process.
-void copy_memory(Model *m, int what, real *host, int back, int tensors) {
-    await_device(); // as in download
-    for (int i = 0; i < (tensors ? m->tensor_count : 1); i++) {
-        const Tensor *t = &m->tensors[i];
-        real *there = m->memory[what] + (tensors ? t->offset : 0), *here = host + (tensors ? file_offset(m, i) : 0);
-        size_t bytes = (tensors ? t->size : numbers_of(m, what)) * sizeof(real);
-        CHECK(cudaMemcpyAsync(back ? there : here, back ? here : there, bytes,
-                              back ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, stream));
-    }
-    await_device();
-}
-
-// All numbers of WEIGHTS, GRADS, MOMENT1 or MOMENT2 in the host's memory, in the order of a single process of the C twin.
-real *model_fetch(::Model *base, int what) {
-    Model *m = (Model *)base;
-    real *device = m->memory[what], **all = &m->crossing->fetched[what];
-    if (!MANY) {
-        if (!*all)
-            *all = allocate_reals(file_size(m));
-        copy_memory(m, what, *all, 0, 1);
-        return *all;
-    }
-    real *host = allocate_reals(numbers_of(m, what));
-    copy_memory(m, what, host, 0, 0);
-    m->memory[what] = host;
-    ranks_fetch(m, what);
-    m->memory[what] = device;
-    free(host);
-    return *all;
-}
-
 // Remakes the rounded copies of weights from..end.
 void round_weights(Model *m, size_t from, size_t end) {
     if ((void *)m->low != (void *)m->memory[WEIGHTS])
         to_low(m->low + from, m->memory[WEIGHTS] + from, end - from);
 }
 
-// Takes over what was changed in the array that model_fetch gave.
-void model_store(::Model *base, int what) {
+// As ranks_read and ranks_write (dev/ranks/files.h). The host's memory has one tensor at a time.
+void model_read(::Model *m, int what, int tensor, real *to) {
+    Share s = ranks_share(m, what, tensor);
+    download(to, m->memory[what] + s.at, s.size * sizeof(real));
+    ranks_gather(m, what, tensor, to);
+}
+
+void model_write(::Model *base, int what, int tensor, const real *from) {
     Model *m = (Model *)base;
-    real *device = m->memory[what];
-    if (MANY) {
-        real *host = m->memory[what] = allocate_reals(numbers_of(m, what));
-        ranks_store(m, what);
-        m->memory[what] = device;
-        copy_memory(m, what, host, 1, 0);
-        free(host);
-    } else {
-        copy_memory(m, what, m->crossing->fetched[what], 1, 1);
-    }
+    Share s = ranks_share(m, what, tensor);
+    await_device(); // as in download
+    upload(m, m->memory[what] + s.at, from + s.first, s.size * sizeof(real));
     if (what == WEIGHTS)
-        round_weights(m, 0, m->size);
-    await_device();
+        round_weights(m, s.at, s.at + s.size);
 }
 
 // The C twin's first weights.
 void model_init(::Model *base, const double *frequency) {
     Model *m = (Model *)base;
-    ::Model *host = ::model_allocate(&m->config, 1, 0, NULL);
-    ::model_init(host, frequency);
-    for (int i = 0; i < m->tensor_count; i++)
-        upload(m, m->memory[WEIGHTS] + m->tensors[i].offset, host->memory[WEIGHTS] + host->tensors[i].offset,
-               host->tensors[i].size * sizeof(real));
+    real *w = allocate_tensor(m);
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        init_tensor(m, i, w, frequency);
+        upload(m, m->memory[WEIGHTS] + t->offset, w, t->size * sizeof(real));
+    }
     round_weights(m, 0, m->size);
-    ::model_free(host);
+    free(w);
 }
 
 // The experts for the tokens of a plan, of which `tile` (tiles) is made.
@@ -5244,8 +5211,8 @@ double device_memory(void) {
 }
 
 const Backend backend = {"cuda",         model_allocate, model_free,     model_init,       model_forward, model_backward,
-                         model_update,   model_losses,   model_generate, model_statistics, model_route,   model_fetch,
-                         model_store,    measured_peak,  device_name,    device_memory};
+                         model_update,   model_losses,   model_generate, model_statistics, model_route,   model_read,
+                         model_write,    measured_peak,  device_name,    device_memory};
 
 } // namespace gpu
 

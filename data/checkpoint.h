@@ -1,5 +1,5 @@
 // Checkpoints: Hugging Face model directories.
-// Gives: model_parts, read_weights, write_options, write_config, config_from_directory, join_options. Needs:
+// Gives: model_parts, read_part, write_options, write_config, config_from_directory, join_options. Needs:
 // data/safetensors.h, dev/options.h, and of train_moe.c Config and the table of weights; train_moe.c includes it.
 //
 // config.json, model.safetensors and tokenizer.json are as transformers opens them; optimizer.safetensors has
@@ -59,7 +59,8 @@ void part_name(char name[96], const Config *c, const Tensor *t, int e, int block
     }
 }
 
-// All weights of a model as Hugging Face files hold them.
+// All weights of a model as Hugging Face files hold them: tensor by tensor, each as blocks of rows that together are
+// all of it.
 Part *model_parts(const Model *m, int *count) {
     const Config *c = &m->config;
     int D = c->dim / c->heads, limit = 3 * m->tensor_count + 3 * c->layers * c->experts;
@@ -68,7 +69,7 @@ Part *model_parts(const Model *m, int *count) {
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         int qkv = !strcmp(t->kind, "qkv"), w_in = !strcmp(t->kind, "w_in"), dense_in = !strcmp(t->kind, "dense_in");
-        size_t offset = file_offset(m, i);
+        size_t offset = 0;
         for (int e = 0; e < (t->of_experts ? c->experts : 1); e++) {
             // An expert has its own matrices, and a gated one's first matrix is two, as that of a dense layer is.
             int rows = t->shape[1], cols = t->shape[2], blocks = qkv ? 3 : 1, first = 0;
@@ -88,6 +89,7 @@ Part *model_parts(const Model *m, int *count) {
                     rows = (block ? c->kv_heads : c->heads) * D;
                 }
                 part_name(part->name, c, t, e, first + block);
+                part->tensor = i;
                 part->offset = offset;
                 part->rows = t->dims == 1 ? 0 : rows;
                 part->cols = cols;
@@ -99,7 +101,8 @@ Part *model_parts(const Model *m, int *count) {
 }
 
 // Reads a part under its own name or, as transformers 5 can store Mixtral's experts, out of one tensor of all experts.
-int read_part(const Safetensors *s, const char *name, const Part *p, int experts, real *to) {
+// Returns 0 where the file has neither.
+int find_part(const Safetensors *s, const char *name, const Part *p, int experts, real *to) {
     int layer, expert, w, rows = p->rows, used = 0;
     char fused[96];
     if (read_tensor(s, name, p, rows, 0, to)) {
@@ -117,28 +120,18 @@ int read_part(const Safetensors *s, const char *name, const Part *p, int experts
     return 0;
 }
 
-// Reads the parts, each under prefix, from dir/name.
-void read_weights(const char *dir, const char *name, const Part *parts, int count, int experts, const char *prefix,
-                  real *memory) {
-    char path[4200];
-    int n;
-    Safetensors *files = open_weights(dir, name, path, &n);
-    for (int i = 0; i < count; i++) {
-        char full[160];
-        snprintf(full, sizeof(full), "%s%s", prefix, parts[i].name);
-        int found = 0;
-        for (int f = 0; f < n && !found; f++) {
-            found = read_part(&files[f], full, &parts[i], experts, memory + parts[i].offset);
-        }
-        if (!found) {
-            fail("%s: there is no %s, which config.json asks for", path, full);
-        }
-        ranks_tick();
+// Reads a part, under prefix, from whichever file has it.
+void read_part(const WeightFiles *files, const char *prefix, const Part *p, int experts, real *to) {
+    char name[160];
+    int found = 0;
+    snprintf(name, sizeof(name), "%s%s", prefix, p->name);
+    for (int i = 0; i < files->count && !found; i++) {
+        found = find_part(&files->list[i], name, p, experts, to);
     }
-    for (int f = 0; f < n; f++) {
-        safetensors_close(&files[f]);
+    if (!found) {
+        fail("%s: there is no %s, which config.json asks for", files->path, name);
     }
-    free(files);
+    ranks_tick();
 }
 
 // ---- config.json

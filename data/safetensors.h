@@ -1,5 +1,6 @@
 // Safetensors, the files in which models keep their numbers. https://github.com/huggingface/safetensors
-// Gives: Part, write_safetensors, open_weights, read_tensor; has_file, open_for_writing, write_text, expect_member.
+// Gives: Part, start_safetensors, write_numbers, open_weights, close_weights, read_tensor; has_file, open_for_writing,
+// write_text, expect_member.
 // Needs: data/json.h; find_word of dev/options.h; ranks_tick of dev/ranks/comm.h.
 //
 // Such a file is the length of its header as 8 bytes, the header, which is JSON, and the numbers.
@@ -8,7 +9,8 @@
 
 typedef struct Part { // a block of a tensor's rows
     char name[96];
-    size_t offset;  // in the memory that Backend's fetch returns
+    int tensor;     // its number in the table of weights
+    size_t offset;  // the block's first number in that tensor
     int rows, cols; // rows 0: one dimension
 } Part;
 
@@ -55,7 +57,7 @@ void write_text(const char *dir, const char *name, const char *text, size_t size
 
 // ---- writing tensors
 
-// The header of a file that holds the parts `copies` times, each time under another prefix. To be freed.
+// The header of a file that holds all parts `copies` times, each time under another prefix. To be freed.
 char *safetensors_header(const Part *parts, int count, const char *const *prefix, int copies, size_t *size) {
     char *header = NULL;
     size_t at = 0;
@@ -86,9 +88,9 @@ char *safetensors_header(const Part *parts, int count, const char *const *prefix
     return header;
 }
 
-// Writes the parts of `copies` memories, each under its prefix.
-void write_safetensors(const char *dir, const char *name, const Part *parts, int count, real *const *memory,
-                       const char *const *prefix, int copies) {
+// Begins a file of these parts. Their numbers follow by write_numbers, in the order of the parts.
+FILE *start_safetensors(const char *dir, const char *name, const Part *parts, int count, const char *const *prefix,
+                        int copies) {
     uint64_t length;
     size_t size = 0;
     char *header = safetensors_header(parts, count, prefix, copies, &size);
@@ -97,27 +99,25 @@ void write_safetensors(const char *dir, const char *name, const Part *parts, int
     fwrite(&length, 8, 1, file);
     fwrite(header, 1, size, file);
     free(header);
+    return file;
+}
 
+// Writes n numbers behind those that are in the file dir/name.
+void write_numbers(FILE *file, const char *dir, const char *name, const real *from, size_t n) {
     const size_t most = 1 << 22; // numbers to write at once
-    size_t written = 0;          // since the disk was last waited for
-    for (int i = 0; i < copies * count; i++) {
-        const Part *p = &parts[i % count];
-        size_t n = part_size(p), piece;
-        for (size_t done = 0; done < n; done += piece) {
-            piece = n - done < most ? n - done : most;
-            ranks_tick();
-            fwrite(memory[i / count] + p->offset + done, sizeof(real), piece, file);
-            written += piece;
+    size_t piece;
+    for (size_t done = 0; done < n; done += piece) {
+        piece = n - done < most ? n - done : most;
+        ranks_tick();
+        size_t before = (size_t)ftello(file) / (most * sizeof(real));
+        fwrite(from + done, sizeof(real), piece, file);
 
-            // With several processes the system's buffers must not fill up: fwrite would wait, and this one would not
-            // answer the watch.
-            if (ranks.size > 1 && written >= most) {
-                await_disk(file, dir, name);
-                written = 0;
-            }
+        // With several processes the system's buffers must not fill up: fwrite would wait, and this one would not
+        // answer the watch. So each time that the file has grown by so much, the disk is waited for.
+        if (ranks.size > 1 && (size_t)ftello(file) / (most * sizeof(real)) > before) {
+            await_disk(file, dir, name);
         }
     }
-    close_written(file, dir, name);
 }
 
 // ---- reading tensors
@@ -259,35 +259,49 @@ const Json *expect_member(const Json *object, const char *name, char type, const
     return m;
 }
 
-// Opens dir/name: one file, or those that dir/name.index.json lists. path becomes the last one's. To be freed.
-Safetensors *open_weights(const char *dir, const char *name, char path[4200], int *count) {
-    Safetensors *files = (Safetensors *)allocate(1, sizeof(Safetensors));
-    char index[4200];
-    *count = 0;
-    snprintf(index, sizeof(index), "%s/%s.index.json", dir, name);
-    if (access(index, F_OK) != 0) {
-        snprintf(path, 4200, "%s/%s", dir, name);
-        safetensors_open(&files[(*count)++], path);
-        return files;
+typedef struct WeightFiles { // one file, or several over which a model's tensors are spread
+    char path[4200];         // of the last one
+    Safetensors *list;
+    int count;
+} WeightFiles;
+
+// Opens one more, unless it is open.
+void open_one(WeightFiles *w, const char *dir, const char *name) {
+    snprintf(w->path, sizeof(w->path), "%s/%s", dir, name);
+    for (int i = 0; i < w->count; i++) {
+        if (!strcmp(w->list[i].path, w->path)) {
+            return;
+        }
+    }
+    w->list = (Safetensors *)reallocate(w->list, (size_t)w->count + 1, sizeof(Safetensors));
+    safetensors_open(&w->list[w->count++], w->path);
+}
+
+// Opens dir/name, or the files that dir/name.index.json lists.
+void open_weights(WeightFiles *w, const char *dir, const char *name) {
+    w->list = NULL;
+    w->count = 0;
+    snprintf(w->path, sizeof(w->path), "%s/%s.index.json", dir, name);
+    if (access(w->path, F_OK) != 0) {
+        open_one(w, dir, name);
+        return;
     }
     size_t size;
-    char *text = read_file(index, &size);
-    Json *json = json_parse(text, size, index);
-    for (const Json *m = expect_member(json, "weight_map", 'o', index)->child; m; m = m->next) {
+    char *text = read_file(w->path, &size);
+    Json *json = json_parse(text, size, w->path);
+    for (const Json *m = expect_member(json, "weight_map", 'o', w->path)->child; m; m = m->next) {
         if (m->type != 's') {
-            fail("%s: the file of %s is not a text", index, m->key);
+            fail("%s/%s.index.json: the file of %s is not a text", dir, name, m->key);
         }
-        snprintf(path, 4200, "%s/%s", dir, m->text);
-        int known = 0;
-        for (int i = 0; i < *count; i++) {
-            known |= !strcmp(files[i].path, path);
-        }
-        if (!known) {
-            files = (Safetensors *)reallocate(files, (size_t)*count + 1, sizeof(Safetensors));
-            safetensors_open(&files[(*count)++], path);
-        }
+        open_one(w, dir, m->text);
     }
     json_free(json);
     free(text);
-    return files;
+}
+
+void close_weights(WeightFiles *w) {
+    for (int i = 0; i < w->count; i++) {
+        safetensors_close(&w->list[i]);
+    }
+    free(w->list);
 }

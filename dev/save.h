@@ -93,74 +93,95 @@ void remove_old_checkpoints(const Run *run) {
     }
 }
 
-// What the first of several processes does for all, with the weights and both moments of AdamW.
-void write_checkpoint(Run *run, real *weights, real *const *moments) {
-    size_t size = file_size(run->model);
-    for (size_t i = 0; i < size; i++) {
-        if (!isfinite(weights[i])) {
-            fail("step %d: a weight is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
-                 (double)weights[i], run->out);
+// One file of a checkpoint: all tensors of each of the arrays that `what` lists, under the prefix of that array. The
+// first of several processes writes what all have, and never has more than one whole tensor besides its own part.
+void write_tensors(const Run *run, const char *name, const int *what, const char *const *prefix, int arrays) {
+    Model *m = run->model;
+    int count;
+    Part *parts = model_parts(m, &count);
+    const char *dir = unfinished_path;
+    FILE *file = ranks.rank ? NULL : start_safetensors(dir, name, parts, count, prefix, arrays);
+    real *tensor = allocate_tensor(m);
+    for (int i = 0; i < arrays * m->tensor_count; i++) {
+        int array = what[i / m->tensor_count];
+        size_t size = m->tensors[i % m->tensor_count].whole;
+        run->backend->read(m, array, i % m->tensor_count, tensor);
+        for (size_t j = 0; file && array == WEIGHTS && j < size; j++) {
+            if (!isfinite(tensor[j])) {
+                fail("step %d: a weight is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
+                     (double)tensor[j], run->out);
+            }
+        }
+        if (file) {
+            write_numbers(file, dir, name, tensor, size);
         }
     }
-    char name[64];
-    snprintf(name, sizeof(name), "checkpoint-%d", run->step);
-    snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-checkpoint", run->out);
-    remove_tree(unfinished_path); // of a run that was killed
-    const char *dir = unfinished_path;
-    if (mkdir(dir, 0777) != 0) {
-        fail("%s: cannot create: %s", dir, strerror(errno));
+    if (file) {
+        close_written(file, dir, name);
     }
-    int count;
-    Part *parts = model_parts(run->model, &count);
-    const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
-    write_safetensors(dir, "model.safetensors", parts, count, &weights, plain, 1);
-    write_safetensors(dir, "optimizer.safetensors", parts, count, moments, moment_names, 2);
+    free(tensor);
     free(parts);
-    write_small_files(run, dir);
-    publish_checkpoint(run, dir, name);
-    remove_old_checkpoints(run);
 }
 
 void save_checkpoint(Run *run) {
-    const Backend *backend = run->backend;
-    real *weights = backend->fetch(run->model, WEIGHTS);
-    real *moments[2] = {backend->fetch(run->model, MOMENT1), backend->fetch(run->model, MOMENT2)};
-    if (!ranks.rank) {
-        write_checkpoint(run, weights, moments);
+    int first = ranks.rank == 0, weights[] = {WEIGHTS}, moments[] = {MOMENT1, MOMENT2};
+    const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
+    char name[64];
+    snprintf(name, sizeof(name), "checkpoint-%d", run->step);
+    if (first) {
+        snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-checkpoint", run->out);
+        remove_tree(unfinished_path); // of a run that was killed
+        if (mkdir(unfinished_path, 0777) != 0) {
+            fail("%s: cannot create: %s", unfinished_path, strerror(errno));
+        }
+    }
+    write_tensors(run, "model.safetensors", weights, plain, 1);
+    write_tensors(run, "optimizer.safetensors", moments, moment_names, 2);
+    if (first) {
+        write_small_files(run, unfinished_path);
+        publish_checkpoint(run, unfinished_path, name);
+        remove_old_checkpoints(run);
     }
     run->saved = run->step;
-    ranks_forget(run->model);
     ranks_meet();
 }
 
-// Reads the weights in dir, and with moments those of AdamW.
-void load_weights(Run *run, const char *dir, int moments) {
+// The table of hash layers has the numbers of experts.
+void check_table(const Run *run, const char *dir, const real *table) {
     const Config *c = &run->config;
+    for (int v = 0; v < c->vocab; v++) {
+        if (!(table[v] >= 0 && table[v] < c->experts)) {
+            fail("%s: damaged: the table sends word %d to expert %g of %d", dir, v, (double)table[v], c->experts);
+        }
+    }
+}
+
+// Reads the weights in dir, and with `moments` those of AdamW. Each of several processes reads all, and keeps its own.
+void load_weights(Run *run, const char *dir, int moments) {
+    Model *m = run->model;
     const char *const prefix[] = {"", "", "exp_avg.", "exp_avg_sq."};
     int count;
-    Part *parts = model_parts(run->model, &count);
+    Part *parts = model_parts(m, &count);
+    real *tensor = allocate_tensor(m);
     for (int what = WEIGHTS; what <= (moments ? MOMENT2 : WEIGHTS); what++) {
         if (what == GRADS) {
             continue;
         }
-        real *all = run->backend->fetch(run->model, what);
-        read_weights(dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", parts, count, c->experts,
-                     prefix[what], all);
-
-        // The table of hash layers has the numbers of experts.
-        for (int i = 0; what == WEIGHTS && i < run->model->tensor_count; i++) {
-            const Tensor *t = &run->model->tensors[i];
-            const real *table = all + file_offset(run->model, i);
-            for (size_t v = 0; !strcmp(t->kind, "table") && v < t->size; v++) {
-                if (!(table[v] >= 0 && table[v] < c->experts)) {
-                    fail("%s: damaged: the table sends word %zu to expert %g of %d", dir, v, (double)table[v],
-                         c->experts);
-                }
+        WeightFiles files;
+        open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors");
+        const Part *p = parts;
+        for (int i = 0; i < m->tensor_count; i++) {
+            for (; p < parts + count && p->tensor == i; p++) {
+                read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
             }
+            if (what == WEIGHTS && !strcmp(m->tensors[i].kind, "table")) {
+                check_table(run, dir, tensor);
+            }
+            run->backend->write(m, what, i, tensor);
         }
-        run->backend->store(run->model, what);
-        ranks_forget(run->model);
+        close_weights(&files);
     }
+    free(tensor);
     free(parts);
 }
 

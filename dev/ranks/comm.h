@@ -96,29 +96,23 @@ void *gather_rows(const void *mine, const int *rows, size_t bytes) {
     return all;
 }
 
-// Rank 0 gets what the first `count` processes have, one behind the other, from each as many bytes as it has: in
-// `all`, or where that is NULL in memory to be freed.
-void *gather_parts(const void *mine, size_t bytes, int count, void *all) {
+// `all` has `bytes` of this process. Rank 0 gets what the first `count` processes have, one behind the other; its own
+// part comes first, and is there.
+void gather_parts(void *all, size_t bytes, int count) {
+    if (count == 1) {
+        return;
+    }
     double *size = (double *)allocate(ranks.size, sizeof(double));
     size[ranks.rank] = ranks.rank < count ? (double)bytes : 0;
     sum_over_ranks(size, ranks.size);
-    double total = 0;
-    for (int r = 0; r < ranks.size; r++) {
-        total += size[r];
-    }
-    if (!all) {
-        all = allocate(ranks.rank ? 0 : (size_t)total, 1);
-    }
-    char *to = (char *)all;
-    for (int r = 0; r < count; r++) {
+    char *to = (char *)all + (size_t)size[0]; // on rank 0
+    for (int r = 1; r < count; r++) {
         size_t left = (size_t)size[r];
-        const char *from = (const char *)mine;
+        const char *from = (const char *)all;
         while (left > 0) {
             int n = (int)(left < largest_message ? left : largest_message);
             Request request = MPI_REQUEST_NULL;
-            if (ranks.rank == 0 && r == 0) {
-                memcpy(to, from, (size_t)n);
-            } else if (ranks.rank == 0) {
+            if (ranks.rank == 0) {
                 MPI_Irecv(to, n, MPI_BYTE, r, 0, comm.all, &request);
             } else if (ranks.rank == r) {
                 MPI_Isend(from, n, MPI_BYTE, 0, 0, comm.all, &request);
@@ -130,7 +124,6 @@ void *gather_parts(const void *mine, size_t bytes, int count, void *all) {
         }
     }
     free(size);
-    return all;
 }
 #else // one process: nothing to do
 void sum_over_ranks(double *v, int n) {
@@ -171,9 +164,8 @@ void *gather_rows(const void *mine, const int *rows, size_t bytes) {
     return NULL;
 }
 
-void *gather_parts(const void *mine, size_t bytes, int count, void *all) {
-    (void)mine, (void)bytes, (void)count;
-    return all;
+void gather_parts(void *all, size_t bytes, int count) {
+    (void)all, (void)bytes, (void)count;
 }
 #endif
 

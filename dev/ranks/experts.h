@@ -51,7 +51,6 @@ typedef struct Exchange {
 typedef struct Crossing {
     size_t slice, slice_end; // of the common weights, this process updates the numbers slice .. slice_end (gradients.h)
     size_t summing;          // of the common gradients, the sums of those from this number on have begun
-    real *fetched[4];        // what ranks_fetch has gathered (files.h)
     int *rank_tokens;        // (processes) tokens that each has in this batch
     Placement *placement;    // NULL: all experts are on each process
     Exchange *exchange;      // (L,2)
@@ -168,9 +167,6 @@ void ranks_free(Model *m) {
         free(x->exchange[i].integers.memory);
         free(x->exchange[i].numbers.memory);
         free(x->exchange[i].products.memory);
-    }
-    for (int what = 0; what < 4; what++) {
-        free(x->fetched[what]);
     }
 }
 

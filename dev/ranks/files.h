@@ -1,88 +1,68 @@
-// Several processes: rank 0 reads and writes for all, in the order of a single process.
-// Gives: ranks_fetch, ranks_store, ranks_forget, file_offset, file_size. Needs: comm.h, experts.h, gradients.h; of
-// train_moe.c the table of weights.
+// A tensor as a single process has it: files are read and written by these, one tensor after the other.
+// Gives: allocate_tensor, ranks_read, ranks_write; for the CUDA twin ranks_share, ranks_gather. Needs: comm.h,
+// gradients.h; of train_moe.c the table of weights.
 //
-// A checkpoint does not tell how many processes wrote it: any number of them can go on with it.
+// A checkpoint does not tell how many processes wrote it: any number of them can go on with it. One tensor, not the
+// model, is what rank 0 gathers at a time, so that it needs hardly more memory than the others.
 #ifndef RANKS_FILES_H
 #define RANKS_FILES_H
 
-// Where a tensor begins in the memory that ranks_fetch returns: common tensors first, then the experts, as a single
-// process has them.
-size_t file_offset(const Model *m, int tensor) {
-    size_t at = 0;
+// Memory for all numbers of any one tensor, to be freed. What is not written takes no memory of the machine.
+real *allocate_tensor(const Model *m) {
+    size_t largest = 0;
     for (int i = 0; i < m->tensor_count; i++) {
-        int differ = m->tensors[i].of_experts - m->tensors[tensor].of_experts;
-        at += differ < 0 || (differ == 0 && i < tensor) ? m->tensors[i].whole : 0;
+        largest = m->tensors[i].whole > largest ? m->tensors[i].whole : largest;
     }
-    return at;
+    return allocate_reals(largest);
 }
 
-// Numbers in that memory.
-size_t file_size(const Model *m) {
-    size_t size = 0;
-    for (int i = 0; i < m->tensor_count; i++) {
-        size += m->tensors[i].whole;
-    }
-    return size;
+// What this process has of a tensor's WEIGHTS, GRADS, MOMENT1 or MOMENT2. It is all of it, but for the moments of
+// common weights, of which each process has a slice, and for experts, which are divided among the processes.
+typedef struct Share {
+    size_t at, size; // in memory[what]
+    size_t first;    // its first number is this one of the whole tensor's
+} Share;
+
+int are_moments(int what) {
+    return what == MOMENT1 || what == MOMENT2;
 }
 
-// All WEIGHTS, GRADS, MOMENT1 or MOMENT2, gathered by rank 0. The others get as much memory, with nothing in it.
-real *ranks_fetch(Model *m, int what) {
-    real *mine = m->memory[what];
-    if (!MANY) {
-        return mine;
+Share ranks_share(const Model *m, int what, int tensor) {
+    const Tensor *t = &m->tensors[tensor];
+    Share s = {t->offset, t->size, t->first};
+    if (!are_moments(what)) {
+        return s;
     }
-    Crossing *x = m->crossing;
-    if (!x->fetched[what]) {
-        x->fetched[what] = allocate_reals(file_size(m));
+    ranks_own_range(m, t, &s.at, &s.size);
+    if (s.size == 0) {
+        s.at = 0;
+        return s;
     }
-    real *to = x->fetched[what], *common = mine, *slices = NULL;
-    int moments = what == MOMENT1 || what == MOMENT2;
-    if (moments) {
-        common = slices = (real *)gather_parts(mine, (x->slice_end - x->slice) * sizeof(real), ranks.size, NULL);
-    }
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        if (t->of_experts) {
-            size_t at = moments ? moment_offset(m, t->offset) : t->offset;
-            gather_parts(mine + at, t->size * sizeof(real), ranks.ep, to + file_offset(m, i));
-        } else if (ranks.rank == 0) {
-            memcpy(to + file_offset(m, i), common + t->offset, t->size * sizeof(real));
-        }
-    }
-    free(slices);
-    return to;
+    s.first += s.at - t->offset;
+    s.at = moment_offset(m, s.at);
+    return s;
 }
 
-// Takes over this process's part of the memory that ranks_fetch gave, after that was filled from a file.
-void ranks_store(Model *m, int what) {
-    int moments = what == MOMENT1 || what == MOMENT2;
-    if (!MANY) {
-        return;
+// `numbers` has this process's share; that of rank 0 becomes the whole tensor. All processes call it.
+void ranks_gather(const Model *m, int what, int tensor, real *numbers) {
+    int parts = are_moments(what) ? ranks.size : 1;
+    if (m->tensors[tensor].of_experts) {
+        parts = ranks.ep;
     }
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        const real *from = m->crossing->fetched[what] + file_offset(m, i) + t->first;
-        size_t at = t->offset, size = t->size;
-        if (moments) {
-            ranks_own_range(m, t, &at, &size);
-        }
-        if (size > 0) {
-            real *to = m->memory[what] + (moments ? moment_offset(m, at) : at);
-            memcpy(to, from + (at - t->offset), size * sizeof(real));
-        }
-    }
+    gather_parts(numbers, ranks_share(m, what, tensor).size * sizeof(real), parts);
 }
 
-// Frees the memory that ranks_fetch gave.
-void ranks_forget(Model *m) {
-    if (!m->crossing) {
-        return;
-    }
-    for (int what = 0; what < 4; what++) {
-        free(m->crossing->fetched[what]);
-        m->crossing->fetched[what] = NULL;
-    }
+// Gives all numbers of a tensor to rank 0. The others' `to` needs as much memory, and gets their own share.
+void ranks_read(Model *m, int what, int tensor, real *to) {
+    Share s = ranks_share(m, what, tensor);
+    memcpy(to, m->memory[what] + s.at, s.size * sizeof(real));
+    ranks_gather(m, what, tensor, to);
+}
+
+// Takes this process's share over from all numbers of a tensor, which each process has read from a file.
+void ranks_write(Model *m, int what, int tensor, const real *from) {
+    Share s = ranks_share(m, what, tensor);
+    memcpy(m->memory[what] + s.at, from + s.first, s.size * sizeof(real));
 }
 
 #endif

@@ -105,6 +105,15 @@ void add_router_tensors(const Config *c, int l, Tensor *list, int *count) {
     }
 }
 
+// First values that are not random numbers, or not only: see Router's init.
+void init_router_tensor(const Model *m, int i, real *w, const double *frequency) {
+    for (int r = 0; r < all_router_count; r++) {
+        if (router_is_used(all_routers[r], &m->config) && all_routers[r]->init) {
+            all_routers[r]->init(m, i, w, frequency);
+        }
+    }
+}
+
 // Why the routers cannot do what the options ask for; NULL: they can.
 const char *routers_refuse(const Config *c) {
     for (int i = 0; i < all_router_count; i++) {

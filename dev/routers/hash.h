@@ -52,14 +52,12 @@ void balance_table(real *table, const double *frequency, int V, int E, uint64_t 
 }
 
 // The table's random numbers are chosen by its number among the tensors, as those of all first weights are.
-void hash_init(Model *m, int l, const double *frequency) {
+void hash_init(const Model *m, int i, real *w, const double *frequency) {
     const Config *c = &m->config;
-    int i = 0;
-    while (m->tensors[i].layer != l || strcmp(m->tensors[i].kind, "table")) {
-        i++;
+    if (!strcmp(m->tensors[i].kind, "table")) {
+        uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_INIT, (uint64_t)i, 0);
+        balance_table(w, frequency, c->vocab, c->experts, stream);
     }
-    uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_INIT, (uint64_t)i, 0);
-    balance_table(m->memory[WEIGHTS] + m->tensors[i].offset, frequency, c->vocab, c->experts, stream);
 }
 
 // Without scores there is no entropy to show and no loss to take.

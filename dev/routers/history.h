@@ -30,11 +30,13 @@ void history_tensors(const Config *c, int l, Tensor *list, int *count) {
     }
 }
 
+void init_tensor(const Model *m, int i, real *w, const double *frequency);
+
 // The average begins at the router's first weights.
-void history_init(Model *m, int l, const double *frequency) {
-    (void)frequency;
-    size_t size = (size_t)router_outputs(&m->config) * router_width(&m->config);
-    memcpy(layer_tensor(m, l, "slow", WEIGHTS), m->params.layer[l].router, size * sizeof(real));
+void history_init(const Model *m, int i, real *w, const double *frequency) {
+    if (!strcmp(m->tensors[i].kind, "slow")) {
+        init_tensor(m, find_tensor(m, m->tensors[i].layer, "router"), w, frequency);
+    }
 }
 
 // (N,W): the slow router's logits, which decide. Its scores would decide the same, since they grow with the logits.

@@ -18,25 +18,18 @@ const char *mixed_refuses(const Config *c) {
 }
 
 // First weights from 0.5 to 1.5 times as large, from the first expert to the last.
-void mixed_init(Model *m, int l, const double *frequency) {
+void mixed_init(const Model *m, int i, real *w, const double *frequency) {
     (void)frequency;
     const Config *c = &m->config;
-    for (int i = 0; c->mixed && i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        if (t->layer != l || !t->of_experts) {
-            continue;
-        }
-        real *w = m->memory[WEIGHTS] + t->offset;
-        size_t end = 0;
-        for (int e = 0; e < c->experts; e++) {
-            int rows = strcmp(t->kind, "w_in") ? expert_width(c, e) : expert_hidden(c, e);
-            real factor = (real)(0.5 + (double)e / (c->experts - 1));
-            size_t first = end;
-            end += (size_t)rows * m->experts.C;
-            for (size_t j = first; j < end; j++) {
-                if (j >= t->first && j < t->first + t->size) { // several processes: these are here
-                    w[j - t->first] *= factor;
-                }
+    const Tensor *t = &m->tensors[i];
+    size_t end = 0;
+    for (int e = 0; c->mixed && t->of_experts && e < c->experts; e++) {
+        real factor = (real)(0.5 + (double)e / (c->experts - 1));
+        size_t first = end;
+        end += expert_size(c, t, e);
+        for (size_t j = first; j < end; j++) {
+            if (j >= t->first && j < t->first + t->size) { // several processes: these are here
+                w[j - t->first] *= factor;
             }
         }
     }

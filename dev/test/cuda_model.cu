@@ -221,8 +221,7 @@ typedef struct Twins { // a model of either kind with the same weights, and a ba
 } Twins;
 
 void copy_weights(Twins *t) { // to the device
-    memcpy(gpu::model_fetch(t->device, WEIGHTS), t->host->memory[WEIGHTS], t->host->size * sizeof(real));
-    gpu::model_store(t->device, WEIGHTS);
+    set_all(&gpu::backend, t->device, WEIGHTS, t->host->memory[WEIGHTS]);
 }
 
 // No two sequences begin alike: their first tokens would have the same scores but for roundings, hence ties.
@@ -284,8 +283,7 @@ void decide(Twins *t, int yes) {
 
 void clear_gradients(Twins *t) {
     memset(t->host->memory[GRADS], 0, t->host->size * sizeof(real));
-    memset(gpu::model_fetch(t->device, GRADS), 0, t->host->size * sizeof(real));
-    gpu::model_store(t->device, GRADS);
+    set_all(&gpu::backend, t->device, GRADS, t->host->memory[GRADS]);
 }
 
 // Does the first difference of two plans come from scores of the C twin that are less than 1e-5 apart? Who chose
@@ -366,7 +364,7 @@ void check_stats(const Twins *t, double tolerance) { // after model_losses
 // vanishes - a router's whose weights are renormalised over one expert, say - what is left is the difference of large
 // numbers, and consists of their roundings.
 void check_gradients_alike(const Twins *t, double tolerance) {
-    const real *found = gpu::model_fetch(t->device, GRADS), *wanted = t->host->memory[GRADS];
+    const real *found = all_of(&gpu::backend, t->device, GRADS), *wanted = t->host->memory[GRADS];
     double least = 0.01 * norm_of(wanted, t->host->size);
     for (int i = 0; i < t->host->tensor_count; i++) {
         const Tensor *tensor = &t->host->tensors[i];
@@ -497,15 +495,14 @@ void check_gpu_optimizer(const char *choices) {
         uint64_t seed = fresh();
         for (size_t i = 0; i < n; i++)
             t.host->memory[GRADS][i] = (real)(i % 17 ? random_normal(seed, i) * pow(10, (double)(i % 7) - 4) : 0);
-        memcpy(gpu::model_fetch(t.device, GRADS), t.host->memory[GRADS], n * sizeof(real));
-        gpu::model_store(t.device, GRADS);
+        set_all(&gpu::backend, t.device, GRADS, t.host->memory[GRADS]);
         cpu_update(t.host, step, lr);
         gpu::model_update(t.device, step, lr);
         gpu::model_losses(t.device, &loss, &aux, &norm);
         assert_near(norm / t.host->norm, 1, 1e-6);
     }
     for (int what = WEIGHTS; what <= MOMENT2; what++) {
-        const real *found = gpu::model_fetch(t.device, what);
+        const real *found = all_of(&gpu::backend, t.device, what);
         for (int i = 0; i < t.host->tensor_count; i++) {
             size_t at = t.host->tensors[i].offset, size = t.host->tensors[i].size;
             assert_alike_norm(names[what], t.host->tensors[i].name, found + at, t.host->memory[what] + at, size, 0, 1e-6);
@@ -527,12 +524,10 @@ void check_gpu_nan(const char *recipe, double bad) {
     gpu::model_backward(t.device);
     gpu::model_update(t.device, 1, 0.01); // so that there is something in the moments
     for (int what = WEIGHTS; what <= MOMENT2; what++) {
-        before[what] = take_reals(n);
-        real *now = gpu::model_fetch(t.device, what);
-        memcpy(before[what], now, n * sizeof(real));
+        before[what] = all_of(&gpu::backend, t.device, what);
         if (what == GRADS) {
-            now[n / 2] = (real)bad;
-            gpu::model_store(t.device, GRADS);
+            before[what][n / 2] = (real)bad;
+            set_all(&gpu::backend, t.device, GRADS, before[what]);
         }
     }
     batch.step = 2;
@@ -541,7 +536,7 @@ void check_gpu_nan(const char *recipe, double bad) {
     gpu::model_losses(t.device, &loss, &aux, &norm);
     assert_true(isfinite(loss) && !isfinite(norm));
     for (int what = WEIGHTS; what <= MOMENT2; what++) {
-        if (what != GRADS && memcmp(before[what], gpu::model_fetch(t.device, what), n * sizeof(real)))
+        if (what != GRADS && memcmp(before[what], all_of(&gpu::backend, t.device, what), n * sizeof(real)))
             fail_msg("%s: a gradient of %g changes array %d", recipe, bad, what);
     }
     free_twins(&t);
@@ -565,7 +560,7 @@ void check_gpu_buffers(const char *recipe, const char *choices) {
         gpu::model_update(t.device, step, 0.01);
         gpu::model_losses(t.device, &loss, &aux, &norm);
         check_stats(&t, TWIN_TOLERANCE);
-        const real *found = gpu::model_fetch(t.device, WEIGHTS);
+        const real *found = all_of(&gpu::backend, t.device, WEIGHTS);
         for (int i = 0; i < t.host->tensor_count; i++) {
             const Tensor *tensor = &t.host->tensors[i];
             if (!tensor->trained)
@@ -707,8 +702,9 @@ void check_gpu_halves(const char *recipe, const char *choices) {
             assert_true(whole->count[e] == halves->count[e]);
         assert_true(!is_moe(&c, l) || (whole->dropped == halves->dropped && whole->tokens == halves->tokens));
     }
-    assert_alike_norm(recipe, "the gradient of two halves", gpu::model_fetch(m[1], GRADS), gpu::model_fetch(m[0], GRADS),
-                      file_size(m[0]), 0, TWIN_TOLERANCE);
+    const real *found = all_of(&gpu::backend, m[1], GRADS), *wanted = all_of(&gpu::backend, m[0], GRADS);
+    assert_alike_norm(recipe, "the gradient of two halves", found, wanted, whole_size(m[0]), 0, TWIN_TOLERANCE);
+    free_taken();
     gpu::backend.release(m[0]);
     gpu::backend.release(m[1]);
 }
@@ -740,9 +736,10 @@ real *train_gpu(const char *recipe, int B, int T, int recompute, size_t *size) {
         gpu::model_backward(m);
         gpu::model_update(m, step, c.lr);
     }
-    *size = file_size(m) * sizeof(real);
-    real *weights = (real *)allocate(file_size(m), sizeof(real));
-    memcpy(weights, gpu::model_fetch(m, WEIGHTS), *size);
+    *size = whole_size(m) * sizeof(real);
+    real *weights = (real *)allocate(whole_size(m), sizeof(real));
+    memcpy(weights, all_of(&gpu::backend, m, WEIGHTS), *size);
+    free_taken();
     gpu::backend.release(m);
     return weights;
 }
@@ -829,9 +826,10 @@ void check_loaded(const char *dir) {
     }
     for (int what = WEIGHTS; what <= MOMENT2; what++) {
         if (what != GRADS)
-            assert_memory_equal(gpu::model_fetch(run[1].model, what), run[0].model->memory[what],
-                                file_size(run[0].model) * sizeof(real));
+            assert_memory_equal(all_of(&gpu::backend, run[1].model, what), run[0].model->memory[what],
+                                whole_size(run[0].model) * sizeof(real));
     }
+    free_taken();
     run[0].backend->release(run[0].model);
     run[1].backend->release(run[1].model);
 }
@@ -888,7 +886,7 @@ void test_gpu_init(void **state) {
             frequency[v] = 1 + v * v % 7;
         ::model_init(t.host, frequency);
         gpu::model_init(t.device, frequency);
-        assert_memory_equal(gpu::model_fetch(t.device, WEIGHTS), t.host->memory[WEIGHTS], t.host->size * sizeof(real));
+        assert_memory_equal(all_of(&gpu::backend, t.device, WEIGHTS), t.host->memory[WEIGHTS], t.host->size * sizeof(real));
         free_twins(&t);
     }
 }

@@ -1,6 +1,6 @@
 // What the tests of layers, routers and models share: arrays of numbers and how close two of them are, small models of
 // every recipe with random weights, and routes, which say which token goes to which expert.
-// Gives: take_reals, take_normal, assert_close, small_config, randomize_weights, run_batch, take_route, switch_form, ...
+// Gives: take_reals, take_normal, assert_close, small_config, randomize_weights, all_of, set_all, run_batch, take_route, switch_form, ...
 // Needs: train_moe.c, which must be included before; dev/test/common.h.
 
 #pragma once
@@ -145,6 +145,38 @@ void randomize_weights(Model *m) {
         }
         before += tensor->whole;
     }
+}
+
+// Where a tensor begins in the memory of a single process that has the whole model: common tensors first, then the experts.
+size_t whole_offset(const Model *m, int tensor) {
+    size_t at = 0;
+    for (int i = 0; i < m->tensor_count; i++) {
+        int differ = m->tensors[i].of_experts - m->tensors[tensor].of_experts;
+        at += differ < 0 || (differ == 0 && i < tensor) ? m->tensors[i].whole : 0;
+    }
+    return at;
+}
+
+size_t whole_size(const Model *m) {
+    size_t size = 0;
+    for (int i = 0; i < m->tensor_count; i++)
+        size += m->tensors[i].whole;
+    return size;
+}
+
+// All WEIGHTS, GRADS, MOMENT1 or MOMENT2 of a model on any device, as a single process has them in m->memory; of several ones
+// rank 0 gets them, and all have to call it. Until free_taken().
+real *all_of(const Backend *backend, Model *m, int what) {
+    real *all = take_reals(whole_size(m));
+    for (int i = 0; i < m->tensor_count; i++)
+        backend->read(m, what, i, all + whole_offset(m, i));
+    return all;
+}
+
+// The way back, on all processes.
+void set_all(const Backend *backend, Model *m, int what, const real *all) {
+    for (int i = 0; i < m->tensor_count; i++)
+        backend->write(m, what, i, all + whole_offset(m, i));
 }
 
 void random_tokens(int *tokens, int n, int vocab, uint64_t seed) {

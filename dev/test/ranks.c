@@ -71,6 +71,82 @@ void test_ranks_busy(void **state) {
     free_taken();
 }
 
+// KiB of memory that this process has had at most since it last was made to forget, and has now. Returns 0 where /proc does
+// not tell.
+int memory_used(double *most, double *now) {
+    char line[256];
+    int found = 0;
+    FILE *file = fopen("/proc/self/status", "r");
+    while (file && fgets(line, sizeof(line), file))
+        found += sscanf(line, "VmHWM: %lf", most) + sscanf(line, "VmRSS: %lf", now) > 0;
+    if (file)
+        fclose(file);
+    return found == 2;
+}
+
+int forget_peak(void) {
+    FILE *file = fopen("/proc/self/clear_refs", "w");
+    return file && fputs("5", file) > 0 && fclose(file) == 0;
+}
+
+// Rank 0 writes a model of 36 MiB and both its moments with no more memory than its largest tensor takes, which has 2 MiB. The
+// file has what each process has: here the number of each weight, and three times that as the second moment.
+void test_ranks_saving_memory(void **state) {
+    (void)state;
+    Config c = small_config("mixtral");
+    set_options(&c, "--layers 12 --dim 128 --ffn 256 --experts 8");
+    begin_form(4, 2);
+    largest_message = 1 << 20;
+    Model *m = model_allocate(&c, c.seq, 1, NULL);
+    real *tensor = allocate_tensor(m);
+    double most = 0, now = 0, before = 0, largest = 0;
+    for (int i = 0; i < m->tensor_count; i++) {
+        for (size_t j = 0; j < m->tensors[i].whole; j++)
+            tensor[j] = (real)(j % 1000 + i);
+        largest = fmax(largest, (double)m->tensors[i].whole * sizeof(real));
+        ranks_write(m, WEIGHTS, i, tensor);
+        ranks_write(m, MOMENT1, i, tensor);
+        for (size_t j = 0; j < m->tensors[i].whole; j++)
+            tensor[j] *= 3;
+        ranks_write(m, MOMENT2, i, tensor);
+    }
+    Run run = {0};
+    run.model = m;
+    run.backend = &cpu_backend;
+    snprintf(unfinished_path, sizeof(unfinished_path), "%s", scratch_file("saved"));
+    int failed = !ranks.rank && mkdir(unfinished_path, 0777) != 0, weights[] = {WEIGHTS}, moments[] = {MOMENT1, MOMENT2};
+    const char *const plain[] = {""}, *const names[] = {"exp_avg.", "exp_avg_sq."};
+    write_tensors(&run, "warm.safetensors", weights, plain, 1); // MPI makes its own memory at the first messages
+    int known = forget_peak() && memory_used(&most, &before);
+    write_tensors(&run, "model.safetensors", weights, plain, 1);
+    write_tensors(&run, "optimizer.safetensors", moments, names, 2);
+    known = known && memory_used(&most, &now);
+    double more = (most - before) * 1024;
+
+    // What is in the files, in the form of any reader.
+    int count;
+    Part *parts = model_parts(m, &count);
+    for (int moment = 0; moment < 3 && !ranks.rank; moment++) {
+        WeightFiles files;
+        open_weights(&files, unfinished_path, moment ? "optimizer.safetensors" : "model.safetensors");
+        for (int p = 0; p < count; p++) {
+            read_part(&files, moment ? names[moment - 1] : "", &parts[p], c.experts, tensor);
+            for (size_t j = 0; j < part_size(&parts[p]); j++)
+                failed |= tensor[j] != (real)((moment == 2 ? 3 : 1) * ((parts[p].offset + j) % 1000 + (size_t)parts[p].tensor));
+        }
+        close_weights(&files);
+    }
+    unfinished_path[0] = 0;
+    free(parts);
+    free(tensor);
+    model_free(m);
+    largest_message = 4000;
+    end_form();
+    assert_false(agreed(failed));
+    if (agreed(known ? more : 0) > 2 * largest)
+        fail_msg("saving takes %.1f MiB, the largest tensor %.1f", more / (1 << 20), largest / (1 << 20));
+}
+
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_ranks_recipes),
@@ -79,6 +155,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_ranks_busy),
         cmocka_unit_test(test_ranks_checkpoints),
         cmocka_unit_test(test_ranks_first_weights),
+        cmocka_unit_test(test_ranks_saving_memory),
         cmocka_unit_test(test_ranks_generate),
         cmocka_unit_test(test_ranks_bytes),
         cmocka_unit_test(test_ranks_uneven),

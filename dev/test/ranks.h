@@ -134,9 +134,9 @@ Model *train_curve(const Config *config, int steps, Curve *curve) {
 }
 
 void take_weights(Model *m, Curve *curve) {
-    const real *whole = trained->fetch(m, WEIGHTS);
-    curve->weights = (real *)allocate(file_size(m), sizeof(real));
-    memcpy(curve->weights, whole, file_size(m) * sizeof(real));
+    curve->weights = (real *)allocate(whole_size(m), sizeof(real));
+    memcpy(curve->weights, all_of(trained, m, WEIGHTS), whole_size(m) * sizeof(real));
+    free_taken();
 }
 
 // The same number on all processes of the world: the largest.
@@ -186,7 +186,7 @@ void check_ranks(const char *recipe, const char *choices, int steps) {
     single.replicate = 0;
     Model *m = train_curve(&single, steps, &alone);
     take_weights(m, &alone);
-    size_t size = file_size(m);
+    size_t size = whole_size(m);
     model_free(m);
     static int turn = 0; // the emulator is slow: every other form, by turns
     turn += RANKS_BACKEND != &cpu_backend;
@@ -331,7 +331,7 @@ void test_ranks_uneven(void **state) {
             }
             take_weights(m, curve);
             curve->validation = 0;
-            size_t size = file_size(m);
+            size_t size = whole_size(m);
             trained->release(m);
             trained = &cpu_backend;
             if (form)
@@ -343,11 +343,12 @@ void test_ranks_uneven(void **state) {
     }
 }
 
-// What the model has, in the order of a single process, on all processes of the world; of one process's model it is a copy.
+// What the model has, in the order of a single process, on all processes of the world. To be freed.
 real *take_whole(Model *m, int what) {
-    real *all = (real *)allocate(file_size(m), sizeof(real));
-    memcpy(all, trained->fetch(m, what), file_size(m) * sizeof(real));
-    MPI_Bcast(all, (int)file_size(m), MPI_REALS, 0, MPI_COMM_WORLD);
+    real *all = (real *)allocate(whole_size(m), sizeof(real));
+    memcpy(all, all_of(trained, m, what), whole_size(m) * sizeof(real));
+    MPI_Bcast(all, (int)whole_size(m), MPI_REALS, 0, MPI_COMM_WORLD);
+    free_taken();
     return all;
 }
 
@@ -360,7 +361,7 @@ void test_ranks_checkpoints(void **state) {
     Curve alone, parts;
     Model *m = train_curve(&c, 4, &alone);
     take_weights(m, &alone);
-    size_t size = file_size(m);
+    size_t size = whole_size(m);
     model_free(m);
     for (size_t i = 0; i < sizeof(from_to) / sizeof(from_to[0]); i++) {
         real *kept[4] = {NULL, NULL, NULL, NULL};
@@ -375,8 +376,7 @@ void test_ranks_checkpoints(void **state) {
             m = trained->create(&mine, mine.batch * c.seq, 1, NULL);
             draw_weights(m, 0);
             for (int what = WEIGHTS; what <= MOMENT2 && half; what++) {
-                memcpy(trained->fetch(m, what), kept[what], size * sizeof(real));
-                trained->store(m, what);
+                set_all(trained, m, what, kept[what]);
                 free(kept[what]);
             }
             for (int step = 2 * half + 1; step <= 2 * half + 2; step++) {
@@ -416,8 +416,9 @@ void test_ranks_first_weights(void **state) {
             trained = RANKS_BACKEND;
             Model *m = trained->create(&c, 1, 0, NULL);
             trained->init(m, NULL);
-            const real *all = trained->fetch(m, WEIGHTS);
-            int same = ranks.rank || memcmp(all, alone->memory[WEIGHTS], file_size(m) * sizeof(real)) == 0;
+            const real *all = all_of(trained, m, WEIGHTS);
+            int same = ranks.rank || memcmp(all, alone->memory[WEIGHTS], whole_size(m) * sizeof(real)) == 0;
+            free_taken();
             trained->release(m);
             trained = &cpu_backend;
             end_form();

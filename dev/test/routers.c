@@ -1096,6 +1096,49 @@ void test_level_update(void **state) {
     model_free(m);
 }
 
+// First values that are not only random: hash's table, the level of expert choice, the size of each of cmoe's experts.
+void test_first_values(void **state) {
+    (void)state;
+    Config c = small_config("hash");
+    double frequency[50];
+    for (int v = 0; v < 50; v++)
+        frequency[v] = 1 + v * v % 7;
+    Model *m = model_allocate(&c, 16, 0, NULL);
+    model_init(m, frequency);
+    real *wanted = take_reals(50);
+    for (int l = 0; l < 2; l++) {
+        uint64_t stream = random_stream((uint64_t)c.seed, RANDOM_INIT, (uint64_t)find_tensor(m, l, "table"), 0);
+        balance_table(wanted, frequency, 50, 4, stream);
+        assert_memory_equal(layer_tensor(m, l, "table", WEIGHTS), wanted, 50 * sizeof(real));
+    }
+    model_free(m);
+
+    c = small_config("expert-choice");
+    m = model_allocate(&c, 16, 0, NULL);
+    model_init(m, NULL);
+    for (int l = 0; l < 2; l++) {
+        for (int e = 0; e < 4; e++)
+            assert_near((double)layer_tensor(m, l, "level", WEIGHTS)[e], 0.25, 0);
+    }
+    model_free(m);
+
+    c = small_config("cmoe");
+    set_options(&c, "--dim 64 --ffn 48");
+    m = model_allocate(&c, 16, 0, NULL);
+    model_init(m, NULL);
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        const real *w = m->memory[WEIGHTS] + t->offset;
+        for (int e = 0; t->of_experts && e < 4; e++) {
+            double deviation = 0.02 * (0.5 + e / 3.0) * (strcmp(t->kind, "w_out") ? 1 : 0.5);
+            assert_near(rms(w, expert_size(&c, t, e)) / deviation, 1, 0.1);
+            w += expert_size(&c, t, e);
+        }
+    }
+    model_free(m);
+    free_taken();
+}
+
 // The average starts as the router: 1. The step takes the router to 1 - 0.5 (AdamW's first step is lr * sign), the
 // average to 1 + 0.1 * (0.5 - 1) = 0.95, and the next one, to 0, by the new router: 0.95 + 0.1 * (0 - 0.95).
 void test_history_update(void **state) {
@@ -1293,6 +1336,7 @@ int main(void) {
         cmocka_unit_test(test_balance_of_full_softmax),
         cmocka_unit_test(test_bias_update),
         cmocka_unit_test(test_level_update),
+        cmocka_unit_test(test_first_values),
         cmocka_unit_test(test_history_update),
         cmocka_unit_test(test_quantile_by_hand),
         cmocka_unit_test(test_quantile_is_even),
