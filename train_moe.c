@@ -104,6 +104,7 @@ typedef struct Config {
     double lr, min_lr;
     int warmup, schedule;
     double weight_decay, beta1, beta2, clip;
+    int moments;                         // MOMENTS_FP32 or MOMENTS_BF16, see dev/moments.h
     int seed, recompute, threads;
     // Several processes.
     int ep, overlap, replicate, replicate_every, watchdog, trace;
@@ -1773,6 +1774,8 @@ void model_backward(Model *m) {
 // The gradients of a step are scaled down if they are too large together, and AdamW moves the
 // weights against them.
 
+#include "dev/moments.h" // --moments bf16: AdamW's moments in bfloat16
+
 // The learning rate of step 1, 2, ..., steps: a straight line up over the warm-up, then, unless it
 // stays constant, down to --min-lr, by default a tenth of --lr.
 double learning_rate(const Config *c, int step) {
@@ -1826,6 +1829,7 @@ void model_update(Model *m, int step, double lr, double norm) {
             w[j] = keep * w[j] - rate * (m1[j] * correct1) / ((real)sqrt(m2[j] * correct2) + eps);
             g[j] = 0; // for the next step
         }
+        round_moments(m, i, at, size, step); // to bfloat16, if --moments asks for it
     }
     ranks_share_weights(m);
     router_update(m);

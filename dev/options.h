@@ -15,6 +15,7 @@ const char *const gate_names[] = {"probability", "renormalized", NULL};
 const char *const balance_names[] = {"switch", "gshard", "unbiased", "width", "cv2", "variance", NULL};
 const char *const group_names[] = {"sequence", "batch", "step", NULL};
 const char *const schedule_names[] = {"cosine", "wsd", "constant", NULL};
+const char *const moments_names[] = {"fp32", "bf16", NULL};
 
 // MODEL says what the model computes, ORDER which data it sees when; a resumed run may change neither, but for the
 // pieces of a step (--batch). TRAIN options are taken from the checkpoint where the command line does not give them,
@@ -112,6 +113,8 @@ const Option base_options[] = {
     NUMBER("weight-decay", weight_decay, "0.1", 0, 100, TRAIN, "Training", "AdamW's decay of the matrices"),
     NUMBER("beta1", beta1, "0.9", 0, 0.999999, TRAIN, "Training", "AdamW: memory of the mean gradient"),
     NUMBER("beta2", beta2, "0.95", 0, 0.999999, TRAIN, "Training", "AdamW: memory of the mean squared gradient"),
+    WORD("moments", moments, "fp32", moments_names, TRAIN, "Training",
+         "how AdamW stores its moments; bf16: half the memory on a GPU; a CPU rounds them alike and saves none"),
     NUMBER("clip", clip, "1", 0, 1e30, TRAIN, "Training", "largest gradient norm; 0: no clipping"),
     INTEGER("seed", seed, "1", 0, 2147483647, ORDER, "Training", "of weights, data order and sampling"),
     FLAG("recompute", recompute, RUN, "Training", "keep fewer activations, and work them out again on the way back"),

@@ -174,6 +174,12 @@ void load_weights(Run *run, const char *dir, int moments) {
             for (; p < parts + count && p->tensor == i; p++) {
                 read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
             }
+
+            // The run may have had float32 moments until now.
+            size_t rounded = what != WEIGHTS && run->config.moments == MOMENTS_BF16 ? m->tensors[i].whole : 0;
+            for (size_t j = 0; j < rounded; j++) {
+                tensor[j] = nearest_bf16((float)tensor[j]);
+            }
             if (what == WEIGHTS && !strcmp(m->tensors[i].kind, "table")) {
                 check_table(run, dir, tensor);
             }

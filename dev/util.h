@@ -365,7 +365,8 @@ enum {
     RANDOM_SAMPLE, // tokens of a generated text
     RANDOM_NOISE,  // noise on the router's scores
     RANDOM_SECOND, // which tokens decline their second expert
-    RANDOM_EXEMPT  // which sequences drop no tokens
+    RANDOM_EXEMPT, // which sequences drop no tokens
+    RANDOM_MOMENTS // which way AdamW's moments are rounded
 };
 
 // One stream of random numbers for each (seed, purpose, a, b), where a and b are, say, a step and

@@ -107,6 +107,40 @@ void test_resume(void **state) {
         check_resume(recipes[r].name);
 }
 
+// --moments bf16 gives the same bits with any number of threads and after a checkpoint, whose files say so: a resumed run
+// keeps it unless the command line asks for something else.
+void test_moments_of_runs(void **state) {
+    (void)state;
+    need_program();
+    check_leaks(0);
+    static const char *const runs[][2] = {
+        {"moments-1", "--moments bf16"}, {"moments-2", "--moments bf16 --threads 2"}, {"moments-32", "--moments fp32"}};
+    const char *const folders[] = {"moments-kept", "moments-now-32", "moments-now-16"};
+    for (int i = 0; i < 3; i++)
+        expect(run_tiny(runs[i][0], runs[i][1]), 0, "What next");
+    assert_same_weights("moments-1", "moments-2");
+    assert_true(logged("moments-1", "step", 1, "loss") == logged("moments-32", "step", 1, "loss"));
+    assert_true(logged("moments-1", "step", 12, "loss") != logged("moments-32", "step", 12, "loss"));
+    assert_near(logged("moments-1", "step", 12, "loss"), logged("moments-32", "step", 12, "loss"), 1e-2);
+    for (int i = 0; i < 3; i++) {
+        shell(said, sizeof(said), "cp -a %s %s; ln -sfn checkpoint-6 %s/latest",
+              scratch_file(i == 2 ? "moments-32" : "moments-1"), scratch_file(folders[i]), scratch_file(folders[i]));
+    }
+    expect(run_tiny("moments-kept", "--resume"), 0, "going on after step 6");
+    assert_same_weights("moments-1", "moments-kept");
+    expect(run_tiny("moments-now-32", "--resume --moments fp32"), 0, "going on after step 6");
+    expect(run_tiny("moments-now-16", "--resume --moments bf16"), 0, "going on after step 6");
+    for (int i = 0; i < 3; i++) {
+        shell(said, sizeof(said), "cat %s/latest/config.json", scratch_file(folders[i]));
+        expect(0, 0, i == 1 ? "\"moments\":\"fp32\"" : "\"moments\":\"bf16\"");
+    }
+    for (int step = 7; step <= 12; step++) { // the loss of step 7 is that of the weights in the checkpoint
+        double bf16 = logged("moments-1", "step", step, "loss"), fp32 = logged("moments-32", "step", step, "loss");
+        assert_true((logged("moments-now-32", "step", step, "loss") == bf16) == (step == 7 || step == 8));
+        assert_true((logged("moments-now-16", "step", step, "loss") == fp32) == (step == 7));
+    }
+}
+
 // Which options may change with --resume, and which may not.
 void test_resume_options(void **state) {
     (void)state;
@@ -697,6 +731,7 @@ void test_bad_options(void **state) {
         {NULL, "--min-lr 1", 2, "--min-lr 1 is more than --lr"},
         {NULL, "--jitter 1", 2, "--jitter"},
         {NULL, "--beta2 1", 2, "--beta2"},
+        {NULL, "--moments fp16", 2, "--moments: 'fp16' is not one of: fp32, bf16"},
         {NULL, "--top-p 1.1", 2, "--top-p"},
         {NULL, "--dim 33", 2, "not divisible by --heads 2"},
         {NULL, "--dim 30", 2, "even width"},
@@ -939,6 +974,7 @@ void test_prompt(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_resume),
+        cmocka_unit_test(test_moments_of_runs),
         cmocka_unit_test(test_resume_options),
         cmocka_unit_test(test_resume_pieces),
         cmocka_unit_test(test_run_directory),

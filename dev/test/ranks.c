@@ -30,6 +30,8 @@ void test_ranks_variants(void **state) {
         {"base", "--group sequence --overlap 1"},
         {"qwen3", "--accum 2 --overlap 0"},
         {"rmoe", "--noise 1 --load-weight 0.1 --overlap 1"},
+        {"mixtral", "--moments bf16 --overlap 1 --shared 1"},
+        {"deepseek-v3", "--moments bf16 --replicate 2 --replicate-every 3 --overlap 1"},
         {"mixtral", "--layers 3 --moe-every 2 --routers 2 --topk 4 --overlap 1"},
     };
     for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++)
@@ -53,6 +55,49 @@ void test_ranks_copies(void **state) {
     model_free(m);
     end_form();
     assert_false(agreed(wrong));
+}
+
+// Moments in bfloat16 have the same bits on any number of processes, each of which rounds its share of them: three updates
+// from the same gradients.
+void test_ranks_moments(void **state) {
+    (void)state;
+    static const char *const names[] = {"mixtral", "cmoe"}; // cmoe's experts differ in size
+    for (int r = 0; r < COUNT(names); r++) {
+        Config c = small_config(names[r]);
+        set_options(&c, "--moments bf16");
+        real *wanted[4] = {NULL, NULL, NULL, NULL};
+        for (int f = -1; f < FORMS; f++) {
+            int size = f < 0 ? 1 : forms[f][0], ep = f < 0 ? 1 : forms[f][1], same = 1;
+            if (c.experts % ep)
+                continue;
+            begin_form(size, ep);
+            Model *m = model_allocate(&c, c.seq, 1, NULL);
+            randomize_weights(m);
+            for (int step = 1; step <= 3; step++) {
+                for (int i = 0; i < m->tensor_count; i++) {
+                    const Tensor *t = &m->tensors[i];
+                    uint64_t stream = random_stream(9, RANDOM_INIT, (uint64_t)step, (uint64_t)i);
+                    for (size_t j = 0; j < t->size; j++)
+                        m->memory[GRADS][t->offset + j] = (real)random_normal(stream, t->first + j);
+                }
+                model_update(m, step, 0.01, 1);
+            }
+            for (int what = MOMENT1; what <= MOMENT2; what++) {
+                const real *found = ranks_fetch(m, what);
+                size_t bytes = file_size(m) * sizeof(real);
+                if (f < 0) {
+                    wanted[what] = (real *)allocate(bytes, 1);
+                    memcpy(wanted[what], found, bytes);
+                }
+                same &= ranks.rank || memcmp(wanted[what], found, bytes) == 0;
+            }
+            model_free(m);
+            end_form();
+            assert_false(agreed(!same));
+        }
+        free(wanted[MOMENT1]);
+        free(wanted[MOMENT2]);
+    }
 }
 
 // While one rank computes for a long time, the watch still hears from it, and the job goes on.
@@ -152,6 +197,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_ranks_recipes),
         cmocka_unit_test(test_ranks_variants),
         cmocka_unit_test(test_ranks_copies),
+        cmocka_unit_test(test_ranks_moments),
         cmocka_unit_test(test_ranks_busy),
         cmocka_unit_test(test_ranks_checkpoints),
         cmocka_unit_test(test_ranks_first_weights),

@@ -508,6 +508,137 @@ void test_optimizer(void **state) {
     check_optimizer("--layers 1 --dim 130 --heads 1 --kv-heads 1 --clip 0.1", 129);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Moments in bfloat16
+
+float float_of_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+uint32_t bits_of_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+
+// Every bfloat16 number is left as it is, whatever the random bits are: zeros, subnormal numbers, infinities and NaN, too.
+void test_rounding_is_exact(void **state) {
+    (void)state;
+    static const unsigned random16[] = {0, 1, 0x7fff, 0x8000, 0xffff};
+    for (uint32_t upper = 0; upper < 65536; upper++) {
+        float x = float_of_bits(upper << 16);
+        for (int i = 0; i < COUNT(random16); i++)
+            assert_int_equal(bits_of_float(round_stochastically(x, random16[i])), upper << 16);
+        assert_int_equal(bits_of_float(nearest_bf16(x)), upper << 16);
+    }
+    for (int i = 0; i < COUNT(random16); i++) {
+        assert_true(isnan(round_stochastically((float)NAN, random16[i])));
+        assert_true(isnan(round_stochastically(float_of_bits(0x7fffffffu), random16[i]))); // more would be a number
+        assert_true(isnan(round_stochastically(float_of_bits(0xffffffffu), random16[i])));
+    }
+}
+
+// Over all 65536 random numbers the mean is x itself, and each result is one of the two neighbours. Of the numbers that
+// moment_draw gives, the mean is as near to x as chance wants.
+void test_rounding_is_unbiased(void **state) {
+    (void)state;
+    static const float values[] = {1.0f / 3, -1.0f / 3, 1.00001f, 255.9f, -7e-5f, 3e-39f, 1.1e38f, 1.99999f};
+    enum { ALL = 65536, DRAWS = 100000 };
+    for (int i = 0; i < COUNT(values); i++) {
+        float x = values[i], down = float_of_bits(bits_of_float(x) & 0xffff0000u);
+        float up = float_of_bits((bits_of_float(x) & 0xffff0000u) + 0x10000u);
+        double sum = 0, first = 0, second = 0, step = fabs((double)up - (double)down);
+        for (unsigned u = 0; u < ALL; u++) {
+            float rounded = round_stochastically(x, u);
+            assert_true(rounded == down || rounded == up);
+            sum += (double)rounded / ALL;
+        }
+        assert_true(fabs(sum - (double)x) < 1e-7 * step);
+        uint64_t stream = moment_stream(5, 3, i);
+        for (int j = 0; j < DRAWS; j++) {
+            uint64_t draw = moment_draw(stream, (uint64_t)j);
+            first += (double)round_stochastically(x, (unsigned)(draw & 0xffff)) / DRAWS;
+            second += (double)round_stochastically(x, (unsigned)(draw >> 16 & 0xffff)) / DRAWS;
+        }
+        assert_true(fabs(first - (double)x) < 5 * 0.5 / sqrt(DRAWS) * step); // five standard deviations at most
+        assert_true(fabs(second - (double)x) < 5 * 0.5 / sqrt(DRAWS) * step);
+        float near = nearest_bf16(x);
+        assert_true(near == ((bits_of_float(x) & 0xffff) > 0x8000 ? up : down)); // none lies in the middle
+    }
+    assert_true(nearest_bf16(float_of_bits(0x3f808000u)) == float_of_bits(0x3f800000u)); // in the middle: to the even one
+    assert_true(nearest_bf16(float_of_bits(0x3f818000u)) == float_of_bits(0x3f820000u));
+}
+
+void random_gradients(Model *m, int step) {
+    for (size_t i = 0; i < m->size; i++)
+        m->memory[GRADS][i] = (real)random_normal(hash64((uint64_t)step), i);
+}
+
+// Three updates of two models from the same moments, one with float32 moments and one with bfloat16: the weights get the
+// same bits, and the moments are the other model's, rounded by the numbers of the step, the tensor's row and the index.
+void check_moments(const char *choices, int vocab) {
+    Config c = small_config("mixtral");
+    c.vocab = vocab;
+    set_options(&c, choices);
+    Model *exact = model_allocate(&c, 16, 1, NULL);
+    set_options(&c, "--moments bf16");
+    Model *rounded = model_allocate(&c, 16, 1, NULL);
+    randomize_weights(exact);
+    memcpy(rounded->memory[WEIGHTS], exact->memory[WEIGHTS], exact->size * sizeof(real));
+    real *before[4];
+    for (int i = 0; i < 4; i++)
+        before[i] = take_reals(exact->size);
+    for (int step = 1; step <= 3; step++) {
+        random_gradients(rounded, step);
+        random_gradients(exact, step);
+        for (int i = 0; i < 4; i++)
+            memcpy(before[i], rounded->memory[i], exact->size * sizeof(real));
+        for (int what = MOMENT1; what <= MOMENT2; what++)
+            memcpy(exact->memory[what], before[what], exact->size * sizeof(real));
+        for (int team = 0; team < TEAMS; team++) {
+            set_threads(teams[team]);
+            uint64_t bits = 1;
+            for (int i = 0; i < 4; i++)
+                memcpy(rounded->memory[i], before[i], exact->size * sizeof(real));
+            model_update(rounded, step, 0.01, 1);
+            for (int i = 0; i < 4; i++)
+                bits = bits_of(rounded->memory[i], exact->size, bits);
+            assert_same_bits("--moments bf16", team, bits);
+        }
+        set_threads(1);
+        model_update(exact, step, 0.01, 1);
+        assert_memory_equal(rounded->memory[WEIGHTS], exact->memory[WEIGHTS], exact->size * sizeof(real));
+        size_t changed = 0, upward = 0;
+        for (int row = 0; row < exact->tensor_count; row++) {
+            const Tensor *t = &exact->tensors[row];
+            uint64_t stream = random_stream((uint64_t)c.seed, RANDOM_MOMENTS, (uint64_t)step, (uint64_t)row);
+            for (size_t j = 0; t->trained && j < t->size; j++) {
+                for (int what = MOMENT1; what <= MOMENT2; what++) {
+                    float was = (float)exact->memory[what][t->offset + j];
+                    real now = rounded->memory[what][t->offset + j];
+                    uint64_t draw = hash64(stream ^ hash64(j)) >> (what == MOMENT1 ? 0 : 16);
+                    assert_true((real)(float)now == now && (bits_of_float((float)now) & 0xffff) == 0);
+                    assert_int_equal(bits_of_float((float)now), (bits_of_float(was) + (draw & 0xffff)) & 0xffff0000u);
+                    changed += (float)now != was;
+                    upward += fabsf((float)now) > fabsf(was);
+                }
+            }
+        }
+        assert_true(changed > 1.9 * exact->size && upward > 0.48 * changed && upward < 0.52 * changed);
+    }
+    model_free(exact);
+    model_free(rounded);
+    free_taken();
+}
+
+void test_moments(void **state) {
+    (void)state;
+    check_moments("--clip 0", 50);
+    check_moments("--clip 0.5 --untied 1 --seed 3", is_slow() ? 70 : 1100); // so large that threads share the work
+}
+
 // The router of a single expert has one row, and is a matrix nevertheless: it is decayed.
 void test_optimizer_of_one_expert(void **state) {
     (void)state;
@@ -684,6 +815,9 @@ int main(void) {
         cmocka_unit_test(test_schedule),
         cmocka_unit_test(test_optimizer),
         cmocka_unit_test(test_optimizer_of_one_expert),
+        cmocka_unit_test(test_rounding_is_exact),
+        cmocka_unit_test(test_rounding_is_unbiased),
+        cmocka_unit_test(test_moments),
         cmocka_unit_test(test_init_schemes),
         cmocka_unit_test(test_accumulation),
         cmocka_unit_test(test_sampler),
