@@ -54,14 +54,18 @@ train_moe_mpi: train_moe.c $(CHOICE) | data/stories/tokenizer.json
 	$(WITH_MPI) $(FLAGS) $(DEPS) $(LOOPS) $(OPENMP) -DUSE_MPI train_moe.c -o $@ $(LIBS) $(RT)
 
 ##train_moe_cu: the trainer on an NVIDIA GPU; needs the CUDA Toolkit. PRECISION=fp32 builds it in float32, for checks
-# Without a GPU to ask, it is built for the A100 and the H100.
+# It has machine code for the GPU that is found (GPU=90 names another), else for the A100, the H100 and the RTX 50, which run on
+# their kin (sm_86, sm_89) as well. Chips without machine code of their own, as the B200, start from PTX, which the driver
+# compiles at the first start: that of compute_90 serves all that are newer.
 ifeq ($(filter bf16 fp32,$(PRECISION)),)
 $(error PRECISION is bf16 or fp32, not $(PRECISION))
 endif
 CUDA      := $(patsubst %/bin/,%,$(dir $(shell command -v nvcc || echo /usr/local/cuda/bin/nvcc)))
 NVCC      ?= $(CUDA)/bin/nvcc
 GPU       := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -Ex '[0-9]+\.[0-9]+' | head -1 | tr -d .)
-GPU_ARCH  := $(foreach a,$(or $(GPU),80 90),-gencode arch=compute_$(a),code=sm_$(a))
+CHIPS      = $(or $(GPU),$(filter $(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)),80 90 120),80 90)
+GPU_ARCH   = $(foreach a,$(CHIPS),-gencode arch=compute_$(a),code=sm_$(a)) $(foreach a,$(or $(GPU),90),-gencode \
+    arch=compute_$(a),code=compute_$(a)) --threads 0
 precision  = $(if $(filter fp32,$(1)),-DFP32)
 CUDA_BUILD = $(NVCC) -std=c++17 -O3 -lineinfo -I. -diag-suppress 1675,128 $(GPU_ARCH) $(LOOPS) \
     -Xcompiler "$(ARCH) $(FLOATS) $(filter -fopenmp,$(OPENMP)) $(WERROR)"

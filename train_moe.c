@@ -1488,9 +1488,11 @@ void lay_out(Model *m, Tensor *list, size_t unit) {
     for (int of_experts = 0; of_experts < 2; of_experts++) {
         for (int i = 0; i < m->tensor_count; i++) {
             Tensor *t = &list[i];
+            // A matrix of words is filled up to a multiple of `unit` rows, since a GPU multiplies only such fast.
+            size_t step = t->layer < 0 && t->dims == 2 ? unit * (size_t)t->shape[2] : unit;
             if (t->of_experts == of_experts) {
                 t->offset = at;
-                at += (t->size + unit - 1) / unit * unit;
+                at += (t->size + step - 1) / step * step;
             }
         }
         if (!of_experts) {
@@ -1863,6 +1865,7 @@ typedef struct Backend {
     void (*read)(Model *m, int what, int tensor, real *to);
     void (*write)(Model *m, int what, int tensor, const real *from);
     double (*peak)(void);                          // operations per second that the device can do at most, measured
+    double (*sheet_peak)(void);                    // the same by the device's data sheet; 0: unknown
     void (*device)(char name[128]);
     double (*memory)(void);                        // bytes of memory of its own; 0: it has the host's
 } Backend;
@@ -1901,7 +1904,8 @@ double cpu_memory(void) {
 
 const Backend cpu_backend = {
     "cpu",          model_allocate, model_free, model_init,  cpu_forward, model_backward, cpu_update, cpu_losses,
-    model_generate, cpu_statistics, cpu_route,  ranks_read,  ranks_write, measured_peak,  cpu_name,   cpu_memory,
+    model_generate, cpu_statistics, cpu_route,  ranks_read,  ranks_write, measured_peak,  no_sheet,   cpu_name,
+    cpu_memory,
 };
 
 #include "dev/run.h" // the run directory, log and progress, evaluation, stories, the start and the end of the program

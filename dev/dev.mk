@@ -1,8 +1,9 @@
 # The workshop's part of the Makefile: the tests of dev/test, sanitizers, valgrind, other processors, the CUDA twin's emulator,
 # benchmarks. What is built lies in dev/build, benchmarks beside their sources.
 
-.PHONY: test_rest test_mpi test_emulated test_cu test_nccl check_nccl test_in test_sse2 test_avx2 test_arm64 \
-    sanitize sanitize_double sanitize_emulated sanitize_cu tsan valgrind bench bench_all bench_mpi bench_cu format
+.PHONY: test_rest test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl test_in test_sse2 test_avx2 test_arm64 \
+    sanitize sanitize_double sanitize_emulated race_emulated count_emulated sanitize_cu gate_cu gpu_check tsan valgrind \
+    bench bench_all bench_mpi bench_cu format
 
 # ---- the tests of the C program: one program for each subject
 
@@ -101,6 +102,12 @@ test_emulated: $(E)/check $(E)/train_moe_cu $(E)/cuda_all_bf16 $(E)/cuda_all_fp3
 	TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_bf16
 	TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_fp32
 
+##test_emulated_small: the kernels' tests with a consumer card's shared memory, SHARED KiB (99) a block; TEST names some
+SHARED ?= 99
+test_emulated_small: $(E)/cuda_all_bf16 $(E)/cuda_all_fp32
+	CUDACPU_SHARED=$(SHARED) VALGRIND=1 TRAIN_MOE_CU= $(E)/cuda_all_bf16
+	CUDACPU_SHARED=$(SHARED) VALGRIND=1 TRAIN_MOE_CU= $(E)/cuda_all_fp32
+
 ##check_nccl: the emulator's NCCL with one to four ranks, and its mistakes; needs MPI
 check_nccl: $(E)/check_nccl
 	$(E)/check_nccl
@@ -116,10 +123,18 @@ dev/build/cuda_all_bf16 dev/build/cuda_all_fp32: dev/build/cuda_all_%: dev/test/
 	$(NEED_NVCC)
 	$(CUDA_BUILD) $(DEPS) $(call precision,$*) $< -o $@ -lcmocka -lcublas
 
+##gate_cu: what nvcc says of the CUDA twin's kernels on three chips: registers, spills (an error), inner loops; needs no GPU
+gate_cu:
+	NVCC="$(NVCC)" dev/cuda/gate.sh
+
 ##test_cu: the same tests on a GPU
 test_cu: dev/build/cuda_all_bf16 dev/build/cuda_all_fp32 train_moe_cu train_moe
 	dev/build/cuda_all_bf16
 	dev/build/cuda_all_fp32
+
+##gpu_check: all that only a GPU can tell, in ten minutes at most, into gpu_check.txt (dev/gpu_check.sh)
+gpu_check:
+	dev/gpu_check.sh
 
 ##sanitize_cu: the CUDA twin's tests on a GPU under compute-sanitizer
 sanitize_cu: test_cu
@@ -194,6 +209,32 @@ sanitize: data/stories/tokenizer.json cmocka
 sanitize_double: cmocka | $(CHOICE)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) -DREAL=double dev/test/all.c -o dev/build/all_asan_double -lcmocka $(LIBS)
 	VALGRIND=1 dev/build/all_asan_double
+
+##race_emulated: races in the CUDA twin's kernels, in the emulator, by g++'s ThreadSanitizer; RACE_TESTS names programs and tests
+# dev/emulator/race.h says what is found. One system thread, and -O1, which invents no accesses.
+RACE_CXX   ?= g++
+RACE        = $(RACE_CXX) $(filter-out -fopenmp,$(EMULATED_FLAGS)) -O1 -fsanitize=thread -Wno-tsan
+# All in one program, which is built once. test_gpu_accumulation has whole models, forward and backward, with one kernel
+# from the residual stream to the plan; CI runs that, test_gpu_rows and test_gpu_capacity.
+RACE_TESTS ?= $(addprefix cuda_all:test_gpu_,rows attention loss update scores select* weights capacity sort accumulation)
+$(E)/check_race: $(E)/check.cpp $(CHOICE)
+	$(RACE) $(DEPS) $< -o $@ $(LIBS)
+$(CUDA_TESTS:%=$(E)/%_race): $(E)/%_race: dev/test/%.cu $(E)/train_moe_cu.cpp $(CHOICE) | cmocka
+	$(RACE) $(DEPS) $(TWIN) $< -o $@ -lcmocka $(LIBS)
+race_emulated: $(E)/check_race $(sort $(foreach t,$(RACE_TESTS),$(E)/$(firstword $(subst :, ,$(t)))_race))
+	$(E)/check_race
+	for t in $(foreach t,$(RACE_TESTS),'$(t)'); do \
+	VALGRIND=1 TRAIN_MOE_CU= TEST="$${t#*:}" $(E)/$${t%%:*}_race || exit 1; done
+
+##count_emulated: launches and bytes of one layer of the CUDA twin, counted in the emulator; ARGS are options of the model
+# dev/emulator/count.h says what counts.
+COUNT = $(RACE) --param tsan-instrument-func-entry-exit=0 -DCUDACPU_BYTES
+ARGS ?= --recipe mixtral --experts 8 --topk 2
+$(E)/count_cu: $(E)/train_moe_cu.cpp $(CHOICE)
+	$(COUNT) $(DEPS) -c $< -o $@.o
+	$(RACE_CXX) $@.o -o $@ $(LIBS)
+count_emulated: $(E)/count_cu data/stories/tokenizer.json
+	dev/emulator/count.sh $(E)/count_cu $(ARGS)
 
 ##sanitize_emulated: the CUDA twin's tests on the processor, under AddressSanitizer
 sanitize_emulated: $(E)/check.cpp $(E)/train_moe_cu.cpp train_moe cmocka

@@ -103,6 +103,16 @@ void warn_of_routing(Run *run) {
 
 // ---- a step
 
+// What share of the possible a training of so many operations per second is.
+void describe_share(const Run *run, double rate, char text[96]) {
+    if (run->sheet > 0) {
+        snprintf(text, 96, "%.0f%% of the data sheet's peak, %.0f%% of the measured one", 100 * rate / run->sheet,
+                 100 * rate / run->peak);
+    } else {
+        snprintf(text, 96, "%.0f%% of peak", 100 * rate / run->peak);
+    }
+}
+
 // How the last step went: on a terminal one line that is written over and over, else a line each time.
 void show_step(Run *run, double loss, double lr, double norm, double tokens_per_second, double left) {
     const Config *c = &run->config;
@@ -130,9 +140,10 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
         printf("\r[%s] %d/%d  loss %.3f  %.0f tokens/s  left %s%s\033[K", done, run->step, c->steps, loss,
                tokens_per_second, time_left, bars);
     } else {
-        double of_peak = tokens_per_second * run->flops / run->peak;
-        printf("step %d/%d  loss %.4f  lr %.2e  norm %.2f  %.0f tokens/s  %.0f%% of peak  left %s%s\n", run->step,
-               c->steps, loss, lr, norm, tokens_per_second, 100 * of_peak, time_left, bars);
+        char share[96];
+        describe_share(run, tokens_per_second * run->flops, share);
+        printf("step %d/%d  loss %.4f  lr %.2e  norm %.2f  %.0f tokens/s  %s  left %s%s\n", run->step, c->steps, loss,
+               lr, norm, tokens_per_second, share, time_left, bars);
     }
     fflush(stdout);
 }
@@ -174,15 +185,18 @@ void report_step(Run *run, double loss, double aux, double norm, double lr) {
     int steps = run->step - run->timed_step;
     double tokens = (double)c->accum * c->batch * ranks.size * c->seq; // of a step
     double ms = (seconds() - run->timed) * 1000 / steps, rate = tokens / ms * 1000;
-    char sent[256] = "";
+    char sent[256] = "", mfu[40] = ""; // model FLOPs utilization: the share of the data sheet's peak
     if (ranks.size > 1) {
         describe_traffic(steps, ms, sent);
     }
+    if (run->sheet > 0) {
+        snprintf(mfu, sizeof(mfu), ",\"mfu\":%.4g", rate * run->flops / run->sheet);
+    }
     log_line(run, "step",
              "\"step\":%d,\"tokens\":%.0f,\"loss\":%.9g,\"aux\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%.4g,"
-             "\"tok_s\":%.6g,\"gflops\":%.4g,\"sol\":%.4g%s",
+             "\"tok_s\":%.6g,\"gflops\":%.4g,\"sol\":%.4g%s%s",
              run->step, run->step * tokens, loss, aux, norm, lr, ms, rate, rate * run->flops / 1e9,
-             rate * run->flops / run->peak, sent);
+             rate * run->flops / run->peak, mfu, sent);
     log_router(run);
     show_step(run, loss, lr, norm, rate, ms * (c->steps - run->step) / 1000);
     run->timed = seconds();
@@ -251,8 +265,11 @@ void announce(Run *run) {
     run->backend->device(device);
     run->flops = flops_per_token(c);
     ranks_meet();
-    run->peak = run->backend->peak();
-    sum_over_ranks(&run->peak, 1);
+    double peak[3] = {run->backend->peak(), run->backend->sheet_peak(), 0};
+    peak[2] = peak[1] > 0; // of how many ranks' devices it is known
+    sum_over_ranks(peak, 3);
+    run->peak = peak[0];
+    run->sheet = peak[2] < ranks.size ? 0 : peak[1];
     fprintf(run->log, "{\"type\":\"run\",");
     write_options(run->log, c);
     fprintf(run->log, ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,", c->vocab, total,
@@ -274,8 +291,14 @@ void announce(Run *run) {
                ranks.groups > 1 ? ", which others have, too" : "");
     }
     print_memory(run);
-    printf("%s, %d threads, peak %.0f GFLOP/s; run directory %s\n", device, thread_count(), run->peak / 1e9, run->out);
-    fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,\"device\":", run->step, run->peak / 1e9);
+    printf("%s, %d threads, peak %.0f GFLOP/s", device, thread_count(), run->peak / 1e9);
+    fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,", run->step, run->peak / 1e9);
+    if (run->sheet > 0) {
+        printf(" measured, %.0f by the data sheet", run->sheet / 1e9);
+        fprintf(run->log, "\"sheet_gflops\":%.6g,", run->sheet / 1e9);
+    }
+    printf("; run directory %s\n", run->out);
+    fprintf(run->log, "\"device\":");
     json_write_string(run->log, device, strlen(device));
     fprintf(run->log, "}\n");
     if (run->step) {

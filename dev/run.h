@@ -18,7 +18,8 @@ typedef struct Run {
     int step, saved;       // steps done; those of the last checkpoint
     int trained;           // steps since this process began
     int stop;              // one of the processes was asked to stop
-    double peak;           // operations per second
+    double peak;           // operations per second, measured
+    double sheet;          // the same by the data sheet; 0: unknown
     double flops;          // of a token
     double before;         // bytes of memory that the process held before it had a model
     double val_loss, val_bpb, fluctuation;

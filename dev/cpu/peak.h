@@ -1,5 +1,5 @@
 // The processor's name, and how fast it could compute at most: what the log compares the training with.
-// Gives: measured_peak, cpu_name. Needs: dev/cpu/vector.h.
+// Gives: measured_peak, no_sheet, cpu_name. Needs: dev/cpu/vector.h.
 #pragma once
 #include "vector.h"
 
@@ -34,6 +34,11 @@ double measured_peak(void) {
         best = fmax(best, 2.0 * SUMS * LANES * ROUNDS * thread_count() / (seconds() - start));
     }
     return best;
+}
+
+// The peak by the data sheet. A processor's has none that would hold for its clock today.
+double no_sheet(void) {
+    return 0;
 }
 
 // The processor's name, as far as the system tells.

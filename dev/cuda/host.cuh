@@ -1,139 +1,147 @@
-// The CUDA twin's own structs of weights and routing, in the form that its kernels know, until it has a new house too.
-// Gives: Plan, Gate, Weights, point_weights, router_rows, group_size, whole_group_size, layer_stream.
-// Needs: train_moe.c. train_moe.cu includes it at the beginning of its namespace, `gpu`.
-//
-// What the C twin has instead: Route is Plan and Gate in one, and Params is Weights without those of single routers.
+// What goes to the device and comes back from it: batches, the report of losses and statistics, routes, tensors.
+// Gives: send_batch, clear_statistics, model_losses, model_statistics, model_route, model_read, model_write.
+// Needs: dev/cuda/memory.cuh; Model and its report of train_moe.cu, which includes it.
+#ifndef CUDA_HOST_CUH
+#define CUDA_HOST_CUH
 
-// The names of chapter 2 of train_moe.c are the twin's own here, and in tests they mean the plain functions.
-#undef matmul
-#undef matmul_dx
-#undef matmul_dw
-#undef grouped_matmul
-#undef grouped_matmul_dx
-#undef grouped_matmul_dw
-#undef softmax
-#undef rmsnorm_forward
-#undef rmsnorm_backward
-#undef attention_forward
-#undef attention_backward
-#undef activation_forward
-#undef activation_backward
-#undef sum_of_squares
-
-#define CHUNK 128                        // rows of which a thread takes the sum
-#define APART (MANY && ranks.ep > 1)     // the experts are on several ranks
-
-// The integers of one layer's routing. A "choice" is n*K + k: token n's k-th expert. A "slot" is a row of the sorted
-// order.
-struct Plan {
-    int N, E, K;
-    int *expert;  // (N*K) expert of each choice, best first; -1: no choice
-    int *key;     // (N*K) the same, or -1 where it is not followed: declined by chance, or the expert was full
-    int *slot;    // (N*K) slot of each choice, -1 where it has none
-    int *choice;  // (N*K) choice of each slot, sorted by expert and then by token
-    int *token;   // (N*K) token of each slot
-    int *offset;  // (E+1) first slot of each expert; offset[E] slots in all
-};
-
-// A gate: rows of E scores, of which K are chosen. Mostly a token has one row; with several routers it has one for
-// each, and where a group is chosen first, one for each group.
-struct Gate {
-    int per, E, K;   // per: rows of a token
-    int column;      // of the logits (N,W): where a token's first row begins, row r's is E further for each
-    float *p;        // (N*per, E) scores
-    float *lse;      // (N*per) log of the sum of exp of the logits
-    float *weight;   // (N*per, K) of the chosen
-    int *expert;     // (N*per, K) the chosen, best first
-};
-
-struct Room { // memory that grows with what arrives
-    void *memory;
-    size_t bytes;
-};
-
-struct LayerWeights {         // see Tensor::kind
-    float *norm1, *qkv, *proj, *norm2, *router, *w_in, *w_out, *dense_in, *dense_out, *split, *merge, *project;
-    float *bias, *slow, *level, *table; // not trained
-};
-
-struct Weights {
-    float *embed, *norm, *head, *gru_x, *gru_h, *gru_bx, *gru_bh; // head is embed where tied
-    LayerWeights *layer;                                          // (L)
-};
-
-const struct {
-    const char *kind;
-    float *LayerWeights::*field;
-} layer_fields[] = {
-    {"norm1", &LayerWeights::norm1},       {"qkv", &LayerWeights::qkv},
-    {"proj", &LayerWeights::proj},         {"norm2", &LayerWeights::norm2},
-    {"router", &LayerWeights::router},     {"w_in", &LayerWeights::w_in},
-    {"w_out", &LayerWeights::w_out},       {"dense_in", &LayerWeights::dense_in},
-    {"dense_out", &LayerWeights::dense_out}, {"split", &LayerWeights::split},
-    {"merge", &LayerWeights::merge},       {"project", &LayerWeights::project},
-    {"bias", &LayerWeights::bias},         {"slow", &LayerWeights::slow},
-    {"level", &LayerWeights::level},       {"table", &LayerWeights::table},
-};
-
-const struct {
-    const char *kind;
-    float *Weights::*field;
-} model_fields[] = {
-    {"embed", &Weights::embed}, {"norm", &Weights::norm},     {"head", &Weights::head},    {"gru_x", &Weights::gru_x},
-    {"gru_h", &Weights::gru_h}, {"gru_bx", &Weights::gru_bx}, {"gru_bh", &Weights::gru_bh},
-};
-
-// Where the struct has its pointer to this tensor.
-float **weight_field(Weights *w, const Tensor *t) {
-    for (const auto &f : layer_fields) {
-        if (t->layer >= 0 && !strcmp(f.kind, t->kind)) {
-            return &(w->layer[t->layer].*f.field);
+// Sends the batch to the device: tokens and targets, and the tokens sorted by word, for embedding_backward. The memory
+// that it is sent from may not be written again until it has been read.
+void send_batch(Model *m, const int *tokens, const int *targets, int N) {
+    int *to = m->staging, *order = to + 2 * m->max_tokens, *words = order + m->max_tokens,
+        *offset = words + m->max_tokens;
+    int V = m->config.vocab, count = 0;
+    await(m->staged);
+    memcpy(to, tokens, (size_t)N * sizeof(int));
+    memcpy(to + m->max_tokens, targets, (size_t)N * sizeof(int));
+    ::counting_sort(order, m->word_offset, tokens, N, V);
+    for (int v = 0; v < V; v++) {
+        if (m->word_offset[v + 1] > m->word_offset[v]) {
+            words[count] = v;
+            offset[count++] = m->word_offset[v];
         }
     }
-    for (const auto &f : model_fields) {
-        if (t->layer < 0 && !strcmp(f.kind, t->kind)) {
-            return &(w->*f.field);
+    offset[count] = N;
+    m->word_count = count;
+    copy_ints(m->tokens, to, (size_t)m->max_tokens * 5 + 1, cudaMemcpyHostToDevice);
+    CHECK(cudaEventRecord(m->staged, stream));
+}
+
+void clear_statistics(Model *m) {
+    int E = m->config.experts;
+    for (int l = 0; l < m->config.layers; l++) { // all but recent, idle and AUX
+        zero(layer_stats(m, l), (size_t)2 * E * sizeof(double));
+        zero(layer_stats(m, l) + 4 * E, AUX * sizeof(double));
+    }
+}
+
+// The report on the host; waits until the device has done all.
+void fetch_report(Model *m) {
+    download(m->host_report, m->report, m->report_size * sizeof(double));
+}
+
+void model_losses(::Model *base, double *loss, double *aux, double *norm) {
+    Model *m = (Model *)base;
+    fetch_report(m);
+    double both[2] = {m->host_report[TOTAL_LOSS], m->host_report[TOTAL_AUX]};
+    ::sum_over_ranks(both, 2);
+    *loss = both[0];
+    *aux = both[1];
+    *norm = m->host_report[GRADIENT_NORM];
+}
+
+// As of the last fetch_report.
+const Statistics *model_statistics(const ::Model *base, int l) {
+    const Model *m = (const Model *)base;
+    Statistics *s = &m->stats[l];
+    int E = m->config.experts;
+    double *from = m->host_report + (layer_stats(m, l) - m->report), *single = from + 4 * E;
+    s->count = from;
+    s->recent = from + 2 * E;
+    if (!s->idle) {
+        s->idle = (int *)own_host((Model *)m, E, sizeof(int));
+    }
+    for (int e = 0; e < E; e++) {
+        s->idle[e] = (int)from[3 * E + e];
+    }
+    s->entropy = single[ENTROPY];
+    s->dropped = single[DROPPED];
+    s->active = single[ACTIVE];
+    s->tokens = single[TOKENS];
+    return s;
+}
+
+// The choices of the last forward pass, copied to the host.
+const Route *model_route(const ::Model *base, int l) {
+    Model *m = (Model *)base;
+    const Route *from = &m->acts.layer[l].route;
+    Route *to = &m->host_route[l];
+    size_t choices = (size_t)from->N * from->K, most = (size_t)m->max_tokens * m->config.subtokens * from->K;
+    if (!to->expert && from->E) {
+        int *ints = (int *)own_host(m, most * 5 + from->E + 1, sizeof(int));
+        to->E = from->E;
+        to->K = from->K;
+        to->expert = ints;
+        to->served = ints + most;
+        to->row = ints + 2 * most;
+        to->choice = ints + 3 * most;
+        to->token = ints + 4 * most;
+        to->offset = ints + 5 * most;
+    }
+    to->N = from->N;
+    if (!from->E || !from->N) {
+        return to;
+    }
+    download(to->offset, from->offset, ((size_t)from->E + 1) * sizeof(int));
+    download(to->expert, from->expert, choices * sizeof(int));
+    download(to->served, from->served, choices * sizeof(int));
+    download(to->row, from->row, choices * sizeof(int));
+    download(to->choice, from->choice,
+             (size_t)to->offset[from->E] * sizeof(int)); // behind the last row nothing was written
+    download(to->token, from->token, (size_t)to->offset[from->E] * sizeof(int));
+    return to;
+}
+
+// As ranks_read and ranks_write of dev/ranks/files.h: the host's memory has one tensor at a time. Moments in bfloat16 are
+// floats on the host; to and from there nothing is lost.
+void model_read(::Model *m, int what, int tensor, real *to) {
+    Share s = ranks_share(m, what, tensor);
+    if (what >= MOMENT1 && m->config.moments == MOMENTS_BF16) {
+        char *half =
+            (char *)to +
+            s.size * sizeof(uint16_t); // they come to the second half of the array, and fill it from its beginning
+        download(half, moment_at(m, what, s.at), s.size * sizeof(uint16_t));
+        for (size_t i = 0; i < s.size; i++) {
+            uint16_t upper;
+            memcpy(&upper, half + i * sizeof(upper), sizeof(upper));
+            uint32_t bits = (uint32_t)upper << 16;
+            memcpy(&to[i], &bits, sizeof(bits));
         }
+    } else {
+        download(to, m->memory[what] + s.at, s.size * sizeof(real));
     }
-    fail("internal error: the CUDA twin does not know the weights %s", t->name);
+    ranks_gather(m, what, tensor, to);
 }
 
-// Lays the struct of pointers over one allocation. w->layer (L) is there.
-void point_weights(const ::Model *m, Weights *w, float *memory) {
-    for (int i = 0; i < m->tensor_count; i++) {
-        *weight_field(w, &m->tensors[i]) = memory + m->tensors[i].offset;
+void model_write(::Model *base, int what, int tensor, const real *from) {
+    Model *m = (Model *)base;
+    Share s = ranks_share(m, what, tensor);
+    await_device(); // as in download
+    if (what >= MOMENT1 && m->config.moments == MOMENTS_BF16) {
+        uint16_t *half = (uint16_t *)allocate(s.size, sizeof(uint16_t));
+        for (size_t i = 0; i < s.size; i++) {
+            float rounded = nearest_bf16(from[s.first + i]);
+            uint32_t bits;
+            memcpy(&bits, &rounded, sizeof(bits));
+            half[i] = (uint16_t)(bits >> 16);
+        }
+        upload(m, moment_at(m, what, s.at), half, s.size * sizeof(uint16_t));
+        free(half);
+    } else {
+        upload(m, m->memory[what] + s.at, from + s.first, s.size * sizeof(real));
     }
-    if (!w->head) {
-        w->head = w->embed;
+    if (what == WEIGHTS) {
+        round_weights(m, s.at, s.at + s.size);
     }
 }
 
-// Rows of a layer's router, without those of the noise: the groups' where groups are chosen first, then the experts'.
-int router_rows(const Config *c) {
-    return c->select == HASH ? 0 : c->routers * c->experts + (c->select == HIERARCHICAL ? c->groups : 0);
-}
-
-int halves_of(const Config *c) { // in which a batch travels
-    return c->overlap ? 2 : 1;
-}
-
-// The tokens of a group of tokens, of n in sequences of T.
-int group_size(const Config *c, int n, int T) {
-    return c->group == SEQUENCE ? T : n;
-}
-
-// The tokens of a group of tokens, on all ranks together, of n on this one.
-int whole_group_size(const ::Model *m, int n, int T) {
-    int total = 0;
-    if (!is_spread(&m->config)) {
-        return group_size(&m->config, n, T);
-    }
-    for (int r = 0; r < ranks.size; r++) {
-        total += m->crossing->rank_tokens[r] * m->config.subtokens;
-    }
-    return total;
-}
-
-uint64_t layer_stream(const ::Model *m, int purpose, int l) {
-    return random_stream((uint64_t)m->config.seed, purpose, (uint64_t)m->batch.step, (uint64_t)l);
-}
+#endif

@@ -287,7 +287,7 @@ template <class T> __global__ void atomics_kernel(T *x) {
     atomicOr(&x[3], i);
     if (atomicCAS(&x[4], (T)5, i) == 5)
         atomicExch(&x[5], i);
-    for (T seen = x[6], old; (old = atomicCAS(&x[6], seen, seen + 2)) != seen;)
+    for (T seen = atomicOr(&x[6], (T)0), old; (old = atomicCAS(&x[6], seen, seen + 2)) != seen;)
         seen = old;
 }
 
@@ -418,6 +418,14 @@ void check_runtime() {
     EXPECT(cudaMemcpy(x, from, 404, cudaMemcpyHostToDevice) == cudaErrorInvalidValue);
     cudaGetLastError();
 
+    // "Not ready" is remembered, by calls that succeed as well, until somebody asks.
+    for (int i = 0; i < 3; i++)
+        add_kernel<<<1, 32, 0, s>>>(x, 1, 1);
+    EXPECT(cudaEventRecord(e, s) == cudaSuccess && cudaEventQuery(e) == cudaErrorNotReady);
+    EXPECT(cudaEventSynchronize(e) == cudaSuccess && cudaEventQuery(e) == cudaSuccess);
+    EXPECT(cudaPeekAtLastError() == cudaErrorNotReady && cudaGetLastError() == cudaErrorNotReady &&
+           cudaGetLastError() == cudaSuccess);
+
     // Rows of 2 out of 5 into rows of 3
     for (int i = 0; i < 100; i++)
         from[i] = i;
@@ -426,6 +434,65 @@ void check_runtime() {
     EXPECT(r[0] == 0 && r[1] == 1 && r[3] == 5 && r[4] == 6 && r[9] == 15 && r[10] == 16 && r[2] == 1);
     EXPECT(cudaEventDestroy(e) == cudaSuccess && cudaEventDestroy(f) == cudaSuccess);
     EXPECT(cudaStreamDestroy(s) == cudaSuccess && cudaStreamDestroy(t) == cudaSuccess);
+}
+
+__global__ void half_static_kernel(float *x) { // 40 KiB, and what is dynamic
+    __shared__ float fixed[10240];
+    extern __shared__ float dynamic[];
+    fixed[threadIdx.x] = 1;
+    dynamic[threadIdx.x] = 2;
+    x[threadIdx.x] = fixed[threadIdx.x] + dynamic[threadIdx.x];
+}
+
+// In a process that has been started with CUDACPU_SHARED=99 and CUDACPU_QUEUE=3: a consumer's card, and a short queue.
+void check_small_device() {
+    cudaDeviceProp p;
+    cudaStream_t s;
+    float *y = device<float>(32);
+    int *x = device(std::vector<int>(1)), *z = device(std::vector<int>(1)), to = -1;
+    EXPECT(cudaGetDeviceProperties(&p, 0) == cudaSuccess && p.sharedMemPerBlockOptin == 99 << 10);
+    EXPECT(cudaFuncSetAttribute(large_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (99 << 10) + 16) ==
+           cudaErrorInvalidValue);
+    EXPECT(cudaGetLastError() == cudaErrorInvalidValue);
+    EXPECT(cudaFuncSetAttribute(large_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 99 << 10) == cudaSuccess);
+    large_kernel<<<1, 32, 99 << 10>>>(y);
+    EXPECT(cudaGetLastError() == cudaSuccess && host(y, 32)[31] == 4);
+    large_kernel<<<1, 32, (99 << 10) + 16>>>(y);
+    EXPECT(cudaGetLastError() == cudaErrorInvalidValue);
+    EXPECT(cudaFuncSetAttribute(half_static_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 60 << 10) ==
+           cudaSuccess);
+    half_static_kernel<<<1, 32, 59 << 10>>>(y);
+    EXPECT(host(y, 32)[31] == 3);
+    auto too_much = [=] {
+        cudacpu::shared_optin -= 1024;
+        half_static_kernel<<<1, 32, 59 << 10>>>(y);
+    };
+    must_fail(__LINE__,
+              {"kernel half_static_kernel", "101376 bytes of shared memory, of which 60416 are dynamic, are too many"},
+              too_much);
+
+    // The fourth operation waits for the first, and no longer; other streams have room of their own.
+    EXPECT(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking) == cudaSuccess);
+    cudaMemcpyAsync(&to, x, 4, cudaMemcpyDeviceToHost, s);
+    for (int i = 0; i < 2; i++)
+        add_kernel<<<1, 32, 0, s>>>(x, 1, 1);
+    add_kernel<<<1, 32>>>(z, 1, 1);
+    EXPECT(to == -1);
+    add_kernel<<<1, 32, 0, s>>>(x, 1, 1);
+    EXPECT(to == 0);
+    EXPECT(s->tasks.size() == 3);
+    EXPECT(cudaStreamSynchronize(s) == cudaSuccess && host(x, 1)[0] == 3);
+    EXPECT(cudaStreamDestroy(s) == cudaSuccess);
+}
+
+void check_environment() {
+    int status = status_of([] {
+        setenv("CUDACPU_SHARED", "99", 1);
+        setenv("CUDACPU_QUEUE", "3", 1);
+        execl("/proc/self/exe", "check", "small", (char *)nullptr);
+    });
+    if (status != 0)
+        failures++, fprintf(stderr, "with CUDACPU_SHARED=99 CUDACPU_QUEUE=3: %s\n", output.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -553,7 +620,7 @@ __global__ void masks_kernel(float *out, const float *x, int n, int limit) {
     for (int i = 0; i < n; i++)
         out[threadIdx.x * n + i] = x[i] == -INFINITY ? 0 : expf(x[i] - largest);
     for (int i = threadIdx.x; i < n; i += 32)
-        out[i] = i < limit && x[i] > 0 ? logf(x[i]) * x[i] : 0;
+        out[32 * n + i] = i < limit && x[i] > 0 ? logf(x[i]) * x[i] : 0;
     float four[4] = {0, 0, 0, 0};
     for (int i = 0; i < n / 4; i++) {
         for (int v = 0; v < 4; v++)
@@ -570,7 +637,7 @@ void check_no_false_alarm() {
         std::vector<float> x(n);
         for (int i = 0; i < n; i++)
             x[i] = i % 2 ? -INFINITY : i - 1.5f;
-        float *out = device<float>(32 * n);
+        float *out = device<float>(33 * n);
         masks_kernel<<<1, 32>>>(out, device(x), n, n - 1);
         EXPECT(std::isfinite(host(out, 1)[0]));
     }
@@ -823,8 +890,157 @@ void check_mistakes() {
     EXPECT(early > 10 && early < 54);
 }
 
-int main() {
-    void (*checks[])() = {check_mma,
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. Races that no order of the fibers shows, since all write what is there anyway: ThreadSanitizer finds them, and
+// nothing else does. Each has a mended form, in which there is nothing to be found.
+
+enum {
+    IN_BLOCK,
+    READ_BEFORE_WRITE,
+    IN_WARP,
+    IN_PART_OF_WARP,
+    BETWEEN_BLOCKS,
+    BETWEEN_ATOMICS,
+    COPY_OF_ANOTHER,
+    COPY_TOO_SOON,
+    LAST_BLOCK
+};
+const char *const race_names[] = {"IN_BLOCK",        "READ_BEFORE_WRITE", "IN_WARP",
+                                  "IN_PART_OF_WARP", "BETWEEN_BLOCKS",    "BETWEEN_ATOMICS",
+                                  "COPY_OF_ANOTHER", "COPY_TOO_SOON",     "LAST_BLOCK"};
+
+__global__ void planted_kernel(int race, int mended, int *out, int *common, const int *ones) {
+    __shared__ __align__(16) int part[1024];
+    int i = threadIdx.x, first = blockIdx.x == 0 && i == 0, sum = 0;
+    for (int j = i; j < 1024; j += 64)
+        part[j] = 1;
+    __syncthreads();
+    switch (race) {
+    case IN_BLOCK: // one writes, the others read
+        if (i == 17)
+            part[0] = 1;
+        if (mended)
+            __syncthreads();
+        sum = part[0];
+        break;
+    case READ_BEFORE_WRITE: // a barrier between write and read, but none between read and the next write
+        for (int round = 0; round < 3; round++) {
+            part[i] = 1;
+            __syncthreads();
+            sum = part[63 - i];
+            if (mended)
+                __syncthreads();
+        }
+        break;
+    case IN_WARP: // a shuffle orders no memory
+        part[i] = 1;
+        sum = __shfl_xor_sync(ALL, 1, 1);
+        if (mended)
+            __syncwarp();
+        sum = part[i ^ 1];
+        break;
+    case IN_PART_OF_WARP: // a barrier of some lanes orders no others
+        part[i] = 1;
+        __syncwarp(mended ? ALL : 0xffffu << i / 16 % 2 * 16);
+        sum = part[i ^ 16];
+        break;
+    case BETWEEN_BLOCKS:
+        if (i == 0 && (!mended || first))
+            common[0] = 1;
+        break;
+    case BETWEEN_ATOMICS: // only one of the two is atomic
+        if (mended || blockIdx.x)
+            atomicMax(&common[0], 1);
+        else if (first)
+            common[0] = 1;
+        break;
+    case COPY_OF_ANOTHER: // each waits for its own copies alone
+        cudacpu::cp_async_16(part + 4 * i, ones + 4 * i, 16);
+        cudacpu::cp_async_commit();
+        cudacpu::cp_async_wait(0);
+        if (mended)
+            __syncthreads();
+        sum = part[252 - 4 * i];
+        break;
+    case COPY_TOO_SOON: // into what others still read
+        sum = part[252 - 4 * i];
+        if (mended)
+            __syncthreads();
+        cudacpu::cp_async_16(part + 4 * i, ones + 4 * i, 16);
+        cudacpu::cp_async_commit();
+        cudacpu::cp_async_wait(0);
+        break;
+    case LAST_BLOCK: // the block that counts itself last reads what the others have written
+        common[4 + blockIdx.x * 64 + i] = 1;
+        if (mended)
+            __threadfence();
+        __syncthreads();
+        if (i == 0)
+            part[0] = atomicAdd(&common[0], 1) == (int)gridDim.x - 1;
+        __syncthreads();
+        if (mended)
+            __threadfence();
+        if (part[0])
+            sum = common[4 + (gridDim.x - 1 - blockIdx.x) * 64 + i];
+        break;
+    }
+    out[blockIdx.x * 64 + i] = sum;
+}
+
+void check_races() {
+    for (int race = IN_BLOCK; race <= LAST_BLOCK; race++) {
+        for (int mended = 0; mended < 2; mended++) {
+            for (int seed = 1; seed <= 3; seed++) {
+                auto planted = [=] {
+                    setenv("CUDACPU_SEED", std::to_string(seed).c_str(), 1);
+                    int *common = device(std::vector<int>(200)), *out = device<int>(128);
+                    planted_kernel<<<2, 64>>>(race, mended, out, common, device(std::vector<int>(256, 1)));
+                    cudaDeviceSynchronize();
+                };
+                int status = status_of(planted);
+                bool found = output.find("WARNING: ThreadSanitizer: data race") != std::string::npos;
+#ifdef CUDACPU_TSAN
+                const char *messages[] = {"planted_kernel", "check.cu:", "'block (", ") thread (",
+                                          "kernel planted_kernel, block (",
+                                          ": a race: no barrier lies between the two accesses above"};
+                bool good = found == !mended && WEXITSTATUS(status) == (mended ? 0 : 66);
+                for (const char *m : messages)
+                    good &= mended || output.find(m) != std::string::npos;
+#else
+                bool good = !found && status == 0;
+#endif
+                if (!good) {
+                    failures++;
+                    fprintf(stderr, "check.cu: %s, mended %d, seed %d: status %d:\n%s\n", race_names[race], mended,
+                            seed, status, output.c_str());
+                }
+            }
+        }
+    }
+#ifdef CUDACPU_TSAN
+    int status = status_of([] {
+        cudacpu::warp_orders = true; // as CUDACPU_WARP_ORDERS=1
+        int *common = device(std::vector<int>(200)), *out = device<int>(128);
+        planted_kernel<<<2, 64>>>(IN_WARP, 0, out, common, common);
+        cudaDeviceSynchronize();
+    });
+    EXPECT(status == 0 && output.empty());
+#endif
+}
+
+void free_all() {
+    while (!cudacpu::memory.empty())
+        EXPECT(cudaFree(cudacpu::memory.begin()->first) == cudaSuccess);
+}
+
+int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "small")) {
+        check_small_device();
+        free_all();
+        return failures != 0;
+    }
+    void (*checks[])() = {check_races,
+                          check_mma,
                           check_ldmatrix,
                           check_cp_async,
                           check_shuffles<int>,
@@ -835,14 +1051,16 @@ int main() {
                           check_votes,
                           check_blocks,
                           check_runtime,
+                          check_environment,
                           check_bf16,
                           check_blas,
-                          check_no_false_alarm,
-                          check_mistakes};
+#ifndef CUDACPU_TSAN // most mistakes are races as well
+                          check_mistakes,
+#endif
+                          check_no_false_alarm};
     for (auto check : checks) {
         check();
-        while (!cudacpu::memory.empty())
-            EXPECT(cudaFree(cudacpu::memory.begin()->first) == cudaSuccess);
+        free_all();
     }
     printf(failures ? "%d failures\n" : "the emulator is well\n", failures);
     return failures != 0;

@@ -6,7 +6,7 @@
 #include <string>
 
 int failures, me, N;
-ncclComm_t world;
+ncclComm_t world, comm_two; // both of all ranks
 cudaStream_t s, t;
 #define EXPECT(what)                                                                                                   \
     ((what) ? (void)0                                                                                                  \
@@ -397,11 +397,34 @@ void check_errors() {
     free_all();
 }
 
+// Rank 0 starts twenty kernels behind a receive, and only then the send that the other rank waits for before it sends.
+// This is right as long as the queue has room for the twenty.
+void long_queue(float *x, float *y) {
+    if (me == 0) {
+        OK(ncclRecv(y, 4, ncclFloat32, 1, world, s));
+        for (int i = 0; i < 20; i++)
+            add_kernel<<<1, 32, 0, s>>>(y, 4, 1);
+        OK(ncclSend(x, 4, ncclFloat32, 1, comm_two, t));
+    } else if (me == 1) {
+        OK(ncclRecv(y, 4, ncclFloat32, 0, comm_two, s));
+        OK(ncclSend(x, 4, ncclFloat32, 0, world, s));
+    }
+}
+
+void check_long_queue() {
+    float *x = device(std::vector<float>(4, 3)), *y = device(std::vector<float>(4, 3));
+    if (N > 1)
+        long_queue(x, y);
+    EXPECT(host(y, 4)[3] == (me == 0 && N > 1 ? 23 : 3));
+    free_all();
+}
+
 // Each is made in a world of two ranks, which it ends with one of these messages. x has 4 numbers, y none yet.
 struct Mistake {
     const char *name;
     void (*make)(float *x, float *y);
     std::vector<std::string> messages;
+    const char *environment = "";
 };
 const char RANK[] = "(world rank ", INVALID[] = "an uninitialised or invalid number was used",
            VAIN[] = " waits in vain for ";
@@ -442,6 +465,19 @@ const std::vector<Mistake> mistakes = {
          }
      },
      {RANK, "ncclAllReduce of 4 ncclFloat32, ncclSum: what is being sent was changed while it was under way"}},
+    {"change of what a rank sends to itself",
+     [](float *x, float *y) {
+         for (int i = 0; i < 100; i++) {
+             ncclGroupStart();
+             ncclSend(x, 4, ncclFloat32, me, world, t);
+             ncclRecv(y, 4, ncclFloat32, me, world, t);
+             ncclGroupEnd();
+             add_kernel<<<1, 32, 0, s>>>(x, 4, 1);
+             cudaDeviceSynchronize();
+         }
+     },
+     {RANK, "ncclSend of 4 ncclFloat32 to rank ", ": what is being sent was changed while it was under way"}},
+    {"a full queue", long_queue, {VAIN}, "CUDACPU_QUEUE=10"},
     {"write where it receives",
      [](float *x, float *y) {
          for (int i = 0; i < 100; i++) {
@@ -543,7 +579,8 @@ int run_worlds(const char *program) {
             bad++, fprintf(stderr, "with %s ranks and CUDACPU_SEED=%s:\n%s\n", n.c_str(), seed.c_str(), output.c_str());
     }
     for (const Mistake &m : mistakes) {
-        bool good = run(program, "CUDACPU_PATIENCE=1", std::string("-np 2 $ '") + m.name + "'") != 0;
+        std::string environment = std::string("CUDACPU_PATIENCE=1 ") + m.environment;
+        bool good = run(program, environment, std::string("-np 2 $ '") + m.name + "'") != 0;
         for (const std::string &message : m.messages)
             good &= output.find(message) != std::string::npos;
         if (!good)
@@ -573,6 +610,7 @@ int main(int argc, char **argv) {
     cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking);
     cudaStreamCreateWithFlags(&t, cudaStreamNonBlocking);
     world = communicator(N, me, id_of(0));
+    comm_two = communicator(N, me, id_of(N - 1));
     for (const Mistake &m : mistakes) {
         if (argc > 1 && !strcmp(m.name, argv[1])) {
             m.make(device(std::vector<float>(4, 3)), device<float>(4));
@@ -580,15 +618,15 @@ int main(int argc, char **argv) {
             return 0; // which it must not
         }
     }
-    comm = communicator(N, me, id_of(N - 1));
     check_types();
     check_ragged();
-    check_two_communicators(comm);
+    check_two_communicators(comm_two);
     check_events();
     check_host_waits();
+    check_long_queue();
     check_communicators();
     check_errors();
-    OK(ncclCommDestroy(comm));
+    OK(ncclCommDestroy(comm_two));
     OK(ncclCommDestroy(world));
     int all;
     MPI_Allreduce(&failures, &all, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);

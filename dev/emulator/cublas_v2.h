@@ -133,6 +133,13 @@ inline cublasStatus_t products(const char *name, cublasHandle_t blas, cublasOper
             product(name, at, bt, m, n, k, alpha, (const char *)a + i * step_a * wide, of_a, lda,
                     (const char *)b + i * step_b * wide, ldb, beta, (char *)c + i * step_c * wide_c, of_c, ldc);
         }
+        if (count_file()) {
+            char text[200];
+            size_t sizes_ab = ((size_t)m * k + (size_t)k * n) * wide * count, size_c = (size_t)m * n * wide_c * count;
+            snprintf(text, sizeof(text), "gemm %s -> %s %c%c m %d n %d k %d x %d%s", wide == 4 ? "fp32" : "bf16",
+                     wide_c == 4 ? "fp32" : "bf16", "NT"[at], "NT"[bt], m, n, k, count, beta == 0 ? "" : " added");
+            cudacpu::count(text, sizes_ab + (beta == 0 ? 0 : size_c), size_c);
+        }
     });
     return CUBLAS_STATUS_SUCCESS;
 }

@@ -10,11 +10,26 @@
 //   - memory that nobody has written is full of signalling NaNs, and a kernel that computes with one, or computes a
 //     NaN, is ended too; memory past the end is seen by AddressSanitizer, and without it, later, by guard bytes;
 //   - work in a stream is done when something waits for it, so that a host that looks too early, or changes too early
-//     what is to be copied, shows as well.
+//     what is to be copied, shows as well;
+//   - built with g++ -fsanitize=thread, a missing barrier is reported whatever the order was, and so are two blocks
+//     that write the same number: race.h, make race_emulated;
+//   - launches are counted, and in a build of its own the bytes that each kernel reads and writes: count.h, make
+//     count_emulated.
 //
-// CUDACPU_SEED=n shuffles differently; CUDACPU_MEMORY=n gives the device n MiB (4096). Compile with -ftrapping-math
-// (and clang with -ffp-exception-behavior=maytrap): otherwise compilers compute, and throw away, what the program never
-// asked for, and that may be a NaN. machine.h runs the blocks; this file has what programs call.
+// Environment variables:
+//   CUDACPU_SEED=n      shuffles differently
+//   CUDACPU_MEMORY=n    gives the device n MiB (4096)
+//   CUDACPU_SHARED=n    gives a block at most n KiB of shared memory (227; 99 as on a consumer's card)
+//   CUDACPU_QUEUE=n     lets a stream hold n operations (10,000); a host that starts one more waits, and starts nothing
+//                       in other streams meanwhile, which ends in vain if the device waits for that
+//   CUDACPU_COUNT=file  writes a table of kernels, launches and bytes at the end
+//
+// Compile with -ftrapping-math (and clang with -ffp-exception-behavior=maytrap): otherwise compilers compute, and throw
+// away, what the program never asked for, and that may be a NaN. machine.h runs the blocks; this file has what programs
+// call.
+//
+// Different here: a race between two streams is only found if an order of the emulator shows it. Static and dynamic shared
+// memory that are too large together make a launch fail on a GPU; here they end the program once the kernel runs.
 
 #ifndef CUDACPU_CUDA_RUNTIME_H
 #define CUDACPU_CUDA_RUNTIME_H
@@ -124,10 +139,12 @@ struct Event {
 struct Task {
     std::function<void()> run;  // may be empty
     std::function<bool()> able; // whether its time has come; empty: whenever it is the stream's first
+    bool counts = true;         // whether it takes a place in the queue
 };
 
 struct Stream {
     std::deque<Task> tasks;
+    size_t queued = 0;    // how many tasks count
     bool blocking = true; // it and the null stream wait for each other
 };
 
@@ -156,6 +173,7 @@ template <class Enough> void run_tasks(Enough enough) {
         idle = 0;
         Task task = std::move(chosen->tasks[0]);
         chosen->tasks.pop_front();
+        chosen->queued -= task.counts;
         if (task.run)
             task.run();
     }
@@ -171,8 +189,18 @@ inline void run_all(bool only_blocking = false) {
     }
 }
 
-inline void enqueue(Stream *s, std::function<void()> run, std::function<bool()> able = nullptr) {
+// How many operations a stream's queue holds. A host that starts one more waits in the driver, and starts nothing in
+// other streams meanwhile: what the device waits for must not be among that.
+inline size_t queue_limit = std::max<size_t>(1, environment("CUDACPU_QUEUE", 10000));
+inline void wait_for_room(Stream *s) {
     s = s ? s : &null_stream;
+    run_tasks([s] { return s->queued < queue_limit; });
+}
+
+inline void enqueue(Stream *s, std::function<void()> run, std::function<bool()> able = nullptr, bool counts = true) {
+    s = s ? s : &null_stream;
+    if (counts)
+        wait_for_room(s);
     if (s == &null_stream) {
         for (Stream *other : streams) {
             if (other != s && other->blocking)
@@ -181,9 +209,8 @@ inline void enqueue(Stream *s, std::function<void()> run, std::function<bool()> 
     } else if (s->blocking) {
         run_stream(&null_stream);
     }
-    s->tasks.push_back({std::move(run), std::move(able)});
-    if (s->tasks.size() > 10000)
-        run_stream(s);
+    s->tasks.push_back({std::move(run), std::move(able), counts});
+    s->queued += counts;
 }
 
 // Device memory. Without AddressSanitizer it has guards on both sides.
@@ -192,6 +219,22 @@ const size_t FRONT = 0, BACK = 0;
 #else
 const size_t FRONT = 256, BACK = GUARD;
 #endif
+inline char *take_memory(size_t n) { // aligned to 256
+#ifdef CUDACPU_BYTES
+    return take_counted(n);
+#else
+    void *p = nullptr;
+    return posix_memalign(&p, 256, n) == 0 ? (char *)p : nullptr;
+#endif
+}
+inline void give_back(char *p, size_t n) {
+#ifdef CUDACPU_BYTES
+    give_counted_back(p, n);
+#else
+    (void)n;
+    free(p);
+#endif
+}
 inline std::map<char *, size_t> memory;
 inline size_t memory_used = 0;
 inline size_t memory_size() {
@@ -231,6 +274,11 @@ inline cudaError_t copy(void *to, size_t to_pitch, const void *from, size_t from
     enqueue(stream, [=] {
         for (size_t i = 0; i < height; i++)
             memmove((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width);
+        if (count_file()) {
+            bool reads = on_device(from, 1), writes = on_device(to, 1);
+            count(reads && writes ? "copy on the device" : reads ? "copy to the host" : "copy from the host",
+                  reads ? width * height : 0, writes ? width * height : 0);
+        }
     });
     return cudaSuccess;
 }
@@ -267,8 +315,8 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     strcpy(p->name, "CUDA emulated on the CPU");
     p->totalGlobalMem = cudacpu::memory_size();
     p->sharedMemPerBlock = cudacpu::SHARED_LIMIT;
-    p->sharedMemPerBlockOptin = cudacpu::SHARED_OPTIN;
-    p->sharedMemPerMultiprocessor = 228 << 10;
+    p->sharedMemPerBlockOptin = cudacpu::shared_optin;
+    p->sharedMemPerMultiprocessor = cudacpu::shared_optin + 1024;
     p->major = 9, p->minor = 0;
     p->multiProcessorCount = 2;
     p->warpSize = 32;
@@ -285,7 +333,7 @@ inline cudaError_t cudaDeviceSynchronize() {
 }
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel *kernel, cudaFuncAttribute attribute, int value) {
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-        if (value < 0 || (size_t)value > cudacpu::SHARED_OPTIN)
+        if (value < 0 || (size_t)value > cudacpu::shared_optin)
             return cudacpu::result(cudaErrorInvalidValue);
         cudacpu::dynamic_limits[(void *)kernel] = value;
     }
@@ -344,10 +392,13 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = null
     });
     return cudaSuccess;
 }
-inline cudaError_t cudaEventQuery(cudaEvent_t event) { // a task is done between two questions
+// A task is done between two questions. The answer "not ready" is remembered as the last error, and a program that asks
+// has to clear it. (The Programming Guide says that cudaGetLastError does not report it; yet PyTorch has had to clear it, in
+// pull request 18584, and a program that clears it is right in both cases.)
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
     int asked = 0;
     cudacpu::run_tasks([&] { return event->done >= event->recorded || asked++ > 0; });
-    return event->done >= event->recorded ? cudaSuccess : cudaErrorNotReady;
+    return cudacpu::result(event->done >= event->recorded ? cudaSuccess : cudaErrorNotReady);
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     unsigned count = event->recorded;
@@ -372,11 +423,12 @@ inline cudaError_t cudaMalloc(void **p, size_t n) {
     *p = nullptr;
     if (n == 0)
         return cudaSuccess;
-    char *base = nullptr;
-    if (n > cudacpu::memory_size() - cudacpu::memory_used ||
-        posix_memalign((void **)&base, 256, cudacpu::FRONT + n + cudacpu::BACK) != 0)
+    size_t whole = cudacpu::FRONT + n + cudacpu::BACK;
+    bool fits = n <= cudacpu::memory_size() - cudacpu::memory_used;
+    char *base = fits ? cudacpu::take_memory(whole) : nullptr;
+    if (!base)
         return cudacpu::result(cudaErrorMemoryAllocation);
-    cudacpu::poison(base, cudacpu::FRONT + n + cudacpu::BACK);
+    cudacpu::poison(base, whole);
     cudacpu::memory[base + cudacpu::FRONT] = n;
     cudacpu::memory_used += n;
     *p = base + cudacpu::FRONT;
@@ -392,11 +444,12 @@ inline cudaError_t cudaFree(void *p) {
         return cudaSuccess;
     if (found == cudacpu::memory.end())
         return cudacpu::result(cudaErrorInvalidValue);
-    cudacpu::check_guards(found->first, found->second);
-    cudacpu::poison(p, found->second);
-    cudacpu::memory_used -= found->second;
+    size_t n = found->second;
+    cudacpu::check_guards(found->first, n);
+    cudacpu::poison(p, n);
+    cudacpu::memory_used -= n;
     cudacpu::memory.erase(found);
-    free((char *)p - cudacpu::FRONT);
+    cudacpu::give_back((char *)p - cudacpu::FRONT, cudacpu::FRONT + n + cudacpu::BACK);
     return cudaSuccess;
 }
 inline cudaError_t cudaMallocHost(void **p, size_t n, unsigned = 0) {
@@ -435,7 +488,11 @@ inline cudaError_t cudaMemsetAsync(void *p, int value, size_t n, cudaStream_t st
     if (n && !cudacpu::on_device(p, n))
         return cudacpu::result(cudaErrorInvalidValue);
     if (n)
-        cudacpu::enqueue(stream, [=] { memset(p, value, n); });
+        cudacpu::enqueue(stream, [=] {
+            memset(p, value, n);
+            if (cudacpu::count_file())
+                cudacpu::count("memset", 0, n);
+        });
     return cudaSuccess;
 }
 inline cudaError_t cudaMemset(void *p, int value, size_t n) {
@@ -466,7 +523,7 @@ template <class... P> struct Launch {
             result(cudaErrorInvalidValue);
         } else {
             auto call = [kernel = kernel, kept = std::tuple<P...>(arguments...)] { std::apply(kernel, kept); };
-            size_t limit = most > SHARED_LIMIT ? SHARED_OPTIN : SHARED_LIMIT;
+            size_t limit = most > SHARED_LIMIT ? shared_optin : SHARED_LIMIT;
             enqueue(stream, [g = Grid{name, ++launches, grid, block, dynamic, limit, call}] { run_grid(g); });
         }
     }
@@ -554,7 +611,7 @@ template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned by, int width
 }
 inline void __syncwarp(unsigned mask = 0xffffffff, CUDACPU_WHERE) {
     int nothing = 0;
-    cudacpu::together(mask, nothing, "__syncwarp", file, line, [](int **, unsigned) {});
+    cudacpu::together(mask, nothing, "__syncwarp", file, line, [](int **, unsigned) {}, true);
 }
 inline unsigned __ballot_sync(unsigned mask, int x, CUDACPU_WHERE) {
     return cudacpu::reduce(mask, 0u, x != 0, "__ballot_sync", file, line,
@@ -645,7 +702,7 @@ inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { cudacpu::fence(); }
 inline void __threadfence_block() { __threadfence(); }
 inline long long clock64() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 // The C library has, or will have, these names for itself.
@@ -661,6 +718,7 @@ inline long long clock64() { return std::chrono::steady_clock::now().time_since_
 namespace cudacpu {
 
 inline void check_address(const void *p, bool is_shared, const char *what, const char *file, int line) {
+    Backstage backstage;
     bool found = !is_shared;
     for (Variable &v : machine->shared)
         found |= p >= v.data && (char *)p + 16 <= v.data + v.size;
@@ -678,6 +736,7 @@ struct Rows {
 inline void ldmatrix(unsigned *r, const void *row, bool transposed, const char *what, const char *file, int line) {
     Rows mine{r, row};
     check_address(row, true, what, file, line);
+    thread_reads(row, 16);
     together(0xffffffff, mine, what, file, line, [=](Rows **lane, unsigned) {
         for (int i = 0; i < 4; i++) {
             uint16_t m[8][8];
@@ -746,19 +805,27 @@ inline void cp_async_16(void *to, const void *from, int n, CUDACPU_WHERE) {
         fail("%s:%d: cp.async: %d bytes of 16", file, line, n);
     if (n) // a wild address shows here, not when it waits
         (void)(*(volatile const char *)from + ((volatile const char *)from)[n - 1]);
+    thread_reads(from, n);
+    thread_writes(to, 16);
+    Backstage backstage;
     poison(to, 16);
     current->copies.push_back({to, from, n, current->batch});
 }
 inline void cp_async_commit() {
+    Backstage backstage;
     current->batch++;
 }
 inline void cp_async_wait(int open) {
     std::vector<Copy> &copies = current->copies;
     size_t done = 0;
     for (; done < copies.size() && copies[done].batch + open < current->batch; done++) {
+        thread_reads(copies[done].from, copies[done].n);
+        thread_writes(copies[done].to, 16);
+        Backstage backstage;
         memcpy(copies[done].to, copies[done].from, copies[done].n);
         memset((char *)copies[done].to + copies[done].n, 0, 16 - copies[done].n);
     }
+    Backstage backstage;
     copies.erase(copies.begin(), copies.begin() + done);
 }
 

@@ -42,6 +42,7 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+#include "race.h"
 
 struct uint3 {
     unsigned x, y, z;
@@ -56,10 +57,10 @@ struct dim3 {
 namespace cudacpu {
 
 const unsigned MAX_THREADS = 1024;
-const size_t SHARED_LIMIT = 48 << 10, SHARED_OPTIN = 227 << 10; // bytes of shared memory: as it is, and on demand
+const size_t SHARED_LIMIT = 48 << 10, SHARED_MOST = 227 << 10; // bytes of shared memory: as it is, on any demand
 const size_t GUARD = 64, GUARD_PAGE = 16 << 10, SIGNAL_STACK = 64 << 10;
-#ifdef CUDACPU_ASAN
-const size_t STACK = 256 << 10; // its frames are larger
+#if defined(CUDACPU_ASAN) || defined(CUDACPU_TSAN)
+const size_t STACK = 256 << 10; // their frames are larger
 #else
 const size_t STACK = 64 << 10;
 #endif
@@ -90,6 +91,9 @@ inline uint64_t environment(const char *name, uint64_t otherwise) {
     const char *text = getenv(name);
     return text ? strtoull(text, nullptr, 0) : otherwise;
 }
+
+// Bytes of shared memory that a block can have on this device, on demand: CUDACPU_SHARED in KiB, 227 as on an H100.
+inline size_t shared_optin = std::clamp((size_t)environment("CUDACPU_SHARED", 227) << 10, SHARED_LIMIT, SHARED_MOST);
 
 inline uint64_t seed() { // each rank that mpirun has started shuffles in its own way
     static const uint64_t rank = environment("OMPI_COMM_WORLD_RANK", environment("PMI_RANK", 0));
@@ -193,13 +197,13 @@ __asm__(".text\n.balign 16\n.type cudacpu_go, %function\ncudacpu_go:\n"
         "add sp, sp, #160\nret\n.size cudacpu_go, .-cudacpu_go\n");
 enum { SAVED = 20, RETURN_TO = 11, ABOVE = 2 };
 #endif
-inline void prepare(Context &c, char *stack, size_t size, void (*entry)()) {
+CUDACPU_UNSEEN inline void prepare(Context &c, char *stack, size_t size, void (*entry)()) {
     void **sp = (void **)(stack + size) - ABOVE - SAVED; // entry finds the stack aligned as a call would leave it
     memset(sp, 0, (SAVED + ABOVE) * sizeof(*sp));
     sp[RETURN_TO] = (void *)entry;
     c.sp = sp;
 }
-inline void go(Context &from, Context &to) {
+CUDACPU_UNSEEN inline void go(Context &from, Context &to) {
     cudacpu_go(&from.sp, to.sp);
 }
 #else
@@ -207,24 +211,32 @@ inline void go(Context &from, Context &to) {
 #include <ucontext.h>
 namespace cudacpu {
 typedef ucontext_t Context;
-inline void prepare(Context &c, char *stack, size_t size, void (*entry)()) {
+CUDACPU_UNSEEN inline void prepare(Context &c, char *stack, size_t size, void (*entry)()) {
     getcontext(&c);
     c.uc_stack.ss_sp = stack;
     c.uc_stack.ss_size = size;
     c.uc_link = nullptr;
     makecontext(&c, entry, 0);
 }
-inline void go(Context &from, Context &to) {
+CUDACPU_UNSEEN inline void go(Context &from, Context &to) {
     swapcontext(&from, &to);
 }
 #endif
 
+inline void *&race_fiber(char *stack) { // ThreadSanitizer's name of the fiber that runs there: above the stack
+    return *(void **)(void *)(stack + STACK);
+}
+
 inline char *new_stack() { // above a page that nobody may touch
-    char *p = (char *)mmap(nullptr, GUARD_PAGE + STACK, PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    size_t size = GUARD_PAGE + STACK + sizeof(void *);
+    char *p = (char *)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED || mprotect(p, GUARD_PAGE, PROT_NONE) != 0)
         fail("no memory for the stack of a fiber");
-    return p + GUARD_PAGE;
+    p += GUARD_PAGE;
+#ifdef CUDACPU_TSAN
+    race_fiber(p) = __tsan_create_fiber(0);
+#endif
+    return p;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -259,6 +271,7 @@ struct Call {
     const char *name;
     unsigned mask, here;
     void *lane[32];
+    Meeting *meeting; // nullptr: it orders no memory
 };
 
 struct Variable {         // in shared memory
@@ -288,8 +301,11 @@ struct Machine {
     unsigned ended, at_barrier;
     Thread *last_ended, *first_at_barrier;
     std::vector<Call> calls[MAX_THREADS / 32];
+    Meeting *meeting; // at the barrier
     Random random;
     std::vector<char *> stacks; // free ones
+    std::vector<char *> used_stacks, stack_sets[FIBER_SETS]; // of the block, and of blocks: for ThreadSanitizer
+    unsigned blocks_run = 0;
     std::vector<Variable> shared;
     size_t shared_size;
     char *arena, *arena_next; // for shared memory
@@ -299,6 +315,7 @@ struct Machine {
     Machine();
     void run(const Grid *g, size_t number);
     Thread *next();
+    void run_thread(Thread *me);
     void leave_for(Thread *to);
     void wait(const char *call, const char *file, int line);
     char *share(const char *function, int line, size_t n, size_t align);
@@ -352,7 +369,7 @@ inline Thread *Machine::next() {
 inline void fiber();
 
 // From the current thread to another one, or from and to the host, until somebody comes back; nobody does to the ended.
-inline void Machine::leave_for(Thread *to) {
+CUDACPU_UNSEEN inline void Machine::leave_for(Thread *to) {
     Thread *me = current ? current : &host;
     if (to->state == NEW) {
         if (stacks.empty())
@@ -379,7 +396,7 @@ inline void Machine::leave_for(Thread *to) {
 }
 
 // The current thread waits; whoever ends that puts it into `ready` or `coming`.
-inline void Machine::wait(const char *call, const char *file, int line) {
+CUDACPU_UNSEEN inline void Machine::wait(const char *call, const char *file, int line) {
     Thread *me = current;
     me->call = call;
     me->file = file;
@@ -387,8 +404,33 @@ inline void Machine::wait(const char *call, const char *file, int line) {
     leave_for(next());
 }
 
+#ifdef CUDACPU_TSAN
+CUDACPU_UNSEEN inline Backstage::~Backstage() {
+    become(race_fiber(current->stack));
+}
+// After a report, where the second of the two accesses was.
+extern "C" __attribute__((used)) CUDACPU_UNSEEN inline void __tsan_on_report(void *) {
+    char text[500];
+    if (print_place(text, sizeof(text)) > 0)
+        fprintf(stderr, "%sa race: no barrier lies between the two accesses above\n", text);
+}
+#endif
+
+CUDACPU_UNSEEN inline void Machine::run_thread(Thread *me) {
+#ifdef CUDACPU_TSAN
+    char name[64]; // what is longer is cut off
+    snprintf(name, sizeof(name), "block (%u,%u,%u) thread (%u,%u,%u)", CUDACPU_XYZ(block), CUDACPU_XYZ(me->index));
+    begin_thread(race_fiber(me->stack), name);
+    grid->thread();
+    end_thread();
+#else
+    (void)me;
+    grid->thread();
+#endif
+}
+
 // What runs on a fiber's stack: a thread and, when that has ended, the next one, if it is new and so needs a stack.
-inline void fiber() {
+CUDACPU_UNSEEN inline void fiber() {
     Machine *m = machine;
 #ifdef CUDACPU_ASAN
     const void *bottom;
@@ -401,7 +443,7 @@ inline void fiber() {
 #endif
     for (;;) {
         Thread *me = current;
-        m->grid->thread();
+        m->run_thread(me);
         if (!me->copies.empty())
             fail("ends without having waited for its copies (cp.async)");
         me->state = ENDED;
@@ -414,6 +456,10 @@ inline void fiber() {
                 never_comes(&m->thread[me->number / 32 * 32 + __builtin_ctz(c.here)], me);
         }
         Thread *next = m->next();
+#ifdef CUDACPU_TSAN
+        m->used_stacks.push_back(me->stack); // the next thread on it would seem to come after this one
+        m->leave_for(next ? next : &m->host);
+#endif
         if (next && next->state == NEW) {
             next->stack = me->stack;
             next->state = STARTED;
@@ -427,6 +473,7 @@ inline void fiber() {
 
 // Waits until all threads of the block have come to this line.
 inline void barrier(const char *file, int line) {
+    Backstage backstage;
     Machine *m = machine;
     Thread *me = current, *first = m->first_at_barrier;
     me->call = nullptr;
@@ -438,8 +485,22 @@ inline void barrier(const char *file, int line) {
         m->first_at_barrier = me;
     else if (first->line != line || (first->file != file && strcmp(first->file, file)))
         never_comes(first, me);
-    if (m->at_barrier < m->size)
-        return m->wait(nullptr, file, line);
+#ifdef CUDACPU_TSAN
+    if (m->at_barrier == 1)
+        m->meeting = new_meeting(m->size);
+    Meeting *meeting = m->meeting;
+    arrive(race_fiber(me->stack), meeting);
+#endif
+    if (m->at_barrier < m->size) {
+        m->wait(nullptr, file, line);
+#ifdef CUDACPU_TSAN
+        leave(race_fiber(me->stack), meeting);
+#endif
+        return;
+    }
+#ifdef CUDACPU_TSAN
+    leave(race_fiber(me->stack), meeting);
+#endif
     m->at_barrier = 0;
     for (unsigned i = 0; i < m->size; i++) {
         if (&m->thread[i] != me)
@@ -448,9 +509,11 @@ inline void barrier(const char *file, int line) {
 }
 
 // One call by all lanes in mask that exist, each with a `mine` of its own; all(lanes, mask) does what they do together.
-// Then they run before other warps do, which is faster, or (interleaved) after all others that can.
+// Then they run before other warps do, which is faster, or (interleaved) after all others that can. orders: whether
+// what one lane did to memory before the call is seen by the others after it.
 template <class Mine, class All>
-void together(unsigned mask, Mine &mine, const char *name, const char *file, int line, All all) {
+void together(unsigned mask, Mine &mine, const char *name, const char *file, int line, All all, bool orders = false) {
+    Backstage backstage;
     Machine *m = machine;
     Thread *me = current, *warp = m->thread + me->number / 32 * 32;
     std::vector<Call> &calls = m->calls[me->number / 32];
@@ -462,7 +525,7 @@ void together(unsigned mask, Mine &mine, const char *name, const char *file, int
     while (c < calls.size() && calls[c].mask != mask)
         c++;
     if (c == calls.size())
-        calls.push_back({name, mask, 0, {}});
+        calls.push_back({name, mask, 0, {}, nullptr});
     me->call = name;
     me->file = file;
     me->line = line;
@@ -474,8 +537,26 @@ void together(unsigned mask, Mine &mine, const char *name, const char *file, int
     }
     calls[c].lane[lane] = &mine;
     calls[c].here |= 1u << lane;
-    if (calls[c].here != mask)
-        return m->wait(name, file, line);
+    (void)orders;
+#ifdef CUDACPU_TSAN
+    if ((orders || warp_orders) && !calls[c].meeting)
+        calls[c].meeting = new_meeting(__builtin_popcount(mask));
+    Meeting *meeting = calls[c].meeting;
+    if (meeting)
+        arrive(race_fiber(me->stack), meeting);
+#endif
+    if (calls[c].here != mask) {
+        m->wait(name, file, line);
+#ifdef CUDACPU_TSAN
+        if (meeting)
+            leave(race_fiber(me->stack), meeting);
+#endif
+        return;
+    }
+#ifdef CUDACPU_TSAN
+    if (meeting)
+        leave(race_fiber(me->stack), meeting);
+#endif
     Mine *lanes[32];
     memcpy(lanes, calls[c].lane, sizeof(lanes));
     calls.erase(calls.begin() + c);
@@ -494,6 +575,7 @@ void together(unsigned mask, Mine &mine, const char *name, const char *file, int
 // of AddressSanitizer, and aligned as its type wants but no better, as nvcc does: what needs more must say __align__
 
 inline char *Machine::share(const char *function, int line, size_t n, size_t align) {
+    Backstage backstage;
     for (Variable &v : shared) {
         if (v.line == line && v.function == function)
             return v.data;
@@ -508,10 +590,16 @@ inline char *Machine::share(const char *function, int line, size_t n, size_t ali
     v.data = v.memory + align;
     poison(v.data, n);
     __asan_poison_memory_region(v.memory, align);
+#elif defined(CUDACPU_TSAN) // which forgets what was done to memory once it is given back
+    size_t front = (GUARD + 2 * align - 1) / (2 * align) * (2 * align) + align;
+    if (posix_memalign((void **)&v.memory, std::max<size_t>(16, 2 * align), front + n + GUARD) != 0)
+        fail("no memory");
+    v.data = v.memory + front;
+    poison(v.data - GUARD, n + 2 * GUARD);
 #else
     v.data = (char *)(((uintptr_t)arena_next + GUARD + 2 * align - 1) / (2 * align) * (2 * align) + align);
     arena_next = v.data + n + GUARD;
-    if (arena_next > arena + 2 * SHARED_OPTIN)
+    if (arena_next > arena + 2 * SHARED_MOST)
         fail("too many variables in shared memory");
     poison(v.data - GUARD, n + 2 * GUARD);
 #endif
@@ -528,6 +616,9 @@ inline void Machine::end_shared() {
         if (const char *where = broken_guard(v.data, v.size))
             fail("block (%u,%u,%u) wrote %s %s shared memory of line %d", CUDACPU_XYZ(block), where,
                  v.function ? "the" : "the dynamic", v.line);
+#ifdef CUDACPU_TSAN
+        free(v.memory);
+#endif
 #endif
     }
     shared.clear();
@@ -659,7 +750,7 @@ struct Handlers {
 inline Machine::Machine() {
     host.state = STARTED;
     host.stack = nullptr;
-    arena = arena_next = (char *)malloc(2 * SHARED_OPTIN);
+    arena = arena_next = (char *)malloc(2 * SHARED_MOST);
     signal_stack = malloc(SIGNAL_STACK);
     if (!arena || !signal_stack)
         fail("no memory");
@@ -721,7 +812,16 @@ inline void Machine::run(const Grid *g, size_t number) {
             }
         }
     }
+#ifdef CUDACPU_TSAN
+    std::vector<char *> &set = stack_sets[blocks_run++ % FIBER_SETS];
+    stacks.swap(set);
     leave_for(next());
+    stacks.insert(stacks.end(), used_stacks.begin(), used_stacks.end());
+    used_stacks.clear();
+    stacks.swap(set);
+#else
+    leave_for(next());
+#endif
     end_shared();
 }
 
@@ -741,6 +841,8 @@ inline void run_grid(const Grid &g) {
     for (size_t i = 0; i < n; i++)
         order[i] = (unsigned)i;
     Random(seed(), g.number, n).shuffle(order.data(), n);
+    RaceGrid race_grid;
+    CountedGrid counted_grid(g.name);
     Handlers handlers;
     (void)block; // few threads are not worth the others' waking up
 #ifdef _OPENMP

@@ -10,6 +10,8 @@
 //   - What NCCL leaves undefined ends the program, with the rank and the call: memory that is not the device's, memory
 //     that a group uses twice, a rank that calls something else than its peer, a peer that never comes (in
 //     CUDACPU_PATIENCE seconds, 300). A send lasts until it is received, so what needs a group shows without one.
+//   - What a rank sends, to itself too, must not change before it has arrived. A host whose stream's queue is full
+//     waits (CUDACPU_QUEUE=n), so a send that another rank needs, and that would be started only then, never comes.
 //   - Why a call returns an error is told by ncclGetLastError, and on stderr where NCCL_DEBUG is set.
 
 #ifndef CUDACPU_NCCL_H
@@ -319,6 +321,7 @@ struct Group : std::enable_shared_from_this<Group> {
     void send(const Operation &o, int r, const Message &m) {
         if (r == o.comm->rank) {
             o.comm->to_self[o.tag()].push_back(m);
+            sends.push_back({&o, r, m, MPI_REQUEST_NULL}); // for end() to look at
             return;
         }
         if (!mpi_runs())
@@ -374,8 +377,9 @@ struct Group : std::enable_shared_from_this<Group> {
         }
         Sending *unread = nullptr;
         for (Sending &s : sends) {
-            int done;
-            MPI_Test(&s.request, &done, MPI_STATUS_IGNORE);
+            int done = 1;
+            if (s.request != MPI_REQUEST_NULL)
+                MPI_Test(&s.request, &done, MPI_STATUS_IGNORE);
             unread = done || unread ? unread : &s;
         }
         if ((missing || unread) && clock.late())
@@ -471,6 +475,8 @@ inline ncclResult_t issue(std::vector<Operation> calls) {
             return wrong(ncclInvalidUsage, "rank %d sends to itself and does not receive, or the reverse", comm->rank);
     }
     check_overlaps(calls);
+    for (const Operation &o : calls)
+        wait_for_room(o.stream);
     auto g = std::make_shared<Group>();
     g->operations = std::move(calls);
     for (const Operation &o : g->operations) {
@@ -480,11 +486,15 @@ inline ncclResult_t issue(std::vector<Operation> calls) {
     for (ncclComm *c : g->comms)
         c->groups.push_back(g);
     for (Stream *s : g->streams) {
-        enqueue(s, [g] { g->arrived++; });
         enqueue(
-            s, [g] { g->state == Group::ISSUED ? g->start() : (void)0; }, [g] { return g->may_start(); });
+            s, [g] { g->arrived++; }, nullptr, false);
         enqueue(
-            s, [g] { g->state == Group::STARTED ? g->end() : (void)0; }, [g] { return g->all_done(); });
+            s, [g] { g->state == Group::ISSUED ? g->start() : (void)0; }, [g] { return g->may_start(); }, false);
+        enqueue(
+            s, [g] { g->state == Group::STARTED ? g->end() : (void)0; }, [g] { return g->all_done(); }, false);
+        s = s ? s : &null_stream;
+        s->tasks.back().counts = true; // one place for all three
+        s->queued++;
     }
     return ncclSuccess;
 }

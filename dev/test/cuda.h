@@ -16,6 +16,16 @@ enum { LOW = 0 };
 enum { LOW = 1 };
 #endif
 
+// The small model of a recipe, in sizes that the device's kernels have: they read eight numbers at a time.
+Config device_config(const char *recipe) {
+    Config c = small_config(recipe);
+    apply_options(&c, "--dim 32 --heads 4 --kv-heads 2 --ffn 16");
+    if (c.recurrent) {
+        apply_options(&c, "--recurrent 8");
+    }
+    return c;
+}
+
 // The recipes whose routers the twin has.
 int has_kernels(const char *recipe) {
     Config c = small_config(recipe);

@@ -82,53 +82,49 @@ void check_convert(size_t n) {
     end_layers();
 }
 
-void check_gpu_rmsnorm(int N, int C) {
-    size_t size = (size_t)N * C, parts = (size_t)div_up(N, CHUNK) * C;
-    real *x = draw_normal(size), *w = draw_normal(C), *dout = draw_normal(size), *dx = draw_normal(size),
-         *dw = draw_normal(C);
-    real *out = take_reals(size), *rstd = take_reals(N);
+// The norm of x + branch + rows of each token, where they are there, and its way back, added up by finish_gradients.
+void check_gpu_rmsnorm(int N, int C, int with_branch, int K) {
+    size_t size = (size_t)N * C, parts = (size_t)div_up(N, gpu::BLOCK_ROWS) * C, slots = (size_t)N * max_int(K, 1);
+    real *x = draw_normal(size), *w = draw_normal(C), *dout = draw_normal(size), *dx = draw_normal(size), *dw = draw_normal(C);
+    real *branch = draw_normal(size), *rows = draw_normal(slots * C), *out = take_reals(size), *rstd = take_reals(N);
+    real *sum = take_reals(size);
+    int *row = take_ints(slots);
+    gpu::floatX *branch_there = device_low(branch, size), *rows_there = device_low(rows, slots * C);
+    for (size_t i = 0; i < slots; i++) {
+        row[i] = draw(&layers_draw, 0, 3) ? draw(&layers_draw, 0, (int)slots - 1) : -1;
+    }
+    for (size_t i = 0; i < size; i++) {
+        sum[i] = x[i] + (with_branch ? branch[i] : 0);
+        for (int k = 0; k < K; k++) {
+            int r = row[i / C * K + k];
+            sum[i] += r < 0 ? 0 : rows[(size_t)r * C + i % C];
+        }
+    }
     float *x_there = device_reals(x, size), *w_there = device_reals(w, C), *dout_there = device_reals(dout, size);
-    float *dx_there = device_reals(dx, size), *dw_there = device_reals(dw, C);
+    float *dx_there = device_reals(dx, size), *dw_there = device_reals(dw, C), *partial = (float *)device_poison(parts * 4);
+    float *sum_there = (float *)device_poison(size * 4), *out32 = (float *)device_poison(size * 4);
+    float *rstd_there = (float *)device_poison(N * 4);
     gpu::floatX *out_there = (gpu::floatX *)device_poison(size * sizeof(gpu::floatX));
     gpu::floatX *dx_low = (gpu::floatX *)device_poison(size * sizeof(gpu::floatX));
-    float *out32 = (float *)device_poison(size * 4), *rstd_there = (float *)device_poison(N * 4);
-    gpu::rmsnorm_forward(out_there, NULL, rstd_there, x_there, w_there, N, C, 1e-5);
-    gpu::rmsnorm_forward(NULL, out32, rstd_there, x_there, w_there, N, C, 1e-5);
-    gpu::rmsnorm_backward(dx_there, dx_low, dw_there, dout_there, x_there, rstd_there, w_there, N, C,
-                          (float *)device_poison(parts * 4));
-    rmsnorm_forward(out, rstd, x, w, N, C, 1e-5);
-    rmsnorm_backward(dx, dw, dout, x, rstd, w, N, C);
+    gpu::Sum from = {x_there, with_branch ? branch_there : NULL, K ? rows_there : NULL, (int *)device_copy(row, slots * sizeof(int)), K};
+    gpu::rmsnorm_forward({sum_there, out_there, out32, rstd_there}, from, w_there, N, C, 1e-5);
+    gpu::rmsnorm_backward({dx_there, dx_low, partial, sum_there, rstd_there, w_there}, dout_there, N, C);
+    gpu::Gradient gradient = {dw_there, partial, NULL, 0};
+    gpu::Model m = {};
+    m.config.dim = C;
+    m.batch.B = N;
+    m.batch.T = 1;
+    m.gradients = (gpu::Gradient *)device_copy(&gradient, sizeof(gradient));
+    gpu::finish_gradients(&m, 0, 1);
+    rmsnorm_forward(out, rstd, sum, w, N, C, 1e-5);
+    rmsnorm_backward(dx, dw, dout, sum, rstd, w, N, C);
+    assert_alike("the sum", fetch_reals(sum_there, size), sum, size, EXACT);
     assert_alike("rmsnorm's out", fetch_low(out_there, size), out, size, ROUNDED);
     assert_alike("rmsnorm's out32", fetch_reals(out32, size), out, size, EXACT);
     assert_alike("rmsnorm's rstd", fetch_reals(rstd_there, N), rstd, N, EXACT);
     assert_alike("rmsnorm's dx", fetch_reals(dx_there, size), dx, size, EXACT);
     assert_alike("rmsnorm's dx, rounded", fetch_low(dx_low, size), dx, size, ROUNDED);
     assert_alike("rmsnorm's dw", fetch_reals(dw_there, C), dw, C, EXACT);
-    gpu::rmsnorm_backward(dx_there, NULL, dw_there, dout_there, x_there, rstd_there, w_there, N, C,
-                          (float *)device_poison(parts * 4));
-    rmsnorm_backward(dx, dw, dout, x, rstd, w, N, C);
-    assert_alike("rmsnorm's dx again", fetch_reals(dx_there, size), dx, size, EXACT);
-    end_layers();
-}
-
-void check_gpu_rope(int N, int T, int heads, int D, int extra) {
-    size_t ld = (size_t)heads * D + extra, size = N * ld;
-    real *x = draw_normal(size), *angles = take_reals((size_t)T * D);
-    rope_angles(angles, 0, T, D, 10000);
-    gpu::floatX *there = device_low(x, size);
-    float *angles_there = device_reals(angles, (size_t)T * D);
-    real *before = take_reals(size);
-    memcpy(before, x, size * sizeof(real));
-    gpu::rope(there, ld, N, T, heads, D, angles_there, 1);
-    rope(x, (int)ld, N, T, heads, D, angles, 1);
-    real *found = fetch_low(there, size);
-    assert_alike("rope", found, x, size, ROUNDED);
-    for (size_t i = 0; i < size; i++) {
-        if (i % ld >= (size_t)heads * D)
-            assert_true(found[i] == before[i]);
-    }
-    gpu::rope(there, ld, N, T, heads, D, angles_there, -1);
-    assert_alike("rope turned back", fetch_low(there, size), before, size, ROUNDED);
     end_layers();
 }
 
@@ -166,56 +162,100 @@ void check_gpu_embedding(int N, int C, int V) {
 void test_gpu_rows(void **state) {
     (void)state;
     layers_draw = fresh();
-    const int widths[] = {1, 2, 6, 8, 20, 33, 64, 100, 132, 260};
-    for (int i = 0; i < 6; i++)
+    const int widths[] = {8, 16, 24, 40, 64, 104, 128, 136, 264, 512};
+    for (int i = 0; i < 6; i++) {
         check_convert(draw(&layers_draw, 1, 5000));
+    }
     for (int i = 0; i < 10; i++) {
-        check_gpu_rmsnorm(draw(&layers_draw, 1, 10), widths[i]);
-        check_gpu_rmsnorm(draw(&layers_draw, 100, 400), widths[i]);
+        check_gpu_rmsnorm(draw(&layers_draw, 1, 10), widths[i], i % 2, i % 4);
+        check_gpu_rmsnorm(draw(&layers_draw, 30, 200), widths[i], i % 3 > 0, i % 5);
         check_gpu_embedding(draw(&layers_draw, 1, 300), widths[i], draw(&layers_draw, 1, 40));
     }
-    check_gpu_rmsnorm(2, 3000);
-    check_gpu_rmsnorm(1500, 5);
-    for (int i = 0; i < 20; i++)
-        check_gpu_rope(draw(&layers_draw, 1, 60), draw(&layers_draw, 1, 70), draw(&layers_draw, 1, 4),
-                       2 * draw(&layers_draw, 1, 20), draw(&layers_draw, 0, 9));
-    check_gpu_rope(50, 25, 3, 64, 128);
+    check_gpu_rmsnorm(2, 3000, 1, 2);
+    check_gpu_rmsnorm(700, 8, 0, 0);
 }
 
+// qkv (N,(H+2KV)*D) as the device has it in shared memory: queries and keys turned to their positions, n % T in row n,
+// and rounded again. The C twin's rope must find the same, but it may add in another order, and one number in ten
+// thousand would be rounded to the other side. So what is rounded is computed here as the device does it.
+real *turned_as_there(const real *qkv, int N, int T, int H, int KV, int D, const real *angles) {
+    size_t ld = (size_t)(H + 2 * KV) * D, size = (size_t)N * ld;
+    real *by_twin = take_reals(size), *turned = take_reals(size);
+    memcpy(by_twin, qkv, size * sizeof(real));
+    memcpy(turned, qkv, size * sizeof(real));
+    rope(by_twin, (int)ld, N, T, H + KV, D, angles, 1);
+
+    for (size_t n = 0; n < (size_t)N; n++) {
+        for (int h = 0; h < H + KV; h++) {
+            real *head = turned + n * ld + (size_t)h * D;
+            for (int i = 0; i < D / 2; i++) {
+                real cosine = angles[n % T * D + 2 * i], sine = angles[n % T * D + 2 * i + 1];
+                real a = head[i], b = head[i + D / 2];
+                real b_part = b * sine, a_part = a * sine;
+                head[i] = fmaf(a, cosine, -b_part);
+                head[i + D / 2] = fmaf(b, cosine, a_part);
+            }
+        }
+    }
+    assert_alike("rope", turned, by_twin, size, 1e-6);
+    round_numbers(turned, size);
+    return turned;
+}
+
+// Compares the columns begin... until of two arrays (N,ld).
+void assert_columns_alike(const char *what, const real *found, const real *wanted, size_t N, size_t ld, size_t begin,
+                          size_t until) {
+    size_t columns = until - begin;
+    real *a = take_reals(N * columns), *b = take_reals(N * columns);
+    for (size_t n = 0; n < N; n++) {
+        memcpy(a + n * columns, found + n * ld + begin, columns * sizeof(real));
+        memcpy(b + n * columns, wanted + n * ld + begin, columns * sizeof(real));
+    }
+    assert_alike(what, a, b, N * columns, ROUNDED);
+    for (size_t i = 0; i < N * columns; i++) {
+        assert_true(fabs((double)(a[i] - b[i])) < 0.2);
+    }
+}
+
+// The device turns queries and keys itself; the C twin has rope for that, before attention and, backward, after it.
 void check_gpu_attention(int B, int T, int H, int KV, int D) {
-    char what[100];
+    char what[3][100];
+    const char *names[3] = {"dq", "dk", "dv"};
     size_t ld = (size_t)(H + 2 * KV) * D, N = (size_t)B * T, size = N * ld, width = N * H * D, rows = N * H;
-    real *qkv = draw_normal(size), *dout = draw_normal(width);
+    real *qkv = draw_normal(size), *dout = draw_normal(width), *angles = take_reals((size_t)T * D);
     real *out = take_reals(width), *lse = take_reals(rows), *dqkv = take_reals(size);
     gpu::floatX *qkv_there = device_low(qkv, size), *dout_there = device_low(dout, width);
     gpu::floatX *out_there = (gpu::floatX *)device_poison(width * sizeof(gpu::floatX));
     gpu::floatX *dqkv_there = (gpu::floatX *)device_poison(size * sizeof(gpu::floatX));
     float *lse_there = (float *)device_poison(rows * 4), *delta = (float *)device_poison(rows * 4);
-    gpu::attention_forward(out_there, lse_there, qkv_there, B, T, H, KV, D);
-    gpu::attention_backward(dqkv_there, dout_there, out_there, lse_there, qkv_there, B, T, H, KV, D, delta);
-    attention_forward(out, lse, qkv, B, T, H, KV, D);
-    real *found = fetch_low(out_there, width);
-    attention_backward(dqkv, dout, found, lse, qkv, B, T, H, KV, D); // of the same out, rounded
-    int used = snprintf(what, sizeof(what), "attention, B %d, T %d, H %d, KV %d, D %d: ", B, T, H, KV, D);
-    snprintf(what + used, sizeof(what) - used, "out");
-    assert_alike(what, found, out, width, ROUNDED);
-    snprintf(what + used, sizeof(what) - used, "lse");
-    assert_alike(what, fetch_reals(lse_there, rows), lse, rows, EXACT);
+    rope_angles(angles, 0, T, D, 10000);
+    float *angles_there = device_reals(angles, (size_t)T * D);
+    gpu::attention_forward(out_there, lse_there, qkv_there, angles_there, B, T, H, KV, D);
+    gpu::attention_backward(dqkv_there, dout_there, out_there, lse_there, qkv_there, angles_there, B, T, H, KV, D, delta);
+
+    real *turned = turned_as_there(qkv, (int)N, T, H, KV, D, angles), *found = fetch_low(out_there, width);
+    attention_forward(out, lse, turned, B, T, H, KV, D);
+    attention_backward(dqkv, dout, found, lse, turned, B, T, H, KV, D); // of the same out, rounded
+    rope(dqkv, (int)ld, (int)N, T, H + KV, D, angles, -1);
+
+    const char *first_names[2] = {"out", "lse"};
+    for (int i = 0; i < 2; i++) {
+        snprintf(what[i], sizeof(what[i]), "attention, B %d, T %d, H %d, KV %d, D %d: %s", B, T, H, KV, D, first_names[i]);
+    }
+    assert_alike(what[0], found, out, width, ROUNDED);
+    assert_alike(what[1], fetch_reals(lse_there, rows), lse, rows, EXACT);
+
+    // What was not turned must be as it was.
+    assert_memory_equal(fetch_low(qkv_there, size), qkv, size * sizeof(real));
+
     // Queries, keys and values apart: a gradient may be far smaller than another.
     found = fetch_low(dqkv_there, size);
-    int begins[4] = {0, H * D, (H + KV) * D, (H + 2 * KV) * D};
+    size_t begins[4] = {0, (size_t)H * D, (size_t)(H + KV) * D, ld};
     for (int part = 0; part < 3; part++) {
-        size_t columns = begins[part + 1] - begins[part];
-        real *a = take_reals(N * columns), *b = take_reals(N * columns);
-        for (size_t n = 0; n < N; n++) {
-            memcpy(a + n * columns, found + n * ld + begins[part], columns * sizeof(real));
-            memcpy(b + n * columns, dqkv + n * ld + begins[part], columns * sizeof(real));
+        snprintf(what[part], sizeof(what[part]), "attention, B %d, T %d, H %d, KV %d, D %d: %s", B, T, H, KV, D, names[part]);
+        if (T > 1 || part == 2) { // a single key gets all attention whatever is asked
+            assert_columns_alike(what[part], found, dqkv, N, ld, begins[part], begins[part + 1]);
         }
-        snprintf(what + used, sizeof(what) - used, "d%s", part == 0 ? "q" : part == 1 ? "k" : "v");
-        if (T > 1 || part == 2) // a single key gets all attention whatever is asked
-            assert_alike(what, a, b, N * columns, ROUNDED);
-        for (size_t i = 0; i < N * columns; i++)
-            assert_true(fabs((double)(a[i] - b[i])) < 0.2);
     }
     end_layers();
 }
@@ -223,18 +263,26 @@ void check_gpu_attention(int B, int T, int H, int KV, int D) {
 void check_gpu_generation(int seq, int H, int KV, int D) { // one token after another, also beyond seq
     int width = 2 * KV * D, Q = (H + 2 * KV) * D, positions = seq + 3;
     real *qkv = draw_normal((size_t)positions * Q), *out = take_reals((size_t)seq * H * D),
-         *lse = take_reals((size_t)seq * H);
+         *lse = take_reals((size_t)seq * H), *angles = take_reals((size_t)positions * D);
     gpu::floatX *there = device_low(qkv, (size_t)positions * Q);
     gpu::floatX *cache = (gpu::floatX *)device_poison((size_t)seq * width * sizeof(gpu::floatX));
+    rope_angles(angles, 0, positions, D, 10000);
+    float *angles_there = device_reals(angles, (size_t)positions * D);
+    real *turned = turned_as_there(qkv, positions, positions, H, KV, D, angles);
     for (int p = 0; p < positions; p++) {
         int T = min_int(p + 1, seq);
         gpu::floatX *answer = (gpu::floatX *)device_poison((size_t)H * D * sizeof(gpu::floatX));
-        gpu::attention_of_one(answer, cache, there + (size_t)p * Q, p, seq, H, KV, D);
-        if (p > 2 && p < seq - 1 && draw(&layers_draw, 0, 9))
+        gpu::attention_of_one(answer, cache, there + (size_t)p * Q, angles_there + (size_t)p * D, p, seq, H, KV, D);
+        if (p > 2 && p < seq - 1 && draw(&layers_draw, 0, 9)) {
             continue;
-        attention_forward(out, lse, qkv + (size_t)(p + 1 - T) * Q, 1, T, H, KV, D);
+        }
+        attention_forward(out, lse, turned + (size_t)(p + 1 - T) * Q, 1, T, H, KV, D);
         assert_alike("attention of one", fetch_low(answer, (size_t)H * D), out + (size_t)(T - 1) * H * D, (size_t)H * D,
                      ROUNDED);
+
+        // The cache has this token's keys, turned, and its values, to the bit.
+        real *row = fetch_low(cache + (size_t)(p % seq) * width, width);
+        assert_memory_equal(row, turned + (size_t)p * Q + (size_t)H * D, width * sizeof(real));
     }
     end_layers();
 }
@@ -242,26 +290,46 @@ void check_gpu_generation(int seq, int H, int KV, int D) { // one token after an
 void test_gpu_attention(void **state) {
     (void)state;
     layers_draw = fresh();
-    const int lengths[] = {1, 2, 17, 64, 65, 200}, widths[] = {2, 6, 16, 20, 64, 128};
+    const int lengths[] = {1, 2, 17, 64, 65, 200}, widths[] = {8, 16, 24, 40, 64, 80, 128};
     for (int t = 0; t < 6; t++) {
-        for (int d = 0; d < 6; d++) {
+        for (int d = 0; d < 7; d++) {
             int KV = draw(&layers_draw, 1, 2), H = KV * draw(&layers_draw, 1, 3);
             check_gpu_attention(t < 3 ? draw(&layers_draw, 1, 3) : 1, lengths[t], H, KV, widths[d]);
         }
     }
+}
+
+// Lengths around the edges of tiles, several sequences, and the widest heads.
+void test_gpu_attention_edges(void **state) {
+    (void)state;
+    layers_draw = fresh();
+    const int lengths[] = {15, 16, 31, 32, 33, 47, 48, 49, 63, 127, 128, 129, 257};
+    for (int t = 0; t < 13; t++) {
+        check_gpu_attention(1, lengths[t], 1, 1, 8 * draw(&layers_draw, 1, 16));
+    }
     check_gpu_attention(2, 150, 4, 2, 32);
-    check_gpu_attention(1, 130, 2, 1, 40);
+    check_gpu_attention(3, 130, 2, 1, 48);
     check_gpu_attention(1, 70, 2, 1, 96);
-    check_gpu_attention(1, 100, 2, 1, 256);
-    check_gpu_attention(1, 33, 1, 1, 130);
-    check_gpu_generation(5, 4, 2, 6);
+    check_gpu_attention(2, 100, 2, 1, 256);
+    check_gpu_attention(1, 65, 1, 1, 256);
+    check_gpu_attention(1, 33, 2, 2, 136);
+    check_gpu_attention(1, 80, 2, 1, 8 * draw(&layers_draw, 17, 31));
+}
+
+void test_gpu_attention_of_one(void **state) {
+    (void)state;
+    layers_draw = fresh();
+    check_gpu_generation(5, 4, 2, 8);
+    check_gpu_generation(20, 3, 1, 24);
     check_gpu_generation(130, 6, 2, 64);
-    check_gpu_generation(1, 1, 1, 2);
+    check_gpu_generation(1, 1, 1, 40);
     check_gpu_generation(70, 2, 1, 256);
 }
 
+// Logits stand in rows of W numbers, of which V are words; what the others hold makes no difference.
 void check_gpu_cross_entropy(int rows, int V, double spread) {
-    size_t size = (size_t)rows * V;
+    int W = gpu::words_with_padding(V);
+    size_t size = (size_t)rows * V, wide = (size_t)rows * W;
     real *logits = draw_normal(size), *nll = take_reals(rows), *d = take_reals(size);
     int *targets = take_ints(rows);
     double mean = 0, scale = 0.37, sum = 2.5;
@@ -276,17 +344,27 @@ void check_gpu_cross_entropy(int rows, int V, double spread) {
     }
     for (size_t i = 0; i < size; i++)
         d[i] *= (real)scale;
-    float *logits_there = device_reals(logits, size), *nll_there = (float *)device_poison(rows * 4);
-    gpu::floatX *d_there = (gpu::floatX *)device_poison(size * sizeof(gpu::floatX));
+    real *padded = take_filled(wide, 1000), *d_padded = take_reals(wide);
+    for (int n = 0; n < rows; n++) {
+        memcpy(padded + (size_t)n * W, logits + (size_t)n * V, V * sizeof(real));
+        memcpy(d_padded + (size_t)n * W, d + (size_t)n * V, V * sizeof(real));
+    }
+    float *logits_there = device_reals(padded, wide), *nll_there = (float *)device_poison(rows * 4);
+    gpu::floatX *d_there = (gpu::floatX *)device_poison(wide * sizeof(gpu::floatX));
     int *targets_there = (int *)device_copy(targets, rows * sizeof(int));
     double *sum_there = (double *)device_copy(&sum, sizeof(sum));
-    gpu::cross_entropy(nll_there, NULL, logits_there, targets_there, rows, V, (float)scale);
+    gpu::cross_entropy(nll_there, NULL, logits_there, targets_there, rows, V, W, (float)scale);
     assert_alike("nll without gradients", fetch_reals(nll_there, rows), nll, rows, EXACT);
     nll_there = (float *)device_poison(rows * 4);
-    gpu::cross_entropy(nll_there, d_there, logits_there, targets_there, rows, V, (float)scale);
+    gpu::cross_entropy(nll_there, d_there, logits_there, targets_there, rows, V, W, (float)scale);
     assert_alike("nll", fetch_reals(nll_there, rows), nll, rows, EXACT);
-    if (V > 1)
-        assert_alike("dlogits", fetch_low(d_there, size), d, size, ROUNDED);
+    if (V > 1) {
+        real *found = fetch_low(d_there, wide);
+        assert_alike("dlogits", found, d_padded, wide, ROUNDED);
+        for (size_t i = 0; i < wide; i++) {
+            assert_true((int)(i % W) < V || found[i] == 0);
+        }
+    }
     gpu::add_mean(sum_there, nll_there, rows, 0.5);
     fetch(&sum, sum_there, sizeof(sum));
     assert_near(sum, 2.5 + 0.5 * mean, 1e-6);
@@ -305,9 +383,10 @@ void test_gpu_loss(void **state) {
     check_gpu_cross_entropy(3, 100, 60); // one word has all the probability
 }
 
-// A model of a matrix and a norm, which is updated three times. shift: where among 16 bytes the tensors begin.
-void check_gpu_update(int size, int shift, double clip, double share) {
-    Config c = small_config("dense");
+// A model of a matrix and a norm, which is updated three times. moments: as
+// floats, or as bfloat16, of which the device's bits are the C twin's.
+template <class Moment> void check_gpu_update(int size, double clip, double share) {
+    Config c = device_config("dense");
     Tensor tensors[2] = {};
     tensors[0].dims = 2;
     tensors[1].dims = 1; // and so without weight decay
@@ -316,66 +395,96 @@ void check_gpu_update(int size, int shift, double clip, double share) {
     m.config = c;
     m.config.layers = 0;
     m.config.clip = clip;
+    m.config.moments = sizeof(Moment) == 2 ? MOMENTS_BF16 : MOMENTS_FP32;
     m.tensors = tensors;
     m.tensor_count = 2;
     tensors[0].size = (size_t)size;
     tensors[1].offset = (size_t)size;
-    tensors[1].size = 17;
-    m.size = (size_t)size + 17;
-    float *there[4];
+    tensors[1].size = 20;
+    m.size = (size_t)size + 20;
     for (int i = 0; i < 4; i++) {
         m.memory[i] = draw_normal(m.size);
-        for (size_t j = 0; j < m.size && i > 1; j++)
-            m.memory[i][j] *= i == MOMENT2 ? m.memory[i][j] : (real)0.1;
-        there[i] = (float *)device_poison((m.size + 4) * sizeof(float)) + shift;
-        CHECK(cudaMemcpy(there[i], m.memory[i], m.size * sizeof(float), cudaMemcpyHostToDevice));
     }
-    gpu::floatX *low = (gpu::floatX *)device_poison((m.size + 4) * sizeof(gpu::floatX)) + shift;
-    double *norm_there = (double *)device_poison(sizeof(double)),
-           *part = (double *)device_poison(NORM_PARTS * sizeof(double));
+    Moment *moments[2];
+    for (int i = 0; i < 2; i++) {
+        Moment *low = (Moment *)take(m.size, sizeof(Moment));
+        for (size_t j = 0; j < m.size; j++) {
+            real x = m.memory[MOMENT1 + i][j] * (i ? m.memory[MOMENT1 + i][j] : (real)0.1);
+            set_low_number(&low[j], x);
+            m.memory[MOMENT1 + i][j] = low_number(low[j]);
+        }
+        moments[i] = (Moment *)device_poison(m.size * sizeof(Moment));
+        CHECK(cudaMemcpy(moments[i], low, m.size * sizeof(Moment), cudaMemcpyHostToDevice));
+    }
+    float *w = (float *)device_poison(m.size * 4), *g = (float *)device_poison(m.size * 4);
+    CHECK(cudaMemcpy(w, m.memory[WEIGHTS], m.size * sizeof(float), cudaMemcpyHostToDevice));
+    gpu::floatX *low = (gpu::floatX *)device_poison(m.size * sizeof(gpu::floatX));
+    double *norm_there = (double *)device_poison(sizeof(double)), *part = (double *)device_poison(gpu::NORM_PARTS * 8);
+    gpu::Adam a = {};
+    a.b1 = (float)c.beta1;
+    a.b2 = (float)c.beta2;
+    a.clip = clip;
+    a.moments = m.config.moments;
     for (int step = 1; step <= 3; step++) {
         double lr = 0.01 * step, norm, found;
-        for (size_t i = 0; i < m.size; i++)
+        for (size_t i = 0; i < m.size; i++) {
             m.memory[GRADS][i] = (real)(share * random_normal(layers_draw + step, i));
-        CHECK(cudaMemcpy(there[GRADS], m.memory[GRADS], m.size * sizeof(float), cudaMemcpyHostToDevice));
+        }
+        CHECK(cudaMemcpy(g, m.memory[GRADS], m.size * sizeof(float), cudaMemcpyHostToDevice));
         norm = gradient_norm(&m);
-        gpu::gradient_norm(norm_there, there[GRADS], m.size, part);
+        gpu::gradient_norm(norm_there, g, m.size, part);
         fetch(&found, norm_there, sizeof(found));
         assert_near(found / norm, 1, 1e-12);
         model_update(&m, step, lr, norm);
         for (int t = 0; t < 2; t++) {
             size_t at = tensors[t].offset;
-            gpu::floatX *same = sizeof(gpu::floatX) == 4 && step > 1 ? (gpu::floatX *)(there[WEIGHTS] + at) : NULL;
-            gpu::adamw(there[WEIGHTS] + at, t ? same : low, there[GRADS] + at, there[MOMENT1] + at, there[MOMENT2] + at,
-                       tensors[t].size, norm_there, clip, (float)lr, (float)(t ? 1 : 1 - lr * c.weight_decay),
-                       (float)c.beta1, (float)c.beta2, (float)(1 / (1 - pow(c.beta1, step))),
-                       (float)(1 / (1 - pow(c.beta2, step))), 1e-8f);
+            a.w = w + at;
+            a.g = g + at;
+            a.low = sizeof(gpu::floatX) == 4 && step > 1 ? (gpu::floatX *)a.w : low + at;
+            a.m1 = moments[0] + at;
+            a.m2 = moments[1] + at;
+            a.size = tensors[t].size;
+            a.rate = (float)lr;
+            a.keep = (float)(t ? 1 : 1 - lr * c.weight_decay);
+            a.correct1 = (float)(1 / (1 - pow(c.beta1, step)));
+            a.correct2 = (float)(1 / (1 - pow(c.beta2, step)));
+            a.draws = moment_stream((uint64_t)c.seed, step, t);
+            gpu::adamw(a, norm_there);
         }
-        for (int i = 0; i < 4; i++) {
-            if (i != GRADS)
-                assert_alike("AdamW", fetch_reals(there[i], m.size), m.memory[i], m.size, EXACT);
+        assert_alike("AdamW's weights", fetch_reals(w, m.size), m.memory[WEIGHTS], m.size, EXACT);
+        for (int i = 0; i < 2; i++) {
+            Moment *kept = take_back(moments[i], m.size);
+            real *high = take_reals(m.size);
+            for (size_t j = 0; j < m.size; j++) {
+                high[j] = low_number(kept[j]);
+            }
+            // Where a sum is rounded otherwise, a moment may be rounded the other way: that is rare.
+            assert_alike("AdamW's moments", high, m.memory[MOMENT1 + i], m.size, sizeof(Moment) == 2 ? 1e-4 : EXACT);
         }
-        assert_alike("AdamW's rounded weights", fetch_low(low, (size_t)size), m.memory[WEIGHTS], (size_t)size,
-                     sizeof(gpu::floatX) == 2 ? 4e-3 : EXACT);
-        assert_memory_equal(fetch_reals(there[GRADS], m.size), m.memory[GRADS], m.size * sizeof(real)); // cleared
+        if (sizeof(gpu::floatX) == 2 || step == 1) {
+            assert_alike("AdamW's rounded weights", fetch_low(low, m.size), m.memory[WEIGHTS], m.size,
+                         sizeof(gpu::floatX) == 2 ? 4e-3 : EXACT);
+        }
+        assert_memory_equal(fetch_reals(g, m.size), m.memory[GRADS], m.size * sizeof(real)); // cleared
     }
     double bad = draw(&layers_draw, 0, 1) ? INFINITY : NAN;
     CHECK(cudaMemcpy(norm_there, &bad, sizeof(bad), cudaMemcpyHostToDevice));
-    real *before = fetch_reals(there[WEIGHTS], m.size);
-    gpu::adamw(there[WEIGHTS], low, there[GRADS], there[MOMENT1], there[MOMENT2], m.size, norm_there, clip, 0.1f, 0.9f,
-               0.9f, 0.9f, 1, 1, 1e-8f);
-    assert_memory_equal(fetch_reals(there[WEIGHTS], m.size), before, m.size * sizeof(real));
+    real *before = fetch_reals(w, m.size);
+    gpu::adamw(a, norm_there);
+    assert_memory_equal(fetch_reals(w, m.size), before, m.size * sizeof(real));
     end_layers();
 }
 
 void test_gpu_update(void **state) {
     (void)state;
     layers_draw = fresh();
-    check_gpu_update(1, 0, 1, 3);
-    check_gpu_update(draw(&layers_draw, 1000, 9000), 0, 1, 1);
-    check_gpu_update(4 * draw(&layers_draw, 100, 300), 0, 1, 1e-3);
-    check_gpu_update(draw(&layers_draw, 100, 300), 3, 0, 1);
-    double norm, *norm_there = (double *)device_poison(sizeof(double)), *part = (double *)device_poison(NORM_PARTS * 8);
+    check_gpu_update<float>(4, 1, 3);
+    check_gpu_update<float>(4 * draw(&layers_draw, 300, 2000), 1, 1);
+    check_gpu_update<float>(4 * draw(&layers_draw, 100, 300), 1, 1e-3);
+    check_gpu_update<float>(4 * draw(&layers_draw, 30, 100), 0, 1);
+    check_gpu_update<__nv_bfloat16>(4 * draw(&layers_draw, 100, 300), 1, 1);
+    check_gpu_update<__nv_bfloat16>(4 * draw(&layers_draw, 30, 300), 0, 1);
+    double norm, *norm_there = (double *)device_poison(sizeof(double)), *part = (double *)device_poison(gpu::NORM_PARTS * 8);
     real *g = draw_normal(1 << 21);
     gpu::gradient_norm(norm_there, device_reals(g, 1 << 21), 1 << 21, part);
     fetch(&norm, norm_there, sizeof(norm));
@@ -387,6 +496,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gpu_rows),
         cmocka_unit_test(test_gpu_attention),
+        cmocka_unit_test(test_gpu_attention_edges),
+        cmocka_unit_test(test_gpu_attention_of_one),
         cmocka_unit_test(test_gpu_loss),
         cmocka_unit_test(test_gpu_update),
     };

@@ -6,6 +6,10 @@
 #pragma once
 #include "dev/test/model.h"
 
+#ifndef SMALL_CONFIG // the CUDA twin has sizes of its own
+#define SMALL_CONFIG small_config
+#endif
+
 #ifdef TWIN
 #define RANKS_BACKEND   (&gpu::backend)
 #define RANKS_TOLERANCE (LOW || getenv("THOROUGH") ? 1e-3 : 1e-4) // of losses, after a few steps or 50
@@ -176,7 +180,7 @@ void compare_curves(const char *what, const Curve *found, const Curve *wanted, s
 // Trains in every form, on the device in the CUDA twin's tests, and alone on the processor; forms that do not divide the
 // experts are passed over.
 void check_ranks(const char *recipe, const char *choices, int steps) {
-    Config c = small_config(recipe);
+    Config c = SMALL_CONFIG(recipe);
     Curve alone, together;
     char what[300];
     snprintf(what, sizeof(what), "%s %s", recipe, choices);
@@ -234,7 +238,7 @@ double expected_bytes(const Model *m, double wide) {
 }
 
 double pass_bytes(const char *recipe, const char *choices, double *expected) {
-    Config c = small_config(recipe);
+    Config c = SMALL_CONFIG(recipe);
     set_options(&c, choices);
     c.batch = 1;
     trained = RANKS_BACKEND;
@@ -275,7 +279,7 @@ void test_ranks_bytes(void **state) {
     snprintf(one, sizeof(one), "%s --group-topk 0 --comm-weight 0", sizes);
     free_choice = pass_bytes("deepseek-v2", one, &expected);
     print_message("    bytes: %.0f with one group of four, %.0f with all\n", limited, free_choice);
-    int row = 2 * (16 + 4) + 2 * 16 + 4; // numbers for a token that goes to another rank, there and back, both ways
+    int C = SMALL_CONFIG("deepseek-v2").dim, row = 2 * (C + 4) + 2 * C + 4; // numbers for a token that goes to another rank, there and back, both ways
     double most = 4.0 * 40 * 2 * row * sizeof(real); // and less where rows are bfloat16
     end_form();
     assert_true(agreed(limited) <= most && limited < 0.6 * free_choice);
@@ -293,7 +297,7 @@ real *weights_here(const Model *m) { // as this process has them
 void test_ranks_uneven(void **state) {
     (void)state;
     for (int copies = 0; copies < 2; copies++) {
-        Config c = small_config("mixtral");
+        Config c = SMALL_CONFIG("mixtral");
         Curve alone, together;
         set_options(&c, "--topk 1 --gate probability --aux-weight 0 --bias-rate 1e-9 --overlap 1");
         for (int form = 0; form < 2; form++) {
@@ -356,7 +360,7 @@ real *take_whole(Model *m, int what) {
 void test_ranks_checkpoints(void **state) {
     (void)state;
     static const int from_to[][2][2] = {{{4, 2}, {1, 1}}, {{1, 1}, {2, 2}}, {{2, 2}, {4, 4}}};
-    Config c = small_config("deepseek-v3");
+    Config c = SMALL_CONFIG("deepseek-v3");
     set_options(&c, "--overlap 1 --replicate 0");
     Curve alone, parts;
     Model *m = train_curve(&c, 4, &alone);
@@ -406,7 +410,7 @@ void test_ranks_first_weights(void **state) {
     (void)state;
     static const char *const names[] = {"mixtral", "cmoe", "deepseek-v3", "rmoe"};
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
-        Config c = small_config(names[i]);
+        Config c = SMALL_CONFIG(names[i]);
         Model *alone = model_allocate(&c, 1, 0, NULL);
         model_init(alone, NULL);
         for (int form = 0; form < FORMS; form++) {
@@ -431,7 +435,7 @@ void test_ranks_first_weights(void **state) {
 // All ranks go on with the same text, and find the same as one process.
 void test_ranks_generate(void **state) {
     (void)state;
-    Config c = small_config("mixtral");
+    Config c = SMALL_CONFIG("mixtral");
     set_options(&c, "--overlap 1 --shared 1");
     real *wanted = (real *)allocate(6 * c.vocab, sizeof(real)), *found = (real *)allocate(6 * c.vocab, sizeof(real));
     for (int form = 0; form < 2; form++) {
