@@ -317,6 +317,16 @@ int is_near_tie(Model *m, int l, const Route *other) {
     if (n == plan->N * K || m->config.select == HASH)
         return 0;
     n /= K;
+
+    // The assignment of all tokens of a group has the largest sum of logits: two of them may be equally good.
+    if (m->config.select == BALANCED) {
+        double mine = 0, its = 0;
+        for (int i = n / plan->group * plan->group; i < (n / plan->group + 1) * plan->group; i++) {
+            mine += (double)plan->logits[(size_t)i * plan->E + plan->expert[i]];
+            its += (double)plan->logits[(size_t)i * plan->E + other->expert[i]];
+        }
+        return fabs(mine - its) < 1e-5;
+    }
     const real *p = deciding_scores(m, l);
     for (int row = n * level.rows; row < (n + 1) * level.rows; row++) {
         for (int e = 0; e < E; e++) {
