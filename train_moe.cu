@@ -1,8 +1,8 @@
 // train_moe.cu: the model of train_moe.c on an NVIDIA GPU.
 //
 // Read train_moe.c first. This file includes it, and replaces only what computes: its chapters, functions and arrays
-// have the same names and are in the same order, so the two can be read side by side. What a function computes is said
-// there. Here it is said what a GPU needs, and why.
+// have the same names and are in the same order, so the two can be read side by side. What a function computes is
+// said there. Here it is said what a GPU needs, and why.
 //
 //   make train_moe_cu                    needs the CUDA Toolkit (nvcc, cuBLAS) and nothing else
 //   make train_moe_cu PRECISION=fp32     everything in float32, to be compared with the C twin
@@ -11,23 +11,24 @@
 //
 // Five things are different on a GPU:
 //
-//   - The program runs on the host and starts kernels, which run on the device, one after the other in one stream. The
-//     host does not wait for them: it reads the losses at the end of a step. So all arrays are in the device's memory,
-//     and what depends on them (how many tokens an expert has, where its rows begin) is looked up by the kernels.
-//     The host only knows the most that it can be, and starts as many blocks. (With several GPUs the host must know how
-//     many rows go where, so there it waits once in each layer.)
-//   - Starting a kernel takes a few microseconds, and what a kernel reads and writes in memory takes longer than what it
-//     computes, unless it is a product of matrices. So small steps that follow each other are one kernel: adding up the
-//     residual stream, its norm, and the router with its choice.
+//   - The program runs on the host and starts kernels, which run on the device, one after the other in one stream.
+//     The host does not wait for them: it reads the losses at the end of a step. So all arrays are in the device's
+//     memory, and what depends on them (how many tokens an expert has, where its rows begin) is looked up by the
+//     kernels. The host only knows the most that it can be, and starts as many blocks. (With several GPUs the host
+//     must know how many rows go where, so there it waits once in each layer.)
+//   - Starting a kernel takes a few microseconds, and what a kernel reads and writes in memory takes longer than what
+//     it computes, unless it is a product of matrices. So small steps that follow each other are one kernel: adding
+//     up the residual stream, its norm, and the router with its choice.
 //   - Products are done by tensor cores, which multiply bfloat16 and add up in float32. The type floatX is what they
 //     multiply: activations, and a rounded copy of the weights, which AdamW makes as it writes the weights. Weights,
-//     their gradients, AdamW's moments (unless --moments bf16), the residual stream x, the router and all losses are
-//     float32.
-//   - Thousands of threads work at the same time. A block of up to 1,024 threads shares fast memory and can wait for its
-//     threads; 32 of them, a warp, go in step and can read each other's registers. Each sum has one owner and a fixed
-//     order, so the bits are the same from run to run. There are no atomic additions of floating-point numbers. (cuBLAS
-//     promises the same for one stream on the same kind of GPU. For NCCL's sums over several GPUs nobody promises it.)
-//   - Memory is read in pieces of 16 bytes, and tensor cores take eight numbers at a time. So all widths must be
+//     their gradients, AdamW's moments (unless --moments bf16), the residual stream x, the router and each token's
+//     loss are float32; what is summed over tokens for losses and norms is double.
+//   - Thousands of threads work at the same time. A block of up to 1,024 threads shares fast memory and can wait for
+//     its threads; 32 of them, a warp, mostly go in step and can read each other's registers (__syncwarp() before one
+//     lane reads memory that another one wrote). Each sum has one owner and a fixed order, so the bits are the same
+//     from run to run. There are no atomic additions of floating-point numbers. (cuBLAS promises the same for one
+//     stream on the same kind of GPU. For NCCL's sums over several GPUs nobody promises it.)
+//   - Memory is read in packs of 8 or 16 bytes, and tensor cores take eight numbers at a time. So all widths must be
 //     multiples of eight, and the vocabulary is filled up to a multiple of 64 with words that do not exist.
 
 #ifndef TRAIN_MOE_NO_MAIN
@@ -78,12 +79,12 @@ static_assert(sizeof(real) == sizeof(float), "the CUDA twin is compared with the
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. What a model is
 //
-// Words that come again and again: a pack is a few numbers that a thread reads or writes at once; a tile is a piece of a
-// matrix that a block multiplies, in shared memory; a chunk is up to BLOCK_ROWS (32) tokens that a block works on; low is
-// what has been rounded to floatX.
+// Words that come again and again: a pack is a few numbers that a thread reads or writes at once; a tile is a piece
+// of a matrix that a block multiplies, in shared memory; a chunk is up to BLOCK_ROWS (32) tokens that a block works
+// on; low is what has been rounded to floatX.
 //
-// Config, Params, Route, Batch and the table of weights are the C twin's. The pointers of Params and Route lead to the
-// device's memory here. Activations have a struct of their own, since many of them are floatX.
+// Config, Params, Route, Batch and the table of weights are the C twin's. The pointers of Params and Route lead to
+// the device's memory here. Activations have a struct of their own, since many of them are floatX.
 
 struct LayerActs {
     float *x;          // (N,C)  the layer's input
@@ -99,11 +100,11 @@ struct LayerActs {
     int2 *tile;           // (tiles)  expert and first row of each tile of rows; see experts.cuh
     int tiles;            // as many as there can be
     float *partial[2];    // (blocks of BLOCK_ROWS tokens, C)  sums for the gradients of the two norms
-    float *drouter;       // (E,C)  the router's gradient, but for a factor; see router_backward
+    float *drouter;       // (E,C)  the router's gradient, but for a factor; see fused_router_backward
 };
 
-// What is added to the residual stream, but has not been added yet. The kernel that takes the next norm adds it up as it
-// reads, so that no pass over memory is spent on the sum alone. Parts that are not there are NULL.
+// What is added to the residual stream, but has not been added yet. The kernel that takes the next norm adds it up as
+// it reads, so that no pass over memory is spent on the sum alone. Parts that are not there are NULL.
 struct Sum {
     const float *x;       // (N,C)
     const floatX *branch; // (N,C)  attention's or a dense layer's output
@@ -127,16 +128,16 @@ struct PlanScratch {
     unsigned *done;                // (1)  blocks that have finished
 };
 
-// Tests let this file take over the C twin's choices, since rounding may choose another expert where two are nearly as good.
-// At first reading skip whatever says `decided`.
+// Tests let this file take over the C twin's choices, since rounding may choose another expert where two are nearly
+// as good. At first reading skip whatever says `decided`.
 struct Decided { // choices of a layer, in the host's memory
     const int *expert, *key, *gate_expert, *groups_expert;
 };
 
 struct Crossing; // several GPUs: "experts on several GPUs" in chapter 3
 
-// Of the base's acts only layer[l].route is used here, and its `experts` not at all. What MPI does for several processes is
-// in its `crossing`, what NCCL does in `transit`.
+// Of the base's acts only layer[l].route is used here, and its `experts` not at all. What MPI does for several
+// processes is in its `crossing`, what NCCL does in `transit`.
 struct Model : ::Model {
     LayerActs *layers; // (L)
     float *x, *rstd;   // (N,C), (N)  the last layer's output and its norm
@@ -185,9 +186,10 @@ struct Model : ::Model {
     int *decided_expert;    // (N,K)
 };
 
-// The report: three numbers of the whole step; then of each layer four arrays (E) - count, lowest, recent, idle - and the
-// numbers ENTROPY to AUX. They are those of Statistics (dev/statistics.h), of the layer's balance losses (AUX), and of
-// expert choice (dev/routers/expert_choice.h): the lowest scores that each expert took, summed over PASSES groups.
+// The report: three numbers of the whole step; then of each layer four arrays (E) - count, lowest, recent, idle - and
+// the numbers ENTROPY to AUX. They are those of Statistics (dev/statistics.h), of the layer's balance losses (AUX),
+// and of expert choice (dev/routers/expert_choice.h): the lowest scores that each expert took, summed over PASSES
+// groups.
 enum { TOTAL_LOSS, TOTAL_AUX, GRADIENT_NORM, SINGLE_REPORTS };
 enum { ENTROPY, DROPPED, ACTIVE, TOKENS, PASSES, AUX, SINGLE_STATS };
 
@@ -199,8 +201,8 @@ double *layer_stats(const Model *m, int l) {
     return m->report + SINGLE_REPORTS + (size_t)l * stats_size(&m->config);
 }
 
-// Words that the head computes: tensor cores are only fast where the vocabulary is a multiple of eight, and best at 64.
-// The weights of the words that do not exist are 0 and stay so; lay_out() of train_moe.c leaves room for them.
+// Words that the head computes: tensor cores are only fast where the vocabulary is a multiple of eight, and best at
+// 64. The weights of the words that do not exist are 0 and stay so; lay_out() of train_moe.c leaves room for them.
 const int ALIGNED = 64;
 int words_with_padding(int V) {
     return div_up(V, ALIGNED) * ALIGNED;
@@ -220,13 +222,13 @@ const int NORM_PARTS = 1024; // sums that make up the norm of all gradients
 
 // ---- matrix products
 //
-// cuBLAS does them. Its matrices are stored column by column, and a row-major matrix is to it the transpose of a
-// column-major one; so it is asked for out^T = b^T a^T.
+// cuBLAS does them. Its matrices are stored column by column: what is to us a matrix row by row, is to it the
+// transpose. So the factors change places.
 
 cublasHandle_t cublas;
 
-// As in the C twin. C++ looks for a function in the namespaces of its arguments' types, too. A SET of this namespace sees to
-// it that matmul(..., SET) is this file's function; elsewhere gpu:: says so.
+// As in the C twin. C++ looks for a function in the namespaces of its arguments' types, too. A SET of this namespace
+// sees to it that matmul(..., SET) is this file's function; elsewhere gpu:: says so.
 enum { SET, ADD };
 
 cudaDataType type_of(const float *) {
@@ -237,8 +239,8 @@ cudaDataType type_of(const __nv_bfloat16 *) {
     return CUDA_R_16BF;
 }
 
-// out (M,N) = or += the sum over k < K of a times b. a is (M,K), or with a_by_k (K,M); b is (N,K), or with b_by_k (K,N).
-// Sums are float32, without TF32.
+// out (M,N) = or += the sum over k < K of a times b. a is (M,K), or with a_by_k (K,M); b is (N,K), or with b_by_k
+// (K,N). Sums are float32, without TF32.
 template <class Out, class In>
 void product(Out *out, const In *a, int a_by_k, const In *b, int b_by_k, int M, int N, int K, int add) {
     float one = 1, beta = add == ADD ? 1 : 0;
@@ -266,10 +268,10 @@ template <class In> void matmul_dw(float *dw, const In *dout, const In *x, int N
 
 // ---- RMSNorm
 //
-// Forward, each warp has one row, of which its lanes read four numbers at a time. Backward, a block has BLOCK_ROWS rows, and
-// its eight warps take them by turns, because the gradient of the norm's weights is a sum over all tokens: each block
-// writes the sum over its own rows, and finish_gradients() adds these sums up at the end. (A block has THREADS = 256
-// threads where nothing else is said.)
+// Forward, each warp has one row, of which its lanes read four numbers at a time. Backward, a block has BLOCK_ROWS
+// rows, and its eight warps take them by turns, because the gradient of the norm's weights is a sum over all tokens:
+// each block writes the sum over its own rows, and finish_gradients() adds these sums up at the end. (A block has
+// THREADS = 256 threads where nothing else is said.)
 
 const int BLOCK_ROWS = 32;
 
@@ -307,8 +309,8 @@ __device__ void sum_of(float (&to)[4], const Sum &from, int n, int c, int C) {
     }
 }
 
-// Adds up row n and takes its norm, by a warp. kept (C), unless NULL, is shared memory: it holds the sum first, and the
-// norm, not rounded, in the end.
+// Adds up row n and takes its norm, by a warp. kept (C), unless NULL, is shared memory: it holds the sum first, and
+// the norm, not rounded, in the end.
 __device__ void norm_of_row(const NormOut &to, const Sum &from, const float *w, float *kept, int n, int C,
                             float eps) {
     int lane = threadIdx.x % 32;
@@ -333,7 +335,8 @@ __device__ void norm_of_row(const NormOut &to, const Sum &from, const float *w, 
         to.rstd[n] = scale;
     }
 
-    // Each lane reads once more what it has read or written itself: from the cache, and without waiting for other lanes.
+    // Each lane reads once more what it has read or written itself: from the cache, and without waiting for other
+    // lanes.
     for (int c = 4 * lane; c < C; c += 128) {
         if (kept) {
             load_pack(a, kept + c);
@@ -389,7 +392,7 @@ __device__ void norm_back(const NormBack &b, const float *dh, int first, int end
     float d[4], x[4], w[4], g[4];
     __syncthreads(); // dh is complete, and mean is free
 
-    // mean(dh * w * y) of each row, by a warp.
+    // Of each row, by a warp: mean(dh * w * x) * rstd^3, so that dx += rstd * dh * w - x * that.
     for (int n = first + warp; n < end; n += warps) {
         float sum = 0;
         for (int c = 4 * lane; c < C; c += 128) {
@@ -473,9 +476,9 @@ void embedding_forward(float *x, const float *embedding, const int *tokens, int 
     }
 }
 
-// to (C) += factor times the sum of the rows order[from] .. order[until-1] of x (.,C); order NULL: rows from .. until-1;
-// factor (C) NULL: 1. By a block of SUM_WARPS warps, for columns 128*strip and the 127 after it: each warp takes every
-// so many-th row, then their sums are added.
+// to (C) += factor times the sum of the rows order[from] .. order[until-1] of x (.,C); order NULL: rows from ..
+// until-1; factor (C) NULL: 1. By a block of SUM_WARPS warps, for columns 128*strip and the 127 after it: each warp
+// takes every so many-th row, then their sums are added.
 const int SUM_WARPS = 8;
 __device__ void add_rows(float *to, const float *x, const int *order, const float *factor, int from, int until,
                          int strip, int C) {
@@ -515,9 +518,9 @@ __global__ void embedding_backward_kernel(float *dembedding, const float *dx, co
     add_rows(dembedding + (size_t)words[blockIdx.x] * C, dx, order, NULL, from, until, blockIdx.y, C);
 }
 
-// dembedding (V,C) += . The host has sorted the tokens: order (N) lists them by word, words (count) are the words that
-// occur, offset (count+1) says where each begins in order. It has the tokens anyway, and so each strip of a row of dembedding
-// has one block that adds to it.
+// dembedding (V,C) += . The host has sorted the tokens: order (N) lists them by word, words (count) are the words
+// that occur, offset (count+1) says where each begins in order. It has the tokens anyway, and so each strip of a row
+// of dembedding has one block that adds to it.
 void embedding_backward(float *dembedding, const float *dx, const int *order, const int *words, const int *offset,
                         int count, int C) {
     if (count > 0) {
@@ -572,8 +575,8 @@ __global__ void cross_entropy_kernel(float *nll, floatX *dlogits, const float *l
     }
 }
 
-// nll (rows), in nats, of logits (rows,W) against targets, and, unless NULL, dlogits (rows,W), the gradient of scale *
-// sum(nll). With PRECISION=fp32 dlogits may be the same array as logits. W is a multiple of four.
+// nll (rows), in nats, of logits (rows,W) against targets, and, unless NULL, dlogits (rows,W), the gradient of scale
+// * sum(nll). With PRECISION=fp32 dlogits may be the same array as logits. W is a multiple of four.
 void cross_entropy(float *nll, floatX *dlogits, const float *logits, const int *targets, int rows, int V, int W,
                    float scale) {
     if (rows > 0) {
@@ -622,9 +625,9 @@ void add_mean(double *to, const float *x, int N, double scale) {
 // 3. The mixture of experts
 //
 // The steps are those of the C twin: scores, choice, weight, balance, capacity, sorting, experts, combining. For the
-// lesson's router all steps of a token up to its choice are one kernel together with the norm before them, and backward
-// from the weights to the gradient of the norm's input is one. Routers of single papers have kernels of their own, in
-// dev/cuda/routers.
+// lesson's router all steps of a token up to its choice are one kernel together with the norm before them, and
+// backward from the weights to the gradient of the norm's input is one. Routers of single papers have kernels of
+// their own, in dev/cuda/routers.
 
 // ---- scores, choice and weight of one token, by a warp whose lanes run over the experts
 
@@ -661,8 +664,8 @@ __device__ void scores_of_row(float *p, float *lse, const float *logits, int E, 
     __syncwarp(); // other lanes will read these
 }
 
-// expert (K): those with the highest score(e), best first; of equal ones the lower index comes first. Scores become whole
-// numbers in the same order (see Rank), so that NaN finds a place, too.
+// expert (K): those with the highest score(e), best first; of equal ones the lower index comes first. Scores become
+// whole numbers in the same order (see Rank), so that NaN finds a place, too.
 template <class Score> __device__ void topk_of_row(int *expert, Score score, int E, int K) {
     int lane = threadIdx.x % 32;
     Rank last = ~(Rank)0;
@@ -757,18 +760,19 @@ __device__ void scores_back_row(float *dlogits, const float *dp, const float *p,
 
 // ---- the plan of a layer: counts, balance and sorting
 //
-// A chunk is BLOCK_ROWS tokens of a group, or what is left of it, and has a block of its own, which counts its choices. The
-// block that finishes last has all chunks' counts, and does what needs the sum over all: for each expert, how many of
-// its choices stand before each chunk; where each expert's rows begin; the balance losses. Then each chunk knows where
-// its choices go, and all chunks place them at the same time. That is a counting sort, as in the C twin, and choices of
-// the same expert stay in the order of their tokens. Sums are taken in the order of the chunks, whichever block is last.
+// A chunk is BLOCK_ROWS tokens of a group, or what is left of it, and has a block of its own, which counts its
+// choices. The block that finishes last has all chunks' counts, and does what needs the sum over all: for each
+// expert, how many of its choices stand before each chunk; where each expert's rows begin; the balance losses. Then
+// each chunk knows where its choices go, and all chunks place them at the same time. That is a counting sort, as in
+// the C twin, and choices of the same expert stay in the order of their tokens. Sums are taken in the order of the
+// chunks, whichever block is last.
 //
-// Blocks cannot wait for each other: there may be more of them than the device runs at a time. So each block writes its
-// counts, makes them visible to the others, and then adds 1 to a counter. The block that makes it reach the number of
-// blocks knows that all other counts are there.
+// Blocks cannot wait for each other: there may be more of them than the device runs at a time. So each block writes
+// its counts, makes them visible to the others, and then adds 1 to a counter. The block that makes it reach the
+// number of blocks knows that all other counts are there.
 
-// What other blocks wrote while this kernel ran may be in this multiprocessor's own cache in an older state: it is read
-// from the cache that all share.
+// What other blocks wrote while this kernel ran may be in this multiprocessor's own cache in an older state: it is
+// read from the cache that all share.
 template <class T> __device__ T fresh(const T *p) {
 #ifdef CUDACPU
     return *p;
@@ -851,8 +855,8 @@ __device__ void choose_row(const Routing &q, const float *logits, int n) {
     }
 }
 
-// logits (R,E) = rows (R,C) router^T, all but the router in shared memory. A warp makes 4 x 4 logits at a time: so each
-// number that it reads is used four times. Its lanes share the sum over C.
+// logits (R,E) = rows (R,C) router^T, all but the router in shared memory. A warp makes 4 x 4 logits at a time: so
+// each number that it reads is used four times. Its lanes share the sum over C.
 template <int R> __device__ void logits_of_rows(float *logits, const float *rows, const float *router, int E, int C) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int task = warp; task < R / 4 * div_up(E, 4); task += THREADS / 32) {
@@ -918,9 +922,10 @@ __global__ void __launch_bounds__(THREADS, 3)
     }
 }
 
-// R: as many rows of C floats as make 64 KiB; the logits come on top. (A block may have 48 KiB for the asking; more must be
-// asked for by cudaFuncSetAttribute, and 99 are the most on consumer chips.) With fewer rows at a time each block would read
-// the router more often. R is a template's argument, since arrays in registers need a fixed size.
+// R: as many rows of C floats as make 64 KiB at most; the logits come on top. (A block may have 48 KiB for the
+// asking; more must be asked for by cudaFuncSetAttribute, and 99 are the most on consumer chips.) With fewer rows at
+// a time each block would read the router more often. R is a template's argument, since arrays in registers need a
+// fixed size.
 int rows_at_a_time(int C) {
     if (C <= 1024) {
         return 16;
@@ -928,10 +933,12 @@ int rows_at_a_time(int C) {
     return C <= 2048 ? 8 : 4;
 }
 
-// Experts whose router is part of the norm's kernel: more of them are better multiplied by cuBLAS.
+// With more experts than these, cuBLAS makes the logits faster.
 const int MOST_ROUTED = 64;
 
-// Whether layer l has the lesson's router alone, in sizes for which the kernels above are made.
+// Whether layer l's experts are chosen by the lesson's router, with nothing that changes its input, in sizes for
+// which the kernels above are made. Parts that decline choices, add losses or limit capacity may be there;
+// finish_route() runs them.
 int has_fused_router(const Model *m, int l) {
     const Config *c = &m->config;
     return is_moe(c, l) && m->router == &topk_router && c->subtokens == 1 && c->experts <= MOST_ROUTED &&
@@ -958,13 +965,13 @@ Routing routing_of(Model *m, int l, int todo) {
     q.aux_weight = c->aux_weight;
     q.z_weight = c->z_weight;
     q.whole_step = c->group == STEP && m->batch.mode == TRAIN_MODE;
-    q.group = m->batch.mode == EVAL_MODE ? q.r.N : q.r.group;
+    q.group = m->batch.mode == EVAL_MODE ? q.r.N : q.r.group; // without balance losses groups need not be told apart
     q.chunks_of_group = div_up(q.group, BLOCK_ROWS);
     q.chunks = q.r.N / max_int(q.group, 1) * q.chunks_of_group;
     q.s = m->plan;
     q.stats = layer_stats(m, l);
     q.tile = a->tile;
-    q.tiles = ranks.ep > 1 ? 0 : a->tiles;
+    q.tiles = ranks.ep > 1 ? 0 : a->tiles; // else tiles are made of what comes: see dispatched_forward
     q.todo = todo;
     return q;
 }
@@ -997,8 +1004,8 @@ void begin_route(Model *m, int l, int N, int T) {
 }
 
 // From the choice to the sorted rows, in this order: some choices are declined; they are counted; the counts of all
-// processes are summed; slopes; losses of single papers; the losses' value; capacity; what is served is counted; rows are
-// placed. What is in `done` has been done by the kernel that chose.
+// processes are summed; slopes; losses of single papers; the losses' value; capacity; what is served is counted; rows
+// are placed. What is in `done` has been done by the kernel that chose.
 void finish_route(Model *m, int l, const float *x, int done) {
     const Config *c = &m->config;
     Route *r = &m->acts.layer[l].route;
@@ -1006,7 +1013,7 @@ void finish_route(Model *m, int l, const float *x, int done) {
     int train = m->batch.mode == TRAIN_MODE, losses = m->batch.mode != EVAL_MODE && !(done & LOSSES);
     size_t choices = (size_t)r->N * r->K;
 
-    // Some routers decline choices by chance.
+    // Some routers decline choices by chance. (The fused kernel counts only where no part declines.)
     if (!(done & STATISTICS)) {
         run_parts(m, l, x, DECLINE);
     }
@@ -1056,7 +1063,8 @@ void finish_route(Model *m, int l, const float *x, int done) {
     launch_place(routing_of(m, l, 0));
 }
 
-// The route of x (N,C), the router's input: everything up to the sorted rows. All routers that are not fused come here.
+// The route of x (N,C), the router's input: everything up to the sorted rows. All routers that are not fused come
+// here.
 void route_forward(Model *m, int l, const float *x, int N, int T) {
     Route *r = &m->acts.layer[l].route;
     begin_route(m, l, N, T);
@@ -1080,8 +1088,8 @@ void start_router_forward(const NormOut &to, const Sum &from, const float *w, co
     CHECK(cudaGetLastError());
 }
 
-// The norm of what is added up, and the choice, in one kernel. What follows the choice is in it, too, as far as no part of a
-// router and no other process must come in between; finish_route() does the rest.
+// The norm of what is added up, and the choice, in one kernel. What follows the choice is in it, too, as far as no
+// part of a router and no other process must come in between; finish_route() does the rest.
 void fused_router_forward(Model *m, int l, const NormOut &to, const Sum &from, int N, int T) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l];
@@ -1121,9 +1129,9 @@ void fused_router_forward(Model *m, int l, const NormOut &to, const Sum &from, i
 // ---- the lesson's router, backward
 
 struct RouterBack {
-    // The gradients by the weights of choices. Each block of the experts' backward product saw TN columns of an expert's
-    // activation only, and wrote a part of each sum: part (column_tiles, slots), in which number r of a row is that of
-    // sorted row r. With part NULL they are summed up in dweight (N,K).
+    // The gradients by the weights of choices. Each block of the experts' backward product saw TN columns of an
+    // expert's activation only, and wrote a part of each sum: part (column_tiles, slots), in which number r of a row
+    // is that of sorted row r. With part NULL they are summed up in dweight (N,K).
     const float *part;
     int column_tiles;
     size_t slots;
@@ -1135,7 +1143,8 @@ struct RouterBack {
     float *dlogits;      // (N,E)  is written, times the norm's rstd
 };
 
-// dlogits (E) of token n, in shared memory, from the gradients by its weights, and from the balance losses. By a warp.
+// dlogits (E) of token n, in shared memory, from the gradients by its weights, and from the balance losses. By a
+// warp.
 __device__ void dlogits_of_row(const RouterBack &b, const Routing &q, float *dlogits, float *dweight, float rstd,
                                int n) {
     const Route &r = q.r;
@@ -1166,8 +1175,9 @@ __device__ void dlogits_of_row(const RouterBack &b, const Routing &q, float *dlo
     }
 }
 
-// dh (R,C), in shared memory, is written: the gradient by the norm's output: of the experts' rows, of dense layers, and dlogits (R,E)
-// router (E,C). A thread makes 4 columns of EACH rows, so that it reads the router once for all of them.
+// dh (R,C), in shared memory, is written: the gradient by the norm's output: of the experts' rows, of dense layers,
+// and dlogits (R,E) router (E,C). A thread makes 4 columns of EACH rows, so that it reads the router once for all of
+// them.
 template <int R>
 __device__ void dh_of_rows(const RouterBack &b, float *dh, const float *dlogits, int first, int count, int E, int C) {
     const int EACH = R < 8 ? R : 8;
@@ -1226,8 +1236,8 @@ template <int R> void start_router_backward(const NormBack &norm, const RouterBa
 }
 
 // From the gradients by the experts' rows and by their weights to dx: through the router and the norm before it. The
-// router's own gradient is dlogits^T h, with h = x * rstd * norm's weights. h is not kept in float32, but x is: so the
-// kernel writes dlogits * rstd, the product takes x, and finish_gradients multiplies with the norm's weights.
+// router's own gradient is dlogits^T h, with h = x * rstd * norm's weights. h is not kept in float32, but x is: so
+// the kernel writes dlogits * rstd, the product takes x, and finish_gradients multiplies with the norm's weights.
 void fused_router_backward(Model *m, int l, const NormBack &norm, RouterBack b) {
     const Config *c = &m->config;
     const LayerActs *a = &m->layers[l];
@@ -1262,14 +1272,15 @@ void losses_backward(Model *m, int l, float *dx, float *dweight, const float *x)
     }
 }
 
-// Adds to dx (N,C), the gradient by the router's input x, from dweight (N,K). All routers that are not fused come here.
+// Adds to dx (N,C), the gradient by the router's input x, from dweight (N,K). All routers that are not fused come
+// here.
 void route_backward(Model *m, int l, float *dx, float *dweight, const float *x) {
     losses_backward(m, l, dx, dweight, x);
     kernels_of(m->router)->backward(m, l, dx, dweight, x);
 }
 
-// After a step: what changes without a gradient, and what the log says of the last steps; nothing where the gradients'
-// norm is not finite.
+// After a step: what changes without a gradient, and what the log says of the last steps; nothing where the
+// gradients' norm is not finite.
 __global__ void router_update_kernel(const double *norm, double *stats, float *bias, int E, double bias_rate) {
     int e = (int)thread_of_grid();
     if (e >= E || !isfinite(*norm)) {
@@ -1310,28 +1321,30 @@ void combine(Out *out, const float *from, const floatX *branch, const floatX *ro
 
 // ---- experts on several GPUs
 //
-// Each process has some of the experts, and its own tokens. In each layer the tokens go to where their experts are, and
-// the answers come back: an all-to-all. A token goes to a process once, with the numbers and the weights of all experts
-// that it has there, and one row comes back, already added up. On each side:
+// Each process has some of the experts, and its own tokens. In each layer the tokens go to where their experts are,
+// and the answers come back: an all-to-all. A token goes to a process once, with the numbers and the weights of all
+// experts that it has there, and one row comes back, already added up. On each side:
 //
-//   1. For each choice, which process has the expert? (destinations_kernel) Rows to send are sorted by process, in the
-//      same way as choices are sorted by expert: the route `sending` of LayerExchange.
+//   1. For each choice, which process has the expert? (destinations_kernel) Rows to send are sorted by process, in
+//      the same way as choices are sorted by expert: the route `sending` of LayerExchange.
 //   2. The counts go to the host, since NCCL wants to hear from there how many rows go where, and all tell each other
 //      by MPI how many they send (exchange_counts). In a layer this is the only time that the host waits.
 //   3. The rows are packed, and sent and received by ncclSend and ncclRecv (dispatch).
-//   4. What came is sorted by expert; the experts work on it; the answers are added up for each row (experts_on_rows).
+//   4. What came is sorted by expert; the experts work on it; the answers are added up for each row
+//      (experts_on_rows).
 //   5. The answers travel back, to m->rows. The kernel that takes the next norm adds them up by sending.row.
 //
-// With --overlap the tokens travel in two portions: the experts work on the first while the second is still on its way.
-// NCCL works in a stream of its own, `network`. What is sent stands between depart(), after which the network waits for what
-// the other stream has computed so far, and arrive(event), which says on the network that all is here. wait_for(event)
-// makes the other stream wait for that; the host waits for none of them. The network works in order, so the event of the
-// last portion stands for all. A Portion is kept from forward to backward, a Travel only while rows are on their way.
-// (With one GPU none of this is used: a first reading may go on at the feed-forward layers.)
+// With --overlap the tokens travel in two portions: the experts work on the first while the second is still on its
+// way. NCCL works in a stream of its own, `network`. What is sent stands between depart(), after which the network
+// waits for what the other stream has computed so far, and arrive(event), which says on the network that all is here.
+// wait_for(event) makes the other stream wait for that; the host waits for none of them. The network works in order,
+// so the event of the last portion stands for all. A Portion is kept from forward to backward, a Travel only while
+// rows are on their way. (With one GPU none of this is used: a first reading may go on at the feed-forward layers.)
 
 #include "dev/cuda/crossing.cuh" // what travels, its memory, and the small kernels that pack and unpack it
 
-// Packs the rows of `from` (N,C) that go, in the order of their destinations.
+// Packs the rows of `from` (N,C) that go, in the order of their destinations: with K = 1 combine() copies row
+// token[i] to i.
 void pack_rows(Model *m, int l, const floatX *from, int C) {
     const LayerExchange *ex = &m->transit->layer[l];
     int rows = ex->portion[0].rows + (m->config.overlap ? ex->portion[1].rows : 0);
@@ -1348,8 +1361,10 @@ void dispatch(Model *m, int l, const floatX *x, int C) {
     size_t choices = (size_t)r->N * K;
     sending->N = r->N;
 
-    // 1. Where do the choices go? Count them, and sort the tokens by their destinations.
-    // cross->counts: where each place's rows begin (places+1), and how many choices go there (places).
+    // 1. Where do the choices go? A place is a process in one portion. expert: each choice's place; served: the same,
+    //    but -1 where an earlier choice of the token goes there, too. So the first count is of choices, and the
+    //    second one of rows. cross->counts: where each place's rows begin (places+1), and how many choices go there
+    //    (places).
     memset(cross->counts, 0, (size_t)(2 * places + 1) * sizeof(int));
     if (r->N > 0) {
         destinations_kernel<<<blocks(choices), THREADS, 0, stream>>>(sending->expert, sending->served, r->served,
@@ -1502,12 +1517,13 @@ void dense_backward(Model *m, int l) {
 
 // ---- the layer
 //
-// For the lesson's router the C twin's moe_forward is fused_router_forward(), together with the norm, and then
-// experts_answer(). For the others it is moe_forward() below.
+// Where has_fused_router() says so, the C twin's moe_forward is fused_router_forward(), together with the norm, and
+// then experts_answer(). Elsewhere, also for the lesson's router with more than MOST_ROUTED experts, it is
+// moe_forward() below.
 
-// What the experts' products are told of a layer (experts.cuh). A tile is TM rows of one expert; a block multiplies a tile
-// by TN rows of that expert's matrix. The host does not know how many tiles there are: N*K/TM + E at most. It starts as many
-// blocks as that takes, and a block whose tile does not exist (expert -1 in the list) returns at once.
+// What the experts' products are told of a layer (experts.cuh). A tile is TM rows of one expert; a block multiplies a
+// tile by TN rows of that expert's matrix. The host does not know how many tiles there are: N*K/TM + E at most. It
+// starts as many blocks as that takes, and a block whose tile does not exist (expert -1 in the list) returns at once.
 Experts experts_of(const Model *m, int l) {
     const Route *r = &m->acts.layer[l].route;
     Experts x = m->experts;
@@ -1535,8 +1551,8 @@ void experts_answer(Model *m, int l, const floatX *x) {
     experts_forward(m->rows, a->hidden, m->act, x, low_of(m, w->w_in), low_of(m, w->w_out), r->weight, &experts);
 }
 
-// Their way back, given dout (N,C): the gradients by their weights, by the rows of x (m->rows), and by the weights of the
-// choices: in m->dweight_part (see sum_dweight), or with several processes in m->dweight.
+// Their way back, given dout (N,C): the gradients by their weights, by the rows of x (m->rows), and by the weights of
+// the choices: in m->dweight_part (see sum_dweight), or with several processes in m->dweight.
 void experts_answer_back(Model *m, int l, const floatX *dout, const floatX *x) {
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
     const Route *r = &m->acts.layer[l].route;
@@ -1557,7 +1573,7 @@ const int *rows_of_tokens(const Model *m, int l) {
     return ranks.ep > 1 ? m->transit->layer[l].sending.row : m->acts.layer[l].route.row;
 }
 
-// m->dweight (N,K), where another kernel than the fused one reads it.
+// Sums up the parts in m->dweight (N,K), for routers that are not fused, and for losses that add to it.
 void gather_dweight(Model *m, int l) {
     const Route *r = &m->acts.layer[l].route;
     if (ranks.ep == 1) {
@@ -1588,8 +1604,9 @@ void moe_backward(Model *m, int l, float *dx, const floatX *dout, const floatX *
 
 #include "dev/cuda/activations.cuh" // the arrays of LayerActs, Route and Model, cut from one piece of memory
 
-// A model for N tokens. It is laid out twice, the first time to see how much memory it takes, since the driver gives memory
-// in pieces of 2 MiB and one allocation wastes least. parent: generation's model has the weights of this one.
+// A model for N tokens. It is laid out twice, the first time to see how much memory it takes, since the driver gives
+// memory in pieces of 2 MiB and one allocation wastes least. parent: the model whose weights it shares (generation);
+// NULL: none.
 Model *new_model(const Config *config, int N, int train, const Model *parent, int dry) {
     Model *m = (Model *)allocate(1, sizeof(Model));
     m->config = *config;
@@ -1608,7 +1625,8 @@ Model *new_model(const Config *config, int N, int train, const Model *parent, in
 
 #include "dev/cuda/device.cuh" // the device's start; what it cannot do, and what does not fit into its memory
 
-// The router that has no kernels yet, of those that the options ask for; NULL: all have. Such a router trains on the CPU.
+// The router that has no kernels yet, of those that the options ask for; NULL: all have. Such a router trains on the
+// CPU.
 const ::Router *router_without_kernels(const Config *c) {
     for (const ::Router *r : all_routers) {
         if (moe_layers(c) > 0 && router_is_used(r, c) && !kernels_of(r)) {
@@ -1628,11 +1646,11 @@ void round_weights(Model *m, size_t from, size_t end) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. The whole model, forward and backward
 //
-// As in the C twin, but what a layer adds to the residual stream is added by the kernel of the next norm: feed_forward
-// returns a Sum, and the next layer's first norm takes it.
+// As in the C twin, but what a layer adds to the residual stream is added by the kernel of the next norm:
+// feed_forward returns a Sum, and the next layer's first norm takes it.
 
-// The first half of layer l, up to attention's output, which is left in m->branch: from `before`, what the layers below
-// add up to, which becomes a->x. In layer 0, and with --recompute, it is a->x itself, and is not written.
+// The first half of layer l, up to attention's output, which is left in m->branch: from `before`, what the layers
+// below add up to, which becomes a->x. In layer 0, and with --recompute, it is a->x itself, and is not written.
 void attend_forward(Model *m, int l, Sum before) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l];
@@ -1694,8 +1712,8 @@ Sum feed_forward(Model *m, int l) {
     return sum;
 }
 
-// Its way back, with that of the second norm: m->dx (N,C) comes in as the gradient by the layer's output, m->dx_low as
-// the same, rounded; both leave as the gradient by a->mid.
+// Its way back, with that of the second norm: m->dx (N,C) comes in as the gradient by the layer's output, m->dx_low
+// as the same, rounded; both leave as the gradient by a->mid.
 void feed_backward(Model *m, int l) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l];
@@ -1706,7 +1724,8 @@ void feed_backward(Model *m, int l) {
     if (has_fused_router(m, l)) {
         experts_answer_back(m, l, m->dx_low, a->h2);
 
-        // With losses that have a part in the weights' gradients, and with several processes, these are summed before.
+        // With losses that have a part in the weights' gradients, and with several processes, these are summed
+        // before.
         RouterBack b = {};
         b.dweight = m->dweight;
         if (ranks.ep == 1 && !has_part(m, LOSS)) {
@@ -1842,9 +1861,9 @@ __global__ void finish_gradients_kernel(const Gradient *list, int rows, int C) {
     add_rows(g.to, g.from, NULL, g.factor, 0, g.rows ? g.rows : rows, blockIdx.x, C);
 }
 
-// What is left to sum up: of each layer, from the last to the first, the two norms and the router's rows; before all, the
-// last norm. Backward starts one kernel for all; but with several processes one for each layer, whose gradients can then
-// be sent.
+// What is left to sum up: of each layer, from the last to the first, the two norms and the router's rows; before all,
+// the last norm. Backward starts one kernel for all; but in the last batch of a step of several processes one for
+// each layer, whose gradients can then be sent.
 void finish_gradients(Model *m, int first, int count) {
     int C = m->config.dim, N = m->batch.B * m->batch.T;
     if (count > 0 && N > 0) {
@@ -2053,7 +2072,7 @@ void model_update(::Model *base, int step, double lr) {
         gpu::gradient_norm(norm, m->memory[GRADS], m->size, m->norm_part);
     }
 
-    // One kernel for each tensor: they are large enough to be worth one.
+    // One kernel for each tensor: simple, and nearly all the time goes to the large ones.
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         if (!i || t->layer != m->tensors[i - 1].layer) {
@@ -2091,8 +2110,8 @@ void model_update(::Model *base, int step, double lr) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. Training: what the loop of train_moe.c asks of this device
 
-// One token at `position`; logits (V) of the next one, on the host. m->one does what a forward pass does, except that its
-// attention looks at the keys and values in its cache.
+// One token at `position`; logits (V) of the next one, on the host. m->one does what a forward pass does, except that
+// its attention looks at the keys and values in its cache.
 void model_generate(::Model *base, int token, int position, real *logits) {
     Model *m = (Model *)base, *one = m->one;
     const Config *c = &m->config;
