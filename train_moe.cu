@@ -1547,6 +1547,9 @@ void experts_answer(Model *m, int l, const floatX *x) {
         return;
     }
     dense_forward(m, l);
+    if (r->N == 0) { // a process without tokens, at evaluation
+        return;
+    }
     Experts experts = experts_of(m, l);
     experts_forward(m->rows, a->hidden, m->act, x, low_of(m, w->w_in), low_of(m, w->w_out), r->weight, &experts);
 }
@@ -1857,8 +1860,8 @@ struct Gradient {
 };
 
 __global__ void finish_gradients_kernel(const Gradient *list, int rows, int C) {
-    Gradient g = list[blockIdx.y];
-    add_rows(g.to, g.from, NULL, g.factor, 0, g.rows ? g.rows : rows, blockIdx.x, C);
+    Gradient g = list[blockIdx.x];
+    add_rows(g.to, g.from, NULL, g.factor, 0, g.rows ? g.rows : rows, blockIdx.y, C);
 }
 
 // What is left to sum up: of each layer, from the last to the first, the two norms and the router's rows; before all,
@@ -1867,7 +1870,7 @@ __global__ void finish_gradients_kernel(const Gradient *list, int rows, int C) {
 void finish_gradients(Model *m, int first, int count) {
     int C = m->config.dim, N = m->batch.B * m->batch.T;
     if (count > 0 && N > 0) {
-        finish_gradients_kernel<<<dim3(div_up(C, 128), count), 32 * SUM_WARPS, 0, stream>>>(m->gradients + first,
+        finish_gradients_kernel<<<dim3(count, div_up(C, 128)), 32 * SUM_WARPS, 0, stream>>>(m->gradients + first,
                                                                                             div_up(N, BLOCK_ROWS), C);
         CHECK(cudaGetLastError());
     }

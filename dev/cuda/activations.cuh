@@ -107,11 +107,12 @@ void allocate_route(Model *m, int l, int n) {
     }
 }
 
-// Scratch for the plan of a layer of n tokens, and, with several processes, for rows by process.
+// Scratch for the plan of a layer of n tokens. With several processes it serves for rows by process, too, and for what came
+// from all of a group: ep times as many tokens at most, but only 1/ep of the experts and the copies.
 void allocate_plan(Model *m, int n) {
     const Config *c = &m->config;
     PlanScratch *s = &m->plan;
-    size_t E = (size_t)max_int(c->experts, 2 * ranks.ep), groups = (size_t)most_groups(m),
+    size_t E = (size_t)max_int(c->experts + ranks.ep * c->replicate, 2 * ranks.ep), groups = (size_t)most_groups(m),
            K = (size_t)most_choices(c);
     size_t of_group = (size_t)div_up(c->group == SEQUENCE ? c->seq * c->subtokens : n, BLOCK_ROWS),
            chunks = groups * of_group;
@@ -231,7 +232,7 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     m->act = own_low(m, of_experts > width ? of_experts : width);
     m->branch = own_low(m, NC);
     m->router_in = own_floats(m, moe && !has_fused_router(m, first_moe_layer(c)) ? NC : 0);
-    m->head_rows = max_int(1, min_int(N, (1 << 28) / V / 128 * 128 + 1)); // 1 GiB of float logits at most
+    m->head_rows = max_int(1, min_int(N, (1 << 28) / V / 128 * 128)); // 1 GiB of float logits at most
     m->word_logits = own_floats(m, (size_t)m->head_rows * V);
     m->nll = own_floats(m, N);
     m->angles = own_floats(m, (size_t)c->seq * (C / c->heads));

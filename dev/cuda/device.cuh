@@ -22,6 +22,9 @@ void check_memory(const Config *c, int N, int train) {
     CHECK(cudaMemGetInfo(&left, &total));
     double need = bytes_of(c, N, train), mib = 1048576;
     left -= left / 32 < (size_t)512 << 20 ? left / 32 : (size_t)512 << 20;
+    if (MANY) { // NCCL takes its buffers when it first sends to another process
+        left -= left / 16 < (size_t)2 << 30 ? left / 16 : (size_t)2 << 30;
+    }
     if (need <= (double)left) {
         return;
     }

@@ -64,12 +64,21 @@ __device__ void scan_counts(const Routing &q) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int e = warp; e < q.r.E; e += THREADS / 32) {
         int *count = q.s.count + (size_t)e * q.chunks, sum = 0;
-        for (int first = 0; first < q.chunks; first += 32) {
-            int chunk = first + lane, own = chunk < q.chunks ? fresh(&count[chunk]) : 0, up_to = warp_scan(own);
-            if (chunk < q.chunks) {
-                count[chunk] = sum + up_to - own;
+        for (int first = 0; first < q.chunks; first += 32 * AHEAD) {
+            int own[AHEAD]; // all are asked for before the first is needed
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                int chunk = first + 32 * j + lane;
+                own[j] = chunk < q.chunks ? fresh(&count[chunk]) : 0;
             }
-            sum += __shfl_sync(ALL_LANES, up_to, 31);
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                int chunk = first + 32 * j + lane, up_to = warp_scan(own[j]);
+                if (chunk < q.chunks) {
+                    count[chunk] = sum + up_to - own[j];
+                }
+                sum += __shfl_sync(ALL_LANES, up_to, 31);
+            }
         }
         if (lane == 0) {
             q.s.total[e] = sum;

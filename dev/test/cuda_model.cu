@@ -379,7 +379,9 @@ void check_stats(const Twins *t, double tolerance) { // after model_losses
         const Lowest *low = lowest_of(t->host, l);
         const double *lowest = found->count + t->c.experts, passes = found->count[4 * t->c.experts + gpu::PASSES];
         for (int e = 0; e < t->c.experts; e++) {
-            assert_true(found->count[e] == wanted->count[e]);
+            if (found->count[e] != wanted->count[e]) {
+                fail_msg("%s: layer %d, expert %d has %.0f choices, not %.0f", t->name, l, e, found->count[e], wanted->count[e]);
+            }
             assert_near(lowest[e], low ? low->sum[e] : 0, tolerance);
             assert_near(found->recent[e], wanted->recent[e], 1e-12);
             assert_int_equal(found->idle[e], wanted->idle[e]);
@@ -427,6 +429,25 @@ int same_unchosen(const Twins *t) {
     return same;
 }
 
+// Whether both twins declined the same second choices (dev/routers/gshard.h): the draw may lie between their weights.
+int same_declines(const Twins *t) {
+    int same = 1;
+    for (int l = 0; l < t->c.layers && t->c.second_threshold > 0; l++) {
+        if (!is_moe(&t->c, l)) {
+            continue;
+        }
+        const Route *r = &t->host->acts.layer[l].route;
+        const real *found = take_back(t->device->acts.layer[l].route.weight, (size_t)r->N * r->K);
+        uint64_t stream = random_stream((uint64_t)t->c.seed, RANDOM_SECOND, (uint64_t)t->host->batch.step, (uint64_t)l);
+        for (int n = 0; n < r->N; n++) {
+            uint64_t token = (uint64_t)(t->host->batch.first_token * t->c.subtokens + n);
+            double draw = random_uniform(stream, token) * t->c.second_threshold * t->c.scale;
+            same &= (draw >= (double)found[2 * n + 1]) == (draw >= (double)r->weight[2 * n + 1]);
+        }
+    }
+    return same;
+}
+
 // The logits (N,V) of the last pass, without those of words that do not exist.
 real *take_back_logits(const gpu::Model *device, int N) {
     int V = device->config.vocab, W = gpu::words_with_padding(V);
@@ -450,7 +471,7 @@ int check_pass(Twins *t, int mode, int decided, double tolerance) {
     decide(t, decided);
     gpu::model_forward(t->device, &batch);
     gpu::model_losses(t->device, &loss, &aux, &norm);
-    if (!check_plans(t) || !same_unchosen(t))
+    if (!check_plans(t) || !same_unchosen(t) || !same_declines(t))
         return 0;
     real *wanted = take_reals((size_t)N * V);
     all_logits(t->host, wanted, N);
