@@ -47,20 +47,7 @@
 #endif
 
 // From here on the names of chapter 2 of train_moe.c mean this file's functions. (Tests call the plain ones.)
-#undef matmul
-#undef matmul_dx
-#undef matmul_dw
-#undef grouped_matmul
-#undef grouped_matmul_dx
-#undef grouped_matmul_dw
-#undef softmax
-#undef rmsnorm_forward
-#undef rmsnorm_backward
-#undef attention_forward
-#undef attention_backward
-#undef activation_forward
-#undef activation_backward
-#undef sum_of_squares
+#include "dev/cpu/plain_names.h"
 
 namespace gpu {
 

@@ -31,6 +31,16 @@ size_t lay_activations(Model *m, int l, int N, real *memory) {
     return used;
 }
 
+// Points a route to 5 * choices + E + 1 integers.
+void lay_choices(Route *r, int *integers, size_t choices) {
+    r->expert = integers;
+    r->served = r->expert + choices;
+    r->row = r->served + choices;
+    r->choice = r->row + choices;
+    r->token = r->choice + choices;
+    r->offset = r->token + choices;
+}
+
 void allocate_route(Model *m, int l, int n) {
     const Config *c = &m->config;
     Route *r = &m->acts.layer[l].route;
@@ -44,12 +54,7 @@ void allocate_route(Model *m, int l, int n) {
     r->lse = own_reals(m, n);
     r->weight = own_reals(m, choices);
     int *integers = (int *)own(m, choices * 5 + E + 1, sizeof(int));
-    r->expert = integers;
-    r->served = r->expert + choices;
-    r->row = r->served + choices;
-    r->choice = r->row + choices;
-    r->token = r->choice + choices;
-    r->offset = r->token + choices;
+    lay_choices(r, integers, choices);
 
     r->count = own_by_group(m, n, E);
     r->slope = own_by_group(m, n, E);

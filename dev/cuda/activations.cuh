@@ -85,12 +85,7 @@ void allocate_route(Model *m, int l, int n) {
     r->lse = own_floats(m, n);
     r->weight = own_floats(m, choices);
     int *ints = own_ints(m, choices * 5 + E + 1);
-    r->expert = ints;
-    r->served = r->expert + choices;
-    r->row = r->served + choices;
-    r->choice = r->row + choices;
-    r->token = r->choice + choices;
-    r->offset = r->token + choices;
+    lay_choices(r, ints, choices);
     r->count = own_by_group(m, n, E);
     r->slope = own_by_group(m, n, E);
     a->tiles = (int)(choices / TM) + E;

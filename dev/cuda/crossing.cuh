@@ -247,12 +247,7 @@ void own_exchange(Model *m, int l, int n) {
     int *ints = own_ints(m, choices * 5 + to + 1);
     r->E = to;
     r->K = K;
-    r->expert = ints;
-    r->served = r->expert + choices;
-    r->row = r->served + choices;
-    r->choice = r->row + choices;
-    r->token = r->choice + choices;
-    r->offset = r->token + choices;
+    lay_choices(r, ints, choices);
     for (int i = 0; i < 2; i++) {
         Portion *p = &ex->portion[i];
         p->sent = (int *)own_host(m, (size_t)ranks.ep * 4, sizeof(int));

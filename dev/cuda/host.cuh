@@ -80,12 +80,7 @@ const Route *model_route(const ::Model *base, int l) {
         int *ints = (int *)own_host(m, most * 5 + from->E + 1, sizeof(int));
         to->E = from->E;
         to->K = from->K;
-        to->expert = ints;
-        to->served = ints + most;
-        to->row = ints + 2 * most;
-        to->choice = ints + 3 * most;
-        to->token = ints + 4 * most;
-        to->offset = ints + 5 * most;
+        lay_choices(to, ints, most);
     }
     to->N = from->N;
     if (!from->E || !from->N) {

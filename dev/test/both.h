@@ -4,20 +4,7 @@
 
 #pragma once
 #include "dev/cpu/fast.h"
-#undef matmul
-#undef matmul_dx
-#undef matmul_dw
-#undef grouped_matmul
-#undef grouped_matmul_dx
-#undef grouped_matmul_dw
-#undef softmax
-#undef rmsnorm_forward
-#undef rmsnorm_backward
-#undef attention_forward
-#undef attention_backward
-#undef activation_forward
-#undef activation_backward
-#undef sum_of_squares
+#include "dev/cpu/plain_names.h"
 
 // The experts, row after row, by the lesson's plain loops: for each row of its own or, with `token`, for that token's row of
 // x and dout. Shapes and arguments are those of experts_forward and experts_backward; act (rows,F) is kept, too.
