@@ -17,7 +17,9 @@
 #include <signal.h>
 #include <sys/stat.h>
 
+#ifndef BLOCK_BYTES              // dev/test/fuzz.c takes smaller ones
 #define BLOCK_BYTES  (8 << 20)   // of text at a time; a longer document makes it grow
+#endif
 #define SHARD_TOKENS 100000000   // of a token file
 #define WORD_MEMORY  (256 << 20) // bytes for counting words
 #define SEPARATOR    "<|endoftext|>"
