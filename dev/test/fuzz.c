@@ -585,9 +585,9 @@ static const struct {
      "\"factor\":2.0},\"mlp_bias\":false,\"max_position_embeddings\":8,\"num_key_value_heads\":2,\"hidden_act\":\"silu\"}"},
     {"index", "{\"metadata\":{\"total_size\":1},\"weight_map\":{\"model.embed_tokens.weight\":\"part.safetensors\","
               "\"model.norm.weight\":\"part.safetensors\"}}"},
-    {"options", "--recipe\ndeepseek-v3\n--layers\n1\n--dim\n8\n--heads\n2\n--ffn\n4\n--experts\n4\n--seq\n8"},
+    {"options", "--recipe\ndeepseek-v3\n--layers\n2\n--dim\n8\n--heads\n2\n--ffn\n4\n--experts\n4\n--seq\n8"},
     {"options", "--recipe=switch\n--layers=2\n--dim=8\n--heads=2\n--ffn=4\n--experts=4\n--seq=8\n--capacity-factor=1.25\n--z-weight=0"},
-    {"options", "--select\nexpert-choice\n--group\nsequence\n--balance\nunbiased\n--score\nsigmoid\n--dim\n8\n--heads\n4"},
+    {"options", "--select\nexpert-choice\n--group\nsequence\n--balance\nswitch\n--score\nsigmoid\n--dim\n8\n--heads\n4"},
     {"texts", "\x40It\xc3\xa2\xe2\x82\xac\xe2\x84\xa2s a day.\r\n\r\n\r\n<|endoftext|>Once, |endoftext|> the cat. \"The end\""},
     {"texts", "\xc0" "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA<|endoftext|>BBBBBBBBBBBBBBBBBBB<|endoftext|>\n<|endoftext|>c"},
     {"prompt", "\x1bOnce upon a time<|endoftext|>{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"},
