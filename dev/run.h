@@ -269,16 +269,14 @@ void start_run(Run *run, const Config *asked) {
 int prepare_run(Run *run, const Config *asked) {
     Config *c = &run->config;
     char checkpoint[4096];
-    snprintf(checkpoint, sizeof(checkpoint), "%s/latest", run->out);
     if (has_file(run->out, "config.json")) {
         usage_fail("%s is a model, not a run directory: start from it by --init, or resume the run that holds it",
                    run->out);
     }
-    int resumed = asked->resume && has_file(checkpoint, "config.json"), count;
+    int resumed = asked->resume && find_checkpoint(run->out, 1, checkpoint), count;
     long left = smallest_checkpoint(run->out, &count);
     if (asked->resume && !resumed && left >= 0) {
-        fail("%s does not lead to a checkpoint, though there are some beside it: link it to one that is whole",
-             checkpoint);
+        fail("%s/latest does not lead to a checkpoint, and none of those beside it is whole", run->out);
     }
     if (!asked->resume && (has_file(run->out, "log.jsonl") || left >= 0)) {
         usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
@@ -341,9 +339,8 @@ void open_log(Run *run) {
 void answer_prompt(Run *run, const Config *asked) {
     char dir[4096], path[4200], *text = NULL;
     Config *c = &run->config;
-    int is_model = has_file(run->out, "config.json"); // a checkpoint or Hugging Face directory itself
-    snprintf(dir, sizeof(dir), "%s%s", run->out, is_model ? "" : "/latest");
-    if (!has_file(dir, "config.json")) {
+    snprintf(dir, sizeof(dir), "%s", run->out); // a checkpoint or Hugging Face directory itself
+    if (!has_file(dir, "config.json") && !find_checkpoint(run->out, 0, dir)) {
         fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
     }
     config_from_directory(c, dir);

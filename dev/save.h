@@ -1,30 +1,10 @@
 // The checkpoints of a run: written, found again, read.
-// Gives: save_checkpoint, load_weights, smallest_checkpoint, cut_log. Needs: Run of dev/run.h, which includes it.
+// Gives: save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
 // move: whenever the machine stops, the last checkpoint is complete.
 #pragma once
-
-// The smallest step of the checkpoint-STEP folders in out, -1 where there is none; *count says how many there are.
-long smallest_checkpoint(const char *out, int *count) {
-    long step, smallest = -1;
-    char rest;
-    DIR *dir = opendir(out);
-    *count = 0;
-    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
-        if (sscanf(entry->d_name, "checkpoint-%ld%c", &step, &rest) != 1) {
-            continue;
-        }
-        (*count)++;
-        if (smallest < 0 || step < smallest) {
-            smallest = step;
-        }
-    }
-    if (dir) {
-        closedir(dir);
-    }
-    return smallest;
-}
+#include "directory.h"
 
 void sync_directory(const char *path) {
     int dir = open(path, O_RDONLY);
