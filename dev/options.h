@@ -62,6 +62,8 @@ const Option base_options[] = {
     TEXT("init", init, "", RUN, "Files", "start from the weights in this checkpoint or Hugging Face directory"),
     TEXT("tokenizer", tokenizer, "", RUN, "Files", "tokenizer.json to use where the data folder has none"),
     FLAG("resume", resume, RUN, "Files", "go on from the last checkpoint in --out; start where there is none"),
+    FLAG("trust-weights", trust_weights, RUN, "Files",
+         "load a checkpoint as it is, even where its files do not have the checksums that were written beside them"),
     TEXT("recipe", recipe, "mixtral", MODEL, "Model", "which router: a row of the options below; see --list-recipes"),
     FLAG("list-recipes", list_recipes, RUN, "Model", "show the recipes and what each one chooses"),
     INTEGER("layers", layers, "2", 1, 1000, MODEL, "Model", "layers (L)"),

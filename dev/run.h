@@ -207,6 +207,7 @@ void share_batch(Config *c, const Config *asked, const char *checkpoint) {
 int resume_run(Run *run, const Config *asked, const char *checkpoint) {
     Config *c = &run->config;
     char path[4200];
+    check_small_files(checkpoint);
     snprintf(path, sizeof(path), "%s/trainer_state.json", checkpoint);
     size_t size;
     char *text = read_file(path, &size);
@@ -245,6 +246,7 @@ void start_run(Run *run, const Config *asked) {
     Config *c = &run->config;
     if (c->init[0]) {
         Config mine = *asked;
+        check_small_files(c->init);
         config_from_directory(c, c->init);
         if (!asked->given[find_option("recipe")]) { // the checkpoint's, whose training options go with its model
             config_recipe(&mine, c->recipe);
@@ -343,6 +345,7 @@ void answer_prompt(Run *run, const Config *asked) {
     if (!has_file(dir, "config.json") && !find_checkpoint(run->out, 0, dir)) {
         fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
     }
+    check_small_files(dir);
     config_from_directory(c, dir);
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
     c->batch = 1; // generation needs none, and the saved one is that of all processes
@@ -387,6 +390,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     }
     share_cores(&asked);
     run->config = asked;
+    trust_files = asked.trust_weights;
     run->backend = backend;
     if (strlen(asked.out) > 1900) {
         usage_fail("--out: a path of %zu bytes is too long", strlen(asked.out));

@@ -15,7 +15,7 @@ void sync_directory(const char *path) {
 }
 
 // The small files of a checkpoint: what transformers wants to know, and what is needed to go on.
-void write_small_files(const Run *run, const char *dir) {
+void write_small_files(const Run *run, const char *dir, FILE *sums) {
     const Tokenizer *t = run->tokenizer;
     const char *const eot = "<|endoftext|>";
     char text[512];
@@ -34,6 +34,7 @@ void write_small_files(const Run *run, const char *dir) {
     n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f}\n", run->step,
                  data_fingerprint(run->train));
     write_text(dir, "trainer_state.json", text, (size_t)n);
+    sum_small_files(sums, dir);
 }
 
 // Gives the finished folder `dir` its name and turns the link `latest` to it.
@@ -74,13 +75,15 @@ void remove_old_checkpoints(const Run *run) {
 }
 
 // One file of a checkpoint: all tensors of each of the arrays that `what` lists, under the prefix of that array. The
-// first of several processes writes what all have, and never has more than one whole tensor besides its own part.
-void write_tensors(const Run *run, const char *name, const int *what, const char *const *prefix, int arrays) {
+// first of several processes writes what all have, and never has more than one whole tensor besides its own part. The
+// checksums of the tensors go to `sums`.
+void write_tensors(const Run *run, const char *name, const int *what, const char *const *prefix, int arrays, FILE *sums) {
     Model *m = run->model;
     int count;
     Part *parts = model_parts(m, &count);
     const char *dir = unfinished_path;
-    FILE *file = ranks.rank ? NULL : start_safetensors(dir, name, parts, count, prefix, arrays);
+    FILE *file = ranks.rank ? NULL : start_safetensors(dir, name, parts, count, prefix, arrays, sums);
+    const Part *p = parts;
     real *tensor = allocate_tensor(m);
     for (int i = 0; i < arrays * m->tensor_count; i++) {
         int array = what[i / m->tensor_count];
@@ -95,8 +98,14 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
         if (file) {
             write_numbers(file, dir, name, tensor, size);
         }
+        p = i % m->tensor_count ? p : parts;
+        for (; file && p < parts + count && p->tensor == i % m->tensor_count; p++) {
+            sum_tensor(sums, i == 0 && p == parts, prefix[i / m->tensor_count], p->name, tensor + p->offset,
+                       part_size(p) * sizeof(real));
+        }
     }
     if (file) {
+        end_sums(sums);
         close_written(file, dir, name);
     }
     free(tensor);
@@ -106,7 +115,9 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
 void save_checkpoint(Run *run) {
     int first = ranks.rank == 0, weights[] = {WEIGHTS}, moments[] = {MOMENT1, MOMENT2};
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
-    char name[64];
+    char name[64], *list = NULL;
+    size_t size = 0;
+    FILE *sums = open_memstream(&list, &size); // checksums.json
     snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     if (first) {
         snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-checkpoint", run->out);
@@ -115,13 +126,20 @@ void save_checkpoint(Run *run) {
             fail("%s: cannot create: %s", unfinished_path, strerror(errno));
         }
     }
-    write_tensors(run, "model.safetensors", weights, plain, 1);
-    write_tensors(run, "optimizer.safetensors", moments, moment_names, 2);
+    fprintf(sums, "{");
+    write_tensors(run, "model.safetensors", weights, plain, 1, sums);
+    write_tensors(run, "optimizer.safetensors", moments, moment_names, 2, sums);
     if (first) {
-        write_small_files(run, unfinished_path);
+        write_small_files(run, unfinished_path, sums);
+    }
+    fprintf(sums, "}\n");
+    fclose(sums);
+    if (first) {
+        write_text(unfinished_path, "checksums.json", list, size);
         publish_checkpoint(run, unfinished_path, name);
         remove_old_checkpoints(run);
     }
+    free(list);
     run->saved = run->step;
     ranks_meet();
 }

@@ -803,7 +803,7 @@ void test_bad_checkpoints(void **state) {
     need_program();
     check_leaks(0);
     expect(run_tiny("good", "--steps 2"), 0, NULL);
-    const char *const r = "--resume --steps 3", *const p = "--prompt hello";
+    const char *const r = "--resume --steps 3", *const p = "--prompt hello", *const trust = "--prompt hello --trust-weights";
     const BadCase cases[] = {
         {"truncate -s 0 latest/model.safetensors", r, 1, "latest/model.safetensors"},
         {"truncate -s 5 latest/model.safetensors", r, 1, "latest/model.safetensors"},
@@ -832,9 +832,9 @@ void test_bad_checkpoints(void **state) {
         {"echo '{\"vocab_size\":265,\"model_type\":\"gpt2\"}' > latest/config.json", p, 1, "gpt2"},
         {"echo '{\"vocab_size\":2.5}' > latest/config.json", p, 1, "vocab_size"},
         {"echo '{\"vocab_size\":-1,\"model_type\":\"llama\"}' > latest/config.json", p, 1, "vocab_size"},
-        {"sed -i 's/\"dim\":32/\"dim\":64/' latest/config.json", p, 1, "model.embed_tokens.weight"},
+        {"sed -i 's/\"dim\":32/\"dim\":64/' latest/config.json", trust, 1, "model.embed_tokens.weight"},
         {"sed -i 's/\"dim\":32/\"dim\":\"many\"/' latest/config.json", p, 1, "dim is 'many'"},
-        {"sed -i 's/\"layers\":2/\"layers\":3/' latest/config.json", p, 1, "model.layers.2."},
+        {"sed -i 's/\"layers\":2/\"layers\":3/' latest/config.json", trust, 1, "model.layers.2."},
         {": > latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
         {"truncate -s 60 latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
         {"rm latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
@@ -846,9 +846,9 @@ void test_bad_checkpoints(void **state) {
         {"truncate -s 1000 latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
         {"cp latest/config.json latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
         {"rm latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
-        {"sed -i 's/\"he\"/\"eh\"/;s/\"h e\"/\"e h\"/;s/\"he ll\"/\"eh ll\"/;s/hell/ehll/g' latest/tokenizer.json", r,
-         1, "token 257"},
-        {"rm latest", p, 1, "no checkpoint"},
+        {"sed -i 's/\"he\"/\"eh\"/;s/\"h e\"/\"e h\"/;s/\"he ll\"/\"eh ll\"/;s/hell/ehll/g' latest/tokenizer.json",
+         "--resume --steps 3 --trust-weights", 1, "token 257"},
+        {"rm -r latest checkpoint-*", p, 1, "no checkpoint"},
     };
     for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++)
         check_bad_case("good", &cases[i]);
