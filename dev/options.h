@@ -143,7 +143,7 @@ const Option base_options[] = {
          "a checkpoint; the last step always saves one"),
     INTEGER("keep", keep, "2", 1, 1000000, TRAIN, PACES, "checkpoints kept"),
     TEXT("prompt", prompt, NULL, RUN, "Generation",
-         "go on from this text with the model in --out, and exit; - reads standard input"),
+         "go on from this text with the model in --out, and exit; - reads standard input; newlines at its end do not count"),
     INTEGER("tokens", tokens, "300", 1, 2000000000, RUN, "Generation", "at most this many"),
     NUMBER("temperature", temperature, "0.5", 0, 1000, RUN, "Generation", "0: always the likeliest token"),
     INTEGER("top-k", top_k, "0", 0, 2000000000, RUN, "Generation", "choose among this many likeliest tokens; 0: all"),
@@ -484,6 +484,9 @@ void print_options(void) {
         }
         print_option(&options[i]);
     }
+    printf("\nCtrl-C, SIGTERM, SIGHUP, or the end of the program that reads the output (| head) end the step, save, and exit;\n"
+           "a second Ctrl-C or SIGTERM ends at once. Exit status: 0 done, 1 a file or the machine, 2 the command line,\n"
+           "130 stopped and saved.\n");
 }
 
 void print_recipes(void) {

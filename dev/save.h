@@ -2,7 +2,7 @@
 // Gives: save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
-// move: whenever the machine stops, the last checkpoint is complete.
+// move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
 #pragma once
 #include "directory.h"
 
@@ -37,40 +37,68 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
     sum_small_files(sums, dir);
 }
 
-// Gives the finished folder `dir` its name and turns the link `latest` to it.
+// Turns `latest` to the checkpoint of this name: a link, or a text file where the file system has no links.
+void turn_latest(const Run *run, const char *name) {
+    char latest[4200], next[4200];
+    snprintf(latest, sizeof(latest), "%s/latest", run->out);
+    snprintf(next, sizeof(next), "%s/latest.new", run->out);
+    unlink(next);
+    if (!run->links) {
+        char line[80];
+        int n = snprintf(line, sizeof(line), "%s\n", name);
+        write_text(run->out, "latest.new", line, (size_t)n);
+    } else if (symlink(name, next) != 0) {
+        fail("%s: cannot link to %s: %s", next, name, strerror(errno));
+    }
+    if (rename(next, latest) != 0) {
+        fail("%s: cannot turn it to %s: %s", latest, name, strerror(errno));
+    }
+    sync_directory(run->out);
+}
+
+// Takes its name from a checkpoint that is to go, so that half of it never bears that name. Returns 0 where it keeps it.
+int set_aside(const Run *run, const char *path, char aside[4200]) {
+    snprintf(aside, 4200, "%s/removed-checkpoint", run->out);
+    remove_tree(aside); // of a run that was killed
+    return rename(path, aside) == 0;
+}
+
+// Gives the finished folder `dir` its name and turns `latest` to it. One that has that name already goes afterwards.
 void publish_checkpoint(const Run *run, const char *dir, const char *name) {
-    char final[4200], link[4200];
+    char final[4200], aside[4200];
     sync_directory(dir);
     snprintf(final, sizeof(final), "%s/%s", run->out, name);
-    remove_tree(final);
+    int again = set_aside(run, final, aside);
     if (rename(dir, final) != 0) {
-        fail("%s: cannot rename to %s: %s", dir, final, strerror(errno));
+        int error = errno;
+        if (again) {
+            rename(aside, final);
+        }
+        fail("%s: cannot rename to %s: %s", dir, final, strerror(error));
     }
     unfinished_path[0] = 0;
     sync_directory(run->out);
-    snprintf(final, sizeof(final), "%s/latest", run->out);
-    snprintf(link, sizeof(link), "%s/latest.new", run->out);
-    unlink(link);
-    if (symlink(name, link) != 0 || rename(link, final) != 0) {
-        fail("%s: cannot link to %s: %s", final, name, strerror(errno));
+    turn_latest(run, name);
+    if (again) {
+        remove_tree(aside);
     }
-    sync_directory(run->out);
 }
 
 // Leaves the newest --keep checkpoints.
 void remove_old_checkpoints(const Run *run) {
     int count;
-    char path[4200];
+    char path[4200], aside[4200];
     for (long old; (old = smallest_checkpoint(run->out, &count)) >= 0;) {
         if (count <= run->config.keep || old == run->step) {
             return;
         }
         snprintf(path, sizeof(path), "%s/checkpoint-%ld", run->out, old);
-        remove_tree(path);
-        ranks_tick();
-        if (access(path, F_OK) == 0) { // it cannot be removed
+        if (!set_aside(run, path, aside)) { // it cannot be removed
             return;
         }
+        sync_directory(run->out);
+        remove_tree(aside);
+        ranks_tick();
     }
 }
 
@@ -121,7 +149,9 @@ void save_checkpoint(Run *run) {
     snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     if (first) {
         snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-checkpoint", run->out);
-        remove_tree(unfinished_path); // of a run that was killed
+        if (remove_tree(unfinished_path) != 0) { // of a run that was killed
+            fail("%s: cannot remove: %s", unfinished_path, strerror(errno));
+        }
         if (mkdir(unfinished_path, 0777) != 0) {
             fail("%s: cannot create: %s", unfinished_path, strerror(errno));
         }
