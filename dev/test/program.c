@@ -333,7 +333,7 @@ void test_memory(void **state) {
         char *text = read_file(scratch_file(file), &size), *at = text;
         Json *json = next_line(&at, text + size);
         for (const Json *part = json_get(json, "memory")->child; part; part = part->next)
-            sum += part->number;
+            sum += strcmp(part->key, "mapped") ? part->number : 0; // of the token files only pages are held that were read
         json_free(json);
         free(text);
         if (!(fabs(sum - peak) <= 0.05 * peak))
