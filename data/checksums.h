@@ -11,8 +11,8 @@
 
 int trust_files = 0; // --trust-weights: nothing is compared
 
-// The small files that a run reads again.
-static const char *const summed_files[] = {"config.json", "tokenizer.json", "trainer_state.json"};
+// The small files that a run reads again, as far as a checkpoint has them.
+static const char *const summed_files[] = {"config.json", "tokenizer.json", "trainer_state.json", "router_state.json"};
 
 // ---- writing
 
@@ -34,14 +34,19 @@ void end_sums(FILE *sums) {
 
 // Adds the small files, which are in dir by now, to the entries of the others.
 void sum_small_files(FILE *sums, const char *dir) {
+    const char *comma = "";
     for (int i = 0; i < COUNT(summed_files); i++) {
         char path[4200];
         size_t size;
         snprintf(path, sizeof(path), "%s/%s", dir, summed_files[i]);
+        if (access(path, F_OK) != 0) {
+            continue;
+        }
         char *text = read_file(path, &size);
-        fprintf(sums, "%s\"%s\":{\"bytes\":%zu,\"checksum\":\"%016llx\"}", i ? ",\n" : "", summed_files[i], size,
+        fprintf(sums, "%s\"%s\":{\"bytes\":%zu,\"checksum\":\"%016llx\"}", comma, summed_files[i], size,
                 (unsigned long long)checksum_of(text, size));
         free(text);
+        comma = ",\n";
     }
 }
 
