@@ -12,7 +12,7 @@
 // Helpers
 
 // Flips one bit of the byte `at` of a file; counted from its end if negative.
-void flip_bit(const char *name, long at, int bit) {
+void flip_bit_of(const char *name, long at, int bit) {
     FILE *file = fopen(scratch_file(name), "r+b");
     assert_non_null(file);
     fseek(file, at, at < 0 ? SEEK_END : SEEK_SET);
@@ -84,17 +84,17 @@ void test_flipped_bits(void **state) {
             long first = 8 + (long)header, at = n ? draw(&random, (int)first, (int)size - 1) : first;
             int bit = draw(&random, 0, 7);
             at = n == 1 ? (long)size - 1 : at;
-            flip_bit(name, at, bit);
+            flip_bit_of(name, at, bit);
             expect(run_tiny("sums", "--resume --steps 3"), 1, "damaged: the numbers of ");
             expect(1, 1, i ? "optimizer.safetensors: damaged: the numbers of exp_avg" : "model.safetensors: damaged: the numbers of ");
             expect(1, 1, "--trust-weights");
             assert_latest("sums", "checkpoint-2");
-            flip_bit(name, at, bit);
+            flip_bit_of(name, at, bit);
         }
     }
 
     // The first tensor is named, for --prompt and --init, too; --trust-weights takes it as it is.
-    flip_bit("sums/latest/model.safetensors", -3, 0);
+    flip_bit_of("sums/latest/model.safetensors", -3, 0);
     expect(run_tiny("sums", "--prompt hello"), 1, "checkpoint-2/model.safetensors: damaged: the numbers of model.norm.weight do not");
     snprintf(options, sizeof(options), "--init %s --steps 1", scratch_file("sums/latest"));
     expect(run_tiny("refused", options), 1, "latest/model.safetensors: damaged: the numbers of model.norm.weight do not");
@@ -159,8 +159,8 @@ void test_replaced_weights(void **state) {
     free(text);
 
     expect(run_tiny("bare", "--steps 2"), 0, NULL);
-    flip_bit("bare/latest/model.safetensors", -3, 0);
-    flip_bit("bare/latest/optimizer.safetensors", -3, 0);
+    flip_bit_of("bare/latest/model.safetensors", -3, 0);
+    flip_bit_of("bare/latest/optimizer.safetensors", -3, 0);
     shell(said, sizeof(said), "rm %s", scratch_file("bare/latest/checksums.json"));
     expect(run_tiny("bare", "--resume --steps 3"), 0, "What next");
 }
