@@ -154,6 +154,16 @@ __attribute__((noreturn, format(printf, 1, 2))) void usage_fail(const char *form
 
 // ---- memory and files
 
+// Opens those of the descriptors 0 to 2 that are closed, so that no file takes their number and gets what is written for
+// the terminal. They are opened the wrong way round: reading 0 and writing 1 and 2 still fail, as where they are closed.
+void open_standard_files(void) {
+    for (int i = 0; i < 3; i++) {
+        if (fcntl(i, F_GETFD) < 0 && open("/dev/null", i ? O_RDONLY : O_WRONLY) < 0) {
+            (void)!open("/", O_RDONLY); // there is no /dev
+        }
+    }
+}
+
 // Zeroed memory for count elements of size bytes; never NULL, not even for count 0.
 void *allocate(size_t count, size_t size) {
     void *p = calloc(count ? count : 1, size);
