@@ -246,13 +246,15 @@ void arena_free(Arena *a) {
     a->memory = NULL;
 }
 
-// All bytes of a file and a NUL behind the last one, to be freed; *size does not count the NUL.
-char *read_file(const char *path, size_t *size) {
-    FILE *file = fopen(path, "rb");
-    if (!file) {
-        fail("%s: cannot open: %s", path, strerror(errno));
-    }
+// A copy of a text, to be freed.
+char *copy_text(const char *text) {
+    size_t size = strlen(text) + 1;
+    return (char *)memcpy(allocate(size, 1), text, size);
+}
 
+// All bytes that an open file still gives and a NUL behind the last one, to be freed; *size does not count the NUL. `name` is
+// for messages.
+char *read_stream(FILE *file, const char *name, size_t *size) {
     size_t allocated = 1 << 16, used = 0, got;
     char *text = (char *)allocate(allocated, 1);
 
@@ -265,11 +267,21 @@ char *read_file(const char *path, size_t *size) {
         }
     }
     if (ferror(file)) {
-        fail("%s: cannot read: %s", path, strerror(errno));
+        fail("%s: cannot read: %s", name, strerror(errno));
     }
-    fclose(file);
     text[used] = 0;
     *size = used;
+    return text;
+}
+
+// The same of the file `path`.
+char *read_file(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    if (!file) {
+        fail("%s: cannot open: %s", path, strerror(errno));
+    }
+    char *text = read_stream(file, path, size);
+    fclose(file);
     return text;
 }
 
