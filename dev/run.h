@@ -103,6 +103,7 @@ void load_tokenizer(Run *run, const char *checkpoint) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
     if (!has_file(dir, "tokenizer.json") && !run->config.tokenizer[0]) {
+        closedir(open_folder(data)); // says so where there is no such folder
         fail("%s: no tokenizer.json there; name the one that the data were made with by --tokenizer FILE", data);
     }
     run->tokenizer = tokenizer_load(run->config.tokenizer[0] ? run->config.tokenizer : path);
@@ -400,6 +401,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
         default_out(&asked, !asked.resume && !asked.prompt, run->out);
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
+    data_tick = ranks_tick;               // and answer while they read
     broadcast(run->out, sizeof(run->out));
     if (asked.prompt) {
         answer_prompt(run, &asked);
