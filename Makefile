@@ -86,7 +86,7 @@ train_moe_cu_nccl: train_moe.cu $(CU_CHOICE) | data/stories/tokenizer.json
 
 ##data/tokenize: trains tokenizers and turns texts into token files
 data/tokenize: data/tokenize.c | $(CHOICE)
-	$(BUILD) $(DEPS) $(OPENMP) data/tokenize.c -o $@ $(LIBS)
+	$(BUILD) $(DEPS) $(OPENMP) -pthread data/tokenize.c -o $@ $(LIBS)
 
 data/make_stories: data/stories.c | $(CHOICE)
 	$(BUILD) $(DEPS) data/stories.c -o $@

@@ -1,6 +1,6 @@
 // Turns text into tokens: trains a byte-level BPE vocabulary, or takes one, and writes token files.
 // Gives: the program data/tokenize, whose output folder train_moe reads with --data.
-// Needs: data/tokenizer.h, data/loader.h (the number that token files begin with).
+// Needs: data/tokenizer.h, data/loader.h (how token files begin), data/roles.h, data/checksum.h; POSIX threads.
 // Texts are read in blocks, so they may be larger than memory: once to count words, from which the
 // vocabulary is made, and once to encode them. <|endoftext|> separates documents.
 //
@@ -12,27 +12,54 @@
 // written, so that an interrupted run changes nothing.
 #include "tokenizer.h"
 #include "loader.h"
-#include <dirent.h>
 #include <getopt.h>
-#include <signal.h>
-#include <sys/stat.h>
+#include <pthread.h>
 
 #define BLOCK_BYTES  (8 << 20)   // of text at a time; a longer document makes it grow
 #define SHARD_TOKENS 100000000   // of a token file
 #define WORD_MEMORY  (256 << 20) // bytes for counting words
 #define SEPARATOR    "<|endoftext|>"
 
-static volatile sig_atomic_t interrupted;
+// ----------------------------------------------------------------------------
+// Interruption: a thread waits for Ctrl-C and the like, so that no other work has to look for them, and ends the program at
+// any time but one: while files get their names.
 
-// The first signal stops the program at the next block or merge; a second one ends it at once.
-static void on_signal(int number) {
-    interrupted = 1;
-    signal(number, SIG_DFL);
+static pthread_mutex_t naming = PTHREAD_MUTEX_INITIALIZER; // held while a file is made or named
+static sigset_t awaited;
+
+static void *wait_for_signals(void *unused) {
+    int number;
+    (void)unused;
+    if (sigwait(&awaited, &number) == 0) {
+        pthread_sigmask(SIG_UNBLOCK, &awaited, NULL); // a second one ends the program at once
+        pthread_mutex_lock(&naming);
+        fprintf(stderr, "%s: interrupted; %s\n", program_name,
+                unfinished_path[0] ? "nothing was changed" : "but all files were written already");
+        if (unfinished_path[0]) {
+            remove_tree(unfinished_path);
+        }
+        _exit(1);
+    }
+    return NULL;
 }
 
-static void stop_if_interrupted(void) {
-    if (interrupted) {
-        fail("interrupted; nothing was changed");
+// Starts the thread. All threads that come later leave these signals to it. Those that are ignored stay so (nohup).
+static void await_signals(void) {
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action;
+    pthread_t thread;
+    sigemptyset(&awaited);
+    for (int i = 0; i < COUNT(numbers); i++) {
+        if (sigaction(numbers[i], NULL, &action) == 0 && action.sa_handler != SIG_IGN) {
+            sigaddset(&awaited, numbers[i]);
+        }
+    }
+    int error = pthread_sigmask(SIG_BLOCK, &awaited, NULL);
+    if (!error) {
+        error = pthread_create(&thread, NULL, wait_for_signals, NULL);
+    }
+    if (error) {
+        fail("cannot start a thread: %s", strerror(error));
     }
 }
 
@@ -54,6 +81,7 @@ typedef struct Reader {
     int clean; // --clean
     int next;  // the file that is open, or the next one to open
     int valid; // is the open file validation text?
+    int64_t split; // where no file is validation text: the first document of validation; -1: not known
     FILE *file;
     char *bytes;
     size_t allocated, filled, used; // bytes; documents are cut up to `used`
@@ -65,11 +93,6 @@ typedef struct Reader {
     const char *label; // the present task, for the progress line
     double started, shown;
 } Reader;
-
-static int is_valid_name(const char *path) {
-    const char *slash = strrchr(path, '/');
-    return strstr(slash ? slash : path, "valid") != NULL;
-}
 
 // On a terminal one line that is written again and again, into a pipe a line every ten seconds.
 static void show_progress(Reader *r, int finished) {
@@ -150,7 +173,7 @@ static void open_text(Reader *r) {
     if (!r->file) {
         fail("%s: %s", path, strerror(errno));
     }
-    r->valid = is_valid_name(path);
+    r->valid = file_role(path) == VALIDATION;
     r->filled = 0;
     r->used = 0;
 }
@@ -202,7 +225,6 @@ static int next_block(Reader *r) {
     r->count = 0;
     while (r->count == 0) {
         int edge = !r->file;
-        stop_if_interrupted();
         if (!r->file) {
             if (r->next == r->path_count) {
                 show_progress(r, 1);
@@ -232,6 +254,15 @@ static int next_block(Reader *r) {
     return 1;
 }
 
+// How many of the block's documents are for training; those of validation come behind them.
+static int64_t training_documents(const Reader *r) {
+    int64_t count = (int64_t)r->count, before = r->kept - count;
+    if (r->valid) {
+        return 0;
+    }
+    return r->split >= 0 && r->split < before + count ? (r->split > before ? r->split - before : 0) : count;
+}
+
 // ----------------------------------------------------------------------------
 // Counting words: a table from each different word to how often it occurs in the text.
 
@@ -250,7 +281,9 @@ static void add_counts(Table *sum, const Table *t, int64_t at_least) {
 static void count_document(Table *counts, const unsigned char *class_of, const char *s, size_t n) {
     const char *end = s + n;
     while (s < end) {
-        size_t length = first_word(class_of, s, (size_t)(end - s));
+        // A longer word is not looked at behind its first 1000 bytes and one more character.
+        size_t left = (size_t)(end - s);
+        size_t length = first_word(class_of, s, left > 1008 ? 1008 : left);
         length = length > 1000 ? 1000 : length;
         *table_put(counts, s, length) += 1;
         s += length;
@@ -267,14 +300,12 @@ static Table count_words(Reader *r) {
 
     // A vocabulary is made for training text; validation must not influence it.
     while (next_block(r)) {
-        if (r->valid) {
-            continue;
-        }
+        int64_t count = training_documents(r);
 
         // Every thread counts in its own table. The sums are taken after each block, so that they,
         // and with them the words given up below, are the same with any number of threads.
 #pragma omp parallel for schedule(dynamic, 16)
-        for (int64_t i = 0; i < (int64_t)r->count; i++) {
+        for (int64_t i = 0; i < count; i++) {
             const Document *d = &r->documents[i];
             count_document(&mine[thread_number()], class_of, r->bytes + d->start, d->length);
         }
@@ -309,18 +340,24 @@ static Table count_words(Reader *r) {
 static FILE *open_output(const char *name) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/%s", unfinished_path, name);
+    pthread_mutex_lock(&naming);
     FILE *file = fopen(path, "wb");
+    pthread_mutex_unlock(&naming);
     if (!file) {
         fail("%s: %s", path, strerror(errno));
     }
     return file;
 }
 
+__attribute__((noreturn)) static void fail_to_write(void) {
+    fail("%s: cannot write: %s", unfinished_path, strerror(errno));
+}
+
 // Closes a file. A full disk may show only here.
 static void close_output(FILE *file) {
     int failed = ferror(file);
     if (fclose(file) != 0 || failed) {
-        fail("%s: cannot write: %s", unfinished_path, strerror(errno));
+        fail_to_write();
     }
 }
 
@@ -328,23 +365,38 @@ static void close_output(FILE *file) {
 typedef struct Shards {
     const char *folder, *split;
     FILE *file;      // the open one
+    Checksum sum;    // of its tokens
+    int64_t in_file; // its tokens
     int count;       // files
-    int64_t in_file; // tokens of the open one
     int64_t tokens, documents, bytes;
 } Shards;
 
-// Writes llm.c's header (data/loader.h).
-static void write_header(Shards *s) {
-    const int32_t header[256] = {TOKENS_MAGIC, 1, (int32_t)s->in_file};
-    fwrite(header, sizeof(header), 1, s->file);
+static void shard_name(const Shards *s, int number, char name[64]) {
+    snprintf(name, 64, "%s_%06d.bin", s->split, number);
 }
 
-// Writes the header again, now that the number of tokens is known, and closes the file.
+// Writes the header (data/loader.h), its lower bytes first.
+static void write_header(Shards *s) {
+    uint64_t sum = checksum_end(&s->sum);
+    const uint32_t fields[] = {TOKENS_MAGIC,  1,             (uint32_t)s->in_file,
+                               CHECKSUM_MARK, (uint32_t)sum, (uint32_t)(sum >> 32)};
+    unsigned char bytes[1024] = {0};
+    for (int i = 0; i < 4 * COUNT(fields); i++) {
+        bytes[i] = (unsigned char)(fields[i / 4] >> 8 * (i % 4));
+    }
+    if (fwrite(bytes, sizeof(bytes), 1, s->file) != 1) {
+        fail_to_write();
+    }
+}
+
+// Writes the header again, now that the number of tokens and their checksum are known, and closes the file.
 static void finish_shard(Shards *s) {
     if (!s->file) {
         return;
     }
-    rewind(s->file);
+    if (fseek(s->file, 0, SEEK_SET) != 0) {
+        fail_to_write();
+    }
     write_header(s);
     close_output(s->file);
     s->file = NULL;
@@ -352,28 +404,41 @@ static void finish_shard(Shards *s) {
 
 // Appends ids (count), and begins a new file when one is full.
 static void write_tokens(Shards *s, const int *ids, size_t count) {
-    for (size_t i = 0; i < count; i++) {
+    unsigned char bytes[8192];
+    while (count > 0) {
         if (!s->file) {
             char name[64];
-            snprintf(name, sizeof(name), "%s_%06d.bin", s->split, s->count++);
+            shard_name(s, s->count++, name);
             s->file = open_output(name);
             s->in_file = 0;
+            s->sum = checksum_begin();
             write_header(s);
         }
-        putc_unlocked(ids[i] & 255, s->file);
-        putc_unlocked(ids[i] >> 8, s->file);
-        s->tokens++;
-        s->in_file++;
+
+        // As many as fit into the buffer and into the file, the lower byte of each first.
+        size_t n = count < sizeof(bytes) / 2 ? count : sizeof(bytes) / 2;
+        size_t room = (size_t)(SHARD_TOKENS - s->in_file);
+        n = n < room ? n : room;
+        for (size_t i = 0; i < n; i++) {
+            bytes[2 * i] = (unsigned char)(ids[i] & 255);
+            bytes[2 * i + 1] = (unsigned char)(ids[i] >> 8);
+        }
+        checksum_add(&s->sum, bytes, 2 * n);
+        if (fwrite(bytes, 2, n, s->file) != n) {
+            fail_to_write();
+        }
+        ids += n;
+        count -= n;
+        s->tokens += (int64_t)n;
+        s->in_file += (int64_t)n;
         if (s->in_file == SHARD_TOKENS) {
             finish_shard(s);
         }
     }
 }
 
-// Encodes all documents in parallel and writes them in order. Documents of validation files go to
-// val, and so do those from number `split` on unless it is -1; the others go to train.
-static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shards *train,
-                             Shards *val) {
+// Encodes all documents in parallel and writes them in order, those of validation to val, the others to train.
+static void encode_documents(Reader *r, const Tokenizer *t, Shards *train, Shards *val) {
     int threads = thread_count();
     Tokenizer **mine = (Tokenizer **)allocate((size_t)threads, sizeof(Tokenizer *));
     for (int i = 0; i < threads; i++) {
@@ -382,7 +447,6 @@ static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shard
 
     int *ids = NULL;
     size_t allocated = 0;
-    int64_t number = 0; // of the next document
     rewind_reader(r, "encoding");
     while (next_block(r)) {
         // The ids of a document begin at the same index as its bytes. The encoder asks for one id
@@ -402,14 +466,14 @@ static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shard
         }
 
         // Each document begins with <|endoftext|>.
-        for (size_t i = 0; i < r->count; i++) {
+        int64_t for_training = training_documents(r);
+        for (int64_t i = 0; i < (int64_t)r->count; i++) {
             const Document *d = &r->documents[i];
-            Shards *s = r->valid || (split >= 0 && number >= split) ? val : train;
+            Shards *s = i < for_training ? train : val;
             write_tokens(s, &t->eot, 1);
             write_tokens(s, ids + d->start, d->ids);
             s->documents++;
             s->bytes += (int64_t)d->length;
-            number++;
         }
     }
     free(ids);
@@ -419,52 +483,159 @@ static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shard
     free(mine);
 }
 
-// Removes token files of an earlier run from `out`, since train_moe would read them along with the
-// new ones. Files that have other names stay, with a warning.
-static void remove_old_shards(const char *out) {
-    char path[8400];
-    struct dirent *entry;
-    DIR *folder = opendir(out);
-    while (folder && (entry = readdir(folder)) != NULL) {
-        const char *name = entry->d_name;
-        const char *number = name + strcspn(name, "_");
-        const char *dot = strrchr(name, '.');
-        if (!dot || strcmp(dot, ".bin") != 0 || !(strstr(name, "train") || strstr(name, "val"))) {
-            continue;
-        }
+// ----------------------------------------------------------------------------
+// The end: all new files take the place of all old ones.
 
-        // Names such as train_000000.bin are ours.
-        int ours = strncmp(name, "train_", 6) == 0 || strncmp(name, "val_", 4) == 0;
-        snprintf(path, sizeof(path), "%s/%s", out, name);
-        if (ours && strspn(number + 1, "0123456789") == 6 && number + 7 == dot) {
-            unlink(path);
-        } else {
-            fprintf(stderr, "%s: %s was there before, and train_moe will read it too\n",
-                    program_name, path);
-        }
-    }
-    if (folder) {
-        closedir(folder);
-    }
+typedef struct Names {
+    char **list; // (count): names of files
+    size_t count;
+} Names;
+
+static void add_name(Names *n, const char *name) {
+    n->list = (char **)grow(n->list, n->count, sizeof(char *));
+    n->list[n->count++] = copy_text(name);
 }
 
-// Moves all finished files to the output folder.
-static void move_outputs(const char *out) {
-    char from[8400], to[8400];
-    struct dirent *entry;
-    DIR *folder = opendir(unfinished_path);
-    while (folder && (entry = readdir(folder)) != NULL) {
-        snprintf(from, sizeof(from), "%s/%s", unfinished_path, entry->d_name);
-        snprintf(to, sizeof(to), "%s/%s", out, entry->d_name);
-        if (entry->d_name[0] != '.' && rename(from, to) != 0) {
-            fail("%s: %s", to, strerror(errno));
+static void free_names(Names *n) {
+    for (size_t i = 0; i < n->count; i++) {
+        free(n->list[i]);
+    }
+    free(n->list);
+}
+
+// Is it a name of ours, such as train_000000.bin?
+static int is_our_name(const char *name) {
+    size_t prefix = strncmp(name, "train_", 6) == 0 ? 6 : strncmp(name, "val_", 4) == 0 ? 4 : 0;
+    return prefix && strspn(name + prefix, "0123456789") == 6 && strcmp(name + prefix + 6, ".bin") == 0;
+}
+
+// Notes that `name` in the folder `out` is to be replaced, if it is there. Only a file can be.
+static void add_old_file(Names *old, const char *out, const char *name) {
+    char path[4200];
+    struct stat info;
+    snprintf(path, sizeof(path), "%s/%s", out, name);
+    if (lstat(path, &info) != 0) {
+        if (errno != ENOENT) {
+            fail("%s: %s", path, strerror(errno));
+        }
+        return;
+    }
+    if (!S_ISREG(info.st_mode) && !S_ISLNK(info.st_mode)) {
+        fail("%s: not a file, and in the way of a new one; move it to another place", path);
+    }
+    add_name(old, name);
+}
+
+// The files of an earlier run, which train_moe would read along with the new ones. Other token files stay, with a warning.
+static Names list_old_files(const char *out, int warn) {
+    Names old = {NULL, 0};
+    DIR *folder = open_folder(out);
+    const char *name;
+    add_old_file(&old, out, "tokenizer.json");
+    while ((name = next_name(folder, out)) != NULL) {
+        if (is_our_name(name)) {
+            add_old_file(&old, out, name);
+        } else if (warn && is_bin_name(name) && name_role(name)) {
+            fprintf(stderr, "%s: %s/%s was there before, and train_moe will read it too\n", program_name, out, name);
         }
     }
-    if (folder) {
-        closedir(folder);
+    closedir(folder);
+    qsort(old.list, old.count, sizeof(char *), compare_text); // the tokenizer comes first
+    return old;
+}
+
+// The new files, the tokenizer last.
+static Names list_new_files(const Shards *train, const Shards *val) {
+    Names fresh = {NULL, 0};
+    for (int i = 0; i < train->count + val->count; i++) {
+        char name[64];
+        shard_name(i < train->count ? train : val, i < train->count ? i : i - train->count, name);
+        add_name(&fresh, name);
     }
-    remove_tree(unfinished_path);
+    add_name(&fresh, "tokenizer.json");
+    return fresh;
+}
+
+// Moves a file; returns 0 where that fails, and errno says why.
+static int move_file(const char *from, const char *to, const char *name) {
+    char old_path[4200], new_path[4200];
+    snprintf(old_path, sizeof(old_path), "%s/%s", from, name);
+    snprintf(new_path, sizeof(new_path), "%s/%s", to, name);
+    return rename(old_path, new_path) == 0;
+}
+
+// Moves files in order until one cannot be moved, and returns how many it moved.
+static size_t move_files(const char *from, const char *to, const Names *names) {
+    size_t moved = 0;
+    while (moved < names->count && move_file(from, to, names->list[moved])) {
+        moved++;
+    }
+    return moved;
+}
+
+// Moves the first `count` files back, the last one first, and returns how many are not back.
+static size_t move_back(const char *from, const char *to, const Names *names, size_t count) {
+    while (count > 0 && move_file(from, to, names->list[count - 1])) {
+        count--;
+    }
+    return count;
+}
+
+// What could not be moved is moved back. Either all is as it was, or the message says where everything is.
+__attribute__((noreturn)) static void undo_replacing(const char *out, const char *aside, const Names *old, size_t gone,
+                                                     const Names *fresh, size_t came) {
+    int error = errno;
+    came = move_back(out, unfinished_path, fresh, came);
+    if (came == 0) {
+        gone = move_back(aside, out, old, gone);
+    }
+    if (came == 0 && gone == 0) {
+        rmdir(aside);
+        fail("%s: cannot move the new files there: %s; nothing was changed", out, strerror(error));
+    }
+
+    // The unfinished folder has files that nobody else has, so it stays.
+    char unfinished[4096];
+    snprintf(unfinished, sizeof(unfinished), "%s", unfinished_path);
     unfinished_path[0] = 0;
+    if (came > 0) {
+        fail("%s: cannot move all new files there (%s), nor move them back (%s): %s to %s are there, the other new files in "
+             "%s, and all %zu old ones in %s; give the command again before you train on them",
+             out, strerror(error), strerror(errno), fresh->list[0], fresh->list[came - 1], unfinished, gone, aside);
+    }
+    fail("%s: cannot move the new files there (%s), nor move the old ones back (%s): of these %s to %s are in %s, the others "
+         "are where they were, and all new ones are in %s; give the command again before you train on them",
+         out, strerror(error), strerror(errno), old->list[0], old->list[gone - 1], aside, unfinished);
+}
+
+// The new files take the place of the old ones: these are moved aside, then those are moved in. A kill in between leaves no
+// tokenizer.json there, so that nobody trains on half of them.
+static void replace_files(const char *out, const Names *old, const Names *fresh) {
+    char aside[2100], unfinished[4096];
+    size_t gone = 0, came = 0;
+    snprintf(aside, sizeof(aside), "%s/replaced-tokens", out);
+    pthread_mutex_lock(&naming);
+    int able = old->count == 0 || mkdir(aside, 0777) == 0 || errno == EEXIST;
+    if (able) {
+        gone = move_files(out, aside, old);
+    }
+    if (able && gone == old->count) {
+        came = move_files(unfinished_path, out, fresh);
+    }
+    if (came < fresh->count) {
+        undo_replacing(out, aside, old, gone, fresh, came);
+    }
+    snprintf(unfinished, sizeof(unfinished), "%s", unfinished_path);
+    unfinished_path[0] = 0;
+    pthread_mutex_unlock(&naming);
+
+    // What is left does no harm, but takes room.
+    remove_tree(unfinished);
+    remove_tree(aside);
+    if (access(unfinished, F_OK) == 0 || access(aside, F_OK) == 0) {
+        fprintf(stderr, "%s: all files are in %s, but %s could not be removed\n", program_name, out,
+                access(aside, F_OK) == 0 ? aside : unfinished);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -478,11 +649,19 @@ typedef struct Options {
     int ids;               // --ids: print ids and write no files
 } Options;
 
+// Standard output must have taken everything that was printed.
+static void finish_output(void) {
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fail("standard output: %s", strerror(errno));
+    }
+}
+
 static void print_help(void) {
     printf("usage: data/tokenize [--vocab N | --tokenizer FILE] [--clean] TEXTFILE... --out DIR\n"
            "       data/tokenize --tokenizer FILE --ids TEXTFILE...\n\n"
-           "Turns texts, whose documents are separated by %s, into token files for train_moe. A file with\n"
-           "\"valid\" in its name becomes validation; without one the last hundredth of the documents does.\n\n"
+           "Turns texts, whose documents are separated by %s, into token files for train_moe. A file\n"
+           "whose name has the word val, valid or validation (my-text.valid.txt) becomes validation text; without one\n"
+           "the last hundredth of the documents does.\n\n"
            "  --out DIR         where to write tokenizer.json, train_000000.bin ..., val_000000.bin ...\n"
            "  --vocab N         train a byte-level BPE vocabulary of N tokens, 257 to 65536 (default 4096)\n"
            "  --tokenizer FILE  use this tokenizer.json (byte-level BPE, such as GPT-2's)\n"
@@ -503,6 +682,14 @@ static int number_option(const char *option, const char *text, int least, int mo
         usage_fail("--%s %s: expected a whole number from %d to %d", option, text, least, most);
     }
     return (int)value;
+}
+
+// The word that getopt_long did not understand. In one of short options, such as -x.txt, it stops behind the first letter,
+// and the word is then the next one.
+static const char *refused_word(char **argv) {
+    const char *last = argv[optind - 1], *next = argv[optind];
+    int is_last = strncmp(last, "--", 2) == 0 || (last[0] == '-' && last[1] == optopt);
+    return !is_last && next && next[0] == '-' && next[1] == optopt ? next : last;
 }
 
 // Reads the command line; the paths of the texts and --clean go to the reader.
@@ -529,9 +716,10 @@ static void parse_options(Options *o, Reader *r, int argc, char **argv) {
             o->ids = 1;
         } else if (option == 'h') {
             print_help();
+            finish_output();
             exit(0);
         } else {
-            usage_fail("%s: unknown option, or its value is missing", argv[optind - 1]);
+            usage_fail("%s: unknown option, or its value is missing", refused_word(argv));
         }
     }
 
@@ -556,7 +744,8 @@ static void print_ids(const char *tokenizer, char **paths, int count) {
     Tokenizer *t = tokenizer_load(tokenizer);
     for (int i = 0; i < count; i++) {
         size_t size;
-        char *text = read_file(strcmp(paths[i], "-") == 0 ? "/dev/stdin" : paths[i], &size);
+        int is_input = strcmp(paths[i], "-") == 0;
+        char *text = is_input ? read_stream(stdin, "standard input", &size) : read_file(paths[i], &size);
         int *ids = (int *)allocate(size + 1, sizeof(int));
         size_t n = tokenizer_encode(t, text, size, ids);
         for (size_t k = 0; k < n; k++) {
@@ -567,9 +756,7 @@ static void print_ids(const char *tokenizer, char **paths, int count) {
         free(text);
     }
     tokenizer_free(t);
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        fail("standard output: %s", strerror(errno));
-    }
+    finish_output();
 }
 
 // Adds up the sizes of the texts, refuses one that cannot be read twice, and returns the number of
@@ -578,6 +765,9 @@ static int check_texts(Reader *r) {
     int train_files = 0;
     for (int i = 0; i < r->path_count; i++) {
         struct stat info;
+        if (strcmp(r->paths[i], "-") == 0) {
+            fail("-: texts are read more than once, which standard input cannot be: write it to a file first");
+        }
         if (stat(r->paths[i], &info) != 0) {
             fail("%s: %s", r->paths[i], strerror(errno));
         }
@@ -588,11 +778,10 @@ static int check_texts(Reader *r) {
             fail("%s: the file is empty", r->paths[i]);
         }
         r->total += info.st_size;
-        train_files += !is_valid_name(r->paths[i]);
+        train_files += file_role(r->paths[i]) != VALIDATION;
     }
     if (train_files == 0) {
-        fail("%s: only validation text; give a file without \"valid\" in its name too",
-             r->paths[0]);
+        fail("%s: only validation text, as its name says; give one for training too, such as train.txt", r->paths[0]);
     }
     return train_files;
 }
@@ -604,10 +793,11 @@ static void prepare_output(const char *out) {
     }
     make_directories(out);
     snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-tokens", out);
+    Names old = list_old_files(out, 0); // is a folder in the way?
+    free_names(&old);
     remove_tree(unfinished_path); // of a run that was killed
     make_directories(unfinished_path);
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
+    await_signals();
 }
 
 // Trains a vocabulary on the texts, writes its tokenizer.json and reads it back.
@@ -628,21 +818,30 @@ static Tokenizer *train_tokenizer(Reader *r, int vocab) {
 // Writes the tokenizer that was given, byte for byte.
 static void copy_tokenizer(const Tokenizer *t) {
     FILE *file = open_output("tokenizer.json");
-    fwrite(t->json, 1, t->json_size, file);
+    if (fwrite(t->json, 1, t->json_size, file) != t->json_size) {
+        fail_to_write();
+    }
     close_output(file);
 }
 
-// The first document of validation, which gets the last hundredth of all, but at least one.
-static int64_t choose_split(const Reader *r) {
+// Counts the documents, and chooses the first one of validation, which gets the last hundredth of all, but at least one.
+static void choose_split(Reader *r) {
+    rewind_reader(r, "counting documents");
+    while (next_block(r)) {
+    }
+    if (r->kept == 0) {
+        fail("%s: no text to learn from", r->paths[0]);
+    }
     if (r->kept < 2) {
-        fail("%s: %lld document, so none is left for validation; put %s between documents, "
-             "or give a second file that has \"valid\" in its name",
-             r->paths[0], (long long)r->kept, SEPARATOR);
+        fail("%s: 1 document, so none is left for validation; put %s between documents, "
+             "or give a second file that has the word \"valid\" in its name",
+             r->paths[0], SEPARATOR);
     }
     int64_t val = r->kept < 200 ? 1 : r->kept / 100;
     printf("no file has \"valid\" in its name: the last %lld of %lld documents become validation\n",
            (long long)val, (long long)r->kept);
-    return r->kept - val;
+    fflush(stdout);
+    r->split = r->kept - val;
 }
 
 static void print_split(const Shards *s) {
@@ -652,10 +851,25 @@ static void print_split(const Shards *s) {
            (double)s->bytes / (double)s->tokens);
 }
 
+// Tells the user how much there is and how much was cleaned.
+static void print_result(const Reader *r, const Shards *train, const Shards *val) {
+    print_split(train);
+    print_split(val);
+    for (int k = 0; k < TALLIES; k++) {
+        if (r->tally[k]) {
+            printf("%d %s\n", r->tally[k], tally_names[k]);
+        }
+    }
+    finish_output();
+}
+
 int main(int argc, char **argv) {
     Options o = {NULL, NULL, 0, 0, 0};
     Reader r = {0};
     program_name = "data/tokenize";
+    open_standard_files();
+    signal(SIGXFSZ, SIG_IGN); // the write that is too long says so
+    r.split = -1;
     parse_options(&o, &r, argc, argv);
     if (o.ids) {
         print_ids(o.tokenizer, r.paths, r.path_count);
@@ -674,38 +888,30 @@ int main(int argc, char **argv) {
     }
     prepare_output(o.out);
 
-    // Get the vocabulary. Training it reads all documents and so counts them. With --tokenizer they
-    // are counted here, if the split depends on their number.
+    // Set documents aside for validation, then make the vocabulary from the others.
+    if (all_train) {
+        choose_split(&r);
+    }
     if (t) {
         copy_tokenizer(t);
-        rewind_reader(&r, "counting documents");
-        while (all_train && next_block(&r)) {
-        }
     } else {
         t = train_tokenizer(&r, o.vocab ? o.vocab : 4096);
     }
 
     // Encode all documents. Only then do the files get their names.
-    int64_t split = all_train ? choose_split(&r) : -1;
-    Shards train = {o.out, "train", NULL, 0, 0, 0, 0, 0};
-    Shards val = {o.out, "val", NULL, 0, 0, 0, 0, 0};
-    encode_documents(&r, t, split, &train, &val);
+    Shards train = {o.out, "train", NULL, checksum_begin(), 0, 0, 0, 0, 0};
+    Shards val = {o.out, "val", NULL, checksum_begin(), 0, 0, 0, 0, 0};
+    encode_documents(&r, t, &train, &val);
     finish_shard(&train);
     finish_shard(&val);
     if (train.tokens == 0 || val.tokens == 0) {
         fail("%s: no document for %s", r.paths[0], train.tokens ? "validation" : "training");
     }
-    remove_old_shards(o.out);
-    move_outputs(o.out);
-
-    // Tell the user how much there is and how much was cleaned.
-    print_split(&train);
-    print_split(&val);
-    for (int k = 0; k < TALLIES; k++) {
-        if (r.tally[k]) {
-            printf("%d %s\n", r.tally[k], tally_names[k]);
-        }
-    }
+    Names old = list_old_files(o.out, 1), fresh = list_new_files(&train, &val);
+    replace_files(o.out, &old, &fresh);
+    print_result(&r, &train, &val);
+    free_names(&old);
+    free_names(&fresh);
     tokenizer_free(t);
     free(r.bytes);
     free(r.documents);

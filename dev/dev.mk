@@ -156,7 +156,7 @@ endef
 CMOCKA = -lcmocka
 test_in:
 	mkdir -p $(IN)/data
-	$(TEST_BUILD) $(OPENMP) data/tokenize.c -o $(IN)/data/tokenize $(LIBS)
+	$(TEST_BUILD) $(OPENMP) -pthread data/tokenize.c -o $(IN)/data/tokenize $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) train_moe.c -o $(IN)/train_moe $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) -DREAL=double train_moe.c -o $(IN)/train_moe_double $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) dev/test/all.c -o $(IN)/all $(CMOCKA) $(LIBS)
@@ -199,7 +199,7 @@ test_arm64: data/stories/tokenizer.json
 ##sanitize: the tests and a short training under AddressSanitizer and UBSan; sanitize_double: those in double, in small sizes
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 sanitize: data/stories/tokenizer.json cmocka
-	$(TEST_BUILD) $(OPENMP) $(SANITIZE) data/tokenize.c -o dev/build/tokenize_asan $(LIBS)
+	$(TEST_BUILD) $(OPENMP) -pthread $(SANITIZE) data/tokenize.c -o dev/build/tokenize_asan $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) train_moe.c -o dev/build/train_moe_asan $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) dev/test/all.c -o dev/build/all_asan -lcmocka $(LIBS)
 	TRAIN_MOE=dev/build/train_moe_asan TOKENIZE=dev/build/tokenize_asan dev/build/all_asan
