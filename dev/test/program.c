@@ -743,10 +743,10 @@ void test_bad_options(void **state) {
         {NULL, "--schedule linear", 2, "one of: cosine, wsd, constant"},
         {NULL, "--recipe nosuch", 2, "--list-recipes"},
         {NULL, "--batch 1048576 --seq 2999", 2, "--batch"},
-        {NULL, "--data /nowhere", 1, "/nowhere"},
+        {NULL, "--data /nowhere", 1, "/nowhere: cannot open the data folder: No such file"},
         {NULL, "--tokenizer /nowhere/tokenizer.json", 1, "/nowhere/tokenizer.json"},
         {NULL, "--init /nowhere", 1, "/nowhere/config.json"},
-        {NULL, "--seq 4000", 1, "too short"},
+        {NULL, "--seq 4000", 1, "too short: the longest train file has 3000 tokens, but a window takes 4001"},
         {NULL, "--prompt hello", 1, "no checkpoint"},
     };
     for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++) {
@@ -862,14 +862,15 @@ void test_bad_data(void **state) {
     need_program();
     check_leaks(0);
     static const BadCase cases[] = {
-        {"rm train*", "", 1, "*train*.bin"},
-        {"rm val*", "", 1, "*val*.bin"},
+        {"rm train*", "", 1, "the word train in its name"},
+        {"rm val*", "", 1, "the word val in its name"},
         {"rm tokenizer.json", "", 1, "--tokenizer"},
         {": > train_1.bin", "", 1, "train_1.bin"},
         {"truncate -s 1000 train_1.bin", "", 1, "train_1.bin"},
         {"truncate -s -2 val_0.bin", "", 1, "val_0.bin"},
         {"cp tokenizer.json train_0.bin", "", 1, "train_0.bin"},
         {"truncate -s 1024 train_0.bin && truncate -s 1024 train_1.bin", "", 1, "train_0.bin"},
+        {"mv train_1.bin pretrain_val_1.bin && mv train_0.bin my_train_val.bin", "", 1, "my_train_val.bin: the name has"},
         {": > tokenizer.json", "", 1, "tokenizer.json"},
         {"truncate -s 3000 tokenizer.json", "", 1, "tokenizer.json"},
         {"echo '{}' > tokenizer.json", "", 1, "tokenizer.json"},
@@ -896,6 +897,32 @@ void test_bad_data(void **state) {
     snprintf(options, sizeof(options), "--data %s --steps 4 --resume", scratch_file("case"));
     expect(run_tiny("moved", options), 1, "they may not change");
     assert_latest("moved", "checkpoint-2");
+}
+
+// A token file that is cut while it is in use ends the run with its name, and the last checkpoint stays whole.
+void test_cut_data(void **state) {
+    (void)state;
+    need_program();
+    check_leaks(0);
+    char options[400], path[256];
+    int status;
+    size_t size;
+    snprintf(path, sizeof(path), "%s", scratch_file("cut-data"));
+    expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s", path, scratch_file("data"), path), 0, NULL);
+    snprintf(options, sizeof(options), "--data %s --steps 1000000 --save-every 3 --eval-every 0", path);
+    pid_t child = start_tiny("cut-run", options);
+    assert_int_equal(wait_for(child, scratch_file("cut-run/latest/config.json"), "{"), -1);
+    expect(shell(said, sizeof(said), "truncate -s 0 %s/train_0.bin", path), 0, NULL);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    char *text = read_file(scratch_file("said"), &size);
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 1 || !strstr(text, "cut-data/train_0.bin: the file changed while"))
+        fail_msg("status %d: %s", status, text);
+    free(text);
+    expect(shell(said, sizeof(said), "cp %s/train_0.bin %s", scratch_file("data"), path), 0, NULL);
+    char link[64] = "";
+    assert_true(readlink(scratch_file("cut-run/latest"), link, sizeof(link) - 1) > 0);
+    snprintf(options, sizeof(options), "--data %s --resume --eval-every 0 --steps %d", path, atoi(strchr(link, '-') + 1) + 2);
+    expect(run_tiny("cut-run", options), 0, "What next");
 }
 
 // If the weights explode, the program stops and names the step, and the last checkpoint stays intact.
@@ -994,6 +1021,7 @@ int main(void) {
         cmocka_unit_test(test_bad_places),
         cmocka_unit_test(test_bad_checkpoints),
         cmocka_unit_test(test_bad_data),
+        cmocka_unit_test(test_cut_data),
         cmocka_unit_test(test_nan),
         cmocka_unit_test(test_prompt),
     };
