@@ -681,6 +681,17 @@ void test_tokenize_replacing(void **state) { // all old files or all new ones, o
     }
 }
 
+void test_tokenize_stories(void **state) { // data/make_stories, where its output cannot be written
+    (void)state;
+    char output[4096];
+    if (is_slow() || access("data/make_stories", X_OK) != 0)
+        skip();
+    assert_int_equal(shell(output, sizeof(output), "(data/make_stories >&-)"), 1);
+    assert_non_null(strstr(output, "cannot write"));
+    assert_int_equal(shell(output, sizeof(output), "(ulimit -f 8; data/make_stories --count 1000 > %s)", scratch_file("s.txt")), 1);
+    assert_non_null(strstr(output, "cannot write"));
+}
+
 void test_tokenize_in_the_way(void **state) { // a folder with the name of a token file is no old token file
     (void)state;
     char output[4096];
@@ -721,6 +732,7 @@ int main(void) {
         cmocka_unit_test(test_tokenize_descriptors),
         cmocka_unit_test(test_tokenize_replacing),
         cmocka_unit_test(test_tokenize_in_the_way),
+        cmocka_unit_test(test_tokenize_stories),
     };
     setenv("TOKENIZE", "data/tokenize", 0);
     begin_tests();
