@@ -297,10 +297,16 @@ Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t se
     d->epoch = -1;
 
     // Number the windows through all files.
+    double start = seconds();
+    int told = program_rank != 0;
     for (int i = 0; i < d->shard_count; i++) {
         Shard *s = &d->shards[i];
         char path[4096];
         snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
+        if (!told && seconds() - start > 3) {
+            fprintf(stderr, "%s: reading the %s files of %s once, to check their tokens\n", program_name, kind, dir);
+            told = 1;
+        }
         shard_open(s, path, T, vocab);
         d->tokens += s->end > s->first ? s->count : 0;
         s->first += d->windows;

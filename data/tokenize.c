@@ -795,9 +795,9 @@ static void prepare_output(const char *out) {
     snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-tokens", out);
     Names old = list_old_files(out, 0); // is a folder in the way?
     free_names(&old);
+    await_signals();
     remove_tree(unfinished_path); // of a run that was killed
     make_directories(unfinished_path);
-    await_signals();
 }
 
 // Trains a vocabulary on the texts, writes its tokenizer.json and reads it back.

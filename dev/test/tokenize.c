@@ -606,12 +606,12 @@ void test_tokenize_descriptors(void **state) { // standard input that has no nam
 }
 
 // A library that makes calls fail: opendir of names with FAIL_OPENDIR in them, and rename, the FAIL_RENAME-th (FAIL_MORE: and
-// all that follow). Returns the beginning of a command, or null where it cannot be built.
+// all that follow; FAIL_KILL: it ends the program). Returns the beginning of a command, or null where it cannot be built.
 const char *failing_calls(void) {
     static char prefix[400];
     char output[4096];
     const char *source = put_text("fail.c",
-        "#define _GNU_SOURCE\n#include <dirent.h>\n#include <dlfcn.h>\n#include <errno.h>\n#include <stdlib.h>\n"
+        "#define _GNU_SOURCE\n#include <dirent.h>\n#include <dlfcn.h>\n#include <errno.h>\n#include <signal.h>\n#include <stdio.h>\n#include <stdlib.h>\n"
         "#include <string.h>\n"
         "DIR *opendir(const char *path) {\n"
         "    DIR *(*real)(const char *) = (DIR *(*)(const char *))dlsym(RTLD_NEXT, \"opendir\");\n"
@@ -623,6 +623,7 @@ const char *failing_calls(void) {
         "    static int calls;\n"
         "    int which = getenv(\"FAIL_RENAME\") ? atoi(getenv(\"FAIL_RENAME\")) : 0;\n"
         "    calls++;\n"
+        "    if (which == calls && getenv(\"FAIL_KILL\")) raise(SIGKILL);\n"
         "    if (which && (calls == which || (getenv(\"FAIL_MORE\") && calls > which))) { errno = EIO; return -1; }\n"
         "    return real(a, b);\n}\n");
     if (is_slow() || shell(output, sizeof(output), "cc -shared -fPIC -o %s %s -ldl", scratch_file("fail.so"), source) != 0)
@@ -678,6 +679,16 @@ void test_tokenize_replacing(void **state) { // all old files or all new ones, o
         assert_int_equal(atoi(output), 6);
         assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s; ls %s | wc -l", json, old, out, out), 0);
         assert_true(strcmp(output + strlen(output) - 2, "3\n") == 0); // the same command again
+    }
+
+    // A kill at each of them: either nothing has changed, or there is no tokenizer.json. The command again makes all well.
+    for (int call = 1; call <= 6; call++) {
+        shell(output, sizeof(output), "exec env %s FAIL_RENAME=%d FAIL_KILL=1 $TOKENIZE --vocab 300 %s --out %s", prefix, call, fresh,
+              out);
+        assert_int_equal(access(scratch_file("swap/tokenizer.json"), F_OK), call == 1 ? 0 : -1);
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, old, out), 0);
+        assert_int_equal(shell(output, sizeof(output), "ls %s", out), 0);
+        assert_string_equal(output, "tokenizer.json\ntrain_000000.bin\nval_000000.bin\n");
     }
 }
 
