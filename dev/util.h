@@ -1,5 +1,5 @@
 // Errors, memory, files, time, threads and random numbers, for every other file.
-// Gives: fail, usage_fail, allocate, read_file, seconds, thread_count, random_stream, ...
+// Gives: fail, usage_fail, allocate, read_file, read_stream, seconds, thread_count, random_stream, ...
 // Needs: the C library and POSIX, whose headers are included here once for the whole program.
 // A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and
 // for the machine, exit 2 for the command line.
@@ -92,14 +92,21 @@ __attribute__((noreturn)) void end_program(int status) {
     exit(status);
 }
 
-// Removes a folder and everything in it. A file that cannot be removed stays, without a message.
-void remove_tree(const char *path) {
+// Removes a folder and everything in it. What cannot be removed stays: then it returns -1, and errno says why.
+int remove_tree(const char *path) {
     DIR *folder = opendir(path);
-    struct dirent *entry;
     char inner[4200];
+    int error = 0;
 
-    // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder.
-    while (folder && (entry = readdir(folder)) != NULL) {
+    // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder. The end of a folder and
+    // an error differ in errno alone.
+    while (folder) {
+        errno = 0;
+        struct dirent *entry = readdir(folder);
+        if (!entry) {
+            error = errno;
+            break;
+        }
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) {
             continue;
         }
@@ -111,7 +118,11 @@ void remove_tree(const char *path) {
     if (folder) {
         closedir(folder);
     }
-    rmdir(path);
+    if (rmdir(path) != 0 && errno != ENOENT && error == 0) {
+        error = errno;
+    }
+    errno = error;
+    return error ? -1 : 0;
 }
 
 // Prints "program: [rank N: ]message hint" to standard error and ends the program.
