@@ -40,6 +40,7 @@ double forward_loss(Run *run, int rows, double scale) {
     double loss, aux, norm;
     run->backend->forward(run->model, &batch);
     run->backend->losses(run->model, &loss, &aux, &norm);
+    check_validation(run, loss);
     return loss;
 }
 
@@ -110,6 +111,7 @@ void generate(Run *run, const char *prompt, size_t size, FILE *to) {
         if (made > 0) {
             run->backend->generate(run->model, ids[0], position++, logits);
         }
+        check_logits(run, logits, position);
         int id = sample(logits, min_int(c->vocab, t->vocab), c->temperature, c->top_k, c->top_p,
                         random_uniform(stream, (uint64_t)position));
         broadcast(&id, sizeof(id)); // processes might differ in the logits' last bits

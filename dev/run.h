@@ -35,7 +35,9 @@ typedef struct Run {
     Traffic traffic;       // messages since the log's last line, by then
 } Run;
 
+Batch next_batch(Run *run, int micro);
 #include "quote.h"    // words as a shell takes them
+#include "finite.h"   // NaN and infinities, and where they come from
 #include "save.h"     // the checkpoints of a run
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
@@ -477,11 +479,7 @@ void end_step(Run *run, int step, double lr) {
     const Config *c = &run->config;
     double loss, aux, norm;
     run->backend->losses(run->model, &loss, &aux, &norm);
-    if (!isfinite(loss) || !isfinite(norm)) {
-        fail("step %d: the loss is %g and the gradient's norm %g; training stops here, and the last checkpoint in "
-             "%s is as it was. A lower --lr or a longer --warmup may help",
-             step, loss, norm, run->out);
-    }
+    check_step(run, step, loss, aux, norm);
     run->step = step;
     run->trained++;
     if (run->trace) {

@@ -201,6 +201,7 @@ void load_weights(Run *run, const char *dir, int moments) {
         for (int i = 0; i < m->tensor_count; i++) {
             for (; p < parts + count && p->tensor == i; p++) {
                 read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                check_read(&files, prefix[what], p, tensor + p->offset);
             }
 
             // The run may have had float32 moments until now.

@@ -121,7 +121,7 @@ void group_loss_forward(Model *m, int l, const real *x) {
         }
 
         // The experts first .. end are a group.
-        for (int first = 0, end = 0; first < E; first = end) {
+        for (int first = 0, end = 0; first < E && total > 0; first = end) {
             double sum = 0;
             for (; end < E && group_of(end, E, G) == group_of(first, E, G); end++) {
                 sum += count[end];
