@@ -8,7 +8,7 @@
 int run_ranks(char *output, size_t size, int ranks, const char *options) {
     return shell(output, size,
                  "timeout 120 $MPIRUN -np %d sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
-                 "--eval-batches 1 --tokens 5 --threads 1 %s'",
+                 "--eval-tokens 64 --tokens 5 --threads 1 %s'",
                  ranks, options);
 }
 
@@ -87,7 +87,7 @@ void test_mpi_log(void **state) {
         snprintf(name, sizeof(name), "log%d", ranks);
         snprintf(options, sizeof(options),
                  "--batch %d --accum 2 --experts 6 --capacity-factor 0.6 --eval-capacity-factor 0.8 --jitter 0.9 --eval-every 3 "
-                 "--eval-batches 0 --save-every 0 --out %s",
+                 "--eval-tokens 0 --save-every 0 --out %s",
                  6 / ranks, scratch_file(name));
         assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
         shell(output, sizeof(output), "cat %s/log.jsonl", scratch_file(name));

@@ -73,7 +73,7 @@ void check_resume(const char *recipe) {
     snprintf(halves, sizeof(halves), "halves-%s", recipe);
     snprintf(path, sizeof(path), "%s/log.jsonl", halves);
     // the validation in step 7, of the whole file, takes long enough to be killed in
-    snprintf(options, sizeof(options), "--recipe %s --eval-every 7 --eval-batches 0 --accum 2", recipe);
+    snprintf(options, sizeof(options), "--recipe %s --eval-every 7 --eval-tokens 0 --accum 2", recipe);
     expect(run_tiny(whole, options), 0, "What next");
     for (int attempt = 0, status = 0; !WIFSIGNALED(status); attempt++) {
         assert_true(attempt < 5); // it was always done before it could be killed
@@ -325,7 +325,7 @@ void test_interrupt_evaluation(void **state) {
     need_program();
     check_leaks(0);
     int status, stopped = 0;
-    pid_t child = start_tiny("halted", "--steps 1000000 --save-every 0 --eval-every 2 --eval-batches 0 --batch 1");
+    pid_t child = start_tiny("halted", "--steps 1000000 --save-every 0 --eval-every 2 --eval-tokens 0 --batch 1");
     assert_int_equal(wait_for(child, scratch_file("halted/log.jsonl"), "\"eval\""), -1);
     expect(run_tiny("halted", "--resume"), 1, "another process");
     kill(child, SIGTERM);
