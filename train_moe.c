@@ -808,10 +808,10 @@ typedef struct Router {
     void (*update)(Model *m, int l);           // after a step: what changes without a gradient
     const Option *options;
     int option_count;
-    const Recipe *recipes;
-    int recipe_count;
     const Effect *effects;                     // what its options need to have an effect
     int effect_count;
+    const Recipe *recipes;
+    int recipe_count;
 } Router;
 
 // Runs the parts that work at this place; returns how many there are.
