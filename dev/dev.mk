@@ -7,7 +7,7 @@
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader program files)
+TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader options evaluate program files)
 TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double numbers_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
@@ -146,7 +146,7 @@ sanitize_cu: test_cu
 # $(call SHORT_RUN,PROGRAM,FOLDER): a short training, a resumed one, and a story
 define SHORT_RUN
 	rm -rf $(2)
-	$(1) --out $(2) --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-batches 2 --tokens 20 --save-every 2
+	$(1) --out $(2) --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-tokens 128 --tokens 20 --save-every 2
 	$(1) --out $(2) --resume --steps 4
 	$(1) --out $(2) --prompt "Once upon" --tokens 20
 	rm -rf $(2)
@@ -249,7 +249,7 @@ tsan: data/stories/tokenizer.json
 	clang -std=gnu11 -O1 -g $(WARN) $(ARCH) $(LOOPS) -I. -fsanitize=thread -fopenmp train_moe.c -o dev/build/train_moe_tsan $(LIBS)
 	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe; do rm -rf dev/build/tsan_run; \
 	OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" dev/build/train_moe_tsan --threads 4 \
-	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-batches 2 \
+	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-tokens 128 \
 	    --tokens 20 || exit 1; done
 	rm -rf dev/build/tsan_run
 

@@ -20,15 +20,14 @@ typedef struct Run {
     int links;             // can the run directory have symbolic links?
     int opened;            // is there something to train?
     int step, saved;       // steps done; those of the last checkpoint
-    int trained;           // steps since this process began
+    int trained;           // steps whose loads are in the statistics
     int stop;              // one of the processes was asked to stop
     double peak;           // operations per second, measured
     double sheet;          // the same by the data sheet; 0: unknown
     double flops;          // of a token
     double before;         // bytes of memory that the process held before it had data and a model
-    double val_loss, val_bpb, fluctuation;
     unsigned char *warned; // (L) what a warning was printed of: 1 a dead expert, 2 an uneven load
-    uint64_t *probe;       // (L, tokens) the sets of experts that the first validation batch had last time
+    uint64_t *probe;       // (windows, L, tokens) the sets of experts that a few windows had at the last evaluation
     double timed;          // when the steps began that the log has not yet shown
     int timed_step;        // and the step before them
     double paused;         // when the last step ended
@@ -38,6 +37,7 @@ typedef struct Run {
 Batch next_batch(Run *run, int micro);
 #include "quote.h"    // words as a shell takes them
 #include "finite.h"   // NaN and infinities, and where they come from
+#include "remember.h" // what a checkpoint remembers of the routers
 #include "save.h"     // the checkpoints of a run
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
@@ -235,6 +235,7 @@ int resume_run(Run *run, const Config *asked, const char *checkpoint) {
     char *text = read_file(path, &size);
     Json *state = json_parse(text, size, path);
     config_from_directory(c, checkpoint);
+    const Config before = *c;
     share_batch(c, asked, checkpoint);
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL | 1 << ORDER, checkpoint);
     double step = expect_member(state, "step", 'i', path)->number;
@@ -249,6 +250,8 @@ int resume_run(Run *run, const Config *asked, const char *checkpoint) {
     } else {
         double fingerprint = expect_member(state, "data_fingerprint", 'n', path)->number;
         config_check(c);
+        refuse_idle_options(c, &before);
+        check_warmup(c, &before);
         load_tokenizer(run, checkpoint);
         run->before = memory_now();
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
@@ -276,6 +279,8 @@ void start_run(Run *run, const Config *asked) {
         join_options(c, &mine, 1 << MODEL, 1 << MODEL, asked->init);
     }
     config_check(c);
+    refuse_idle_options(c, NULL);
+    check_warmup(c, NULL);
     if (!c->data[0]) {
         c->data = has_file("data/tinystories", "tokenizer.json") ? "data/tinystories" : "data/stories";
     }
@@ -329,6 +334,9 @@ int prepare_run(Run *run, const Config *asked) {
         free(frequency);
     }
     run->warned = (unsigned char *)allocate(c->layers, 1);
+    if (resumed) {
+        read_router_state(run, checkpoint);
+    }
     return 1;
 }
 
@@ -371,7 +379,9 @@ void answer_prompt(Run *run, const Config *asked) {
     }
     check_small_files(dir);
     config_from_directory(c, dir);
+    const Config before = *c;
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
+    refuse_idle_options(c, &before);
     c->batch = 1; // generation needs none, and the saved one is that of all processes
     config_check(c);
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
@@ -474,11 +484,20 @@ Batch next_batch(Run *run, int micro) {
     return batch;
 }
 
+// The step's losses, of all processes together; the norm is that of all of them already.
+void sum_losses(const Backend *backend, Model *m, double *loss, double *aux, double *norm) {
+    double both[2];
+    backend->losses(m, &both[0], &both[1], norm);
+    sum_over_ranks(both, 2);
+    *loss = both[0];
+    *aux = both[1];
+}
+
 // After the step's update: its losses, warnings, and from time to time a line of the log.
 void end_step(Run *run, int step, double lr) {
     const Config *c = &run->config;
     double loss, aux, norm;
-    run->backend->losses(run->model, &loss, &aux, &norm);
+    sum_losses(run->backend, run->model, &loss, &aux, &norm);
     check_step(run, step, loss, aux, norm);
     run->step = step;
     run->trained++;

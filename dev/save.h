@@ -34,6 +34,7 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
     n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f}\n", run->step,
                  data_fingerprint(run->train));
     write_text(dir, "trainer_state.json", text, (size_t)n);
+    write_router_state(run, dir);
     sum_small_files(sums, dir);
 }
 

@@ -21,7 +21,7 @@ void check_resume(const char *recipe) {
     snprintf(halves, sizeof(halves), "halves-%s", recipe);
     snprintf(path, sizeof(path), "%s/log.jsonl", halves);
     // the validation in step 7, of the whole file, takes long enough to be killed in
-    snprintf(options, sizeof(options), "--recipe %s --eval-every 7 --eval-batches 0 --accum 2", recipe);
+    snprintf(options, sizeof(options), "--recipe %s --eval-every 7 --eval-tokens 0 --accum 2", recipe);
     expect(run_tiny(whole, options), 0, "What next");
     for (int attempt = 0, status = 0; !WIFSIGNALED(status); attempt++) {
         assert_true(attempt < 5); // it was always done before it could be killed
@@ -273,7 +273,7 @@ void test_interrupt_evaluation(void **state) {
     need_program();
     check_leaks(0);
     int status, stopped = 0;
-    pid_t child = start_tiny("halted", "--steps 1000000 --save-every 0 --eval-every 2 --eval-batches 0 --batch 1");
+    pid_t child = start_tiny("halted", "--steps 1000000 --save-every 0 --eval-every 2 --eval-tokens 0 --batch 1");
     assert_int_equal(wait_for(child, scratch_file("halted/log.jsonl"), "\"eval\""), -1);
     expect(run_tiny("halted", "--resume"), 1, "another process");
     kill(child, SIGTERM);
@@ -312,13 +312,12 @@ void test_memory(void **state) {
         skip();
     static const char *const more[] = {"", "--recompute", "--recipe deepseek-v3 --experts 16 --topk 4", "--recipe dense --layers 6"};
     for (int i = 0; i < 4; i++) {
-        char out[32], line[2200];
+        char out[32], sizes[200], line[2200];
         struct rusage use;
         int status;
         snprintf(out, sizeof(out), "memory-%d", i);
-        snprintf(line, sizeof(line), "exec %s >/dev/null",
-                 command_line(out, "--dim 256 --heads 4 --ffn 256 --seq 128 --batch 16 --steps 3"));
-        snprintf(line + strlen(line) - 10, 200, "%s >/dev/null", more[i]);
+        snprintf(sizes, sizeof(sizes), "--dim 256 --heads 4 --ffn 256 --seq 128 --batch 16 --steps 3 %s", more[i]);
+        snprintf(line, sizeof(line), "exec %s >/dev/null", command_line(out, sizes));
         pid_t child = fork();
         if (child == 0) {
             execl("/bin/sh", "sh", "-c", line, (char *)NULL);
@@ -878,7 +877,7 @@ void test_nan(void **state) {
     (void)state;
     need_program();
     check_leaks(0);
-    const char *const wild = "--lr 100 --min-lr 0 --weight-decay 100 --clip 0 --warmup 0 --schedule constant";
+    const char *const wild = "--lr 100 --weight-decay 100 --clip 0 --warmup 0 --schedule constant";
     char options[256];
     expect(run_tiny("nan", "--steps 2"), 0, NULL);
     snprintf(options, sizeof(options), "--resume --steps 1000 --save-every 0 %s", wild);
