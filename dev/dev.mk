@@ -269,6 +269,7 @@ valgrind: data/stories/tokenizer.json cmocka
 # OpenBLAS is only there to be compared with. What it finds out about a processor may be too little, so it is told of AVX-512;
 # and its threads shall not spin for long while ours work.
 BLAS = $(call accepts,-DOPENBLAS -lopenblas,\043include <cblas.h>)
+dev/bench/bench: STACK = # its lists of measurements are long
 dev/bench/bench: dev/bench/bench.c $(CHOICE)
 	$(BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ $(BLAS) $(LIBS)
 
