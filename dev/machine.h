@@ -37,7 +37,7 @@ OLD_INSTRUCTIONS void on_illegal_instruction(int number) {
 
 // Before main, and before all functions that also run before main: does this processor have what the compiler took
 // for granted? The oldest set that it lacks is named. For sets that are not in this list there is the signal.
-OLD_INSTRUCTIONS __attribute__((constructor(101))) void ask_processor(void) {
+OLD_INSTRUCTIONS BEFORE_ALL void ask_processor(void) {
     signal(SIGILL, on_illegal_instruction);
 #if defined(__x86_64__) || defined(__i386__)
     const char *missing = NULL;

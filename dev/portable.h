@@ -27,8 +27,8 @@
 #if defined(__TINYC__) || !defined(__GNUC__)
 #error "This needs GCC or Clang, for vector types and functions that run before main: make CC=gcc"
 #endif
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
-#error "Not with -Ofast, -ffast-math or -ffinite-math-only: exp would be wrong by 41%, and NaN go unnoticed. Build with -O3"
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "Not with -Ofast, -ffast-math and their parts: exp would be wrong by 41%, and NaN would go unnoticed. Build with -O3"
 #endif
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 // 16: only half precision is computed in another type
 #error "Here float is computed in another type (x87?), and exp would be wrong. Build with -msse2 -mfpmath=sse"
@@ -37,6 +37,14 @@
 #error "Token files and checkpoints are written in this processor's order of bytes, which must be little-endian"
 #endif
 typedef char files_may_be_large[sizeof(off_t) >= 8 ? 1 : -1]; // a system header came before this file
+
+// Marks a function that runs before main, and before those of the kind that come later in the program. Apple's linker
+// keeps their order by itself.
+#ifdef __APPLE__
+#define BEFORE_ALL __attribute__((constructor))
+#else
+#define BEFORE_ALL __attribute__((constructor(101)))
+#endif
 
 #ifdef STRICT_POSIX
 void *memmem(const void *text, size_t size, const void *part, size_t part_size);
