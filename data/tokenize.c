@@ -10,6 +10,7 @@
 //
 // Every result is the same with any number of threads. No file gets its final name before all are
 // written, so that an interrupted run changes nothing.
+#define PROGRAM "data/tokenize"
 #include "tokenizer.h"
 #include "loader.h"
 #include <getopt.h>

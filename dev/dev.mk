@@ -7,7 +7,7 @@
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader options evaluate program files)
+TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader options evaluate program files machine)
 TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double numbers_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
@@ -269,6 +269,7 @@ valgrind: data/stories/tokenizer.json cmocka
 # OpenBLAS is only there to be compared with. What it finds out about a processor may be too little, so it is told of AVX-512;
 # and its threads shall not spin for long while ours work.
 BLAS = $(call accepts,-DOPENBLAS -lopenblas,\043include <cblas.h>)
+dev/bench/bench: STACK = # its lists of measurements are long
 dev/bench/bench: dev/bench/bench.c $(CHOICE)
 	$(BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ $(BLAS) $(LIBS)
 

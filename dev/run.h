@@ -97,7 +97,7 @@ void default_out(const Config *asked, int fresh, char out[2048]) {
         if ((asked->given[find_option("recipe")] && !of_recipe) || !stat_latest(path, &info)) {
             continue;
         }
-        struct timespec time = info.st_mtim;
+        struct timespec time = file_time(&info);
         if (time.tv_sec > newest.tv_sec || (time.tv_sec == newest.tv_sec && time.tv_nsec >= newest.tv_nsec)) {
             newest = time;
             snprintf(out, 2048, "runs/%.1000s", entry->d_name);
@@ -109,13 +109,7 @@ void default_out(const Config *asked, int fresh, char out[2048]) {
 }
 
 void share_cores(const Config *c) {
-    int here = ranks.size > 1 ? ranks_of_machine() : 1; // all processes ask, whatever their environments say
-    if (c->threads) {
-        use_threads(c->threads);
-    } else if (ranks.size > 1 && !getenv("OMP_NUM_THREADS")) { // all processes of this machine share its cores
-        int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
-        use_threads(max_int(1, min_int(thread_count(), cores / here)));
-    }
+    share_processors(c->threads, ranks.size > 1 ? ranks_of_machine() : 1); // all processes ask, whatever they are told
 }
 
 // The tokenizer that --tokenizer names, that of the data folder, or that of the checkpoint that is resumed.
@@ -566,15 +560,8 @@ int close_run(Run *run) {
 int run_program(int argc, char **argv, const Backend *backend, int (*program)(int, char **, const Backend *)) {
     open_standard_files();
     signal(SIGXFSZ, SIG_IGN); // a file that may not grow is an error like a full disk
-#ifdef _OPENMP
-    // Waiting threads should sleep. OpenMP's default is to spin, which on a machine with anything else to do makes a
-    // step ten times slower. Its runtime reads this before main, so the program begins once more. The fast products
-    // pack on the stack, and some systems give a thread no more than 128 KiB.
-    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) {
-        setenv("OMP_STACKSIZE", "4M", 0);
-        execv("/proc/self/exe", argv);
-    }
-#endif
+    let_threads_sleep(argv);
+    check_exp();
 #ifdef USE_MPI
     int provided;
     MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
