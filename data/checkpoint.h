@@ -141,6 +141,11 @@ void read_part(const WeightFiles *files, const char *prefix, const Part *p, int 
     for (int i = 0; i < files->count && !found; i++) {
         found = find_part(&files->list[i], name, p, experts, to);
     }
+
+    // A file may have the output's matrix alone, where it is the embedding's; check_tensors() refuses that where it is not.
+    for (int i = 0; i < files->count && !found && !strcmp(name, "model.embed_tokens.weight"); i++) {
+        found = read_tensor(&files->list[i], "lm_head.weight", p, p->rows, 0, to);
+    }
     if (!found) {
         fail("%s: there is no %s, which config.json asks for", files->path, name);
     }
@@ -186,6 +191,10 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
             }
             *seen = i + 2;
         }
+    }
+    const char *const embed = "model.embed_tokens.weight";
+    if (c->untied && table_get(&asked, embed, strlen(embed)) == 1) {
+        fail("%s: there is no %s, which config.json asks for", files->path, embed);
     }
     table_free(&asked);
 }
