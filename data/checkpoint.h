@@ -146,6 +146,13 @@ void read_part(const WeightFiles *files, const char *prefix, const Part *p, int 
     for (int i = 0; i < files->count && !found && !strcmp(name, "model.embed_tokens.weight"); i++) {
         found = read_tensor(&files->list[i], "lm_head.weight", p, p->rows, 0, to);
     }
+    for (int i = 0; i < files->count && !found && !strncmp(name, "model.", 6); i++) {
+        if (json_get(files->list[i].header, name + 6)) {
+            fail("%s: there is %s, but no %s: it was saved without its output; open it with transformers' "
+                 "AutoModelForCausalLM and save it again",
+                 files->path, name + 6, name);
+        }
+    }
     if (!found) {
         fail("%s: there is no %s, which config.json asks for", files->path, name);
     }
@@ -180,9 +187,9 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
                 continue;
             }
             if (!table_get(&asked, t->key, strlen(t->key))) {
-                fail("%s: %s is no tensor of the model that config.json describes (%d layers%s), and without it this "
-                     "would be another model",
-                     s->path, t->key, c->layers, c->untied ? "" : ", no biases");
+                fail("%s: %s is no tensor of the model that config.json describes (%d layers, no biases, no norms of "
+                     "queries and keys), and without it this would be another model",
+                     s->path, t->key, c->layers);
             }
             int64_t *seen = table_put(&asked, t->key, strlen(t->key));
             if (*seen != 1) {

@@ -53,10 +53,15 @@ const Field config_fields[] = {
     {"sliding_window", FIELD_CHECKED, NULL, {NULL}},
     {"layer_types", FIELD_CHECKED, NULL, {NULL}},
 
+    {"rope_interleaved", FIELD_OFF, "positions turn the two halves of a head here", {NULL}},
+    {"alibi", FIELD_OFF, "positions turn heads here", {NULL}},
     {"partial_rotary_factor", FIELD_ONE, "here positions turn the whole of a head", {NULL}},
     {"attention_bias", FIELD_OFF, "this model has no biases", {NULL}},
     {"qkv_bias", FIELD_OFF, "this model has no biases", {NULL}},
     {"mlp_bias", FIELD_OFF, "this model has no biases", {NULL}},
+    {"attn_bias", FIELD_OFF, "this model has no biases", {NULL}},
+    {"attention_out_bias", FIELD_OFF, "this model has no biases", {NULL}},
+    {"use_bias", FIELD_OFF, "this model has no biases", {NULL}},
     {"clip_qkv", FIELD_OFF, "queries, keys and values are not clipped here", {NULL}},
     {"qk_norm", FIELD_OFF, "queries and keys have no norms here", {NULL}},
     {"use_qk_norm", FIELD_OFF, "queries and keys have no norms here", {NULL}},
@@ -70,11 +75,14 @@ const Field config_fields[] = {
     {"residual_multiplier", FIELD_ONE, "nothing is multiplied there here", {NULL}},
     {"logits_scaling", FIELD_ONE, "nothing is multiplied there here", {NULL}},
     {"logit_scale", FIELD_ONE, "nothing is multiplied there here", {NULL}},
+    {"routed_scaling_factor", FIELD_ONE, "nothing is multiplied there here", {NULL}},
     {"norm_topk_prob", FIELD_TRUE, "a Mixtral divides the weights of the chosen experts by their sum", {NULL}},
     {"mlp_only_layers", FIELD_OFF, "all layers of a Mixtral have experts", {NULL}},
     {"first_k_dense_replace", FIELD_OFF, "all layers of a Mixtral have experts", {NULL}},
+    {"decoder_sparse_step", FIELD_ONE, "all layers of a Mixtral have experts", {NULL}},
     {"n_shared_experts", FIELD_OFF, "a Mixtral has no shared experts", {NULL}},
     {"num_shared_experts", FIELD_OFF, "a Mixtral has no shared experts", {NULL}},
+    {"shared_expert_intermediate_size", FIELD_OFF, "a Mixtral has no shared experts", {NULL}},
     {"per_layer_config", FIELD_OFF, "all layers are alike here", {NULL}},
     {"pruned_heads", FIELD_OFF, "all layers are alike here", {NULL}},
     {"quantization_config", FIELD_OFF, "its numbers are quantized; give the model that it was made of", {NULL}},
@@ -174,7 +182,8 @@ const Json *find_member(const Json *object, const char *name) {
 
 __attribute__((noreturn)) void refuse_field(const ConfigReader *r, const char *name, const Json *m, const char *why) {
     char number[32];
-    fail("%s: %s is %s: %s", r->path, name, m->type == 'a' ? "a list" : json_word(m, number), why);
+    const char *word = m->type == 'a' ? "a list" : json_word(m, number);
+    fail("%s: %s is %s: %s", r->path, name, m->type == 'o' ? "an object" : word, why);
 }
 
 // null, false, 0, and what is empty.

@@ -320,7 +320,7 @@ FOREIGN = [
     ("soft cap of logits", M, fields(final_logit_softcapping=30.0), "final_logit_softcapping is 30"),
     ("not renormalised", M, fields(norm_topk_prob=False), "norm_topk_prob is false"),
     ("renormalised", M, fields(norm_topk_prob=True), None),
-    ("quantized", M, fields(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config"),
+    ("quantized", M, fields(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config is an object"),
     ("dropout", dict(attention_dropout=0.3), None, None),
     ("jitter", dict(router_jitter_noise=0.3), None, None),
     ("logits of the router", dict(output_router_logits=True, router_aux_loss_coef=0.5), None, None),
@@ -342,7 +342,8 @@ FOREIGN = [
     ("a classifier's head", L, put("score.weight", 2, 64), "score.weight is no tensor"),
     ("frequencies", L, put("model.layers.0.self_attn.rotary_emb.inv_freq", 8), None),
     ("a tensor is missing", L, take("model.norm.weight"), "there is no model.norm.weight"),
-    ("no head", M, base_model, "there is no model.embed_tokens.weight"),
+    ("no head", M, base_model, "AutoModelForCausalLM"),
+    ("interleaved", L, fields(rope_interleaved=True), "rope_interleaved is true"),
     # files
     ("whole and old shards", M, old_shards, None),
     ("pytorch_model.bin", M, as_bin, "save_pretrained"),
@@ -450,6 +451,9 @@ def check_padding(folder):
 
 
 def foreign(args):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        print(f"check_hf.py: not run: --foreign needs transformers 5, this is {transformers.__version__}")
+        return
     transformers.logging.set_verbosity_error()
     scratch, failed, count = tempfile.mkdtemp(prefix="check_hf-"), 0, 0
     only = os.environ.get("ONLY", "")
