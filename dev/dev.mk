@@ -3,11 +3,11 @@
 
 .PHONY: test_rest test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl test_in test_sse2 test_avx2 test_arm64 \
     sanitize sanitize_double sanitize_emulated race_emulated count_emulated sanitize_cu gate_cu gpu_check tsan valgrind \
-    bench bench_all bench_mpi bench_cu format
+    bench bench_all bench_mpi bench_cu format check_hf
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader options evaluate program files machine)
+TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine)
 TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double numbers_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
@@ -22,6 +22,11 @@ test_rest:
 	@for test in $(TESTS) $(TESTS_DOUBLE); do echo $$test; $$test || exit 1; done
 	@if command -v $(CXX) >/dev/null; then $(PAIR) test_emulated; \
 	else echo "the CUDA twin's tests are not run: they need a C++ compiler"; fi
+
+##check_hf: directories that Hugging Face's transformers makes, read by --init with the loss that it gives them; needs Python with it
+PYTHON ?= python3
+check_hf: train_moe data/tokenize dev/test/logits
+	$(PYTHON) dev/test/check_hf.py --foreign
 
 # ---- several processes
 

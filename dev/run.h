@@ -124,11 +124,12 @@ void load_tokenizer(Run *run, const char *checkpoint) {
     run->tokenizer = tokenizer_load(run->config.tokenizer[0] ? run->config.tokenizer : path);
 }
 
-// Stops unless the vocabulary of dir/tokenizer.json, where there is one, is the data's.
-void compare_tokenizers(const Run *run, const char *dir) {
+// Stops unless dir/tokenizer.json, where there is one, encodes the data's texts as the data's tokenizer does. That of a
+// checkpoint may have more added tokens, which the data do not use: then it is kept, and goes into the new checkpoints.
+void compare_tokenizers(Run *run, const char *dir) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
-    const Tokenizer *mine = run->tokenizer;
+    Tokenizer *mine = run->tokenizer;
     if (mine->vocab > run->config.vocab) {
         fail("%s: the model has %d tokens, the data's tokenizer %d", dir, run->config.vocab, mine->vocab);
     }
@@ -136,12 +137,22 @@ void compare_tokenizers(const Run *run, const char *dir) {
         return;
     }
     Tokenizer *other = tokenizer_load(path);
-    for (int i = 0; i < mine->vocab; i++) {
-        if (i >= other->vocab || mine->length[i] != other->length[i] ||
-            memcmp(mine->text[i], other->text[i], mine->length[i])) {
-            fail("%s: token %d is not that of the data in %s; make the data with data/tokenize --tokenizer %s", path, i,
-                 run->config.data, quote_for_shell(path));
-        }
+    int is_kept = mine->vocab > other->vocab && !strcmp(dir, run->config.data); // mine, from the checkpoint
+    const Tokenizer *small = is_kept ? other : mine;
+    int differs = tokenizer_differs(is_kept ? mine : other, small);
+    if (differs >= 0 && differs < small->vocab) {
+        fail("%s: token %d is not that of the data in %s; make the data with data/tokenize --tokenizer %s", path,
+             differs, run->config.data, quote_for_shell(path));
+    }
+    if (differs >= 0) {
+        fail("%s: its merges are not those of the data in %s; make the data with data/tokenize --tokenizer %s", path,
+             run->config.data, quote_for_shell(path));
+    }
+    if (other->vocab > run->config.vocab) {
+        remark("%s has %d tokens, the model %d: the data's tokenizer is kept", path, other->vocab, run->config.vocab);
+    } else if (other->vocab > mine->vocab) {
+        run->tokenizer = other;
+        other = mine;
     }
     tokenizer_free(other);
 }
@@ -265,12 +276,18 @@ void start_run(Run *run, const Config *asked) {
     Config *c = &run->config;
     if (c->init[0]) {
         Config mine = *asked;
-        check_small_files(c->init);
-        config_from_directory(c, c->init);
+        mine.init = model_directory(asked->init);
+        check_small_files(mine.init);
+        int window = config_from_directory(c, mine.init);
         if (!asked->given[find_option("recipe")]) { // the checkpoint's, whose training options go with its model
             config_recipe(&mine, c->recipe);
         }
         join_options(c, &mine, 1 << MODEL, 1 << MODEL, asked->init);
+        if (window && window < c->seq) {
+            fail("%s/config.json: sliding_window is %d: attention has no window here; give --seq %d or less, where it "
+                 "makes no difference (now: --seq %d)",
+                 c->init, window, window, c->seq);
+        }
     }
     config_check(c);
     refuse_idle_options(c, NULL);
