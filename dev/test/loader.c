@@ -242,7 +242,7 @@ void put_checked_shard(const char *name, int count, int first) {
     free(bytes);
 }
 
-void flip_bit(const char *name, size_t at, int bit) {
+void flip_token_bit(const char *name, size_t at, int bit) {
     size_t size;
     char *bytes = read_file(scratch_file(name), &size);
     bytes[at] ^= (char)(1 << bit);
@@ -259,12 +259,12 @@ void test_loader_checksum(void **state) {
         put_checked_shard("sum/train_0.bin", 400, 0);
         put_checked_shard("sum/train_1.bin", 400, 0);
         assert_int_equal(dies(load_all, (void *)"sum", message, sizeof(message)), 0);
-        flip_bit("sum/train_1.bin", at, i % 8);
+        flip_token_bit("sum/train_1.bin", at, i % 8);
         assert_int_equal(dies(load_all, (void *)"sum", message, sizeof(message)), 1);
         assert_true(strstr(message, "sum/train_1.bin: damaged") && strstr(message, "checksum"));
     }
     put_shard("sum/train_1.bin", TOKENS_MAGIC, 1, 400, 400, 0); // of another maker, without a checksum
-    flip_bit("sum/train_1.bin", 1030, 1);
+    flip_token_bit("sum/train_1.bin", 1030, 1);
     assert_int_equal(dies(load_all, (void *)"sum", message, sizeof(message)), 0);
     put_checked_shard("sum/train_1.bin", 400000, 0); // larger than what is read at a time, and with too large ids
     assert_int_equal(dies(load_all, (void *)"sum", message, sizeof(message)), 1);
