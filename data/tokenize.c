@@ -405,7 +405,7 @@ static void finish_shard(Shards *s) {
 
 // Appends ids (count), and begins a new file when one is full.
 static void write_tokens(Shards *s, const int *ids, size_t count) {
-    unsigned char bytes[8192];
+    unsigned char bytes[4096];
     while (count > 0) {
         if (!s->file) {
             char name[64];
