@@ -540,7 +540,9 @@ static Names list_old_files(const char *out, int warn) {
         }
     }
     closedir(folder);
-    qsort(old.list, old.count, sizeof(char *), compare_text); // the tokenizer comes first
+    if (old.count > 0) {
+        qsort(old.list, old.count, sizeof(char *), compare_text); // the tokenizer comes first
+    }
     return old;
 }
 
