@@ -131,8 +131,11 @@ static void free_names(Names *n) {
 
 // Is it a name of ours, such as train_000000.bin?
 static int is_our_name(const char *name) {
-    size_t prefix = strncmp(name, "train_", 6) == 0 ? 6 : strncmp(name, "val_", 4) == 0 ? 4 : 0;
-    return prefix && strspn(name + prefix, "0123456789") == 6 && strcmp(name + prefix + 6, ".bin") == 0;
+    const char *number = strchr(name, '_');
+    if (strncmp(name, "train_", 6) != 0 && strncmp(name, "val_", 4) != 0) {
+        return 0;
+    }
+    return strspn(number + 1, "0123456789") == 6 && strcmp(number + 7, ".bin") == 0;
 }
 
 // Notes that `name` in the folder `out` is to be replaced, if it is there. Only a file can be.

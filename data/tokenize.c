@@ -16,6 +16,7 @@
 #include <getopt.h>
 
 #define BLOCK_BYTES  (8 << 20)   // of text at a time; a longer document makes it grow
+#define WORD_BYTES   1000        // of a word that counts as one
 #define WORD_MEMORY  (256 << 20) // bytes for counting words
 #define SEPARATOR    "<|endoftext|>"
 
@@ -39,7 +40,7 @@ typedef struct Reader {
     int clean; // --clean
     int next;  // the file that is open, or the next one to open
     int valid; // is the open file validation text?
-    int64_t split; // where no file is validation text: the first document of validation; -1: not known
+    int64_t split; // the first document of validation, where no file is validation text; else -1
     FILE *file;
     char *bytes;
     size_t allocated, filled, used; // bytes; documents are cut up to `used`
@@ -214,11 +215,15 @@ static int next_block(Reader *r) {
 
 // How many of the block's documents are for training; those of validation come behind them.
 static int64_t training_documents(const Reader *r) {
-    int64_t count = (int64_t)r->count, before = r->kept - count;
+    int64_t count = (int64_t)r->count;
+    int64_t left = r->split - (r->kept - count); // documents for training from this block on
     if (r->valid) {
         return 0;
     }
-    return r->split >= 0 && r->split < before + count ? (r->split > before ? r->split - before : 0) : count;
+    if (r->split < 0 || left > count) {
+        return count;
+    }
+    return left > 0 ? left : 0;
 }
 
 // ----------------------------------------------------------------------------
@@ -234,15 +239,16 @@ static void add_counts(Table *sum, const Table *t, int64_t at_least) {
     }
 }
 
-// Adds 1 to the count of each word of a text. A word of more than 1000 bytes, such as DNA, counts
+// Adds 1 to the count of each word of a text. A word of more than WORD_BYTES, such as DNA, counts
 // in pieces.
 static void count_document(Table *counts, const unsigned char *class_of, const char *s, size_t n) {
     const char *end = s + n;
     while (s < end) {
-        // A longer word is not looked at behind its first 1000 bytes and one more character.
+        // Of a longer word only a few bytes behind the first WORD_BYTES are looked at: enough for the character that is cut
+        // there and the next one. So a run without a break is looked through once, and not again for every piece.
         size_t left = (size_t)(end - s);
-        size_t length = first_word(class_of, s, left > 1008 ? 1008 : left);
-        length = length > 1000 ? 1000 : length;
+        size_t length = first_word(class_of, s, left > WORD_BYTES + 8 ? WORD_BYTES + 8 : left);
+        length = length > WORD_BYTES ? WORD_BYTES : length;
         *table_put(counts, s, length) += 1;
         s += length;
     }
@@ -609,7 +615,8 @@ int main(int argc, char **argv) {
     if (train.tokens == 0 || val.tokens == 0) {
         fail("%s: no document for %s", r.paths[0], train.tokens ? "validation" : "training");
     }
-    Names old = list_old_files(o.out, 1), fresh = list_new_files(&train, &val);
+    Names old = list_old_files(o.out, 1);
+    Names fresh = list_new_files(&train, &val);
     replace_files(o.out, &old, &fresh);
     print_result(&r, &train, &val);
     free_names(&old);
