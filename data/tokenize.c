@@ -1,8 +1,9 @@
 // Turns text into tokens: trains a byte-level BPE vocabulary, or takes one, and writes token files.
 // Gives: the program data/tokenize, whose output folder train_moe reads with --data.
-// Needs: data/tokenizer.h, data/loader.h (how token files begin), data/roles.h, data/checksum.h; POSIX threads.
-// Texts are read in blocks, so they may be larger than memory: once to count words, from which the
-// vocabulary is made, and once to encode them. <|endoftext|> separates documents.
+// Needs: data/tokenizer.h, data/roles.h, and the parts that are included below.
+// Texts are read in blocks, so they may be larger than memory: once to count documents, where some
+// of them are set aside for validation, once to count words, from which the vocabulary is made, and
+// once to encode them. <|endoftext|> separates documents.
 //
 //     data/tokenize --out data/mine mine-train.txt mine-valid.txt
 //     data/tokenize --tokenizer gpt2/tokenizer.json --out data/mine mine.txt
@@ -11,60 +12,18 @@
 // Every result is the same with any number of threads. No file gets its final name before all are
 // written, so that an interrupted run changes nothing.
 #define PROGRAM "data/tokenize"
+#include "roles.h"
 #include "tokenizer.h"
-#include "loader.h"
 #include <getopt.h>
-#include <pthread.h>
 
 #define BLOCK_BYTES  (8 << 20)   // of text at a time; a longer document makes it grow
-#define SHARD_TOKENS 100000000   // of a token file
+#define WORD_BYTES   1000        // of a word that counts as one
 #define WORD_MEMORY  (256 << 20) // bytes for counting words
 #define SEPARATOR    "<|endoftext|>"
 
-// ----------------------------------------------------------------------------
-// Interruption: a thread waits for Ctrl-C and the like, so that no other work has to look for them, and ends the program at
-// any time but one: while files get their names.
-
-static pthread_mutex_t naming = PTHREAD_MUTEX_INITIALIZER; // held while a file is made or named
-static sigset_t awaited;
-
-static void *wait_for_signals(void *unused) {
-    int number;
-    (void)unused;
-    if (sigwait(&awaited, &number) == 0) {
-        pthread_sigmask(SIG_UNBLOCK, &awaited, NULL); // a second one ends the program at once
-        pthread_mutex_lock(&naming);
-        fprintf(stderr, "%s: interrupted; %s\n", program_name,
-                unfinished_path[0] ? "nothing was changed" : "but all files were written already");
-        if (unfinished_path[0]) {
-            remove_tree(unfinished_path);
-        }
-        _exit(1);
-    }
-    return NULL;
-}
-
-// Starts the thread. All threads that come later leave these signals to it. Those that are ignored stay so (nohup).
-static void await_signals(void) {
-    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
-    struct sigaction action;
-    pthread_t thread;
-    sigemptyset(&awaited);
-    for (int i = 0; i < COUNT(numbers); i++) {
-        if (sigaction(numbers[i], NULL, &action) == 0 && action.sa_handler != SIG_IGN) {
-            sigaddset(&awaited, numbers[i]);
-        }
-    }
-    int error = pthread_sigmask(SIG_BLOCK, &awaited, NULL);
-    if (!error) {
-        error = pthread_create(&thread, NULL, wait_for_signals, NULL);
-    }
-    if (error) {
-        fail("cannot start a thread: %s", strerror(error));
-    }
-}
-
 #include "clean.h"      // --clean
+#include "interrupt.h"  // Ctrl-C
+#include "output.h"     // token files, and how they take the place of old ones
 #include "vocabulary.h" // --vocab
 
 // ----------------------------------------------------------------------------
@@ -82,7 +41,7 @@ typedef struct Reader {
     int clean; // --clean
     int next;  // the file that is open, or the next one to open
     int valid; // is the open file validation text?
-    int64_t split; // where no file is validation text: the first document of validation; -1: not known
+    int64_t split; // the first document of validation, where no file is validation text; else -1
     FILE *file;
     char *bytes;
     size_t allocated, filled, used; // bytes; documents are cut up to `used`
@@ -257,11 +216,15 @@ static int next_block(Reader *r) {
 
 // How many of the block's documents are for training; those of validation come behind them.
 static int64_t training_documents(const Reader *r) {
-    int64_t count = (int64_t)r->count, before = r->kept - count;
+    int64_t count = (int64_t)r->count;
+    int64_t left = r->split - (r->kept - count); // documents for training from this block on
     if (r->valid) {
         return 0;
     }
-    return r->split >= 0 && r->split < before + count ? (r->split > before ? r->split - before : 0) : count;
+    if (r->split < 0 || left > count) {
+        return count;
+    }
+    return left > 0 ? left : 0;
 }
 
 // ----------------------------------------------------------------------------
@@ -277,15 +240,16 @@ static void add_counts(Table *sum, const Table *t, int64_t at_least) {
     }
 }
 
-// Adds 1 to the count of each word of a text. A word of more than 1000 bytes, such as DNA, counts
+// Adds 1 to the count of each word of a text. A word of more than WORD_BYTES, such as DNA, counts
 // in pieces.
 static void count_document(Table *counts, const unsigned char *class_of, const char *s, size_t n) {
     const char *end = s + n;
     while (s < end) {
-        // A longer word is not looked at behind its first 1000 bytes and one more character.
+        // Of a longer word only a few bytes behind the first WORD_BYTES are looked at: enough for the character that is cut
+        // there and the next one. So a run without a break is looked through once, and not again for every piece.
         size_t left = (size_t)(end - s);
-        size_t length = first_word(class_of, s, left > 1008 ? 1008 : left);
-        length = length > 1000 ? 1000 : length;
+        size_t length = first_word(class_of, s, left > WORD_BYTES + 8 ? WORD_BYTES + 8 : left);
+        length = length > WORD_BYTES ? WORD_BYTES : length;
         *table_put(counts, s, length) += 1;
         s += length;
     }
@@ -335,108 +299,7 @@ static Table count_words(Reader *r) {
 }
 
 // ----------------------------------------------------------------------------
-// Writing: everything goes into a folder in the output folder first, which fail() removes.
-
-// Opens a file in the unfinished folder.
-static FILE *open_output(const char *name) {
-    char path[4200];
-    snprintf(path, sizeof(path), "%s/%s", unfinished_path, name);
-    pthread_mutex_lock(&naming);
-    FILE *file = fopen(path, "wb");
-    pthread_mutex_unlock(&naming);
-    if (!file) {
-        fail("%s: %s", path, strerror(errno));
-    }
-    return file;
-}
-
-__attribute__((noreturn)) static void fail_to_write(void) {
-    fail("%s: cannot write: %s", unfinished_path, strerror(errno));
-}
-
-// Closes a file. A full disk may show only here.
-static void close_output(FILE *file) {
-    int failed = ferror(file);
-    if (fclose(file) != 0 || failed) {
-        fail_to_write();
-    }
-}
-
-// The token files of one split.
-typedef struct Shards {
-    const char *folder, *split;
-    FILE *file;      // the open one
-    Checksum sum;    // of its tokens
-    int64_t in_file; // its tokens
-    int count;       // files
-    int64_t tokens, documents, bytes;
-} Shards;
-
-static void shard_name(const Shards *s, int number, char name[64]) {
-    snprintf(name, 64, "%s_%06d.bin", s->split, number);
-}
-
-// Writes the header (data/loader.h), its lower bytes first.
-static void write_header(Shards *s) {
-    uint64_t sum = checksum_end(&s->sum);
-    const uint32_t fields[] = {TOKENS_MAGIC,  1,             (uint32_t)s->in_file,
-                               CHECKSUM_MARK, (uint32_t)sum, (uint32_t)(sum >> 32)};
-    unsigned char bytes[1024] = {0};
-    for (int i = 0; i < 4 * COUNT(fields); i++) {
-        bytes[i] = (unsigned char)(fields[i / 4] >> 8 * (i % 4));
-    }
-    if (fwrite(bytes, sizeof(bytes), 1, s->file) != 1) {
-        fail_to_write();
-    }
-}
-
-// Writes the header again, now that the number of tokens and their checksum are known, and closes the file.
-static void finish_shard(Shards *s) {
-    if (!s->file) {
-        return;
-    }
-    if (fseek(s->file, 0, SEEK_SET) != 0) {
-        fail_to_write();
-    }
-    write_header(s);
-    close_output(s->file);
-    s->file = NULL;
-}
-
-// Appends ids (count), and begins a new file when one is full.
-static void write_tokens(Shards *s, const int *ids, size_t count) {
-    unsigned char bytes[4096];
-    while (count > 0) {
-        if (!s->file) {
-            char name[64];
-            shard_name(s, s->count++, name);
-            s->file = open_output(name);
-            s->in_file = 0;
-            s->sum = checksum_begin();
-            write_header(s);
-        }
-
-        // As many as fit into the buffer and into the file, the lower byte of each first.
-        size_t n = count < sizeof(bytes) / 2 ? count : sizeof(bytes) / 2;
-        size_t room = (size_t)(SHARD_TOKENS - s->in_file);
-        n = n < room ? n : room;
-        for (size_t i = 0; i < n; i++) {
-            bytes[2 * i] = (unsigned char)(ids[i] & 255);
-            bytes[2 * i + 1] = (unsigned char)(ids[i] >> 8);
-        }
-        checksum_add(&s->sum, bytes, 2 * n);
-        if (fwrite(bytes, 2, n, s->file) != n) {
-            fail_to_write();
-        }
-        ids += n;
-        count -= n;
-        s->tokens += (int64_t)n;
-        s->in_file += (int64_t)n;
-        if (s->in_file == SHARD_TOKENS) {
-            finish_shard(s);
-        }
-    }
-}
+// Encoding.
 
 // Encodes all documents in parallel and writes them in order, those of validation to val, the others to train.
 static void encode_documents(Reader *r, const Tokenizer *t, Shards *train, Shards *val) {
@@ -482,161 +345,6 @@ static void encode_documents(Reader *r, const Tokenizer *t, Shards *train, Shard
         tokenizer_free(mine[i]);
     }
     free(mine);
-}
-
-// ----------------------------------------------------------------------------
-// The end: all new files take the place of all old ones.
-
-typedef struct Names {
-    char **list; // (count): names of files
-    size_t count;
-} Names;
-
-static void add_name(Names *n, const char *name) {
-    n->list = (char **)grow(n->list, n->count, sizeof(char *));
-    n->list[n->count++] = copy_text(name);
-}
-
-static void free_names(Names *n) {
-    for (size_t i = 0; i < n->count; i++) {
-        free(n->list[i]);
-    }
-    free(n->list);
-}
-
-// Is it a name of ours, such as train_000000.bin?
-static int is_our_name(const char *name) {
-    size_t prefix = strncmp(name, "train_", 6) == 0 ? 6 : strncmp(name, "val_", 4) == 0 ? 4 : 0;
-    return prefix && strspn(name + prefix, "0123456789") == 6 && strcmp(name + prefix + 6, ".bin") == 0;
-}
-
-// Notes that `name` in the folder `out` is to be replaced, if it is there. Only a file can be.
-static void add_old_file(Names *old, const char *out, const char *name) {
-    char path[4200];
-    struct stat info;
-    snprintf(path, sizeof(path), "%s/%s", out, name);
-    if (lstat(path, &info) != 0) {
-        if (errno != ENOENT) {
-            fail("%s: %s", path, strerror(errno));
-        }
-        return;
-    }
-    if (!S_ISREG(info.st_mode) && !S_ISLNK(info.st_mode)) {
-        fail("%s: not a file, and in the way of a new one; move it to another place", path);
-    }
-    add_name(old, name);
-}
-
-// The files of an earlier run, which train_moe would read along with the new ones. Other token files stay, with a warning.
-static Names list_old_files(const char *out, int warn) {
-    Names old = {NULL, 0};
-    DIR *folder = open_folder(out);
-    const char *name;
-    add_old_file(&old, out, "tokenizer.json");
-    while ((name = next_name(folder, out)) != NULL) {
-        if (is_our_name(name)) {
-            add_old_file(&old, out, name);
-        } else if (warn && is_bin_name(name) && name_role(name)) {
-            fprintf(stderr, "%s: %s/%s was there before, and train_moe will read it too\n", program_name, out, name);
-        }
-    }
-    closedir(folder);
-    qsort(old.list, old.count, sizeof(char *), compare_text); // the tokenizer comes first
-    return old;
-}
-
-// The new files, the tokenizer last.
-static Names list_new_files(const Shards *train, const Shards *val) {
-    Names fresh = {NULL, 0};
-    for (int i = 0; i < train->count + val->count; i++) {
-        char name[64];
-        shard_name(i < train->count ? train : val, i < train->count ? i : i - train->count, name);
-        add_name(&fresh, name);
-    }
-    add_name(&fresh, "tokenizer.json");
-    return fresh;
-}
-
-// Moves a file; returns 0 where that fails, and errno says why.
-static int move_file(const char *from, const char *to, const char *name) {
-    char old_path[4200], new_path[4200];
-    snprintf(old_path, sizeof(old_path), "%s/%s", from, name);
-    snprintf(new_path, sizeof(new_path), "%s/%s", to, name);
-    return rename(old_path, new_path) == 0;
-}
-
-// Moves files in order until one cannot be moved, and returns how many it moved.
-static size_t move_files(const char *from, const char *to, const Names *names) {
-    size_t moved = 0;
-    while (moved < names->count && move_file(from, to, names->list[moved])) {
-        moved++;
-    }
-    return moved;
-}
-
-// Moves the first `count` files back, the last one first, and returns how many are not back.
-static size_t move_back(const char *from, const char *to, const Names *names, size_t count) {
-    while (count > 0 && move_file(from, to, names->list[count - 1])) {
-        count--;
-    }
-    return count;
-}
-
-// What could not be moved is moved back. Either all is as it was, or the message says where everything is.
-__attribute__((noreturn)) static void undo_replacing(const char *out, const char *aside, const Names *old, size_t gone,
-                                                     const Names *fresh, size_t came) {
-    int error = errno;
-    came = move_back(out, unfinished_path, fresh, came);
-    if (came == 0) {
-        gone = move_back(aside, out, old, gone);
-    }
-    if (came == 0 && gone == 0) {
-        rmdir(aside);
-        fail("%s: cannot move the new files there: %s; nothing was changed", out, strerror(error));
-    }
-
-    // The unfinished folder has files that nobody else has, so it stays.
-    char unfinished[4096];
-    snprintf(unfinished, sizeof(unfinished), "%s", unfinished_path);
-    unfinished_path[0] = 0;
-    if (came > 0) {
-        fail("%s: cannot move all new files there (%s), nor move them back (%s): %s to %s are there, the other new files in "
-             "%s, and all %zu old ones in %s; give the command again before you train on them",
-             out, strerror(error), strerror(errno), fresh->list[0], fresh->list[came - 1], unfinished, gone, aside);
-    }
-    fail("%s: cannot move the new files there (%s), nor move the old ones back (%s): of these %s to %s are in %s, the others "
-         "are where they were, and all new ones are in %s; give the command again before you train on them",
-         out, strerror(error), strerror(errno), old->list[0], old->list[gone - 1], aside, unfinished);
-}
-
-// The new files take the place of the old ones: these are moved aside, then those are moved in. A kill in between leaves no
-// tokenizer.json there, so that nobody trains on half of them.
-static void replace_files(const char *out, const Names *old, const Names *fresh) {
-    char aside[2100], unfinished[4096];
-    size_t gone = 0, came = 0;
-    snprintf(aside, sizeof(aside), "%s/replaced-tokens", out);
-    pthread_mutex_lock(&naming);
-    int able = old->count == 0 || mkdir(aside, 0777) == 0 || errno == EEXIST;
-    if (able) {
-        gone = move_files(out, aside, old);
-    }
-    if (able && gone == old->count) {
-        came = move_files(unfinished_path, out, fresh);
-    }
-    if (came < fresh->count) {
-        undo_replacing(out, aside, old, gone, fresh, came);
-    }
-    snprintf(unfinished, sizeof(unfinished), "%s", unfinished_path);
-    unfinished_path[0] = 0;
-    pthread_mutex_unlock(&naming);
-
-    // What is left does no harm, but takes room.
-    remove_tree(unfinished);
-    remove_tree(aside);
-    if (access(unfinished, F_OK) == 0 || access(aside, F_OK) == 0) {
-        fprintf(stderr, "%s: all files are in %s, but %s could not be removed\n", program_name, out,
-                access(aside, F_OK) == 0 ? aside : unfinished);
-    }
 }
 
 // ----------------------------------------------------------------------------
@@ -908,7 +616,8 @@ int main(int argc, char **argv) {
     if (train.tokens == 0 || val.tokens == 0) {
         fail("%s: no document for %s", r.paths[0], train.tokens ? "validation" : "training");
     }
-    Names old = list_old_files(o.out, 1), fresh = list_new_files(&train, &val);
+    Names old = list_old_files(o.out, 1);
+    Names fresh = list_new_files(&train, &val);
     replace_files(o.out, &old, &fresh);
     print_result(&r, &train, &val);
     free_names(&old);
