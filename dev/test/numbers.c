@@ -630,14 +630,12 @@ void test_prompt_overflows(void **state) {
     need_program();
     check_leaks(0);
     expect(run_tiny("finite", "--steps 2"), 0, NULL);
-    for (int recompute = 0; recompute < 2; recompute++) {
-        copy_checkpoint("finite", "large");
-        for (size_t i = 0; i < 32; i++)
-            poison_file(scratch_file("large/checkpoint-2/model.safetensors"), "model.norm.weight", i, 3e38f);
-        expect(run_tiny("large", recompute ? "--prompt hello --recompute" : "--prompt hello"), 1, "no text can be told: behind ");
-        expect(1, 1, "First not finite: the last norm, of token 0 of sequence 0 of the batch: ");
-        expect(1, 1, "; all weights are finite (the largest, in norm, is 3e+38); ");
-    }
+    copy_checkpoint("finite", "large");
+    for (size_t i = 0; i < 32; i++)
+        poison_file(scratch_file("large/checkpoint-2/model.safetensors"), "model.norm.weight", i, 3e38f);
+    expect(run_tiny("large", "--prompt hello"), 1, "no text can be told: behind ");
+    expect(1, 1, "First not finite: the last norm, of token 0 of sequence 0 of the batch: ");
+    expect(1, 1, "; all weights are finite (the largest, in norm, is 3e+38); ");
 }
 
 // Where --lr is much too high, the message says which weight or which activation broke first.
