@@ -257,6 +257,26 @@ int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, 
     return 1;
 }
 
+// Are two tensors of rows x cols, each in the file at[i], the same numbers?
+int same_numbers(const Safetensors *const at[2], const Json *const tensors[2], const char *const names[2], int rows,
+                 int cols) {
+    const char *from[2];
+    int type[2];
+    for (int i = 0; i < 2; i++) {
+        from[i] = tensor_data(at[i], tensors[i], names[i], rows, cols, &type[i]);
+    }
+    size_t count = (size_t)rows * (size_t)cols, a = number_bytes[type[0]], b = number_bytes[type[1]];
+    if (type[0] == type[1]) {
+        return !memcmp(from[0], from[1], count * a);
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (decode_number(from[0] + i * a, type[0]) != decode_number(from[1] + i * b, type[1])) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 // A member that has to be there; `type` as in Json, 'i' for a whole number.
 const Json *expect_member(const Json *object, const char *name, char type, const char *path) {
     const Json *m = json_get(object, name);
@@ -264,6 +284,8 @@ const Json *expect_member(const Json *object, const char *name, char type, const
         const char *what = type == 'i' ? "a whole number" : "a number";
         if (type == 'o' || type == 's') {
             what = type == 'o' ? "an object" : "a text";
+        } else if (type == 'a') {
+            what = "a list";
         }
         fail("%s: expected %s \"%s\", found %s", path, what, name, m ? "something else" : "none");
     }
@@ -288,12 +310,12 @@ void open_one(WeightFiles *w, const char *dir, const char *name) {
     safetensors_open(&w->list[w->count++], w->path);
 }
 
-// Opens dir/name, or the files that dir/name.index.json lists.
+// Opens dir/name, or, where it is not there, the files that dir/name.index.json lists.
 void open_weights(WeightFiles *w, const char *dir, const char *name) {
     w->list = NULL;
     w->count = 0;
     snprintf(w->path, sizeof(w->path), "%s/%s.index.json", dir, name);
-    if (access(w->path, F_OK) != 0) {
+    if (has_file(dir, name) || access(w->path, F_OK) != 0) {
         open_one(w, dir, name);
         return;
     }

@@ -24,9 +24,9 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
     int n = snprintf(
         text, sizeof(text),
         "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"bos_token\": \"%s\",\n  \"eos_token\": \"%s\",\n"
-        "  \"unk_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
+        "  \"unk_token\": \"%s\",\n  \"pad_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
         "  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n  \"model_max_length\": %d\n}\n",
-        eot, eot, eot, run->config.seq);
+        eot, eot, eot, eot, run->config.seq);
     write_text(dir, "tokenizer_config.json", text, (size_t)n);
     n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
                  t->eot, t->eot, t->eot);
@@ -34,6 +34,7 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
     n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f}\n", run->step,
                  data_fingerprint(run->train));
     write_text(dir, "trainer_state.json", text, (size_t)n);
+    write_router_state(run, dir);
     sum_small_files(sums, dir);
 }
 
@@ -201,6 +202,7 @@ void load_weights(Run *run, const char *dir, int moments) {
         for (int i = 0; i < m->tensor_count; i++) {
             for (; p < parts + count && p->tensor == i; p++) {
                 read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                check_read(&files, prefix[what], p, tensor + p->offset);
             }
 
             // The run may have had float32 moments until now.
@@ -212,6 +214,9 @@ void load_weights(Run *run, const char *dir, int moments) {
                 check_table(run, dir, tensor);
             }
             run->backend->write(m, what, i, tensor);
+        }
+        if (what != MOMENT2) {
+            check_tensors(&files, &run->config, parts, count, prefix + what, what == WEIGHTS ? 1 : 2);
         }
         close_weights(&files);
     }

@@ -229,7 +229,7 @@ void test_removed_aside(void **state) {
     assert_all_whole("half");
     assert_latest("half", "checkpoint-4");
     assert_true(exists("half/removed-checkpoint") && !exists("half/checkpoint-2"));
-    expect(run_tiny("half", "--steps 6 --save-every 0 --resume --lr 1e-3 --prompt hi"), 0, "hi"); // reads only
+    expect(run_tiny("half", "--prompt hi"), 0, "hi"); // reads only
     assert_true(exists("half/removed-checkpoint"));
     expect(run_tiny("half", "--steps 6 --save-every 2 --keep 1 --resume"), 0, "What next");
     assert_true(!exists("half/removed-checkpoint") && !exists("half/checkpoint-4") && exists("half/checkpoint-6"));
