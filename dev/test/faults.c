@@ -17,7 +17,7 @@
 // What is run
 
 #define TINY                                                                                                           \
-    "--data ../data --out out --layers 1 --dim 16 --heads 2 --ffn 16 --experts 4 --seq 16 --batch 2 --eval-batches 1 " \
+    "--data ../data --out out --layers 1 --dim 16 --heads 2 --ffn 16 --experts 4 --seq 16 --batch 2 --eval-tokens 32 " \
     "--tokens 4 --threads 1 --log-every 1 --warmup 1 --save-every 1 --eval-every 2 --sample-every 2 "
 
 enum { TRAINER, TOKENIZE, STORIES, PROGRAMS };

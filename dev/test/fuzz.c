@@ -317,7 +317,7 @@ static void keep_variables(int keep) {
 static char base[64]; // has texts, data/ and run/, of a model of one layer
 
 #define TINY                                                                                                           \
-    "--layers 1 --dim 4 --heads 1 --ffn 4 --experts 2 --seq 8 --batch 2 --eval-batches 1 --tokens 4 --threads 1 "      \
+    "--layers 1 --dim 4 --heads 1 --ffn 4 --experts 2 --seq 8 --batch 2 --eval-tokens 32 --tokens 4 --threads 1 "      \
     "--steps 2 --save-every 1"
 
 static void make_base(void) {
