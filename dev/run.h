@@ -162,14 +162,14 @@ void compare_ranks(Run *run) {
     const Config *c = &run->config;
     char *text = NULL;
     size_t size = 0;
-    FILE *memory = open_memstream(&text, &size);
+    FILE *memory = open_memory(&text, &size);
     write_options(memory, c);
     fprintf(memory, "%d %d %d %d %d ", c->ep, c->overlap, c->replicate, c->replicate_every, c->tokens); // of this call
     fprintf(memory, "%d ", run->step);
     if (run->train) { // nobody has read the data of a run that is finished
         fprintf(memory, "%d %.0f %.0f", c->vocab, data_fingerprint(run->train), data_fingerprint(run->val));
     }
-    fclose(memory);
+    close_memory(memory);
     uint64_t mine = 0;
     for (size_t i = 0; i < size; i++) {
         mine = hash64(mine ^ (unsigned char)text[i]);
@@ -596,8 +596,9 @@ int run_program(int argc, char **argv, const Backend *backend, int (*program)(in
     }
 #endif
     int status = program(argc, argv, backend);
-    if (fflush(stdout) != 0 && !stop_asked) { // a run that was stopped may have lost its reader, or its terminal
-        fail("standard output: cannot write: %s", strerror(errno));
+    int lost = ferror(stdout);
+    if ((fflush(stdout) != 0 || lost) && !stop_asked) { // a run that was stopped may have lost its reader, or its terminal
+        fail("standard output: cannot write: %s", lost ? "a part of it is lost" : strerror(errno));
     }
 #ifdef USE_MPI
     MPI_Finalize();

@@ -81,7 +81,7 @@ void publish_checkpoint(const Run *run, const char *dir, const char *name) {
     sync_directory(run->out);
     turn_latest(run, name);
     if (again) {
-        remove_tree(aside);
+        clear_away(aside);
     }
 }
 
@@ -98,7 +98,7 @@ void remove_old_checkpoints(const Run *run) {
             return;
         }
         sync_directory(run->out);
-        remove_tree(aside);
+        clear_away(aside);
         ranks_tick();
     }
 }

@@ -129,6 +129,13 @@ int remove_tree(const char *path) {
     return error ? -1 : 0;
 }
 
+// The same, and a line says so where it stays.
+void clear_away(const char *path) {
+    if (remove_tree(path) != 0) {
+        fprintf(stderr, "%s: %s: cannot be removed: %s\n", program_name, path, strerror(errno));
+    }
+}
+
 // Prints "program: [rank N: ]message hint" to standard error and ends the program.
 __attribute__((noreturn)) void fail_with(int status, const char *hint, const char *format,
                                          va_list args) {
