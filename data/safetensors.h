@@ -85,7 +85,7 @@ char *safetensors_header(const Part *parts, int count, const char *const *prefix
         fputc(' ', text);
         fflush(text);
     }
-    close_memory(text);
+    close_memory(text, &header);
     return header;
 }
 

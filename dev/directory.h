@@ -189,6 +189,9 @@ int has_links(const char *out) {
     strcat(path, ".new");
     unlink(path);
     int links = symlink("nowhere", path) == 0, error = errno, file = -1;
+    if (!links && (error == ENOMEM || error == ENOSPC || error == EIO)) { // of this moment, not of the file system
+        fail("%s: cannot create: %s", path, strerror(error));
+    }
     if (!links) {
         file = open(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
         if (file < 0) {

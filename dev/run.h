@@ -169,7 +169,7 @@ void compare_ranks(Run *run) {
     if (run->train) { // nobody has read the data of a run that is finished
         fprintf(memory, "%d %.0f %.0f", c->vocab, data_fingerprint(run->train), data_fingerprint(run->val));
     }
-    close_memory(memory);
+    close_memory(memory, &text);
     uint64_t mine = 0;
     for (size_t i = 0; i < size; i++) {
         mine = hash64(mine ^ (unsigned char)text[i]);

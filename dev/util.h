@@ -315,9 +315,11 @@ void flush_memory(FILE *file) {
     }
 }
 
-void close_memory(FILE *file) {
+void close_memory(FILE *file, char **text) {
     flush_memory(file);
-    fclose(file);
+    if (fclose(file) != 0 || !*text) {
+        fail("out of memory");
+    }
 }
 
 // Makes the folder `path` and those above it. Folders that exist are no error.

@@ -3,7 +3,8 @@
 // calls in a run without harm, then does it to each in turn, in JOBS processes (2), and looks at what is left.
 // Gives: make faults, make kills. Needs: dev/util.h, data/checksum.h; Linux; the programs and the library, already built.
 //
-//     faults faults [EVERY]             every fault, or each EVERY-th; FROM=N goes on from fault N of each scenario
+//     faults faults [EVERY]             every fault, or each EVERY-th; FROM=N goes on from fault N of each scenario;
+//                                       SCENARIO=train and KIND=memory take one scenario and one kind
 //     faults kills [N]                  N kills (1000): of half of them each at another call, of the others at any moment
 //     faults one SCENARIO CALL KIND     one fault, whose folder is kept to be looked at
 //
@@ -496,12 +497,28 @@ static int last_step(const Scenario *s) {
     return steps ? atoi(steps + 8) : 0;
 }
 
+// What could not be removed, and a line said so, does no harm: the next start or the next save removes it. So it is with
+// the last save of a run, behind which no other comes.
+static void forgive_leftovers(const char *folder, const char *after) {
+    static const char *const left[] = {"removed-checkpoint", "replaced-tokens", "unfinished-tokens"};
+    for (int i = 0; i < COUNT(left); i++) {
+        remove_tree(path_of("%s/out/%s", folder, left[i]));
+    }
+    char *names = list_names(join(folder, "out")), *rest = NULL;
+    for (char *name = strtok_r(names, "/", &rest); name; name = strtok_r(NULL, "/", &rest)) {
+        if (!strncmp(name, "checkpoint-", 11) && !is_there(path_of("%s/out/%s", after, name))) {
+            remove_tree(path_of("%s/out/%s", folder, name));
+        }
+    }
+    free(names);
+}
+
 // After exit 1: the old files or the new ones, and the same command works.
 static int check_left(const Scenario *s, const char *folder, int stays, char *why) {
     char what[512];
     const char *before = state_folder(s, "before"), *after = state_folder(s, "after");
+    int newest = -1;
     if (s->program == TRAINER && last_step(s)) {
-        int newest;
         if (!check_checkpoints(folder, state_folder(s, "all"), &newest, why) || !check_run_log(folder, 0, why) ||
             (!stays && !check_names(folder, why))) {
             return 0;
@@ -523,20 +540,14 @@ static int check_left(const Scenario *s, const char *folder, int stays, char *wh
         free(said);
         return 0;
     }
+    if (newest == last_step(s)) {
+        forgive_leftovers(folder, after);
+    }
     if (s->program == TRAINER && last_step(s)) {
         return check_finished(folder, after, last_step(s), why);
     }
     return same_tree(join(after, "out"), join(folder, "out"), what) ||
            wrong(why, "then, without a fault, the same command does not give the same: %s", what);
-}
-
-// What could not be removed, and a line said so, does no harm: the next start or the next save removes it.
-static void forgive_leftovers(const char *folder) {
-    static const char *const names[] = {"removed-checkpoint", "replaced-tokens", "unfinished-tokens"};
-    struct stat info;
-    for (int i = 0; i < COUNT(names) && stat(join(folder, "stderr"), &info) == 0 && info.st_size > 0; i++) {
-        remove_tree(path_of("%s/out/%s", folder, names[i]));
-    }
 }
 
 // Runs a scenario with one fault. Returns 1 if all is as it should be.
@@ -548,7 +559,10 @@ static int try_fault(const Scenario *s, const char *folder, const Fault *fault, 
     tally->tried++;
     if (status == 0) {
         tally->harmless++;
-        forgive_leftovers(folder);
+        struct stat info;
+        if (stat(join(folder, "stderr"), &info) == 0 && info.st_size > 0) {
+            forgive_leftovers(folder, after);
+        }
         int good = check_output(s, folder, after, why);
         if (good && s->program == TRAINER && last_step(s)) {
             return check_finished(folder, after, last_step(s), why);
@@ -595,7 +609,8 @@ static void fault_scenario(const Scenario *s, int job, int every, long from, Tal
     snprintf(folder, sizeof(folder), "%s/job-%d", work, job);
     for (size_t i = 0; i < count; i++) {
         for (int k = 0; k < COUNT(kinds); k++) {
-            if (!strchr(kinds[k].calls, calls[i])) {
+            const char *only = getenv("KIND");
+            if (!strchr(kinds[k].calls, calls[i]) || (only && strcmp(only, kinds[k].name))) {
                 continue;
             }
             number++;
