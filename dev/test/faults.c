@@ -384,6 +384,11 @@ static const char *state_folder(const Scenario *s, const char *state) {
 
 static void must_run(const char *folder, int program, const char *command, const char *more) {
     int status = run(folder, program, command, more, &no_fault);
+    if (status == 99) { // of the preloaded library
+        remove_tree(work);
+        printf("not run: this system lets no program filter its own calls (seccomp)\n");
+        exit(0);
+    }
     if (status != 0) {
         size_t size;
         fail("without any fault %s %s %s ends with %d: %s", programs[program], command, more, status,
