@@ -64,10 +64,10 @@ int is_whole(const char *dir, int moments) {
     char path[4200];
     for (int i = 0; i < (moments ? 4 : 2); i++) {
         snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
-        int there = access(path, F_OK) == 0;
+        int there = is_there(path);
         if (!there && i == 1) { // a model may be spread over several files
             strcat(path, ".index.json");
-            there = access(path, F_OK) == 0;
+            there = is_there(path);
         }
         if (!there) {
             return 0;
@@ -144,7 +144,7 @@ int find_checkpoint(const char *out, int moments, char path[4096]) {
 
     // What the only one lacks is named by the function that opens it.
     snprintf(config, sizeof(config), "%s/config.json", path);
-    return linked && access(config, F_OK) == 0;
+    return linked && is_there(config);
 }
 
 // What tells when something was saved in out last: `latest`, or where it is missing the newest checkpoint. Returns 0

@@ -83,7 +83,7 @@ void catch_signals(void) {
 void default_out(const Config *asked, int fresh, char out[2048]) {
     const char *recipe = asked->recipe;
     snprintf(out, 2048, "runs/%s", recipe);
-    for (int n = 2; fresh && access(out, F_OK) == 0; n++) {
+    for (int n = 2; fresh && is_there(out); n++) {
         snprintf(out, 2048, "runs/%s-%d", recipe, n);
     }
     struct timespec newest = {0, 0};

@@ -229,7 +229,7 @@ void load_weights(Run *run, const char *dir, int moments) {
 
 // Cuts the log back to what had happened by `step`.
 void cut_log(const char *path, int step) {
-    if (access(path, F_OK) != 0) {
+    if (!is_there(path)) {
         return;
     }
     size_t size;

@@ -260,6 +260,15 @@ void arena_free(Arena *a) {
     a->memory = NULL;
 }
 
+// Is there a file or a folder of this name? Where the system fails to tell, the program ends.
+int is_there(const char *path) {
+    int there = access(path, F_OK) == 0;
+    if (!there && (errno == EIO || errno == ENOMEM || errno == ESTALE)) {
+        fail("%s: cannot look whether it is there: %s", path, strerror(errno));
+    }
+    return there;
+}
+
 // A copy of a text, to be freed.
 char *copy_text(const char *text) {
     size_t size = strlen(text) + 1;

@@ -61,7 +61,7 @@ static const struct {
 };
 
 static char work[64], here[2048]; // the folder of the campaign; where it was started
-static char programs[PROGRAMS][2300], preload[2300];
+static char programs[PROGRAMS][128], preload[128];
 static int jobs = 2;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ static const char *join(const char *a, const char *b) {
     return path_of("%s/%s", a, b);
 }
 
-static int is_there(const char *path) {
+static int lies_there(const char *path) {
     struct stat info;
     return lstat(path, &info) == 0;
 }
@@ -218,7 +218,7 @@ static int same_tree(const char *a, const char *b, char *what) {
     struct stat x, y;
     snprintf(what, 512, "%s", strrchr(b, '/') + 1);
     if (lstat(a, &x) != 0 || lstat(b, &y) != 0) {
-        return !is_there(a) && !is_there(b);
+        return !lies_there(a) && !lies_there(b);
     }
     if ((x.st_mode & S_IFMT) != (y.st_mode & S_IFMT)) {
         return 0;
@@ -305,7 +305,7 @@ static int check_run_log(const char *folder, int last, char *why) {
     size_t size;
     int step = 0, good = 1;
     const char *path = join(folder, "out/log.jsonl");
-    if (!is_there(path)) {
+    if (!lies_there(path)) {
         return last ? wrong(why, "there is no log.jsonl") : 1;
     }
     char *text = read_file(path, &size), *line = text, *end;
@@ -442,6 +442,14 @@ static void prepare_scenario(const Scenario *s) {
     free(names);
 }
 
+// The campaign has copies, which stay while others build.
+static void copy_program(const char *from, const char *to) {
+    copy_tree(from, to);
+    if (chmod(to, 0755) != 0) {
+        fail("%s: not there; build it first", from);
+    }
+}
+
 // Texts, tokens and a model, in a folder of memory where there is one.
 static void prepare_campaign(const char *self) {
     const char *memory = "/dev/shm";
@@ -452,16 +460,11 @@ static void prepare_campaign(const char *self) {
     strcpy(unfinished_path, work); // fail() removes it
     for (int i = 0; i < PROGRAMS; i++) {
         const char *given = getenv(program_variables[i]);
-        const char *relative = given ? given : program_paths[i];
-        snprintf(programs[i], sizeof(programs[i]), "%s%s%s", *relative == '/' ? "" : here, *relative == '/' ? "" : "/", relative);
-        if (access(programs[i], X_OK) != 0) {
-            fail("%s: not there; build it first", programs[i]);
-        }
+        snprintf(programs[i], sizeof(programs[i]), "%s/program-%d", work, i);
+        copy_program(given ? given : program_paths[i], programs[i]);
     }
-    snprintf(preload, sizeof(preload), "%s%s%s_preload.so", *self == '/' ? "" : here, *self == '/' ? "" : "/", self);
-    if (access(preload, R_OK) != 0) {
-        fail("%s: not there; build it first", preload);
-    }
+    snprintf(preload, sizeof(preload), "%s/preload.so", work);
+    copy_program(path_of("%s_preload.so", self), preload);
     char texts[128];
     snprintf(texts, sizeof(texts), "%s/texts", work);
     make_directories(texts);
@@ -511,7 +514,7 @@ static void forgive_leftovers(const char *folder, const char *after) {
     }
     char *names = list_names(join(folder, "out")), *rest = NULL;
     for (char *name = strtok_r(names, "/", &rest); name; name = strtok_r(NULL, "/", &rest)) {
-        if (!strncmp(name, "checkpoint-", 11) && !is_there(path_of("%s/out/%s", after, name))) {
+        if (!strncmp(name, "checkpoint-", 11) && !lies_there(path_of("%s/out/%s", after, name))) {
             remove_tree(path_of("%s/out/%s", folder, name));
         }
     }
@@ -528,7 +531,7 @@ static int check_left(const Scenario *s, const char *folder, int stays, char *wh
             (!stays && !check_names(folder, why))) {
             return 0;
         }
-    } else if (!stays || !is_there(join(folder, "out/unfinished-tokens"))) {
+    } else if (!stays || !lies_there(join(folder, "out/unfinished-tokens"))) {
         if (!same_tree(join(after, "out"), join(folder, "out"), what) &&
             !same_tree(join(before, "out"), join(folder, "out"), what)) {
             return wrong(why, "neither the old files nor the new ones: %s", what);
