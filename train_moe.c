@@ -110,7 +110,7 @@ typedef struct Config {
     int ep, overlap, replicate, replicate_every, watchdog, trace;
     // Files, how often things happen (in steps), and generation.
     const char *data, *out, *init, *tokenizer;
-    int resume;
+    int resume, trust_weights;
     int log_every, eval_every, eval_batches, sample_every, save_every, keep;
     const char *prompt;
     int tokens, top_k;

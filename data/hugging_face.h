@@ -378,7 +378,8 @@ int read_window(const ConfigReader *r, Config *c) {
     return (int)fmin(m->number, INT_MAX);
 }
 
-const char *matching_class(const Config *c); // data/checkpoint.h
+const char *matching_class(const Config *c);                          // data/checkpoint.h
+int find_checkpoint(const char *out, int moments, char path[4096]); // dev/directory.h
 
 // What the fields of a Mixtral or a Llama say. own: c has what the object train_moe of the same file says, and where
 // the two differ the fields count, which other tools change. Returns the length of attention's sliding window, 0: none.
@@ -454,8 +455,7 @@ const char *model_directory(const char *name) {
     if (has_file(name, "config.json")) {
         return name;
     }
-    snprintf(path, sizeof(path), "%s/latest", name);
-    if (has_file(path, "config.json")) {
+    if (find_checkpoint(name, 0, path)) {
         return keep_text(path);
     }
     fail("%s: neither config.json nor latest/config.json is there: neither a model nor a run that has saved one", name);

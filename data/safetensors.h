@@ -5,6 +5,7 @@
 //
 // Such a file is the length of its header as 8 bytes, the header, which is JSON, and the numbers.
 #pragma once
+#include "checksums.h"
 #include "json.h"
 
 typedef struct Part { // a block of a tensor's rows
@@ -88,14 +89,20 @@ char *safetensors_header(const Part *parts, int count, const char *const *prefix
     return header;
 }
 
-// Begins a file of these parts. Their numbers follow by write_numbers, in the order of the parts.
+// Begins a file of these parts, and its entry in the list of checksums. Their numbers follow by write_numbers, in the
+// order of the parts.
 FILE *start_safetensors(const char *dir, const char *name, const Part *parts, int count, const char *const *prefix,
-                        int copies) {
+                        int copies, FILE *sums) {
     uint64_t length;
     size_t size = 0;
     char *header = safetensors_header(parts, count, prefix, copies, &size);
     FILE *file = open_for_writing(dir, name);
     length = size;
+    size_t bytes = 8 + size;
+    for (int i = 0; i < count; i++) {
+        bytes += (size_t)copies * part_size(&parts[i]) * sizeof(real);
+    }
+    begin_sums(sums, name, bytes, header, size);
     fwrite(&length, 8, 1, file);
     fwrite(header, 1, size, file);
     free(header);
@@ -127,6 +134,7 @@ typedef struct Safetensors { // a mapped file
     const char *map, *data;
     size_t size, data_size;
     Json *header;
+    Sums *sums; // the checksums that were written beside it
 } Safetensors;
 
 void safetensors_open(Safetensors *s, const char *path) {
@@ -150,6 +158,7 @@ void safetensors_open(Safetensors *s, const char *path) {
              s->size);
     }
     s->header = json_parse(s->map + 8, (size_t)length, path);
+    s->sums = open_sums(path, s->size, s->map + 8, (size_t)length);
     s->data = s->map + 8 + length;
     s->data_size = s->size - 8 - (size_t)length;
 }
@@ -157,6 +166,7 @@ void safetensors_open(Safetensors *s, const char *path) {
 void safetensors_close(Safetensors *s) {
     munmap((void *)s->map, s->size);
     json_free(s->header);
+    close_sums(s->sums);
 }
 
 // The types of numbers that model files use.
@@ -235,6 +245,7 @@ int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, 
     int type;
     const char *from = tensor_data(s, t, name, all, p->cols, &type);
     size_t bytes = number_bytes[type], count = part_size(p);
+    check_tensor(s->sums, s->path, name, from, (size_t)max_int(all, 1) * (size_t)p->cols * bytes);
     from += (size_t)first * (size_t)p->cols * bytes;
     if (bytes == sizeof(real)) {
         memcpy(to, from, count * bytes);

@@ -7,7 +7,7 @@
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers recipes training json tokenizer tokenize loader program checkpoint)
+TESTS        = $(addprefix dev/build/,layers routers recipes training json tokenizer tokenize loader program files checkpoint)
 TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka

@@ -62,6 +62,8 @@ const Option base_options[] = {
     TEXT("init", init, "", RUN, "Files", "start from the weights in this checkpoint or Hugging Face directory"),
     TEXT("tokenizer", tokenizer, "", RUN, "Files", "tokenizer.json to use where the data folder has none"),
     FLAG("resume", resume, RUN, "Files", "go on from the last checkpoint in --out; start where there is none"),
+    FLAG("trust-weights", trust_weights, RUN, "Files",
+         "load a checkpoint as it is, even where its files do not have the checksums that were written beside them"),
     TEXT("recipe", recipe, "mixtral", MODEL, "Model", "which router: a row of the options below; see --list-recipes"),
     FLAG("list-recipes", list_recipes, RUN, "Model", "show the recipes and what each one chooses"),
     INTEGER("layers", layers, "2", 1, 1000, MODEL, "Model", "layers (L)"),
@@ -141,7 +143,7 @@ const Option base_options[] = {
          "a checkpoint; the last step always saves one"),
     INTEGER("keep", keep, "2", 1, 1000000, TRAIN, PACES, "checkpoints kept"),
     TEXT("prompt", prompt, NULL, RUN, "Generation",
-         "go on from this text with the model in --out, and exit; - reads standard input"),
+         "go on from this text with the model in --out, and exit; - reads standard input; newlines at its end do not count"),
     INTEGER("tokens", tokens, "300", 1, 2000000000, RUN, "Generation", "at most this many"),
     NUMBER("temperature", temperature, "0.5", 0, 1000, RUN, "Generation", "0: always the likeliest token"),
     INTEGER("top-k", top_k, "0", 0, 2000000000, RUN, "Generation", "choose among this many likeliest tokens; 0: all"),
@@ -482,6 +484,9 @@ void print_options(void) {
         }
         print_option(&options[i]);
     }
+    printf("\nCtrl-C, SIGTERM, SIGHUP, or the end of the program that reads the output (| head) end the step, save, and exit;\n"
+           "a second Ctrl-C or SIGTERM ends at once. Exit status: 0 done, 1 a file or the machine, 2 the command line,\n"
+           "130 stopped and saved.\n");
 }
 
 void print_recipes(void) {

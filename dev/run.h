@@ -13,7 +13,11 @@ typedef struct Run {
     Data *train, *val;
     int *inputs, *targets; // (B,T)
     char out[2048];        // the run directory
-    FILE *log, *trace;
+    FILE *log;             // lines for the log, in memory: check_log() writes them to the file
+    char *log_text;
+    size_t log_size;
+    FILE *log_file, *trace;
+    int links;             // can the run directory have symbolic links?
     int opened;            // is there something to train?
     int step, saved;       // steps done; those of the last checkpoint
     int trained;           // steps since this process began
@@ -21,7 +25,7 @@ typedef struct Run {
     double peak;           // operations per second, measured
     double sheet;          // the same by the data sheet; 0: unknown
     double flops;          // of a token
-    double before;         // bytes of memory that the process held before it had a model
+    double before;         // bytes of memory that the process held before it had data and a model
     double val_loss, val_bpb, fluctuation;
     unsigned char *warned; // (L) what a warning was printed of: 1 a dead expert, 2 an uneven load
     uint64_t *probe;       // (L, tokens) the sets of experts that the first validation batch had last time
@@ -31,6 +35,7 @@ typedef struct Run {
     Traffic traffic;       // messages since the log's last line, by then
 } Run;
 
+#include "quote.h"    // words as a shell takes them
 #include "save.h"     // the checkpoints of a run
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
@@ -42,17 +47,31 @@ void ask_stop(int signal_number) {
     stop_asked = 1;
 }
 
+// These signals end the run after its step, and what it has is saved. A second Ctrl-C or SIGTERM ends it at once. SIGHUP,
+// which comes twice when a terminal is closed, and SIGPIPE, which comes with each line that nobody reads, never do; where
+// the caller ignores these two (nohup), they stay ignored.
 void catch_signals(void) {
-    struct sigaction action;
+    static const int once[] = {SIGINT, SIGTERM}, often[] = {SIGHUP, SIGPIPE};
+    struct sigaction action, before;
     memset(&action, 0, sizeof(action));
     action.sa_handler = ask_stop;
-    action.sa_flags = (int)SA_RESETHAND | SA_RESTART; // the second Ctrl-C ends at once; the first breaks off no write
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    action.sa_flags = SA_RESTART; // it breaks off no write
+    for (int i = 0; i < 2; i++) {
+        sigaction(often[i], NULL, &before);
+        if (before.sa_handler != SIG_IGN) {
+            sigaction(often[i], &action, NULL);
+        }
+    }
+    action.sa_flags |= (int)SA_RESETHAND;
+    for (int i = 0; i < 2; i++) {
+        sigaction(once[i], &action, NULL);
+    }
 #ifdef USE_MPI
     sigaction(SIGUSR1, &action, NULL); // which mpirun passes on to all processes
+    if (ranks.rank > 0) {
+        signal(SIGPIPE, SIG_IGN); // it prints nothing
+    }
 #endif
-    signal(SIGPIPE, SIG_IGN); // training goes on when the reader of its progress has ended
 }
 
 // ---- opening: which directory, which cores, which tokenizer
@@ -67,13 +86,13 @@ void default_out(const Config *asked, int fresh, char out[2048]) {
     }
     struct timespec newest = {0, 0};
     DIR *dir = fresh ? NULL : opendir("runs");
-    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+    for (struct dirent *entry; dir && (entry = next_entry(dir, "runs")) != NULL;) {
         char path[2048];
         struct stat info;
         size_t n = strlen(recipe);
-        snprintf(path, sizeof(path), "runs/%.1000s/latest", entry->d_name);
+        snprintf(path, sizeof(path), "runs/%.1000s", entry->d_name);
         int of_recipe = !strncmp(entry->d_name, recipe, n) && (!entry->d_name[n] || entry->d_name[n] == '-');
-        if ((asked->given[find_option("recipe")] && !of_recipe) || lstat(path, &info) != 0) {
+        if ((asked->given[find_option("recipe")] && !of_recipe) || !stat_latest(path, &info)) {
             continue;
         }
         struct timespec time = info.st_mtim;
@@ -126,11 +145,11 @@ void compare_tokenizers(Run *run, const char *dir) {
     int differs = tokenizer_differs(is_kept ? mine : other, small);
     if (differs >= 0 && differs < small->vocab) {
         fail("%s: token %d is not that of the data in %s; make the data with data/tokenize --tokenizer %s", path,
-             differs, run->config.data, path);
+             differs, run->config.data, quote_for_shell(path));
     }
     if (differs >= 0) {
         fail("%s: its merges are not those of the data in %s; make the data with data/tokenize --tokenizer %s", path,
-             run->config.data, path);
+             run->config.data, quote_for_shell(path));
     }
     if (other->vocab > run->config.vocab) {
         remark("%s has %d tokens, the model %d: the data's tokenizer is kept", path, other->vocab, run->config.vocab);
@@ -218,6 +237,7 @@ void share_batch(Config *c, const Config *asked, const char *checkpoint) {
 int resume_run(Run *run, const Config *asked, const char *checkpoint) {
     Config *c = &run->config;
     char path[4200];
+    check_small_files(checkpoint);
     snprintf(path, sizeof(path), "%s/trainer_state.json", checkpoint);
     size_t size;
     char *text = read_file(path, &size);
@@ -257,6 +277,7 @@ void start_run(Run *run, const Config *asked) {
     if (c->init[0]) {
         Config mine = *asked;
         mine.init = model_directory(asked->init);
+        check_small_files(mine.init);
         int window = config_from_directory(c, mine.init);
         if (!asked->given[find_option("recipe")]) { // the checkpoint's, whose training options go with its model
             config_recipe(&mine, c->recipe);
@@ -286,16 +307,14 @@ void start_run(Run *run, const Config *asked) {
 int prepare_run(Run *run, const Config *asked) {
     Config *c = &run->config;
     char checkpoint[4096];
-    snprintf(checkpoint, sizeof(checkpoint), "%s/latest", run->out);
     if (has_file(run->out, "config.json")) {
         usage_fail("%s is a model, not a run directory: start from it by --init, or resume the run that holds it",
                    run->out);
     }
-    int resumed = asked->resume && has_file(checkpoint, "config.json"), count;
+    int resumed = asked->resume && find_checkpoint(run->out, 1, checkpoint), count;
     long left = smallest_checkpoint(run->out, &count);
     if (asked->resume && !resumed && left >= 0) {
-        fail("%s does not lead to a checkpoint, though there are some beside it: link it to one that is whole",
-             checkpoint);
+        fail("%s/latest does not lead to a checkpoint, and none of those beside it is whole", run->out);
     }
     if (!asked->resume && (has_file(run->out, "log.jsonl") || left >= 0)) {
         usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
@@ -333,14 +352,16 @@ void open_log(Run *run) {
     ranks_meet(); // before the first file is written, all have seen that there is none
     make_directories(run->out);
     snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
-    run->log = fopen(ranks.rank ? "/dev/null" : path, "ab"); // the first process writes it
-    if (!run->log) {
+    run->log = open_memstream(&run->log_text, &run->log_size);
+    run->log_file = fopen(ranks.rank ? "/dev/null" : path, "ab"); // the first process writes it
+    if (!run->log_file) {
         fail("%s: cannot open: %s", path, strerror(errno));
     }
-    if (!ranks.rank && flock(fileno(run->log), LOCK_EX | LOCK_NB) != 0) {
-        fail("%s: another process trains there", run->out);
-    }
     if (!ranks.rank) {
+        if (lock_run(fileno(run->log_file), run->out)) {
+            remove_leftovers(run->out);
+        }
+        run->links = has_links(run->out);
         cut_log(path, run->step);
     }
     ranks_meet();
@@ -358,11 +379,11 @@ void open_log(Run *run) {
 void answer_prompt(Run *run, const Config *asked) {
     char dir[4096], path[4200], *text = NULL;
     Config *c = &run->config;
-    int is_model = has_file(run->out, "config.json"); // a checkpoint or Hugging Face directory itself
-    snprintf(dir, sizeof(dir), "%s%s", run->out, is_model ? "" : "/latest");
-    if (!has_file(dir, "config.json")) {
+    snprintf(dir, sizeof(dir), "%s", run->out); // a checkpoint or Hugging Face directory itself
+    if (!has_file(dir, "config.json") && !find_checkpoint(run->out, 0, dir)) {
         fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
     }
+    check_small_files(dir);
     config_from_directory(c, dir);
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
     c->batch = 1; // generation needs none, and the saved one is that of all processes
@@ -375,10 +396,10 @@ void answer_prompt(Run *run, const Config *asked) {
     const char *prompt = c->prompt;
     size_t size = strlen(prompt);
     if (!strcmp(prompt, "-")) {
-        prompt = text = read_file("/dev/stdin", &size);
-        while (size && text[size - 1] == '\n') {
-            text[--size] = 0;
-        }
+        prompt = text = read_stream(stdin, "standard input", &size);
+    }
+    while (size && prompt[size - 1] == '\n') { // however it came
+        size--;
     }
     fwrite(prompt, 1, size, stdout);
     generate(run, prompt, size, stdout);
@@ -407,6 +428,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     }
     share_cores(&asked);
     run->config = asked;
+    trust_files = asked.trust_weights;
     run->backend = backend;
     if (strlen(asked.out) > 1900) {
         usage_fail("--out: a path of %zu bytes is too long", strlen(asked.out));
@@ -498,7 +520,7 @@ void end_step(Run *run, int step, double lr) {
 int close_run(Run *run) {
     const Config *c = &run->config;
     const char *name = program_name;
-    char begin[32] = "";
+    char begin[32] = "", model[4096], *out = quote_for_shell(run->out);
     int stopped = run->step < c->steps;
     if (run->saved != run->step) {
         save_checkpoint(run);
@@ -510,18 +532,20 @@ int close_run(Run *run) {
     }
     if (stopped) {
         printf("\nstopped after step %d of %d; go on with\n  %s./%s --out %s --resume\n", run->step, c->steps, begin,
-               name, run->out);
+               name, out);
     } else {
         show_experts(run);
-        printf("The run is in %s: log.jsonl, and in %s/latest the model, which Hugging Face's transformers %s.\n"
+        find_latest(run->out, model);
+        printf("The run is in %s: log.jsonl, and in %s the model, which Hugging Face's transformers %s.\n"
                "What next:\n"
                "  ./%s --out %s --prompt \"Once upon a time\"\n"
                "  %s./%s --out %s --resume --steps %d\n"
                "  data/tinystories.sh && %s./%s        (real stories; see README.md)\n",
-               run->out, run->out, *matching_class(c) ? "opens as it is" : "has no class for", name, run->out, begin,
-               name, run->out, c->steps * 2, begin, name);
+               run->out, model, *matching_class(c) ? "opens as it is" : "has no class for", name, out, begin, name, out,
+               c->steps * 2, begin, name);
     }
-    fclose(run->log);
+    free(out);
+    close_log(run);
     if (run->trace) {
         fclose(run->trace);
     }
@@ -538,6 +562,8 @@ int close_run(Run *run) {
 
 // The start and the end of the program around `program`.
 int run_program(int argc, char **argv, const Backend *backend, int (*program)(int, char **, const Backend *)) {
+    open_standard_files();
+    signal(SIGXFSZ, SIG_IGN); // a file that may not grow is an error like a full disk
 #ifdef _OPENMP
     // Waiting threads should sleep. OpenMP's default is to spin, which on a machine with anything else to do makes a
     // step ten times slower. Its runtime reads this before main, so the program begins once more. The fast products
@@ -564,7 +590,7 @@ int run_program(int argc, char **argv, const Backend *backend, int (*program)(in
     }
 #endif
     int status = program(argc, argv, backend);
-    if (fflush(stdout) != 0) {
+    if (fflush(stdout) != 0 && !stop_asked) { // a run that was stopped may have lost its reader, or its terminal
         fail("standard output: cannot write: %s", strerror(errno));
     }
 #ifdef USE_MPI

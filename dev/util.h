@@ -1,5 +1,5 @@
 // Errors, memory, files, time, threads and random numbers, for every other file.
-// Gives: fail, usage_fail, allocate, read_file, seconds, thread_count, random_stream, ...
+// Gives: fail, usage_fail, allocate, read_file, read_stream, seconds, thread_count, random_stream, ...
 // Needs: the C library and POSIX, whose headers are included here once for the whole program.
 // A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and
 // for the machine, exit 2 for the command line.
@@ -92,14 +92,21 @@ __attribute__((noreturn)) void end_program(int status) {
     exit(status);
 }
 
-// Removes a folder and everything in it. A file that cannot be removed stays, without a message.
-void remove_tree(const char *path) {
+// Removes a folder and everything in it. What cannot be removed stays: then it returns -1, and errno says why.
+int remove_tree(const char *path) {
     DIR *folder = opendir(path);
-    struct dirent *entry;
     char inner[4200];
+    int error = 0;
 
-    // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder.
-    while (folder && (entry = readdir(folder)) != NULL) {
+    // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder. The end of a folder and
+    // an error differ in errno alone.
+    while (folder) {
+        errno = 0;
+        struct dirent *entry = readdir(folder);
+        if (!entry) {
+            error = errno;
+            break;
+        }
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) {
             continue;
         }
@@ -111,7 +118,11 @@ void remove_tree(const char *path) {
     if (folder) {
         closedir(folder);
     }
-    rmdir(path);
+    if (rmdir(path) != 0 && errno != ENOENT && error == 0) {
+        error = errno;
+    }
+    errno = error;
+    return error ? -1 : 0;
 }
 
 // Prints "program: [rank N: ]message hint" to standard error and ends the program.
@@ -153,6 +164,16 @@ __attribute__((noreturn, format(printf, 1, 2))) void usage_fail(const char *form
 }
 
 // ---- memory and files
+
+// Opens those of the descriptors 0 to 2 that are closed, so that no file takes their number and gets what is written for
+// the terminal. They are opened the wrong way round: reading 0 and writing 1 and 2 still fail, as where they are closed.
+void open_standard_files(void) {
+    for (int i = 0; i < 3; i++) {
+        if (fcntl(i, F_GETFD) < 0 && open("/dev/null", i ? O_RDONLY : O_WRONLY) < 0) {
+            (void)!open("/", O_RDONLY); // there is no /dev
+        }
+    }
+}
 
 // Zeroed memory for count elements of size bytes; never NULL, not even for count 0.
 void *allocate(size_t count, size_t size) {
@@ -236,13 +257,15 @@ void arena_free(Arena *a) {
     a->memory = NULL;
 }
 
-// All bytes of a file and a NUL behind the last one, to be freed; *size does not count the NUL.
-char *read_file(const char *path, size_t *size) {
-    FILE *file = fopen(path, "rb");
-    if (!file) {
-        fail("%s: cannot open: %s", path, strerror(errno));
-    }
+// A copy of a text, to be freed.
+char *copy_text(const char *text) {
+    size_t size = strlen(text) + 1;
+    return (char *)memcpy(allocate(size, 1), text, size);
+}
 
+// All bytes that an open file still gives and a NUL behind the last one, to be freed; *size does not count the NUL. `name` is
+// for messages.
+char *read_stream(FILE *file, const char *name, size_t *size) {
     size_t allocated = 1 << 16, used = 0, got;
     char *text = (char *)allocate(allocated, 1);
 
@@ -255,11 +278,21 @@ char *read_file(const char *path, size_t *size) {
         }
     }
     if (ferror(file)) {
-        fail("%s: cannot read: %s", path, strerror(errno));
+        fail("%s: cannot read: %s", name, strerror(errno));
     }
-    fclose(file);
     text[used] = 0;
     *size = used;
+    return text;
+}
+
+// The same of the file `path`.
+char *read_file(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    if (!file) {
+        fail("%s: cannot open: %s", path, strerror(errno));
+    }
+    char *text = read_stream(file, path, size);
+    fclose(file);
     return text;
 }
 

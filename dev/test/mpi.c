@@ -3,6 +3,7 @@
 
 #include "dev/test/trainer.h"
 #include "dev/test/shell.h"
+#include "dev/test/broken.h"
 
 // Runs `mpirun -np ranks train_moe_mpi options` in a small size.
 int run_ranks(char *output, size_t size, int ranks, const char *options) {
@@ -134,16 +135,57 @@ void test_mpi_bad_options(void **state) {
     assert_int_equal(shell(output, sizeof(output), "ls %s", scratch_file("refused")), 2);
 }
 
-// One rank is killed; or it hangs; or it is asked to stop; or it hangs while it writes. Each time the job ends with a message, and
+// Damage is named once, and all ranks go on from the same checkpoint where `latest` is missing, or is a text file.
+void test_mpi_files(void **state) {
+    (void)state;
+    char output[16384], options[512], program[1024];
+    const char *out = scratch_file("files");
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options), "--save-every 3 --out %s", out);
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    snprintf(options, sizeof(options), "--resume --steps 9 --save-every 3 --out %s", out);
+    static const char *const flip = "cd %s/latest && cp model.safetensors ../whole && n=$(wc -c < ../whole) && "
+                                    "printf x | dd of=model.safetensors bs=1 seek=$((n - 3)) conv=notrunc";
+    assert_int_equal(shell(output, sizeof(output), flip, out), 0);
+    assert_true(run_ranks(output, sizeof(output), 2, options) > 0);
+    if (times_in(output, "damaged: the numbers of model.norm.weight") != 1)
+        fail_msg("%s", output);
+    assert_int_equal(shell(output, sizeof(output), "cd %s && mv whole latest/model.safetensors && rm latest", out), 0);
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    if (times_in(output, "checkpoint-6 is taken, the newest whole one") != 1 || !strstr(output, "going on after step 6"))
+        fail_msg("%s", output);
+
+    // Without links and locks, and from a text file.
+    char *plain = strdup(getenv("TRAIN_MOE_MPI"));
+    snprintf(program, sizeof(program), "BREAK_SYMLINK=%d BREAK_FLOCK=%d", EPERM, ENOLCK);
+    const char *begin = broken(program);
+    snprintf(program, sizeof(program), "env %s %s", begin, plain);
+    setenv("TRAIN_MOE_MPI", program, 1);
+    shell(output, sizeof(output), "rm -r %s", out);
+    snprintf(options, sizeof(options), "--save-every 3 --out %s", out);
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_int_equal(times_in(output, "has no symbolic links there"), 1);
+    assert_int_equal(times_in(output, "has no locks there"), 1);
+    setenv("TRAIN_MOE_MPI", plain, 1);
+    free(plain);
+    shell(output, sizeof(output), "cat %s/latest", out);
+    assert_string_equal(output, "checkpoint-6\n");
+    snprintf(options, sizeof(options), "--resume --steps 7 --out %s", out);
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_non_null(strstr(output, "going on after step 6"));
+}
+
+// One rank is killed; or it hangs; or it is asked to stop, by SIGTERM or SIGHUP; or it hangs while it writes. Each time the job ends with a message, and
 // the run goes on from its last checkpoint.
 void test_mpi_crash(void **state) {
     (void)state;
-    static const char *const signals[] = {"KILL", "STOP", "TERM", "STOP"};
+    static const char *const signals[] = {"KILL", "STOP", "TERM", "STOP", "HUP"};
     char output[16384], options[512];
     const char *out = scratch_file("crash");
     if (!has_mpi())
         return;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         double start = seconds();
         int writing = i == 3;
         shell(output, sizeof(output),
@@ -163,7 +205,7 @@ void test_mpi_crash(void **state) {
             assert_non_null(strstr(output, "rank 2 of 4 does not answer"));
         if (writing)
             assert_non_null(strstr(output, "rank 0 of 4 does not answer"));
-        if (i == 2)
+        if (i == 2 || i == 4)
             assert_int_equal(times_in(output, "stopped after step"), 1);
         shell(output, sizeof(output), "basename $(readlink %s/latest) | tr -dc 0-9", out);
         snprintf(options, sizeof(options), "--resume --steps %d --out %s", atoi(output) + 1, out);
@@ -177,6 +219,7 @@ int main(void) {
         cmocka_unit_test(test_mpi_program),
         cmocka_unit_test(test_mpi_log),
         cmocka_unit_test(test_mpi_bad_options),
+        cmocka_unit_test(test_mpi_files),
         cmocka_unit_test(test_mpi_crash),
     };
     begin_tests();

@@ -12,58 +12,6 @@
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Helpers: runs that are not waited for
-
-// Starts a tiny run and does not wait for it.
-pid_t start_tiny(const char *out, const char *more) {
-    char line[2100];
-    snprintf(line, sizeof(line), "exec %s", command_line(out, more));
-    fflush(NULL);
-    pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        int file = open(scratch_file("said"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
-        dup2(file, 1);
-        dup2(file, 2);
-        execl("/bin/sh", "sh", "-c", line, (char *)NULL);
-        _exit(127);
-    }
-    return child;
-}
-
-// Waits until the file contains this text, or the process has ended. Returns -1 if the process still runs, else its status as
-// waitpid() gives it.
-int wait_for(pid_t child, const char *path, const char *text) {
-    int status;
-    for (int found = 0; !found;) {
-        if (waitpid(child, &status, WNOHANG) == child)
-            return status;
-        usleep(500);
-        if (access(path, F_OK) == 0) {
-            size_t size;
-            char *now = read_file(path, &size);
-            found = strstr(now, text) != NULL;
-            free(now);
-        }
-    }
-    return -1;
-}
-
-int exists(const char *name) {
-    return access(scratch_file(name), F_OK) == 0;
-}
-
-void assert_same_weights(const char *a, const char *b) {
-    const char *const files[] = {"model.safetensors", "optimizer.safetensors"};
-    for (int i = 0; i < 2; i++) {
-        char x[200], y[200];
-        snprintf(x, sizeof(x), "%s/latest/%s", a, files[i]);
-        snprintf(y, sizeof(y), "%s/latest/%s", b, files[i]);
-        assert_same_file(scratch_file(x), scratch_file(y));
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Runs and their checkpoints
 
 // Twelve steps without a break give the same bits as six steps, SIGKILL, and the other six.
@@ -340,7 +288,7 @@ void test_interrupt_evaluation(void **state) {
     assert_latest("halted", name);
 }
 
-// The program does not destroy work: it refuses a broken link and a folder that holds another run, and --keep does not remove
+// The program does not destroy work: it sees a broken link, refuses a folder that holds another run, and --keep does not remove
 // the checkpoint that was just written.
 void test_run_safety(void **state) {
     (void)state;
@@ -348,7 +296,7 @@ void test_run_safety(void **state) {
     check_leaks(0);
     expect(run_tiny("safe", "--steps 4 --save-every 2"), 0, NULL);
     assert_int_equal(shell(said, sizeof(said), "ln -sfn checkpoint-9 %s", scratch_file("safe/latest")), 0);
-    expect(run_tiny("safe", "--resume --steps 6"), 1, "does not lead to a checkpoint");
+    expect(run_tiny("safe", "--resume --steps 4"), 0, "safe/checkpoint-4 is taken");
     assert_int_equal(shell(said, sizeof(said), "ln -sfn checkpoint-2 %s", scratch_file("safe/latest")), 0);
     expect(run_tiny("safe", "--resume --steps 3 --keep 1"), 0, "going on after step 2");
     assert_latest("safe", "checkpoint-3"); // and not removed though checkpoint-4 is there
@@ -385,7 +333,7 @@ void test_memory(void **state) {
         char *text = read_file(scratch_file(file), &size), *at = text;
         Json *json = next_line(&at, text + size);
         for (const Json *part = json_get(json, "memory")->child; part; part = part->next)
-            sum += part->number;
+            sum += strcmp(part->key, "mapped") ? part->number : 0; // of the token files only pages are held that were read
         json_free(json);
         free(text);
         if (!(fabs(sum - peak) <= 0.05 * peak))
@@ -803,7 +751,7 @@ void test_bad_checkpoints(void **state) {
     need_program();
     check_leaks(0);
     expect(run_tiny("good", "--steps 2"), 0, NULL);
-    const char *const r = "--resume --steps 3", *const p = "--prompt hello";
+    const char *const r = "--resume --steps 3", *const p = "--prompt hello", *const trust = "--prompt hello --trust-weights";
     const BadCase cases[] = {
         {"truncate -s 0 latest/model.safetensors", r, 1, "latest/model.safetensors"},
         {"truncate -s 5 latest/model.safetensors", r, 1, "latest/model.safetensors"},
@@ -834,7 +782,7 @@ void test_bad_checkpoints(void **state) {
         {"echo '{\"vocab_size\":-1,\"model_type\":\"llama\"}' > latest/config.json", p, 1, "vocab_size"},
         {"sed -i 's/\"hidden_size\": 32/\"hidden_size\": 64/;s/\"head_dim\": 16/\"head_dim\": 32/' latest/config.json", p, 1, "model.embed_tokens.weight"},
         {"sed -i 's/\"dim\":32/\"dim\":\"many\"/' latest/config.json", p, 1, "dim is 'many'"},
-        {"sed -i 's/\"num_hidden_layers\": 2/\"num_hidden_layers\": 3/' latest/config.json", p, 1, "model.layers.2."},
+        {"sed -i 's/\"num_hidden_layers\": 2/\"num_hidden_layers\": 3/' latest/config.json", trust, 1, "model.layers.2."},
         {": > latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
         {"truncate -s 60 latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
         {"rm latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
@@ -846,9 +794,9 @@ void test_bad_checkpoints(void **state) {
         {"truncate -s 1000 latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
         {"cp latest/config.json latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
         {"rm latest/tokenizer.json", p, 1, "latest/tokenizer.json"},
-        {"sed -i 's/\"he\"/\"eh\"/;s/\"h e\"/\"e h\"/;s/\"he ll\"/\"eh ll\"/;s/hell/ehll/g' latest/tokenizer.json", r,
-         1, "token 257"},
-        {"rm latest", p, 1, "no checkpoint"},
+        {"sed -i 's/\"he\"/\"eh\"/;s/\"h e\"/\"e h\"/;s/\"he ll\"/\"eh ll\"/;s/hell/ehll/g' latest/tokenizer.json",
+         "--resume --steps 3 --trust-weights", 1, "token 257"},
+        {"rm -r latest checkpoint-*", p, 1, "no checkpoint"},
     };
     for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++)
         check_bad_case("good", &cases[i]);

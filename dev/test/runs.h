@@ -1,5 +1,5 @@
 // Tiny runs of ./train_moe (or of the program that TRAIN_MOE names): their data, their command line, their log and their
-// checkpoints. Gives: run_tiny, logged, assert_log, ... Needs: dev/test/model.h, shell.h, tokens.h.
+// checkpoints. Gives: run_tiny, start_tiny, wait_for, logged, assert_log, ... Needs: dev/test/model.h, shell.h, tokens.h.
 
 #pragma once
 #include "dev/test/model.h"
@@ -147,4 +147,55 @@ void assert_latest(const char *out, const char *name) {
     assert_true(n > 0);
     link[n] = 0;
     assert_string_equal(link, name);
+}
+
+// ---- runs that are not waited for, and what they leave
+
+// Starts a tiny run and does not wait for it.
+pid_t start_tiny(const char *out, const char *more) {
+    char line[2100];
+    snprintf(line, sizeof(line), "exec %s", command_line(out, more));
+    fflush(NULL);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        int file = open(scratch_file("said"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        dup2(file, 1);
+        dup2(file, 2);
+        execl("/bin/sh", "sh", "-c", line, (char *)NULL);
+        _exit(127);
+    }
+    return child;
+}
+
+// Waits until the file contains this text, or the process has ended. Returns -1 if the process still runs, else its status as
+// waitpid() gives it.
+int wait_for(pid_t child, const char *path, const char *text) {
+    int status;
+    for (int found = 0; !found;) {
+        if (waitpid(child, &status, WNOHANG) == child)
+            return status;
+        usleep(500);
+        if (access(path, F_OK) == 0) {
+            size_t size;
+            char *now = read_file(path, &size);
+            found = strstr(now, text) != NULL;
+            free(now);
+        }
+    }
+    return -1;
+}
+
+int exists(const char *name) {
+    return access(scratch_file(name), F_OK) == 0;
+}
+
+void assert_same_weights(const char *a, const char *b) {
+    const char *const files[] = {"model.safetensors", "optimizer.safetensors"};
+    for (int i = 0; i < 2; i++) {
+        char x[200], y[200];
+        snprintf(x, sizeof(x), "%s/latest/%s", a, files[i]);
+        snprintf(y, sizeof(y), "%s/latest/%s", b, files[i]);
+        assert_same_file(scratch_file(x), scratch_file(y));
+    }
 }
