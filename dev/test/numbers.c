@@ -73,7 +73,7 @@ void check_edge(int score, int gate, int worst) {
     r.p = p;
     r.slope = slope;
     count_routing(&s, &r, score);
-    assert_true(s.entropy >= 0 && s.entropy <= ROWS * log(E4) * 1.000001);
+    assert_true(s.entropy >= 0 && s.entropy <= ROWS * log((double)E4) * 1.000001);
 
     // The balance loss is a mean of slopes.
     double loss = mean_of_slopes(&r, score);
