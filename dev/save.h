@@ -146,7 +146,7 @@ void save_checkpoint(Run *run) {
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
     char name[64], *list = NULL;
     size_t size = 0;
-    FILE *sums = open_memstream(&list, &size); // checksums.json
+    FILE *sums = open_memory(&list, &size); // checksums.json
     snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     if (first) {
         snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-checkpoint", run->out);
@@ -164,7 +164,7 @@ void save_checkpoint(Run *run) {
         write_small_files(run, unfinished_path, sums);
     }
     fprintf(sums, "}\n");
-    fclose(sums);
+    close_memory(sums);
     if (first) {
         write_text(unfinished_path, "checksums.json", list, size);
         publish_checkpoint(run, unfinished_path, name);
