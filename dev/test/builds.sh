@@ -130,4 +130,17 @@ if grep -nE 'date -d|date --|date \+%N|sed -i|readlink -f|ln -[a-z]*[Tr]|grep -P
     data/*.sh dev/bench/*.sh dev/emulator/*.sh dev/ranks/*.sh > "$work/said"; then
     fail "scripts with calls that only GNU's programs or newer shells know"
 fi
+
+# What has another name on macOS is named in dev/portable.h alone. Its lines for macOS are compiled with stand-ins.
+if grep -nE 'st_mtim|_SC_NPROCESSORS_CONF|MADV_|sched_getaffinity|fdatasync|posix_fallocate|pipe2|memrchr|strchrnul' \
+    train_moe.c data/*.[ch] dev/*.h dev/cpu/*.h dev/routers/*.h dev/ranks/*.h | grep -v '^dev/portable.h' > "$work/said"; then
+    fail "calls and fields that macOS does not have, outside dev/portable.h"
+fi
+if has clang; then
+    mkdir -p "$work/apple/mach-o" "$work/apple/sys"
+    echo 'int _NSGetExecutablePath(char *path, uint32_t *size);' > "$work/apple/mach-o/dyld.h"
+    echo 'int sysctlbyname(const char *name, void *to, size_t *size, void *from, size_t length);' > "$work/apple/sys/sysctl.h"
+    clang -std=c11 -D_XOPEN_SOURCE=700 -DSTRICT_POSIX -D__APPLE__ -Dst_mtimespec=st_mtim -Wall -Wextra -Werror \
+        -Wno-unknown-pragmas -I"$work/apple" -I. -fsyntax-only train_moe.c 2> "$work/said" || fail "the lines for macOS do not compile"
+fi
 echo "headers and scripts keep to what POSIX, macOS and bash 3.2 have"
