@@ -16,7 +16,9 @@
 #include "tokenizer.h"
 #include <getopt.h>
 
+#ifndef BLOCK_BYTES              // dev/test/fuzz.c takes smaller ones
 #define BLOCK_BYTES  (8 << 20)   // of text at a time; a longer document makes it grow
+#endif
 #define WORD_BYTES   1000        // of a word that counts as one
 #define WORD_MEMORY  (256 << 20) // bytes for counting words
 #define SEPARATOR    "<|endoftext|>"
