@@ -391,6 +391,8 @@ def check_foreign(folder, data, ids, refusal):
     except Exception as error:  # transformers refuses it
         return False, f"{type(error).__name__}: {str(error)[:300]}"
     good = abs(theirs - ours) < 1e-4 and abs(theirs - again) < 1e-4
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != AutoTokenizer.from_pretrained(os.path.join(home, "latest")).get_vocab():
+        return False, "the tokenizer that comes home has other tokens"
     return good, f"loss {theirs:.6f}, ours {ours:.6f}, brought home {again:.6f}  {said.strip()}"
 
 
