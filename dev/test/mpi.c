@@ -160,7 +160,7 @@ void test_mpi_bad_options(void **state) {
         {"--replicate 9", "at most all 8 experts can have a copy"},
         {"--replicate-every 2", "--replicate-every 2 would have no effect: it needs copies of experts: --replicate 1"},
         {"--prompt One", "one process goes on from a text"},
-        {"--data nowhere", "nowhere: no tokenizer.json there"},
+        {"--data nowhere", "nowhere: cannot open the data folder: No such file or directory"},
         {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
         {"--ep $((1 + $OMPI_COMM_WORLD_RANK))", "rank 1: this rank has other options"},
         {"--overlap $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
