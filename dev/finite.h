@@ -286,9 +286,10 @@ void check_step(Run *run, int step, double loss, double aux, double norm) {
          step, shown(loss), shown(aux), shown(norm), run->out, text);
 }
 
-// loss: of the last batch that was evaluated.
+// loss: of the last batch that was evaluated. All processes call it, since those whose own loss is finite help to search.
 void check_validation(Run *run, double loss) {
     char text[1200];
+    sum_over_ranks(&loss, 1);
     if (isfinite(loss)) {
         return;
     }
