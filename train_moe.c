@@ -110,8 +110,8 @@ typedef struct Config {
     int ep, overlap, replicate, replicate_every, watchdog, trace;
     // Files, how often things happen (in steps), and generation.
     const char *data, *out, *init, *tokenizer;
-    int resume;
-    int log_every, eval_every, eval_batches, sample_every, save_every, keep;
+    int resume, trust_weights;
+    int log_every, eval_every, eval_tokens, sample_every, save_every, keep;
     const char *prompt;
     int tokens, top_k;
     double temperature, top_p;
@@ -808,6 +808,8 @@ typedef struct Router {
     void (*update)(Model *m, int l);           // after a step: what changes without a gradient
     const Option *options;
     int option_count;
+    const Effect *effects;                     // what its options need to have an effect
+    int effect_count;
     const Recipe *recipes;
     int recipe_count;
 } Router;
@@ -1861,7 +1863,7 @@ typedef struct Backend {
     void (*forward)(Model *m, const Batch *batch);
     void (*backward)(Model *m);
     void (*update)(Model *m, int step, double lr); // changes nothing where the gradients' norm is not finite
-    void (*losses)(Model *m, double *loss, double *aux, double *norm); // of the step; waits until all is done
+    void (*losses)(Model *m, double *loss, double *aux, double *norm); // of the step, in this process; waits for them
     void (*generate)(Model *m, int token, int position, real *logits);
     const Statistics *(*statistics)(const Model *m, int l);
     const Route *(*route)(const Model *m, int l);  // of the last forward pass, in the host's memory
@@ -1872,6 +1874,7 @@ typedef struct Backend {
     double (*sheet_peak)(void);                    // the same by the device's data sheet; 0: unknown
     void (*device)(char name[128]);
     double (*memory)(void);                        // bytes of memory of its own; 0: it has the host's
+    void (*remember)(Model *m, int l, const double *recent, const int *idle); // puts these into the statistics
 } Backend;
 
 void cpu_forward(Model *m, const Batch *batch) {
@@ -1887,10 +1890,8 @@ void cpu_update(Model *m, int step, double lr) {
 }
 
 void cpu_losses(Model *m, double *loss, double *aux, double *norm) {
-    double both[2] = {m->loss, m->aux};
-    sum_over_ranks(both, 2);
-    *loss = both[0];
-    *aux = both[1];
+    *loss = m->loss;
+    *aux = m->aux;
     *norm = m->norm;
 }
 
@@ -1909,7 +1910,7 @@ double cpu_memory(void) {
 const Backend cpu_backend = {
     "cpu",          model_allocate, model_free, model_init,  cpu_forward, model_backward, cpu_update, cpu_losses,
     model_generate, cpu_statistics, cpu_route,  ranks_read,  ranks_write, measured_peak,  no_sheet,   cpu_name,
-    cpu_memory,
+    cpu_memory,     set_statistics,
 };
 
 #include "dev/run.h" // the run directory, log and progress, evaluation, stories, the start and the end of the program

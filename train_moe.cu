@@ -2224,7 +2224,7 @@ double device_memory(void) {
 const Backend backend = {
     "cuda",       model_allocate, model_free,     model_init,       model_forward, model_backward,
     model_update, model_losses,   model_generate, model_statistics, model_route,   model_read,
-    model_write,  measured_peak,  sheet_peak,     device_name,      device_memory,
+    model_write,  measured_peak,  sheet_peak,     device_name,      device_memory, model_remember,
 };
 
 } // namespace gpu
