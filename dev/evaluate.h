@@ -208,9 +208,9 @@ void print_text(const char *text, int length, int one_line) {
 void tell_story(Run *run) {
     char *story = NULL;
     size_t size = 0;
-    FILE *memory = open_memstream(&story, &size);
+    FILE *memory = open_memory(&story, &size);
     generate(run, "", 0, memory);
-    fclose(memory);
+    close_memory(memory);
     fprintf(run->log, "{\"type\":\"sample\",\"step\":%d,\"text\":", run->step);
     json_write_string(run->log, story, size);
     fprintf(run->log, "}\n");

@@ -162,14 +162,14 @@ void compare_ranks(Run *run) {
     const Config *c = &run->config;
     char *text = NULL;
     size_t size = 0;
-    FILE *memory = open_memstream(&text, &size);
+    FILE *memory = open_memory(&text, &size);
     write_options(memory, c);
     fprintf(memory, "%d %d %d %d %d ", c->ep, c->overlap, c->replicate, c->replicate_every, c->tokens); // of this call
     fprintf(memory, "%d ", run->step);
     if (run->train) { // nobody has read the data of a run that is finished
         fprintf(memory, "%d %.0f %.0f", c->vocab, data_fingerprint(run->train), data_fingerprint(run->val));
     }
-    fclose(memory);
+    close_memory(memory);
     uint64_t mine = 0;
     for (size_t i = 0; i < size; i++) {
         mine = hash64(mine ^ (unsigned char)text[i]);
