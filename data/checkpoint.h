@@ -292,6 +292,12 @@ void read_options(Config *c, const Json *object, const char *path) {
             set_option(c, &options[i], text, path);
         }
     }
+
+    // Once an evaluation was counted in batches, of all processes.
+    const Json *batches = json_get(object, "eval-batches");
+    if (batches && batches->type == 'n') {
+        c->eval_tokens = (int)fmin(fmax(batches->number, 0) * c->batch * c->seq, 2e9);
+    }
 }
 
 // Where config.json says that the output has the embedding's matrix, but the file has another one for it, that one

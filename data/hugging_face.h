@@ -5,6 +5,7 @@
 // One table says it all. A field that changes what the model computes is taken, or refused by its name; the others are
 // known to be idle, or named once. A field that a file lacks has the value that its class documents.
 #pragma once
+#include "../dev/directory.h"
 #include "json.h"
 
 // ---- the table
@@ -203,7 +204,7 @@ const Json *rope_member(const Json *json, const char *name) {
 }
 
 // No kind of scaling is computed here, wherever the file says it.
-void check_rope(const ConfigReader *r, const char *name) {
+void check_rope_fields(const ConfigReader *r, const char *name) {
     static const char *const idle[] = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings", NULL};
     const Json *rope = find_member(r->json, name);
     if (rope && rope->type != 'o') {
@@ -297,8 +298,8 @@ const char *act_name(const Config *c) {
 void check_fields(const ConfigReader *r, const Config *c) {
     const Json *act = find_member(r->json, "hidden_act"), *width = find_member(r->json, "head_dim");
     const Json *types = find_member(r->json, "layer_types");
-    check_rope(r, "rope_parameters");
-    check_rope(r, "rope_scaling");
+    check_rope_fields(r, "rope_parameters");
+    check_rope_fields(r, "rope_scaling");
     if (act) {
         const char *text = act->type == 's' ? act->text : "", *wanted = r->own ? act_name(c) : "silu";
         if (strcmp(text, wanted) && (strcmp(text, "swish") || strcmp(wanted, "silu"))) {
@@ -378,8 +379,7 @@ int read_window(const ConfigReader *r, Config *c) {
     return (int)fmin(m->number, INT_MAX);
 }
 
-const char *matching_class(const Config *c);                          // data/checkpoint.h
-int find_checkpoint(const char *out, int moments, char path[4096]); // dev/directory.h
+const char *matching_class(const Config *c); // data/checkpoint.h
 
 // What the fields of a Mixtral or a Llama say. own: c has what the object train_moe of the same file says, and where
 // the two differ the fields count, which other tools change. Returns the length of attention's sliding window, 0: none.

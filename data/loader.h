@@ -1,20 +1,22 @@
 // The data loader: token files as batches of windows.
 // Gives: data_open, data_batch, data_window, data_frequency, data_fingerprint, data_close.
-// Needs: dev/util.h.
+// Needs: dev/util.h, data/roles.h, data/checksum.h.
 // Token files are llm.c's: a header of 256 int32 (magic, version, number of tokens), then the
-// tokens as uint16. They are mapped, not read, so they may be larger than memory.
+// tokens as uint16, all in little-endian order. They are mapped, so they may be larger than memory.
+// In the part of the header that llm.c leaves zero, data/tokenize writes CHECKSUM_MARK and then, as
+// two int32, the lower half first, the checksum (data/checksum.h) of the tokens' bytes.
+//
+// When a file is opened, it is read once, to check its tokens. It may not change later.
 //
 // A file is cut into windows of T tokens; the token behind a window is its last target. An epoch
 // visits every window of every file once, in an order that depends on the seed and the epoch only.
 // A few tokens are usually left over, so each epoch can move the cuts of a file by a random step.
 #pragma once
-#include "../dev/util.h"
-#include <dirent.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
+#include "checksum.h"
+#include "roles.h"
 
-#define TOKENS_MAGIC 20240520
+#define TOKENS_MAGIC  20240520
+#define CHECKSUM_MARK 0x6d757363 // "csum"
 
 // One token file.
 typedef struct Shard {
@@ -35,16 +37,118 @@ typedef struct Data {
     uint64_t seed;
     long epoch;      // the epoch that `order` is for; -1: none yet
     uint32_t *order; // (windows)
+    struct Data *next; // in the list of all that are open
 } Data;
+
+Data *data_list = NULL;          // all that are open
+void (*data_tick)(void) = NULL;  // called again and again while a file is read, if it is set
+struct sigaction data_bus_error; // what a SIGBUS did before data_open
 
 // For qsort: pointers to strings, in order of their bytes.
 int compare_text(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-// Maps the token file `path` and checks all that its header promises.
-void shard_open(Shard *s, const char *path, int T) {
-    s->path = strdup(path);
+// ---- opening
+
+void data_put(const char *text) { // printf is not allowed where a signal came
+    (void)!write(2, text, strlen(text));
+}
+
+// Where a mapped file has become shorter, reading behind its end raises SIGBUS.
+void on_bus_error(int number, siginfo_t *info, void *context) {
+    const char *at = (const char *)info->si_addr;
+    (void)number;
+    (void)context;
+    for (const Data *d = data_list; d; d = d->next) {
+        for (int i = 0; i < d->shard_count; i++) {
+            const Shard *s = &d->shards[i];
+            if (at >= (const char *)s->map && at < (const char *)s->map + s->map_size) {
+                data_put(program_name);
+                data_put(": ");
+                data_put(s->path);
+                data_put(": the file changed while it was in use: it is shorter now, or cannot be read. The last "
+                         "checkpoint is as it was\n");
+                _exit(1);
+            }
+        }
+    }
+
+    // It is of other memory: the same happens once more, and this time ends as it would have done.
+    sigaction(SIGBUS, &data_bus_error, NULL);
+}
+
+// A token is too large for the vocabulary.
+__attribute__((noreturn)) void fail_at_token(const char *path, size_t at, int token, int vocab) {
+    fail("%s: token %zu is %d, but the tokenizer has %d tokens; was the file made with another one? Make it again with "
+         "data/tokenize, or name its tokenizer by --tokenizer",
+         path, at, token, vocab);
+}
+
+// Reads n bytes from the place `at` of a file.
+void read_piece(int file, const char *path, size_t at, unsigned char *bytes, size_t n) {
+    for (size_t have = 0; have < n;) {
+        ssize_t got = pread(file, bytes + have, n - have, (off_t)(at + have));
+        if (got < 0 && errno == EINTR) {
+            continue;
+        }
+        if (got <= 0) {
+            fail("%s: cannot read: %s", path, got < 0 ? strerror(errno) : "it became shorter");
+        }
+        have += (size_t)got;
+    }
+}
+
+uint16_t highest_token(const uint16_t *tokens, size_t count) {
+    uint16_t highest = 0;
+    for (size_t i = 0; i < count; i++) {
+        highest = tokens[i] > highest ? tokens[i] : highest;
+    }
+    return highest;
+}
+
+// Reads all tokens once: is their checksum that of the header (0: it has none), and is each below `vocab`? They are read,
+// not looked at in the map, which would then count as this program's memory.
+void shard_check(const Shard *s, int file, int vocab, uint64_t expected) {
+    const size_t most = 1 << 17; // tokens of a piece, which the processor's cache holds
+    uint16_t *piece = (uint16_t *)allocate(most, sizeof(uint16_t));
+    Checksum sum = checksum_begin();
+    size_t count = (size_t)s->count, bad = count;
+    int token = 0;
+    for (size_t at = 0; at < count; at += most) {
+        size_t n = count - at < most ? count - at : most;
+        read_piece(file, s->path, 1024 + 2 * at, (unsigned char *)piece, 2 * n);
+        if (expected) {
+            checksum_add(&sum, piece, 2 * n);
+        }
+
+        // Remember the first token that is too large. In a damaged file that is not the fault to report.
+        if (bad == count && highest_token(piece, n) >= vocab) {
+            size_t i = 0;
+            while (piece[i] < vocab) {
+                i++;
+            }
+            bad = at + i;
+            token = piece[i];
+        }
+        if (data_tick) {
+            data_tick();
+        }
+    }
+    free(piece);
+    if (expected && checksum_end(&sum) != expected) {
+        fail("%s: damaged: its tokens do not have the checksum in its header; take another copy, or make it again with "
+             "data/tokenize",
+             s->path);
+    }
+    if (bad < count) {
+        fail_at_token(s->path, bad, token, vocab);
+    }
+}
+
+// Maps the token file `path` and checks its tokens and all that its header promises.
+void shard_open(Shard *s, const char *path, int T, int vocab) {
+    s->path = copy_text(path);
 
     // Without O_NONBLOCK, a pipe of that name would wait for a writer for ever.
     int file = open(path, O_RDONLY | O_NONBLOCK);
@@ -58,16 +162,9 @@ void shard_open(Shard *s, const char *path, int T) {
              s->map_size);
     }
 
-    // The map stays when the file is closed.
-    s->map = mmap(NULL, s->map_size, PROT_READ, MAP_PRIVATE, file, 0);
-    if (s->map == MAP_FAILED) {
-        fail("%s: cannot map: %s", path, strerror(errno));
-    }
-    close(file);
-
     // The header must be ours, and its number of tokens must fit the size of the file.
-    int32_t header[3];
-    memcpy(header, s->map, sizeof(header));
+    int32_t header[6];
+    read_piece(file, path, 0, (unsigned char *)header, sizeof(header));
     if (header[0] != TOKENS_MAGIC || header[1] != 1) {
         fail("%s: not a token file: expected magic %d and version 1, found %d and %d", path,
              TOKENS_MAGIC, header[0], header[1]);
@@ -77,44 +174,119 @@ void shard_open(Shard *s, const char *path, int T) {
         fail("%s: damaged: the header says %d tokens, which is %zu bytes; the file has %zu", path,
              header[2], expected, s->map_size);
     }
-    s->tokens = (const uint16_t *)((const char *)s->map + 1024);
     s->count = header[2];
     s->first = 0;
     s->end = s->count > T ? (s->count - 1) / T : 0;
+    uint64_t sum = (uint64_t)(uint32_t)header[5] << 32 | (uint32_t)header[4];
+    shard_check(s, file, vocab, header[3] == CHECKSUM_MARK ? sum : 0);
+
+    // The map stays when the file is closed.
+    s->map = mmap(NULL, s->map_size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (s->map == MAP_FAILED) {
+        fail("%s: cannot map: %s", path, strerror(errno));
+    }
+    close(file);
+    s->tokens = (const uint16_t *)((const char *)s->map + 1024);
 }
 
-// The names, in order, of all files in `dir` that hold `kind` in their name and end in .bin, to be
-// freed like the list itself; *count is their number. No such file ends the program with a message.
-char **list_shards(const char *dir, const char *kind, int *count) {
+DIR *open_folder(const char *dir) {
     DIR *folder = opendir(dir);
     if (!folder) {
         fail("%s: cannot open the data folder: %s", dir, strerror(errno));
     }
+    return folder;
+}
 
+// The next name in a folder, NULL at its end. An error is not taken for the end.
+const char *next_name(DIR *folder, const char *dir) {
+    errno = 0;
+    const struct dirent *entry = readdir(folder);
+    if (!entry && errno) {
+        fail("%s: cannot read the folder: %s", dir, strerror(errno));
+    }
+    return entry ? entry->d_name : NULL;
+}
+
+int is_bin_name(const char *name) {
+    size_t n = strlen(name);
+    return n >= 4 && strcmp(name + n - 4, ".bin") == 0;
+}
+
+// The names, in order, of all files of `dir` that end in .bin and are for `kind` ("train" or "val"),
+// to be freed like the list itself; *count is their number. No such file ends the program with a message.
+char **list_shards(const char *dir, const char *kind, int *count) {
+    DIR *folder = open_folder(dir);
+    int wanted = strcmp(kind, "train") == 0 ? TRAINING : VALIDATION;
     char **names = NULL;
-    struct dirent *entry;
+    char other[300] = ""; // a name that says nothing
+    const char *name;
     *count = 0;
-    while ((entry = readdir(folder)) != NULL) {
-        const char *name = entry->d_name;
-        size_t n = strlen(name);
-        if (n >= 4 && strcmp(name + n - 4, ".bin") == 0 && strstr(name, kind)) {
+    while ((name = next_name(folder, dir)) != NULL) {
+        char path[4096];
+        snprintf(path, sizeof(path), "%s/%s", dir, name);
+        int role = is_bin_name(name) ? file_role(path) : 0;
+        if (role == wanted) {
             names = (char **)reallocate(names, (size_t)*count + 1, sizeof(char *));
-            names[*count] = strdup(name);
+            names[*count] = copy_text(name);
             *count += 1;
+        } else if (is_bin_name(name) && !role) {
+            snprintf(other, sizeof(other), "%s, for one, says neither; ", name);
         }
     }
     closedir(folder);
     if (*count == 0) {
-        fail("%s: no *%s*.bin there; data/tinystories.sh and data/tokenize make such folders", dir,
-             kind);
+        fail("%s: no .bin file there has the word %s in its name; %scall token files train_000000.bin, val_000000.bin "
+             "and so on (data/tinystories.sh and data/tokenize make such folders)",
+             dir, kind, other);
     }
     qsort(names, (size_t)*count, sizeof(char *), compare_text);
     return names;
 }
 
-// Opens the token files of `dir` whose name holds `kind` ("train" or "val"), for windows of T
-// tokens below `vocab`. Ends the program with a message if there is no such file, a damaged one, or
-// no full window.
+// Puts d into the list of those that are open.
+void data_register(Data *d) {
+    if (!data_list) {
+        struct sigaction action;
+        memset(&action, 0, sizeof(action));
+        action.sa_sigaction = on_bus_error;
+        action.sa_flags = SA_SIGINFO;
+        sigaction(SIGBUS, &action, &data_bus_error);
+    }
+    d->next = data_list;
+    data_list = d;
+}
+
+// Checks that there are windows. Names files that have none once: nothing of them is counted or trained on.
+void check_windows(const Data *d, const char *dir, const char *kind) {
+    const Shard *left_out = NULL;
+    int others = -1, longest = 0;
+    for (int i = 0; i < d->shard_count; i++) {
+        const Shard *s = &d->shards[i];
+        longest = max_int(longest, s->count);
+        if (s->first == s->end) {
+            left_out = left_out ? left_out : s;
+            others++;
+        }
+    }
+    if (!d->windows) {
+        fail("%s: too short: the longest %s file has %d tokens, but a window takes %d (--seq %d and one more)", dir, kind,
+             longest, d->T + 1, d->T);
+    }
+    if (d->windows > UINT32_MAX) {
+        fail("%s: more than %u windows; a larger --seq makes fewer", dir, UINT32_MAX);
+    }
+    if (left_out && !program_rank) {
+        fprintf(stderr, "%s: %s has %d tokens, but a window takes %d (--seq %d and one more): it is left out",
+                program_name, left_out->path, left_out->count, d->T + 1, d->T);
+        if (others > 0) {
+            fprintf(stderr, ", and %d more of these files", others);
+        }
+        fprintf(stderr, "\n");
+    }
+}
+
+// Opens the token files of `dir` that are for `kind` ("train" or "val"), for windows of T tokens below `vocab`. Ends the
+// program with a message if there is no such file, a damaged one, or no full window.
 Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t seed) {
     Data *d = (Data *)allocate(1, sizeof(Data));
     char **names = list_shards(dir, kind, &d->shard_count);
@@ -125,25 +297,26 @@ Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t se
     d->epoch = -1;
 
     // Number the windows through all files.
+    double start = seconds();
+    int told = program_rank != 0;
     for (int i = 0; i < d->shard_count; i++) {
         Shard *s = &d->shards[i];
         char path[4096];
         snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
-        shard_open(s, path, T);
+        if (!told && seconds() - start > 3) {
+            fprintf(stderr, "%s: reading the %s files of %s once, to check their tokens\n", program_name, kind, dir);
+            told = 1;
+        }
+        shard_open(s, path, T, vocab);
+        d->tokens += s->end > s->first ? s->count : 0;
         s->first += d->windows;
         s->end += d->windows;
         d->windows = s->end;
-        d->tokens += s->count;
         free(names[i]);
     }
     free(names);
-    if (!d->windows) {
-        fail("%s: the *%s*.bin files are too short: a window takes --seq %d tokens and one more",
-             dir, kind, T);
-    }
-    if (d->windows > UINT32_MAX) {
-        fail("%s: more than %u windows; a larger --seq makes fewer", dir, UINT32_MAX);
-    }
+    check_windows(d, dir, kind);
+    data_register(d);
     return d;
 }
 
@@ -169,9 +342,10 @@ double *data_frequency(const Data *d, int vocab) {
     double *frequency = (double *)allocate((size_t)vocab, sizeof(double));
     int left = 10000000;
     for (int i = 0; i < d->shard_count; i++) {
-        int n = min_int(d->shards[i].count, left);
+        const Shard *s = &d->shards[i];
+        int n = s->end > s->first ? min_int(s->count, left) : 0;
         for (int k = 0; k < n; k++) {
-            frequency[min_int(d->shards[i].tokens[k], vocab - 1)] += 1;
+            frequency[min_int(s->tokens[k], vocab - 1)] += 1;
         }
         left -= n;
     }
@@ -179,6 +353,14 @@ double *data_frequency(const Data *d, int vocab) {
 }
 
 void data_close(Data *d) {
+    Data **at = &data_list;
+    while (*at != d) {
+        at = &(*at)->next;
+    }
+    *at = d->next;
+    if (!data_list) {
+        sigaction(SIGBUS, &data_bus_error, NULL);
+    }
     for (int i = 0; i < d->shard_count; i++) {
         munmap(d->shards[i].map, d->shards[i].map_size);
         free(d->shards[i].path);
@@ -189,7 +371,7 @@ void data_close(Data *d) {
 }
 
 // Reads window w: inputs (T), and as targets (T) the token behind each of them. The cuts are moved
-// as in this epoch; epoch -1 does not move them. An id that the tokenizer lacks ends the program.
+// as in this epoch; epoch -1 does not move them.
 void data_window(const Data *d, long w, long epoch, int *inputs, int *targets) {
     const Shard *s = d->shards;
     while (w >= s->end) {
@@ -209,9 +391,7 @@ void data_window(const Data *d, long w, long epoch, int *inputs, int *targets) {
     for (int t = 0; t <= T; t++) {
         int token = s->tokens[start + (size_t)t];
         if (token >= d->vocab) {
-            fail("%s: token %zu is %d, but the tokenizer has %d; "
-                 "was the file made with another one?",
-                 s->path, start + (size_t)t, token, d->vocab);
+            fail_at_token(s->path, start + (size_t)t, token, d->vocab); // the file changed since it was opened
         }
         if (t < T) {
             inputs[t] = token;

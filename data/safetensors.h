@@ -284,6 +284,8 @@ const Json *expect_member(const Json *object, const char *name, char type, const
         const char *what = type == 'i' ? "a whole number" : "a number";
         if (type == 'o' || type == 's') {
             what = type == 'o' ? "an object" : "a text";
+        } else if (type == 'a') {
+            what = "a list";
         }
         fail("%s: expected %s \"%s\", found %s", path, what, name, m ? "something else" : "none");
     }

@@ -12,7 +12,7 @@ help() {
 usage: data/tinystories.sh [--from FILE_OR_DIR] [--out DIR] [--vocab N]
 
   --from FILE_OR_DIR  take this text, or the *.txt of this folder (not of folders in it), instead of fetching it;
-                      "valid" in a file's name makes it validation text
+                      the word "valid" in a file's name makes it validation text
   --out DIR           where to write (default $here/tinystories)
   --vocab N           tokens of the vocabulary (default 4096)
 

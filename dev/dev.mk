@@ -7,8 +7,8 @@
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers recipes training json tokenizer tokenize loader program files checkpoint)
-TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double)
+TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine)
+TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double numbers_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
 	$(TEST_BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ -lcmocka $(LIBS)
@@ -151,7 +151,7 @@ sanitize_cu: test_cu
 # $(call SHORT_RUN,PROGRAM,FOLDER): a short training, a resumed one, and a story
 define SHORT_RUN
 	rm -rf $(2)
-	$(1) --out $(2) --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-batches 2 --tokens 20 --save-every 2
+	$(1) --out $(2) --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-tokens 128 --tokens 20 --save-every 2
 	$(1) --out $(2) --resume --steps 4
 	$(1) --out $(2) --prompt "Once upon" --tokens 20
 	rm -rf $(2)
@@ -161,7 +161,7 @@ endef
 CMOCKA = -lcmocka
 test_in:
 	mkdir -p $(IN)/data
-	$(TEST_BUILD) $(OPENMP) data/tokenize.c -o $(IN)/data/tokenize $(LIBS)
+	$(TEST_BUILD) $(OPENMP) -pthread data/tokenize.c -o $(IN)/data/tokenize $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) train_moe.c -o $(IN)/train_moe $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) -DREAL=double train_moe.c -o $(IN)/train_moe_double $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) dev/test/all.c -o $(IN)/all $(CMOCKA) $(LIBS)
@@ -204,7 +204,7 @@ test_arm64: data/stories/tokenizer.json
 ##sanitize: the tests and a short training under AddressSanitizer and UBSan; sanitize_double: those in double, in small sizes
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 sanitize: data/stories/tokenizer.json cmocka
-	$(TEST_BUILD) $(OPENMP) $(SANITIZE) data/tokenize.c -o dev/build/tokenize_asan $(LIBS)
+	$(TEST_BUILD) $(OPENMP) -pthread $(SANITIZE) data/tokenize.c -o dev/build/tokenize_asan $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) train_moe.c -o dev/build/train_moe_asan $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) dev/test/all.c -o dev/build/all_asan -lcmocka $(LIBS)
 	TRAIN_MOE=dev/build/train_moe_asan TOKENIZE=dev/build/tokenize_asan dev/build/all_asan
@@ -254,7 +254,7 @@ tsan: data/stories/tokenizer.json
 	clang -std=gnu11 -O1 -g $(WARN) $(ARCH) $(LOOPS) -I. -fsanitize=thread -fopenmp train_moe.c -o dev/build/train_moe_tsan $(LIBS)
 	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe; do rm -rf dev/build/tsan_run; \
 	OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" dev/build/train_moe_tsan --threads 4 \
-	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-batches 2 \
+	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-tokens 128 \
 	    --tokens 20 || exit 1; done
 	rm -rf dev/build/tsan_run
 
@@ -274,6 +274,7 @@ valgrind: data/stories/tokenizer.json cmocka
 # OpenBLAS is only there to be compared with. What it finds out about a processor may be too little, so it is told of AVX-512;
 # and its threads shall not spin for long while ours work.
 BLAS = $(call accepts,-DOPENBLAS -lopenblas,\043include <cblas.h>)
+dev/bench/bench: STACK = # its lists of measurements are long
 dev/bench/bench: dev/bench/bench.c $(CHOICE)
 	$(BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ $(BLAS) $(LIBS)
 

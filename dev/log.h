@@ -167,8 +167,10 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
     if (on_terminal()) {
         char done[13] = "............";
         memset(done, '#', (size_t)((double)run->step / c->steps * 12));
-        printf("\r[%s] %d/%d  loss %.3f  %.0f tokens/s  left %s%s\033[K", done, run->step, c->steps, loss,
-               tokens_per_second, time_left, bars);
+        char line[512];
+        snprintf(line, sizeof(line), "[%s] %d/%d  loss %.3f  %.0f tokens/s  left %s%s", done, run->step, c->steps, loss,
+                 tokens_per_second, time_left, bars);
+        write_over(stdout, line, (int)strlen(done) + 3);
     } else {
         char share[96];
         describe_share(run, tokens_per_second * run->flops, share);
@@ -294,7 +296,8 @@ void print_memory(Run *run) {
 void announce(Run *run) {
     const Config *c = &run->config;
     double total, active;
-    char device[128];
+    char device[128], remark[256];
+    int team = team_size();
     count_parameters(c, &total, &active);
     run->backend->device(device);
     run->flops = flops_per_token(c);
@@ -308,7 +311,7 @@ void announce(Run *run) {
     write_options(run->log, c);
     fprintf(run->log, ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,", c->vocab, total,
             active, run->flops);
-    fprintf(run->log, "\"threads\":%d,\"ranks\":%d,", thread_count(), ranks.size);
+    fprintf(run->log, "\"threads\":%d,\"ranks\":%d,", team, ranks.size);
     if (ranks.size > 1) {
         fprintf(run->log, "\"ep\":%d,\"overlap\":%d,\"replicate\":%d,", ranks.ep, c->overlap, c->replicate);
     }
@@ -325,7 +328,8 @@ void announce(Run *run) {
                ranks.groups > 1 ? ", which others have, too" : "");
     }
     print_memory(run);
-    printf("%s, %d threads, peak %.0f GFLOP/s", device, thread_count(), run->peak / 1e9);
+    describe_threads(remark, thread_count(), team, job_processors());
+    printf("%s%s%s, %d threads, peak %.0f GFLOP/s", remark, remark[0] ? "\n" : "", device, team, run->peak / 1e9);
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,", run->step, run->peak / 1e9);
     if (run->sheet > 0) {
         printf(" measured, %.0f by the data sheet", run->sheet / 1e9);

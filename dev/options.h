@@ -85,7 +85,7 @@ const Option base_options[] = {
     WORD("activation", activation, "swiglu", activation_names, MODEL, "Experts", "of the experts"),
     WORD("dense-activation", dense_activation, "same", dense_names, MODEL, "Experts",
          "of dense layers; same: that of the experts"),
-    WORD("init-scheme", init_scheme, "normal", init_names, TRAIN, "Experts",
+    WORD("init-scheme", init_scheme, "normal", init_names, MODEL, "Experts",
          "first weights: N(0,0.02), or truncated N(0,0.1/fan-in)"),
     WORD("score", score, "softmax", score_names, MODEL, "Router: scores", "what makes scores p of logits"),
     WORD("select", select, "topk", select_names, MODEL, "Router: choice and weight", "how experts are chosen"),
@@ -103,7 +103,7 @@ const Option base_options[] = {
     NUMBER("capacity-factor", capacity_factor, "0", 0, 1e6, TRAIN, "Router: balance",
          "an expert takes at most this times its fair share; 0: all that comes"),
     NUMBER("eval-capacity-factor", eval_capacity_factor, "0", 0, 1e6, TRAIN, "Router: balance",
-         "the same at evaluation, early tokens first"),
+         "the same at evaluation, of each sequence, early tokens first"),
     INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "Training", "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "Training", "micro-steps in a step"),
     INTEGER("steps", steps, "3000", 1, 2000000000, TRAIN, "Training", "optimizer steps"),
@@ -136,8 +136,8 @@ const Option base_options[] = {
 #endif
     INTEGER("log-every", log_every, "60", 0, 2000000000, TRAIN, PACES, "a line in the log"),
     INTEGER("eval-every", eval_every, "600", 0, 2000000000, TRAIN, PACES, "validation"),
-    INTEGER("eval-batches", eval_batches, "64", 0, 2000000000, TRAIN, PACES,
-         "batches in a validation, evenly spread; 0: all there are"),
+    INTEGER("eval-tokens", eval_tokens, "32768", 0, 2000000000, TRAIN, PACES,
+            "tokens of a validation, evenly spread; 0: all there are. The last one reads all where that is quick"),
     INTEGER("sample-every", sample_every, "1200", 0, 2000000000, TRAIN, PACES, "a story"),
     INTEGER("save-every", save_every, "600", 0, 2000000000, TRAIN, PACES,
          "a checkpoint; the last step always saves one"),
@@ -229,13 +229,16 @@ int find_option(const char *name) {
     return -1;
 }
 
+__attribute__((noreturn)) void unknown_option(const char *word); // effects.h
+__attribute__((noreturn)) void unknown_recipe(const char *name);
+
 const Recipe *find_recipe(const char *name) {
     for (int i = 0; i < recipe_count; i++) {
         if (!strcmp(recipes[i].name, name)) {
             return &recipes[i];
         }
     }
-    usage_fail("there is no recipe '%s'; --list-recipes shows those there are", name);
+    unknown_recipe(name);
 }
 
 // ---- one option as text
@@ -344,6 +347,8 @@ void config_recipe(Config *config, const char *name) {
     free(text);
 }
 
+#include "effects.h" // options that would have no effect
+
 // What the command line asks for, over the recipe, over the defaults.
 void parse_command_line(Config *c, int argc, char **argv) {
     config_defaults(c);
@@ -354,7 +359,7 @@ void parse_command_line(Config *c, int argc, char **argv) {
         snprintf(word, sizeof(word), "%.*s", value ? (int)(value - name) : 63, name);
         int o = strncmp(word, "--", 2) ? -1 : find_option(word + 2);
         if (o < 0) {
-            usage_fail("there is no option %s", name);
+            unknown_option(word);
         }
         if (options[o].kind == 'f' && value) {
             usage_fail("%s takes no value", word);

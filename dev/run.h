@@ -20,22 +20,24 @@ typedef struct Run {
     int links;             // can the run directory have symbolic links?
     int opened;            // is there something to train?
     int step, saved;       // steps done; those of the last checkpoint
-    int trained;           // steps since this process began
+    int trained;           // steps whose loads are in the statistics
     int stop;              // one of the processes was asked to stop
     double peak;           // operations per second, measured
     double sheet;          // the same by the data sheet; 0: unknown
     double flops;          // of a token
     double before;         // bytes of memory that the process held before it had data and a model
-    double val_loss, val_bpb, fluctuation;
     unsigned char *warned; // (L) what a warning was printed of: 1 a dead expert, 2 an uneven load
-    uint64_t *probe;       // (L, tokens) the sets of experts that the first validation batch had last time
+    uint64_t *probe;       // (windows, L, tokens) the sets of experts that a few windows had at the last evaluation
     double timed;          // when the steps began that the log has not yet shown
     int timed_step;        // and the step before them
     double paused;         // when the last step ended
     Traffic traffic;       // messages since the log's last line, by then
 } Run;
 
+Batch next_batch(Run *run, int micro);
 #include "quote.h"    // words as a shell takes them
+#include "finite.h"   // NaN and infinities, and where they come from
+#include "remember.h" // what a checkpoint remembers of the routers
 #include "save.h"     // the checkpoints of a run
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
@@ -95,7 +97,7 @@ void default_out(const Config *asked, int fresh, char out[2048]) {
         if ((asked->given[find_option("recipe")] && !of_recipe) || !stat_latest(path, &info)) {
             continue;
         }
-        struct timespec time = info.st_mtim;
+        struct timespec time = file_time(&info);
         if (time.tv_sec > newest.tv_sec || (time.tv_sec == newest.tv_sec && time.tv_nsec >= newest.tv_nsec)) {
             newest = time;
             snprintf(out, 2048, "runs/%.1000s", entry->d_name);
@@ -107,13 +109,7 @@ void default_out(const Config *asked, int fresh, char out[2048]) {
 }
 
 void share_cores(const Config *c) {
-    int here = ranks.size > 1 ? ranks_of_machine() : 1; // all processes ask, whatever their environments say
-    if (c->threads) {
-        use_threads(c->threads);
-    } else if (ranks.size > 1 && !getenv("OMP_NUM_THREADS")) { // all processes of this machine share its cores
-        int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
-        use_threads(max_int(1, min_int(thread_count(), cores / here)));
-    }
+    share_processors(c->threads, ranks.size > 1 ? ranks_of_machine() : 1); // all processes ask, whatever they are told
 }
 
 // The tokenizer that --tokenizer names, that of the data folder, or that of the checkpoint that is resumed.
@@ -122,6 +118,7 @@ void load_tokenizer(Run *run, const char *checkpoint) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
     if (!has_file(dir, "tokenizer.json") && !run->config.tokenizer[0]) {
+        closedir(open_folder(data)); // says so where there is no such folder
         fail("%s: no tokenizer.json there; name the one that the data were made with by --tokenizer FILE", data);
     }
     run->tokenizer = tokenizer_load(run->config.tokenizer[0] ? run->config.tokenizer : path);
@@ -243,6 +240,7 @@ int resume_run(Run *run, const Config *asked, const char *checkpoint) {
     char *text = read_file(path, &size);
     Json *state = json_parse(text, size, path);
     config_from_directory(c, checkpoint);
+    const Config before = *c;
     share_batch(c, asked, checkpoint);
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL | 1 << ORDER, checkpoint);
     double step = expect_member(state, "step", 'i', path)->number;
@@ -257,6 +255,8 @@ int resume_run(Run *run, const Config *asked, const char *checkpoint) {
     } else {
         double fingerprint = expect_member(state, "data_fingerprint", 'n', path)->number;
         config_check(c);
+        refuse_idle_options(c, &before);
+        check_warmup(c, &before);
         load_tokenizer(run, checkpoint);
         run->before = memory_now();
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
@@ -290,6 +290,8 @@ void start_run(Run *run, const Config *asked) {
         }
     }
     config_check(c);
+    refuse_idle_options(c, NULL);
+    check_warmup(c, NULL);
     if (!c->data[0]) {
         c->data = has_file("data/tinystories", "tokenizer.json") ? "data/tinystories" : "data/stories";
     }
@@ -343,6 +345,9 @@ int prepare_run(Run *run, const Config *asked) {
         free(frequency);
     }
     run->warned = (unsigned char *)allocate(c->layers, 1);
+    if (resumed) {
+        read_router_state(run, checkpoint);
+    }
     return 1;
 }
 
@@ -385,7 +390,9 @@ void answer_prompt(Run *run, const Config *asked) {
     }
     check_small_files(dir);
     config_from_directory(c, dir);
+    const Config before = *c;
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
+    refuse_idle_options(c, &before);
     c->batch = 1; // generation needs none, and the saved one is that of all processes
     config_check(c);
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
@@ -439,6 +446,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
         default_out(&asked, !asked.resume && !asked.prompt, run->out);
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
+    data_tick = ranks_tick;               // and answer while they read
     broadcast(run->out, sizeof(run->out));
     if (asked.prompt) {
         answer_prompt(run, &asked);
@@ -487,16 +495,21 @@ Batch next_batch(Run *run, int micro) {
     return batch;
 }
 
+// The step's losses, of all processes together; the norm is that of all of them already.
+void sum_losses(const Backend *backend, Model *m, double *loss, double *aux, double *norm) {
+    double both[2];
+    backend->losses(m, &both[0], &both[1], norm);
+    sum_over_ranks(both, 2);
+    *loss = both[0];
+    *aux = both[1];
+}
+
 // After the step's update: its losses, warnings, and from time to time a line of the log.
 void end_step(Run *run, int step, double lr) {
     const Config *c = &run->config;
     double loss, aux, norm;
-    run->backend->losses(run->model, &loss, &aux, &norm);
-    if (!isfinite(loss) || !isfinite(norm)) {
-        fail("step %d: the loss is %g and the gradient's norm %g; training stops here, and the last checkpoint in "
-             "%s is as it was. A lower --lr or a longer --warmup may help",
-             step, loss, norm, run->out);
-    }
+    sum_losses(run->backend, run->model, &loss, &aux, &norm);
+    check_step(run, step, loss, aux, norm);
     run->step = step;
     run->trained++;
     if (run->trace) {
@@ -564,15 +577,8 @@ int close_run(Run *run) {
 int run_program(int argc, char **argv, const Backend *backend, int (*program)(int, char **, const Backend *)) {
     open_standard_files();
     signal(SIGXFSZ, SIG_IGN); // a file that may not grow is an error like a full disk
-#ifdef _OPENMP
-    // Waiting threads should sleep. OpenMP's default is to spin, which on a machine with anything else to do makes a
-    // step ten times slower. Its runtime reads this before main, so the program begins once more. The fast products
-    // pack on the stack, and some systems give a thread no more than 128 KiB.
-    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) {
-        setenv("OMP_STACKSIZE", "4M", 0);
-        execv("/proc/self/exe", argv);
-    }
-#endif
+    let_threads_sleep(argv);
+    check_exp();
 #ifdef USE_MPI
     int provided;
     MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);

@@ -34,6 +34,7 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
     n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f}\n", run->step,
                  data_fingerprint(run->train));
     write_text(dir, "trainer_state.json", text, (size_t)n);
+    write_router_state(run, dir);
     sum_small_files(sums, dir);
 }
 
@@ -201,6 +202,7 @@ void load_weights(Run *run, const char *dir, int moments) {
         for (int i = 0; i < m->tensor_count; i++) {
             for (; p < parts + count && p->tensor == i; p++) {
                 read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                check_read(&files, prefix[what], p, tensor + p->offset);
             }
 
             // The run may have had float32 moments until now.

@@ -4,9 +4,7 @@
 // A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and
 // for the machine, exit 2 for the command line.
 #pragma once
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
+#include "portable.h" // first, because it decides what the system's headers declare
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -76,11 +74,17 @@ int compare_ranked(const void *a, const void *b) {
 
 // ---- errors
 
-#ifdef USE_MPI
-const char *program_name = "train_moe_mpi";
+#ifdef PROGRAM // by a program of its own
+#elif defined(USE_NCCL)
+#define PROGRAM "train_moe_cu_nccl"
+#elif defined(__CUDACC__)
+#define PROGRAM "train_moe_cu"
+#elif defined(USE_MPI)
+#define PROGRAM "train_moe_mpi"
 #else
-const char *program_name = "train_moe";
+#define PROGRAM "train_moe"
 #endif
+const char *program_name = PROGRAM;
 int program_rank = 0;               // this process's number, if several work together
 void (*end_all)(int status) = NULL; // ends all processes, if several work together
 char unfinished_path[4096];         // a folder that is being written; fail() removes it
@@ -182,15 +186,7 @@ void *allocate(size_t count, size_t size) {
         fail("out of memory: could not allocate %.1f MiB",
              (double)count * (double)size / 1048576.0);
     }
-
-    // A large array asks for large pages: with them the processor finds the memory behind an address
-    // faster. The advice must begin at a page boundary, and a system without them ignores it.
-#ifdef MADV_HUGEPAGE
-    size_t page = 4096, skip = (page - (size_t)p % page) % page;
-    if (count * size >= 1 << 22) {
-        madvise((char *)p + skip, (count * size - skip) / page * page, MADV_HUGEPAGE);
-    }
-#endif
+    ask_large_pages(p, count * size);
     return p;
 }
 
@@ -312,7 +308,7 @@ void make_directories(const char *path) {
     }
 }
 
-// ---- time, memory in use, terminal, threads
+// ---- time, memory in use, threads
 
 // A clock that never goes back. Only differences mean something.
 double seconds(void) {
@@ -343,11 +339,6 @@ double memory_now(void) {
 #endif
 }
 
-// Does a person read standard output? Not under mpirun, whose pipes look like a terminal.
-int on_terminal(void) {
-    return !getenv("OMPI_COMM_WORLD_SIZE") && !getenv("PMI_SIZE") && isatty(1);
-}
-
 int thread_count(void) {
 #ifdef _OPENMP
     return omp_get_max_threads();
@@ -375,6 +366,9 @@ int thread_number(void) {
     return 0;
 #endif
 }
+
+#include "terminal.h" // what is written over, and how wide it may be
+#include "machine.h"  // what the processor and the system give: instructions, processors, threads
 
 // ---- random numbers
 //

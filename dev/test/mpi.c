@@ -9,7 +9,7 @@
 int run_ranks(char *output, size_t size, int ranks, const char *options) {
     return shell(output, size,
                  "timeout 120 $MPIRUN -np %d sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
-                 "--eval-batches 1 --tokens 5 --threads 1 %s'",
+                 "--eval-tokens 64 --tokens 5 --threads 1 %s'",
                  ranks, options);
 }
 
@@ -88,7 +88,7 @@ void test_mpi_log(void **state) {
         snprintf(name, sizeof(name), "log%d", ranks);
         snprintf(options, sizeof(options),
                  "--batch %d --accum 2 --experts 6 --capacity-factor 0.6 --eval-capacity-factor 0.8 --jitter 0.9 --eval-every 3 "
-                 "--eval-batches 0 --save-every 0 --out %s",
+                 "--eval-tokens 0 --save-every 0 --out %s",
                  6 / ranks, scratch_file(name));
         assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
         shell(output, sizeof(output), "cat %s/log.jsonl", scratch_file(name));
@@ -103,6 +103,51 @@ void test_mpi_log(void **state) {
                 fail_msg("%d ranks: %s is %g, not %g", ranks, names[i], atof(last), wanted[i]);
         }
     }
+}
+
+// A trained model is evaluated by 1, 2 and 4 ranks, which divide a step in their ways, at a learning rate of 0: the line of the
+// log is the same to the last digit, also where full experts refuse choices, and where each rank has all experts.
+void test_mpi_evaluation(void **state) {
+    (void)state;
+    static const char *const divided[] = {"--batch 4", "--batch 2", "--batch 1", "--batch 1 --ep 1", "--batch 2 --accum 3 --ep 2"};
+    static const int ranks[] = {1, 2, 4, 4, 4};
+    char output[65536], options[600], name[16], wanted[512] = "";
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options), "--batch 4 --lr 0.01 --warmup 1 --steps 30 --log-every 0 --eval-capacity-factor 0.7 --out %s", scratch_file("learned"));
+    assert_int_equal(run_ranks(output, sizeof(output), 1, options), 0);
+    for (int i = 0; i < 5; i++) {
+        snprintf(name, sizeof(name), "judged%d", i);
+        snprintf(options, sizeof(options), "--init %s/latest --lr 0 --warmup 0 --steps 1 --eval-tokens 3000 --eval-capacity-factor 0.7 %s --out %s",
+                 scratch_file("learned"), divided[i], scratch_file(name));
+        if (run_ranks(output, sizeof(output), ranks[i], options) != 0)
+            fail_msg("%s: %s", options, output);
+        shell(output, sizeof(output), "grep eval.,.step %s/log.jsonl", scratch_file(name));
+        assert_non_null(strstr(output, "\"val_tokens\":3008,\"val_se\":0."));
+        if (!*wanted)
+            snprintf(wanted, sizeof(wanted), "%.500s", output);
+        if (strcmp(output, wanted))
+            fail_msg("%d ranks, %s: %s; one: %s", ranks[i], divided[i], output, wanted);
+    }
+}
+
+// An expert that has been idle for 60 steps on 2 ranks, and for 40 more on 1: all know it.
+void test_mpi_idle(void **state) {
+    (void)state;
+    char output[65536], options[600];
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options),
+             "--aux-weight 0 --experts 64 --topk 1 --gate probability --lr 0.02 --warmup 1 --eval-every 0 --sample-every 0 "
+             "--save-every 60 --log-every 10 --out %s", scratch_file("idle"));
+    char first[700], again[700];
+    snprintf(first, sizeof(first), "--batch 1 --steps 61 %s", options);
+    snprintf(again, sizeof(again), "--resume --steps 105");
+    snprintf(again + strlen(again), 600, " --out %s", scratch_file("idle"));
+    assert_int_equal(run_ranks(output, sizeof(output), 2, first), 0);
+    assert_null(strstr(output, "has had no token"));
+    assert_int_equal(shell(output, sizeof(output), "$TRAIN_MOE_MPI --threads 1 %s", again), 0);
+    assert_non_null(strstr(output, "warning: step 100: expert "));
 }
 
 void test_mpi_bad_options(void **state) {
@@ -218,6 +263,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_mpi_program),
         cmocka_unit_test(test_mpi_log),
+        cmocka_unit_test(test_mpi_evaluation),
+        cmocka_unit_test(test_mpi_idle),
         cmocka_unit_test(test_mpi_bad_options),
         cmocka_unit_test(test_mpi_files),
         cmocka_unit_test(test_mpi_crash),

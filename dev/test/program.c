@@ -21,7 +21,7 @@ void check_resume(const char *recipe) {
     snprintf(halves, sizeof(halves), "halves-%s", recipe);
     snprintf(path, sizeof(path), "%s/log.jsonl", halves);
     // the validation in step 7, of the whole file, takes long enough to be killed in
-    snprintf(options, sizeof(options), "--recipe %s --eval-every 7 --eval-batches 0 --accum 2", recipe);
+    snprintf(options, sizeof(options), "--recipe %s --eval-every 7 --eval-tokens 0 --accum 2", recipe);
     expect(run_tiny(whole, options), 0, "What next");
     for (int attempt = 0, status = 0; !WIFSIGNALED(status); attempt++) {
         assert_true(attempt < 5); // it was always done before it could be killed
@@ -273,7 +273,7 @@ void test_interrupt_evaluation(void **state) {
     need_program();
     check_leaks(0);
     int status, stopped = 0;
-    pid_t child = start_tiny("halted", "--steps 1000000 --save-every 0 --eval-every 2 --eval-batches 0 --batch 1");
+    pid_t child = start_tiny("halted", "--steps 1000000 --save-every 0 --eval-every 2 --eval-tokens 0 --batch 1");
     assert_int_equal(wait_for(child, scratch_file("halted/log.jsonl"), "\"eval\""), -1);
     expect(run_tiny("halted", "--resume"), 1, "another process");
     kill(child, SIGTERM);
@@ -312,13 +312,12 @@ void test_memory(void **state) {
         skip();
     static const char *const more[] = {"", "--recompute", "--recipe deepseek-v3 --experts 16 --topk 4", "--recipe dense --layers 6"};
     for (int i = 0; i < 4; i++) {
-        char out[32], line[2200];
+        char out[32], sizes[200], line[2200];
         struct rusage use;
         int status;
         snprintf(out, sizeof(out), "memory-%d", i);
-        snprintf(line, sizeof(line), "exec %s >/dev/null",
-                 command_line(out, "--dim 256 --heads 4 --ffn 256 --seq 128 --batch 16 --steps 3"));
-        snprintf(line + strlen(line) - 10, 200, "%s >/dev/null", more[i]);
+        snprintf(sizes, sizeof(sizes), "--dim 256 --heads 4 --ffn 256 --seq 128 --batch 16 --steps 3 %s", more[i]);
+        snprintf(line, sizeof(line), "exec %s >/dev/null", command_line(out, sizes));
         pid_t child = fork();
         if (child == 0) {
             execl("/bin/sh", "sh", "-c", line, (char *)NULL);
@@ -691,10 +690,10 @@ void test_bad_options(void **state) {
         {NULL, "--schedule linear", 2, "one of: cosine, wsd, constant"},
         {NULL, "--recipe nosuch", 2, "--list-recipes"},
         {NULL, "--batch 1048576 --seq 2999", 2, "--batch"},
-        {NULL, "--data /nowhere", 1, "/nowhere"},
+        {NULL, "--data /nowhere", 1, "/nowhere: cannot open the data folder: No such file"},
         {NULL, "--tokenizer /nowhere/tokenizer.json", 1, "/nowhere/tokenizer.json"},
         {NULL, "--init /nowhere", 1, "/nowhere/config.json"},
-        {NULL, "--seq 4000", 1, "too short"},
+        {NULL, "--seq 4000", 1, "too short: the longest train file has 3000 tokens, but a window takes 4001"},
         {NULL, "--prompt hello", 1, "no checkpoint"},
     };
     for (int i = 0; i < (int)(sizeof(cases) / sizeof(cases[0])); i++) {
@@ -780,8 +779,8 @@ void test_bad_checkpoints(void **state) {
         {"echo '{\"vocab_size\":265,\"model_type\":\"gpt2\"}' > latest/config.json", p, 1, "gpt2"},
         {"echo '{\"vocab_size\":2.5}' > latest/config.json", p, 1, "vocab_size"},
         {"echo '{\"vocab_size\":-1,\"model_type\":\"llama\"}' > latest/config.json", p, 1, "vocab_size"},
-        {"sed -i 's/\"hidden_size\": 32/\"hidden_size\": 64/;s/\"head_dim\": 16/\"head_dim\": 32/' latest/config.json",
-         trust, 1, "model.embed_tokens.weight"},
+        {"sed -i 's/\"hidden_size\": 32/\"hidden_size\": 64/;s/\"head_dim\": 16/\"head_dim\": 32/' latest/config.json", trust, 1,
+         "model.embed_tokens.weight"},
         {"sed -i 's/\"dim\":32/\"dim\":\"many\"/' latest/config.json", p, 1, "dim is 'many'"},
         {"sed -i 's/\"num_hidden_layers\": 2/\"num_hidden_layers\": 3/' latest/config.json", trust, 1, "model.layers.2."},
         {": > latest/trainer_state.json", r, 1, "latest/trainer_state.json"},
@@ -811,14 +810,15 @@ void test_bad_data(void **state) {
     need_program();
     check_leaks(0);
     static const BadCase cases[] = {
-        {"rm train*", "", 1, "*train*.bin"},
-        {"rm val*", "", 1, "*val*.bin"},
+        {"rm train*", "", 1, "the word train in its name"},
+        {"rm val*", "", 1, "the word val in its name"},
         {"rm tokenizer.json", "", 1, "--tokenizer"},
         {": > train_1.bin", "", 1, "train_1.bin"},
         {"truncate -s 1000 train_1.bin", "", 1, "train_1.bin"},
         {"truncate -s -2 val_0.bin", "", 1, "val_0.bin"},
         {"cp tokenizer.json train_0.bin", "", 1, "train_0.bin"},
         {"truncate -s 1024 train_0.bin && truncate -s 1024 train_1.bin", "", 1, "train_0.bin"},
+        {"mv train_1.bin pretrain_val_1.bin && mv train_0.bin my_train_val.bin", "", 1, "my_train_val.bin: the name has"},
         {": > tokenizer.json", "", 1, "tokenizer.json"},
         {"truncate -s 3000 tokenizer.json", "", 1, "tokenizer.json"},
         {"echo '{}' > tokenizer.json", "", 1, "tokenizer.json"},
@@ -847,12 +847,38 @@ void test_bad_data(void **state) {
     assert_latest("moved", "checkpoint-2");
 }
 
+// A token file that is cut while it is in use ends the run with its name, and the last checkpoint stays whole.
+void test_cut_data(void **state) {
+    (void)state;
+    need_program();
+    check_leaks(0);
+    char options[400], path[256];
+    int status;
+    size_t size;
+    snprintf(path, sizeof(path), "%s", scratch_file("cut-data"));
+    expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s", path, scratch_file("data"), path), 0, NULL);
+    snprintf(options, sizeof(options), "--data %s --steps 1000000 --save-every 3 --eval-every 0", path);
+    pid_t child = start_tiny("cut-run", options);
+    assert_int_equal(wait_for(child, scratch_file("cut-run/latest/config.json"), "{"), -1);
+    expect(shell(said, sizeof(said), "truncate -s 0 %s/train_0.bin", path), 0, NULL);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    char *text = read_file(scratch_file("said"), &size);
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 1 || !strstr(text, "cut-data/train_0.bin: the file changed while"))
+        fail_msg("status %d: %s", status, text);
+    free(text);
+    expect(shell(said, sizeof(said), "cp %s/train_0.bin %s", scratch_file("data"), path), 0, NULL);
+    char link[64] = "";
+    assert_true(readlink(scratch_file("cut-run/latest"), link, sizeof(link) - 1) > 0);
+    snprintf(options, sizeof(options), "--data %s --resume --eval-every 0 --steps %d", path, atoi(strchr(link, '-') + 1) + 2);
+    expect(run_tiny("cut-run", options), 0, "What next");
+}
+
 // If the weights explode, the program stops and names the step, and the last checkpoint stays intact.
 void test_nan(void **state) {
     (void)state;
     need_program();
     check_leaks(0);
-    const char *const wild = "--lr 100 --min-lr 0 --weight-decay 100 --clip 0 --warmup 0 --schedule constant";
+    const char *const wild = "--lr 100 --weight-decay 100 --clip 0 --warmup 0 --schedule constant";
     char options[256];
     expect(run_tiny("nan", "--steps 2"), 0, NULL);
     snprintf(options, sizeof(options), "--resume --steps 1000 --save-every 0 %s", wild);
@@ -943,6 +969,7 @@ int main(void) {
         cmocka_unit_test(test_bad_places),
         cmocka_unit_test(test_bad_checkpoints),
         cmocka_unit_test(test_bad_data),
+        cmocka_unit_test(test_cut_data),
         cmocka_unit_test(test_nan),
         cmocka_unit_test(test_prompt),
     };
