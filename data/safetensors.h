@@ -62,7 +62,7 @@ void write_text(const char *dir, const char *name, const char *text, size_t size
 char *safetensors_header(const Part *parts, int count, const char *const *prefix, int copies, size_t *size) {
     char *header = NULL;
     size_t at = 0;
-    FILE *text = open_memstream(&header, size);
+    FILE *text = open_memory(&header, size);
     fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (int copy = 0; copy < copies; copy++) {
         for (int i = 0; i < count; i++) {
@@ -85,7 +85,7 @@ char *safetensors_header(const Part *parts, int count, const char *const *prefix
         fputc(' ', text);
         fflush(text);
     }
-    fclose(text);
+    close_memory(text);
     return header;
 }
 

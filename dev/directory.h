@@ -67,7 +67,8 @@ int is_whole(const char *dir, int moments) {
     return 1;
 }
 
-// Where out/latest leads to, a link or a text file. Returns 0 where there is no such thing, and then path is out/latest.
+// Where out/latest leads to, a link or a text file: the folder itself, since `latest` may be turned while that is read.
+// Returns 0 where it leads nowhere, and then path is out/latest.
 int find_latest(const char *out, char path[4096]) {
     char name[256] = "";
     struct stat info;
@@ -75,18 +76,20 @@ int find_latest(const char *out, char path[4096]) {
     if (stat(path, &info) != 0) {
         return 0;
     }
-    if (!S_ISREG(info.st_mode)) {
-        return 1;
+    if (S_ISREG(info.st_mode)) {
+        FILE *file = fopen(path, "r");
+        if (file && fgets(name, sizeof(name), file)) {
+            name[strcspn(name, "\r\n")] = 0;
+        }
+        if (file) {
+            fclose(file);
+        }
+    } else {
+        ssize_t n = readlink(path, name, sizeof(name) - 1);
+        name[n > 0 ? n : 0] = 0;
     }
-    FILE *file = fopen(path, "r");
-    if (file && fgets(name, sizeof(name), file)) {
-        name[strcspn(name, "\r\n")] = 0;
-    }
-    if (file) {
-        fclose(file);
-    }
-    if (checkpoint_step(name) < 0) {
-        return 0;
+    if (checkpoint_step(name) < 0) { // a link to another place, a folder, or a text that says nothing
+        return S_ISDIR(info.st_mode);
     }
     snprintf(path, 4096, "%s/%s", out, name);
     return 1;

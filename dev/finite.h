@@ -65,9 +65,9 @@ enum { FIND_WEIGHT = 1, FIND_ACTIVATION = 10000, FIND_GRADIENT = 20000 };
 
 // The find of the process that found the earliest one.
 Find first_of_all(const Find *mine) {
-    Find first = *mine;
+    Find first = {0, ""};
     if (ranks.size == 1) {
-        return first;
+        return *mine;
     }
     int *rows = (int *)allocate(ranks.size, sizeof(int));
     for (int r = 0; r < ranks.size; r++) {
@@ -77,6 +77,8 @@ Find first_of_all(const Find *mine) {
     for (int r = 0; r < ranks.size; r++) {
         if (all[r].order && (!first.order || all[r].order < first.order)) {
             first = all[r];
+            size_t used = strlen(first.text);
+            snprintf(first.text + used, sizeof(first.text) - used, ", on rank %d", r);
         }
     }
     free(all);

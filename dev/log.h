@@ -26,10 +26,10 @@ void write_finite(FILE *to, const char *text, size_t size) {
 }
 
 void check_log(Run *run) { // and sends it on its way
-    fflush(run->log);
+    flush_memory(run->log);
     write_finite(run->log_file, run->log_text, run->log_size);
     rewind(run->log);
-    if (fflush(run->log_file) != 0) {
+    if (fflush(run->log_file) != 0 || ferror(run->log_file)) {
         fail("%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
     }
 }

@@ -9,7 +9,7 @@
 char *quote_for_shell(const char *word) {
     static const char *const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-";
     if (*word && *word != '=' && !word[strspn(word, plain)]) {
-        return strdup(word);
+        return copy_text(word);
     }
     int control = 0;
     for (const char *c = word; *c; c++) {
@@ -17,7 +17,7 @@ char *quote_for_shell(const char *word) {
     }
     char *quoted = NULL;
     size_t size;
-    FILE *text = open_memstream(&quoted, &size);
+    FILE *text = open_memory(&quoted, &size);
     fprintf(text, control ? "$'" : "'");
     for (const char *c = word; *c; c++) {
         if (control && iscntrl((unsigned char)*c)) {
@@ -31,6 +31,6 @@ char *quote_for_shell(const char *word) {
         }
     }
     fprintf(text, "'");
-    fclose(text);
+    close_memory(text);
     return quoted;
 }

@@ -357,7 +357,7 @@ void open_log(Run *run) {
     ranks_meet(); // before the first file is written, all have seen that there is none
     make_directories(run->out);
     snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
-    run->log = open_memstream(&run->log_text, &run->log_size);
+    run->log = open_memory(&run->log_text, &run->log_size);
     run->log_file = fopen(ranks.rank ? "/dev/null" : path, "ab"); // the first process writes it
     if (!run->log_file) {
         fail("%s: cannot open: %s", path, strerror(errno));
@@ -548,7 +548,7 @@ int close_run(Run *run) {
                name, out);
     } else {
         show_experts(run);
-        find_latest(run->out, model);
+        snprintf(model, sizeof(model), run->links ? "%s/latest" : "%s/checkpoint-%d", run->out, run->step);
         printf("The run is in %s: log.jsonl, and in %s the model, which Hugging Face's transformers %s.\n"
                "What next:\n"
                "  ./%s --out %s --prompt \"Once upon a time\"\n"

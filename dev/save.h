@@ -120,8 +120,8 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
         run->backend->read(m, array, i % m->tensor_count, tensor);
         for (size_t j = 0; file && array == WEIGHTS && j < size; j++) {
             if (!isfinite(tensor[j])) {
-                fail("step %d: a weight is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
-                     (double)tensor[j], run->out);
+                fail("step %d: a weight of %s is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
+                     m->tensors[i % m->tensor_count].name, shown((double)tensor[j]), run->out);
             }
         }
         if (file) {
@@ -146,7 +146,7 @@ void save_checkpoint(Run *run) {
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
     char name[64], *list = NULL;
     size_t size = 0;
-    FILE *sums = open_memstream(&list, &size); // checksums.json
+    FILE *sums = open_memory(&list, &size); // checksums.json
     snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     if (first) {
         snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-checkpoint", run->out);
@@ -164,7 +164,7 @@ void save_checkpoint(Run *run) {
         write_small_files(run, unfinished_path, sums);
     }
     fprintf(sums, "}\n");
-    fclose(sums);
+    close_memory(sums);
     if (first) {
         write_text(unfinished_path, "checksums.json", list, size);
         publish_checkpoint(run, unfinished_path, name);

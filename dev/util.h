@@ -292,6 +292,27 @@ char *read_file(const char *path, size_t *size) {
     return text;
 }
 
+// A file in memory. Once it is closed, *text has its bytes, to be freed.
+FILE *open_memory(char **text, size_t *size) {
+    FILE *file = open_memstream(text, size);
+    if (!file) {
+        fail("out of memory");
+    }
+    return file;
+}
+
+// All that was written to it is there, or the program ends.
+void flush_memory(FILE *file) {
+    if (fflush(file) != 0 || ferror(file)) {
+        fail("out of memory");
+    }
+}
+
+void close_memory(FILE *file) {
+    flush_memory(file);
+    fclose(file);
+}
+
 // Makes the folder `path` and those above it. Folders that exist are no error.
 void make_directories(const char *path) {
     char part[2048];

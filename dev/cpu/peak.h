@@ -24,7 +24,7 @@ void peak_work(int threads, double stretch, int stretches, double *work) {
             sum[i] = y + (real)i;
         }
         int at = 0;
-        while (at < stretches) {
+        for (int round = 0; at < stretches && round < 1 << 17; round++) { // a second, where the clock stands still
             for (int k = 0; k < ROUNDS; k++) {
 #pragma GCC unroll 16
                 for (int i = 0; i < SUMS; i++) {
@@ -32,7 +32,7 @@ void peak_work(int threads, double stretch, int stretches, double *work) {
                 }
             }
             at = (int)((seconds() - start) / stretch);
-            if (at < stretches) {
+            if (at >= 0 && at < stretches) {
 #pragma omp atomic
                 work[at] += 2.0 * SUMS * LANES * ROUNDS;
             }

@@ -12,7 +12,7 @@
 // Helpers
 
 // Flips one bit of the byte `at` of a file; counted from its end if negative.
-void flip_bit(const char *name, long at, int bit) {
+void flip_bit_of(const char *name, long at, int bit) {
     FILE *file = fopen(scratch_file(name), "r+b");
     assert_non_null(file);
     fseek(file, at, at < 0 ? SEEK_END : SEEK_SET);
@@ -84,18 +84,18 @@ void test_flipped_bits(void **state) {
             long first = 8 + (long)header, at = n ? draw(&random, (int)first, (int)size - 1) : first;
             int bit = draw(&random, 0, 7);
             at = n == 1 ? (long)size - 1 : at;
-            flip_bit(name, at, bit);
+            flip_bit_of(name, at, bit);
             expect(run_tiny("sums", "--resume --steps 3"), 1, "damaged: the numbers of ");
             expect(1, 1, i ? "optimizer.safetensors: damaged: the numbers of exp_avg" : "model.safetensors: damaged: the numbers of ");
             expect(1, 1, "--trust-weights");
             assert_latest("sums", "checkpoint-2");
-            flip_bit(name, at, bit);
+            flip_bit_of(name, at, bit);
         }
     }
 
     // The first tensor is named, for --prompt and --init, too; --trust-weights takes it as it is.
-    flip_bit("sums/latest/model.safetensors", -3, 0);
-    expect(run_tiny("sums", "--prompt hello"), 1, "latest/model.safetensors: damaged: the numbers of model.norm.weight do not");
+    flip_bit_of("sums/latest/model.safetensors", -3, 0);
+    expect(run_tiny("sums", "--prompt hello"), 1, "checkpoint-2/model.safetensors: damaged: the numbers of model.norm.weight do not");
     snprintf(options, sizeof(options), "--init %s --steps 1", scratch_file("sums/latest"));
     expect(run_tiny("refused", options), 1, "latest/model.safetensors: damaged: the numbers of model.norm.weight do not");
     assert_true(!exists("refused"));
@@ -113,10 +113,10 @@ void test_flipped_digits(void **state) {
     check_leaks(0);
     expect(run_tiny("digits", "--steps 2"), 0, NULL);
     static const char *const changes[][2] = {
-        {"sed -i 's/\"step\":2/\"step\":3/' latest/trainer_state.json", "latest/trainer_state.json: damaged"},
-        {"sed -i 's/\"beta2\":0.95/\"beta2\":0.94/' latest/config.json", "latest/config.json: damaged"},
-        {"sed -i 's/\"he\"/\"eh\"/;s/\"h e\"/\"e h\"/' latest/tokenizer.json", "latest/tokenizer.json: damaged"},
-        {"printf x > latest/checksums.json", "latest/checksums.json"},
+        {"sed -i 's/\"step\":2/\"step\":3/' latest/trainer_state.json", "checkpoint-2/trainer_state.json: damaged"},
+        {"sed -i 's/\"beta2\":0.95/\"beta2\":0.94/' latest/config.json", "checkpoint-2/config.json: damaged"},
+        {"sed -i 's/\"he\"/\"eh\"/;s/\"h e\"/\"e h\"/' latest/tokenizer.json", "checkpoint-2/tokenizer.json: damaged"},
+        {"printf x > latest/checksums.json", "checkpoint-2/checksums.json"},
         {"sed -i 's/\"model.norm.weight\":\"./\"model.norm.weight\":\"x/' latest/checksums.json", "model.norm.weight"},
         {"sed -i 's/\"model.norm.weight\"/\"model.narm.weight\"/' latest/checksums.json", "model.norm.weight"},
     };
@@ -125,7 +125,7 @@ void test_flipped_digits(void **state) {
     expect(run_changed("digits", "digits-now", changes[1][0], "--resume --steps 3 --trust-weights"), 0, "What next");
     expect(run_changed("digits", "digits-now", changes[3][0], "--resume --steps 3 --trust-weights"), 0, "What next");
     expect(run_changed("digits", "digits-now", "sed -i 's/\"beta2\":0.95/\"beta2\":0.9/' latest/config.json", "--resume --steps 3"),
-           0, "latest/config.json: another size than checksums.json says");
+           0, "checkpoint-2/config.json: another size than checksums.json says");
     expect(0, 0, "What next");
 }
 
@@ -159,8 +159,8 @@ void test_replaced_weights(void **state) {
     free(text);
 
     expect(run_tiny("bare", "--steps 2"), 0, NULL);
-    flip_bit("bare/latest/model.safetensors", -3, 0);
-    flip_bit("bare/latest/optimizer.safetensors", -3, 0);
+    flip_bit_of("bare/latest/model.safetensors", -3, 0);
+    flip_bit_of("bare/latest/optimizer.safetensors", -3, 0);
     shell(said, sizeof(said), "rm %s", scratch_file("bare/latest/checksums.json"));
     expect(run_tiny("bare", "--resume --steps 3"), 0, "What next");
 }
@@ -196,7 +196,7 @@ void test_newest_whole(void **state) {
     }
 
     // Generation needs no moments; and what none has is refused.
-    expect(run_changed("killed", "killed-now", "rm checkpoint-6/optimizer.safetensors", "--prompt hello"), 0, "latest, mixtral");
+    expect(run_changed("killed", "killed-now", "rm checkpoint-6/optimizer.safetensors", "--prompt hello"), 0, "killed-now/checkpoint-6, mixtral");
     expect(run_changed("killed", "killed-now", "rm checkpoint-*/config.json", "--resume"), 1, "none of those beside it is whole");
     expect(run_tiny("killed-now", "--prompt hello"), 1, "no checkpoint there");
 }
@@ -229,7 +229,7 @@ void test_removed_aside(void **state) {
     assert_all_whole("half");
     assert_latest("half", "checkpoint-4");
     assert_true(exists("half/removed-checkpoint") && !exists("half/checkpoint-2"));
-    expect(run_tiny("half", "--steps 6 --save-every 0 --resume --lr 1e-3 --prompt hi"), 0, "hi"); // reads only
+    expect(run_tiny("half", "--prompt hi"), 0, "hi"); // reads only
     assert_true(exists("half/removed-checkpoint"));
     expect(run_tiny("half", "--steps 6 --save-every 2 --keep 1 --resume"), 0, "What next");
     assert_true(!exists("half/removed-checkpoint") && !exists("half/checkpoint-4") && exists("half/checkpoint-6"));

@@ -3,7 +3,10 @@
 // Gives: make fuzz. Needs: clang; the programs train_moe, data/tokenize and data/make_stories, which make what the inputs
 // begin with; the trainer and data/tokenize as source, compiled into this one.
 //
-//     FUZZ=tokenizer dev/build/fuzz -runs=100000 FOLDER     one format, see formats[] below; FOLDER keeps inputs
+//     FUZZ=tokenizer INPUTS=1000000 dev/build/fuzz     one format's share of the inputs; see formats[] below
+//     FUZZ=tokenizer dev/build/fuzz FILE               one input, such as dev/build/fuzzing/tokenizer-crash-...
+//
+// Inputs that led to new code stay in dev/build/fuzzing/FORMAT and are where the next call begins.
 //
 // fail() ends in exit(), which here jumps back to the fuzzer. What the product allocated and opened until then is taken back:
 // the macros below send its calls through functions that keep lists. Its variables are in sections of their own, and get
@@ -33,15 +36,19 @@
 #include <sanitizer/allocator_interface.h>
 #include <sanitizer/asan_interface.h>
 
+// Only the product's own branches guide the fuzzer.
+#pragma clang attribute push(__attribute__((no_sanitize("coverage"))), apply_to = function)
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What the product's calls become
 
 // Memory, in a list, so that it can be taken back. The link before each block is poisoned: who reads it, reads too far.
 typedef struct Block {
     struct Block *next, *previous;
+    long stays, unused; // from before the first input
 } Block;
 
-static Block blocks = {&blocks, &blocks};
+static Block blocks = {&blocks, &blocks, 0, 0};
 static int listing; // while an input is read; what was allocated before stays
 static jmp_buf back;
 
@@ -71,33 +78,45 @@ static void link_block(Block *b, Block *next, Block *previous) {
     close_block(previous);
 }
 
-static void *fuzz_calloc(size_t count, size_t size) {
+static void *take_block(size_t count, size_t size, int zeros) {
     size_t bytes;
     if (__builtin_mul_overflow(count, size, &bytes) || bytes > LARGEST) {
         errno = ENOMEM;
         return NULL;
     }
-    if (!listing) {
-        return calloc(count, size);
+    Block *b = zeros ? calloc(1, sizeof(Block) + bytes) : malloc(sizeof(Block) + bytes);
+    b->stays = !listing;
+    if (listing) {
+        link_block(b, blocks.next, &blocks);
+    } else {
+        close_block(b);
     }
-    Block *b = calloc(1, sizeof(Block) + bytes);
-    link_block(b, blocks.next, &blocks);
     return b + 1;
 }
 
+static void *fuzz_calloc(size_t count, size_t size) {
+    return take_block(count, size, 1);
+}
+
 static void *fuzz_malloc(size_t size) {
-    return fuzz_calloc(size, 1);
+    return take_block(size, 1, 0);
 }
 
 static void fuzz_free(void *p) {
-    if (!p || __sanitizer_get_ownership(p)) { // not in the list: from the start, or from the C library
+    if (!p || __sanitizer_get_ownership(p)) { // from the C library
         free(p);
         return;
     }
     Block *b = (Block *)p - 1;
     open_block(b);
-    Block *next = b->next, *previous = b->previous;
-    link_block(next, next, previous);
+    if (b->stays && listing) {
+        close_block(b);
+        return;
+    }
+    if (!b->stays) {
+        Block *next = b->next, *previous = b->previous;
+        link_block(next, next, previous);
+    }
     free(b);
 }
 
@@ -256,22 +275,26 @@ static void take_back(void) {
 #define truncate(path, size)     ((void)(path), (void)(size), 0)
 #define exit(status)             fuzz_exit(status)
 
+#pragma clang attribute pop
 #pragma clang section bss = "product_bss" data = "product_data"
 #define TRAIN_MOE_NO_MAIN
 #include "train_moe.c"
+#define BLOCK_BYTES 256
 #define main        main_of_tokenize
 #define count_words count_words_of_texts
 #include "data/tokenize.c"
 #undef main
 #pragma clang section bss = "" data = ""
+#pragma clang attribute push(__attribute__((no_sanitize("coverage"))), apply_to = function)
 
 // The product's variables, and what they had in them before the first input.
 extern char __start_product_bss[], __stop_product_bss[], __start_product_data[], __stop_product_data[];
 static char *variables[2];
 
+// memcpy over variables and over what AddressSanitizer put between them.
 __attribute__((no_sanitize("address"))) static void copy_plainly(char *to, const char *from, size_t size) {
-    for (size_t i = 0; i < size; i++) {
-        ((volatile char *)to)[i] = from[i];
+    for (size_t i = 0; i < size / 8; i++) {
+        ((volatile uint64_t *)(void *)to)[i] = ((const uint64_t *)(const void *)from)[i];
     }
 }
 
@@ -308,7 +331,8 @@ static void make_base(void) {
              "{ data/make_stories --count 2 >%s/train.txt && data/make_stories --first 7 --count 1 >%s/valid.txt && "
              "data/tokenize --threads 1 --vocab 270 --out %s/data %s/train.txt %s/valid.txt && "
              "./train_moe --data %s/data --out %s/run " TINY "; } >%s/said 2>&1 && cd %s && mkdir split && "
-             "cp run/latest/*.json split && cp run/latest/model.safetensors split/part.safetensors",
+             "cp run/latest/*.json split && cp run/latest/model.safetensors split/part.safetensors && "
+             "touch split/model.safetensors.index.json",
              base, base, base, base, base, base, base, base, base);
     if (system(command) != 0) {
         fail("%s/said: the programs did not make what the inputs begin with", base);
@@ -422,32 +446,39 @@ static void read_options_line(void) {
     try_config(&c);
 }
 
-static Config *small_config(Config *c) {
+static Run ready; // with a model and a tokenizer, from before the first input
+
+static void make_ready(void) {
+    Config *c = &ready.config;
+    FILE *to = fopen("/dev/null", "wb");
+    ready.backend = &cpu_backend;
     config_defaults(c);
     config_recipe(c, "mixtral");
-    input_name = "";
     config_from_directory(c, in_base("run/latest"));
     config_check(c);
     c->batch = 1;
-    return c;
+    ready.model = model_allocate(c, 1, 0, NULL);
+    ready.tokenizer = tokenizer_load(in_base("data/tokenizer.json"));
+    load_weights(&ready, in_base("run/latest"), 0);
+
+    // What generation allocates once is allocated now.
+    static const char prompt[] = "Once upon a time there was a small text, longer than any that the fuzzer makes of one hundred bytes";
+    for (int i = 0; i < 2; i++) {
+        generate(&ready, prompt, sizeof(prompt), to);
+    }
+    fclose(to);
 }
 
-static void read_weights(const char *dir, const char *name) {
-    Run run;
-    memset(&run, 0, sizeof(run));
-    run.backend = &cpu_backend;
-    run.model = model_allocate(small_config(&run.config), 8, 0, NULL);
-    input_name = name;
-    load_weights(&run, in_base(dir), 0);
-    model_free(run.model);
+static void read_weights(const char *dir) {
+    load_weights(&ready, in_base(dir), 0);
 }
 
 static void read_safetensors(void) {
-    read_weights("run/latest", "model.safetensors");
+    read_weights("run/latest");
 }
 
 static void read_index(void) {
-    read_weights("split", "model.safetensors.index.json");
+    read_weights("split");
 }
 
 static void read_state(void) {
@@ -495,56 +526,45 @@ static void read_texts(void) {
 // A prompt is encoded, and the model goes on from it.
 static void read_prompt(void) {
     int how = take_byte();
-    Run run;
-    memset(&run, 0, sizeof(run));
-    run.backend = &cpu_backend;
-    Config *c = small_config(&run.config);
+    Config *c = &ready.config;
     c->tokens = how % 4;
     c->temperature = how & 4 ? 0 : 0.01 * how;
     c->top_k = how / 16;
     c->top_p = how & 8 ? 0.5 : 1;
-    run.model = model_allocate(c, 1, 0, NULL);
-    double *frequency = (double *)allocate((size_t)c->vocab, sizeof(double));
-    model_init(run.model, frequency);
-    run.tokenizer = tokenizer_load(in_base("data/tokenizer.json"));
     FILE *to = fopen("/dev/null", "wb");
-    generate(&run, (const char *)input, input_size, to);
+    generate(&ready, (const char *)input, input_size, to);
     fclose(to);
-    model_free(run.model);
-    tokenizer_free(run.tokenizer);
 }
 
 // Logits as they may come out of any weights.
 static void read_logits(void) {
-    int how = take_byte(), n = (int)(input_size / sizeof(real));
+    int how = take_byte();
     double u = take_byte() / 256.0;
-    if (!n) {
-        return;
-    }
-    n = (int)(input_size / sizeof(real));
+    int n = (int)(input_size / sizeof(real));
     real *logits = allocate_reals((size_t)n + 1);
     memcpy(logits, input, (size_t)n * sizeof(real));
     int id = n ? sample(logits, n, how & 1 ? 0 : how / 64.0, how % 7, how % 5 / 4.0, u) : 0;
-    expect_true(id >= 0 && id <= n, "a token that there is not");
+    expect_true(id >= 0 && id <= max_int(n - 1, 0), "a token that there is not");
 }
 
 static const struct {
     const char *name, *input; // the file that the input stands for
     void (*read)(void);
+    int share, longest;   // of a thousand inputs, by how fast they are; bytes of one
     const char *seeds[4]; // files to begin with
 } formats[] = {
-    {"json", "", read_json, {"run/latest/config.json", "data/tokenizer.json", "run/log.jsonl"}},
-    {"tokenizer", "tokenizer.json", read_tokenizer, {"data/tokenizer.json"}},
-    {"config", "config.json", read_config, {"run/latest/config.json"}},
-    {"options", "", read_options_line, {NULL}},
-    {"safetensors", "model.safetensors", read_safetensors, {"run/latest/model.safetensors"}},
-    {"index", "model.safetensors.index.json", read_index, {NULL}},
-    {"state", "trainer_state.json", read_state, {"run/latest/trainer_state.json"}},
-    {"log", "log.jsonl", read_log, {"run/log.jsonl"}},
-    {"tokens", "train_000000.bin", read_tokens, {"data/train_000000.bin", "data/val_000000.bin"}},
-    {"texts", "train.txt", read_texts, {"train.txt", "valid.txt"}},
-    {"prompt", "", read_prompt, {"valid.txt"}},
-    {"logits", "", read_logits, {"run/latest/model.safetensors"}},
+    {"json", "", read_json, 170, 8192, {"run/latest/config.json", "data/tokenizer.json", "run/log.jsonl"}},
+    {"tokenizer", "tokenizer.json", read_tokenizer, 100, 8192, {"data/tokenizer.json"}},
+    {"config", "config.json", read_config, 120, 4096, {"run/latest/config.json"}},
+    {"options", "", read_options_line, 150, 400, {NULL}},
+    {"safetensors", "model.safetensors", read_safetensors, 60, 8192, {"run/latest/model.safetensors"}},
+    {"index", "model.safetensors.index.json", read_index, 60, 1000, {NULL}},
+    {"state", "trainer_state.json", read_state, 120, 400, {"run/latest/trainer_state.json"}},
+    {"log", "log.jsonl", read_log, 80, 4096, {"run/log.jsonl"}},
+    {"tokens", "train_000000.bin", read_tokens, 80, 8192, {"data/train_000000.bin", "data/val_000000.bin"}},
+    {"texts", "train.txt", read_texts, 10, 1000, {"train.txt", "valid.txt"}},
+    {"prompt", "", read_prompt, 20, 100, {"valid.txt"}},
+    {"logits", "", read_logits, 30, 1024, {"run/latest/model.safetensors"}},
 };
 
 // More to begin with, which no program writes.
@@ -565,9 +585,9 @@ static const struct {
      "\"factor\":2.0},\"mlp_bias\":false,\"max_position_embeddings\":8,\"num_key_value_heads\":2,\"hidden_act\":\"silu\"}"},
     {"index", "{\"metadata\":{\"total_size\":1},\"weight_map\":{\"model.embed_tokens.weight\":\"part.safetensors\","
               "\"model.norm.weight\":\"part.safetensors\"}}"},
-    {"options", "--recipe\ndeepseek-v3\n--layers\n1\n--dim\n8\n--heads\n2\n--ffn\n4\n--experts\n4\n--seq\n8"},
+    {"options", "--recipe\ndeepseek-v3\n--layers\n2\n--dim\n8\n--heads\n2\n--ffn\n4\n--experts\n4\n--seq\n8"},
     {"options", "--recipe=switch\n--layers=2\n--dim=8\n--heads=2\n--ffn=4\n--experts=4\n--seq=8\n--capacity-factor=1.25\n--z-weight=0"},
-    {"options", "--select\nexpert-choice\n--group\nsequence\n--balance\nunbiased\n--score\nsigmoid\n--dim\n8\n--heads\n4"},
+    {"options", "--select\nexpert-choice\n--group\nsequence\n--balance\nswitch\n--score\nsigmoid\n--dim\n8\n--heads\n4"},
     {"texts", "\x40It\xc3\xa2\xe2\x82\xac\xe2\x84\xa2s a day.\r\n\r\n\r\n<|endoftext|>Once, |endoftext|> the cat. \"The end\""},
     {"texts", "\xc0" "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA<|endoftext|>BBBBBBBBBBBBBBBBBBB<|endoftext|>\n<|endoftext|>c"},
     {"prompt", "\x1bOnce upon a time<|endoftext|>{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"},
@@ -603,33 +623,57 @@ static void write_seeds(const char *folder) {
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-int LLVMFuzzerInitialize(int *argc, char ***argv) {
+const char *__asan_default_options(void);
+
+const char *__asan_default_options(void) {
+    return "allocator_may_return_null=1:detect_leaks=0";
+}
+
+static void choose_format(void) {
     const char *name = getenv("FUZZ");
-    program_name = "fuzz";
     for (chosen = 0; chosen < COUNT(formats); chosen++) {
         if (name && !strcmp(name, formats[chosen].name)) {
-            break;
+            return;
         }
     }
-    if (chosen == COUNT(formats)) {
-        fprintf(stderr, "fuzz: FUZZ names one of:");
-        for (int i = 0; i < COUNT(formats); i++) {
-            fprintf(stderr, " %s", formats[i].name);
-        }
-        fprintf(stderr, "\n");
-        exit(2);
+    fprintf(stderr, "fuzz: FUZZ names one of:");
+    for (int i = 0; i < COUNT(formats); i++) {
+        fprintf(stderr, " %s", formats[i].name);
+    }
+    fprintf(stderr, "\n");
+    exit(2);
+}
+
+// The fuzzer's options, before those of the command line; and, unless that names a file, the folder of inputs.
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    static char longest[32], runs[32], crashes[128], folder[64];
+    static char *words[64] = {NULL, longest, runs, crashes, (char *)"-timeout=20", (char *)"-rss_limit_mb=4096",
+                              (char *)"-close_fd_mask=3", (char *)"-print_final_stats=1"};
+    int count = 8, named = 0;
+    program_name = "fuzz";
+    choose_format();
+    long inputs = getenv("INPUTS") ? atol(getenv("INPUTS")) : 1000000;
+    words[0] = (*argv)[0];
+    snprintf(longest, sizeof(longest), "-max_len=%d", formats[chosen].longest);
+    snprintf(runs, sizeof(runs), "-runs=%ld", inputs * formats[chosen].share / 1000);
+    snprintf(crashes, sizeof(crashes), "-artifact_prefix=dev/build/fuzzing/%s-", formats[chosen].name);
+    snprintf(folder, sizeof(folder), "dev/build/fuzzing/%s", formats[chosen].name);
+    for (int i = 1; i < *argc && count < 62; i++) {
+        words[count++] = (*argv)[i];
+        named |= (*argv)[i][0] != '-';
     }
     make_base();
     atexit(remove_base);
-    for (int i = 1; i < *argc; i++) { // the first folder
-        if ((*argv)[i][0] != '-' && access((*argv)[i], W_OK) == 0) {
-            struct stat info;
-            if (stat((*argv)[i], &info) == 0 && S_ISDIR(info.st_mode)) {
-                write_seeds((*argv)[i]);
-                break;
-            }
-        }
+    make_ready();
+    if (named) {
+        snprintf(runs, sizeof(runs), "-runs=1");
+    } else {
+        make_directories(folder);
+        write_seeds(folder);
+        words[count++] = folder;
     }
+    *argc = count;
+    *argv = words;
     keep_variables(1);
     return 0;
 }
@@ -648,3 +692,4 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     keep_variables(0);
     return 0;
 }
+#pragma clang attribute pop

@@ -158,6 +158,7 @@ void test_mpi_bad_options(void **state) {
         {"--ep 2 --recipe dense", "--ep 2: this model has no experts to divide"},
         {"--ep 1 --replicate 2", "there must be another rank to have it"},
         {"--replicate 9", "at most all 8 experts can have a copy"},
+        {"--replicate-every 2", "--replicate-every 2 would have no effect: it needs copies of experts: --replicate 1"},
         {"--prompt One", "one process goes on from a text"},
         {"--data nowhere", "nowhere: no tokenizer.json there"},
         {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},

@@ -73,7 +73,7 @@ void check_edge(int score, int gate, int worst) {
     r.p = p;
     r.slope = slope;
     count_routing(&s, &r, score);
-    assert_true(s.entropy >= 0 && s.entropy <= ROWS * log(E4) * 1.000001);
+    assert_true(s.entropy >= 0 && s.entropy <= ROWS * log((double)E4) * 1.000001);
 
     // The balance loss is a mean of slopes.
     double loss = mean_of_slopes(&r, score);
@@ -360,6 +360,33 @@ void test_edge_sample(void **state) {
         assert_int_equal(sample(even, 4, 1000, 0, 1, u), i / 5);
         assert_int_equal(sample(even, 4, 5e-324, 0, 1, u), i / 5);
         assert_in_range(sample(logits, 4, 1000, 0, 1, u), 0, 3);
+    }
+}
+
+// Gradients from so small that their squares underflow to so large that only their norm is a number: AdamW's steps are no
+// longer than a few times --lr, and what it keeps is finite.
+void test_edge_update(void **state) {
+    (void)state;
+    const double sizes[] = {0, 1e-44, 1e-30, 1e-22, 1, 1e18, 1e37};
+    for (int i = 0; i < COUNT(sizes); i++) {
+        Config c = small_config("mixtral");
+        apply_options(&c, i % 2 ? "--beta1 0 --weight-decay 0" : "--weight-decay 0");
+        Model *m = model_allocate(&c, c.batch * c.seq, 1, NULL);
+        randomize_weights(m);
+        real *before = take_reals(m->size);
+        memcpy(before, m->memory[WEIGHTS], m->size * sizeof(real));
+        for (int step = 1; step <= 3; step++) {
+            for (size_t j = 0; j < m->size; j++)
+                m->memory[GRADS][j] = (real)(j % 3 ? sizes[i] : -sizes[i]);
+            cpu_update(m, step, 0.01);
+            assert_true(isfinite(m->norm));
+        }
+        assert_finite("moment 1", m->memory[MOMENT1], m->size);
+        assert_finite("moment 2", m->memory[MOMENT2], m->size);
+        for (size_t j = 0; j < m->size; j++)
+            assert_true(fabs((double)(m->memory[WEIGHTS][j] - before[j])) <= 0.031);
+        model_free(m);
+        free_taken();
     }
 }
 
@@ -664,6 +691,7 @@ int main(void) {
         cmocka_unit_test(test_edge_loss),
         cmocka_unit_test(test_edge_attention),
         cmocka_unit_test(test_edge_sample),
+        cmocka_unit_test(test_edge_update),
         cmocka_unit_test(test_no_tokens),
         cmocka_unit_test(test_what_was_first),
         cmocka_unit_test(test_early_batch),
