@@ -379,8 +379,7 @@ int read_window(const ConfigReader *r, Config *c) {
     return (int)fmin(m->number, INT_MAX);
 }
 
-const char *matching_class(const Config *c);                          // data/checkpoint.h
-int find_checkpoint(const char *out, int moments, char path[4096]); // dev/directory.h
+const char *matching_class(const Config *c); // data/checkpoint.h
 
 // What the fields of a Mixtral or a Llama say. own: c has what the object train_moe of the same file says, and where
 // the two differ the fields count, which other tools change. Returns the length of attention's sliding window, 0: none.

@@ -424,9 +424,10 @@ def check_there_and_back(scratch, data, ids):
     """Our run, opened and saved by transformers in many ways, and brought home."""
     for recipe in ("mixtral", "dense"):
         out = os.path.join(scratch, "our-" + recipe)
+        experts = ["--experts", "4"] if recipe == "mixtral" else []
         made = run(["./train_moe", "--recipe", recipe, "--data", data, "--out", out, "--layers", "3", "--dim", "64", "--heads", "4",
-                    "--kv-heads", "2", "--experts", "4", "--ffn", "48", "--seq", "64", "--batch", "1", "--steps", "20", "--warmup",
-                    "2", "--eval-tokens", "64", "--tokens", "4"])
+                    "--kv-heads", "2", *experts, "--ffn", "48", "--seq", "64", "--batch", "1", "--steps", "20", "--warmup", "2",
+                    "--eval-tokens", "64", "--tokens", "4"])
         assert made.returncode == 0, made.stderr.decode()
         kinds = ["whole", "shards", "bfloat16", "untied", "pruned by a layer", "more tokens"]
         for kind in kinds + (["fused", "more experts"] if recipe == "mixtral" else []):

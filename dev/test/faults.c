@@ -1,7 +1,7 @@
 // Campaigns against the programs that write files: every allocation and every call on files fails once, and the trainer is
 // killed at every call and at random moments. dev/test/faults_preload.c, preloaded, does the harm; this program counts the
 // calls in a run without harm, then does it to each in turn, in JOBS processes (2), and looks at what is left.
-// Gives: make faults, make kills. Needs: dev/util.h, data/json.h; Linux; the programs and the library, already built.
+// Gives: make faults, make kills. Needs: dev/util.h, data/checksum.h; Linux; the programs and the library, already built.
 //
 //     faults faults [EVERY]             every fault, or each EVERY-th; FROM=N goes on from fault N of each scenario
 //     faults kills [N]                  N kills (1000): of half of them each at another call, of the others at any moment
@@ -10,7 +10,7 @@
 // A program that fails says why in lines that begin with its name and exits 1. Then its old files are whole, or its new
 // ones, and the same command without a fault leads to the files of a run that never failed. A program that exits 0 has done
 // all of its work.
-#include "data/json.h"
+#include "data/checksum.h"
 #include <sys/wait.h>
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -18,7 +18,7 @@
 
 #define TINY                                                                                                           \
     "--data ../data --out out --layers 1 --dim 16 --heads 2 --ffn 16 --experts 4 --seq 16 --batch 2 --eval-tokens 32 " \
-    "--tokens 4 --threads 1 --log-every 1 --warmup 1 --save-every 1 --eval-every 2 --sample-every 2 "
+    "--tokens 4 --threads 1 --log-every 1 --warmup 0 --save-every 1 --eval-every 2 --sample-every 2 "
 
 enum { TRAINER, TOKENIZE, STORIES, PROGRAMS };
 static const char *const program_paths[PROGRAMS] = {"train_moe", "data/tokenize", "data/make_stories"};
@@ -390,17 +390,25 @@ static void must_run(const char *folder, int program, const char *command, const
     }
 }
 
-// In a checkpoint's config.json, --keep as the scenario has it: "all" was made with more.
-static void set_keep(const char *config, const char *command) {
-    size_t size;
-    char *text = read_file(config, &size), *at = strstr(text, "\"keep\":99");
-    const char *keep = strstr(command, "--keep ");
-    if (at) { // not in one from before
+// In a checkpoint's config.json, --keep as the scenario has it: "all" was made with more. Its checksum follows.
+static void set_keep(const char *checkpoint, const char *command) {
+    size_t size, n;
+    const char *keep = strstr(command, "--keep "), *entry = "\"config.json\":{\"bytes\":";
+    char *text = file_text(checkpoint, "config.json", &size), *at = strstr(text, "\"keep\":99");
+    char *sums = file_text(checkpoint, "checksums.json", &n), *sum = strstr(sums, entry);
+    if (at && sum) { // not in one from before
         at[7] = keep ? keep[7] : '2';
         memmove(at + 8, at + 9, strlen(at + 9) + 1);
-        write_file(config, text, size - 1);
+        write_file(join(checkpoint, "config.json"), text, --size);
+        const char *behind = strchr(sum, '}');
+        char *changed = (char *)allocate(n + 64, 1);
+        sprintf(changed, "%.*s%s%zu,\"checksum\":\"%016llx\"%s", (int)(sum - sums), sums, entry, size,
+                (unsigned long long)checksum_of(text, size), behind);
+        write_file(join(checkpoint, "checksums.json"), changed, strlen(changed));
+        free(changed);
     }
     free(text);
+    free(sums);
 }
 
 static void prepare_scenario(const Scenario *s) {
@@ -422,7 +430,7 @@ static void prepare_scenario(const Scenario *s) {
     char *names = list_names(join(all, "out")), *rest = NULL;
     for (char *name = strtok_r(names, "/", &rest); name; name = strtok_r(NULL, "/", &rest)) {
         if (!strncmp(name, "checkpoint-", 11)) {
-            set_keep(path_of("%s/out/%s/config.json", all, name), s->command);
+            set_keep(path_of("%s/out/%s", all, name), s->command);
         }
     }
     free(names);
@@ -470,7 +478,7 @@ static char *scenario_calls(const Scenario *s, size_t *count) {
 }
 
 // A job's own folder, as it is before the scenario.
-static void begin_again(const Scenario *s, const char *folder) {
+static void set_up_folder(const Scenario *s, const char *folder) {
     remove_tree(folder);
     make_directories(folder);
     copy_tree(join(state_folder(s, "before"), "out"), join(folder, "out"));
@@ -526,7 +534,7 @@ static int check_left(const Scenario *s, const char *folder, int stays, char *wh
 static int try_fault(const Scenario *s, const char *folder, const Fault *fault, Tally *tally, char *why) {
     const char *after = state_folder(s, "after");
     char what[512];
-    begin_again(s, folder);
+    set_up_folder(s, folder);
     int status = run(folder, s->program, s->command, "", fault);
     tally->tried++;
     if (status == 0) {
@@ -598,7 +606,10 @@ static void fault_scenario(const Scenario *s, int job, int every, long from, Tal
 // Kills
 
 // A run of six steps, each saved, of which two checkpoints stay.
-static const Scenario killed = {"killed", TRAINER, NULL, TINY "--steps 6 --keep 2", "--resume", 0};
+#define KILLED TINY "--steps 6 --keep 2"
+static const Scenario killed = {"killed", TRAINER, NULL, KILLED, "--resume", 0};
+// Where it was killed at its end, the last step was saved, and it goes on to two more.
+static const Scenario longer = {"longer", TRAINER, KILLED, KILLED " --resume --steps 8", "", 0};
 
 // The number of the n-th call on files among `calls`.
 static long file_call(const char *calls, size_t count, long n) {
@@ -610,17 +621,34 @@ static long file_call(const char *calls, size_t count, long n) {
     return (long)count;
 }
 
+// After the last kill: on to the end, from the newest checkpoint or the one before, where the link is one behind.
+static int go_on(const char *folder, int newest, char *why) {
+    char latest[64] = "";
+    int done = readlink(join(folder, "out/latest"), latest, sizeof(latest) - 1) > 0 && !strcmp(latest, "checkpoint-6");
+    const Scenario *s = done ? &longer : &killed;
+    size_t size;
+    int status = run(folder, TRAINER, s->command, "--resume", &no_fault);
+    char *said = file_text(folder, "stdout", &size), *complaint = file_text(folder, "stderr", &size);
+    const char *line = "going on after step ", *begun = strstr(said, line);
+    int first = begun ? atoi(begun + strlen(line)) : 0;
+    int good = status == 0 || wrong(why, "--resume ends with %d: %.300s", status, complaint);
+    good = good && (first >= newest - 1 || wrong(why, "checkpoint-%d is there, and --resume began after %d", newest, first));
+    free(said);
+    free(complaint);
+    return good && check_finished(folder, state_folder(s, "after"), done ? 8 : 6, why);
+}
+
 // One kill, or several one after the other: kill number i of n. Then the run goes on to its end.
 static int try_kill(const char *folder, const char *calls, size_t count, double duration, long i, long n, Tally *tally,
                     char *why) {
     uint64_t stream = random_stream(1, 0, (uint64_t)i, 0), draws = 0;
-    const char *after = state_folder(&killed, "after"), *all = state_folder(&killed, "all");
+    const char *all = state_folder(&killed, "all");
     long file_calls = 0, planned = (n + 1) / 2;
     int newest = 0, before = 0, status = 0;
     for (size_t k = 0; k < count; k++) {
         file_calls += calls[k] != 'm';
     }
-    begin_again(&killed, folder);
+    set_up_folder(&killed, folder);
     for (int again = 0; again == 0 || random_uniform(stream, draws++) < 0.4; again++) {
         Fault fault = no_fault;
         if (i < planned && !again) { // these go through all calls; each fourth is a write of half
@@ -648,17 +676,7 @@ static int try_kill(const char *folder, const char *calls, size_t count, double 
         }
     }
     tally->tried++;
-    status = run(folder, TRAINER, killed.command, "--resume", &no_fault);
-    size_t size;
-    char *said = file_text(folder, "stdout", &size), *complaint = file_text(folder, "stderr", &size);
-    const char *begun = strstr(said, "going on after step ");
-    int good = status == 0 || wrong(why, "--resume ends with %d: %.300s", status, complaint);
-    if (good && newest > 1 && newest < 6 && (!begun || atoi(begun + 20) < newest - 1)) { // the link may be one behind
-        good = wrong(why, "checkpoint-%d is there, and --resume began after step %d", newest, begun ? atoi(begun + 20) : 0);
-    }
-    free(said);
-    free(complaint);
-    return good && check_finished(folder, after, 6, why);
+    return go_on(folder, newest, why);
 }
 
 static void kill_job(int job, long n, long from, Tally *tally) {
@@ -668,7 +686,7 @@ static void kill_job(int job, long n, long from, Tally *tally) {
 
     // How long a run takes that is not killed.
     double start = seconds();
-    begin_again(&killed, folder);
+    set_up_folder(&killed, folder);
     run(folder, TRAINER, killed.command, "", &no_fault);
     double duration = seconds() - start;
     for (long i = from; i < n; i++) {
@@ -738,7 +756,7 @@ static int one_fault(char **argv) {
                 char folder[128], why[1024] = "all is as it should be";
                 prepare_scenario(&scenarios[i]);
                 snprintf(folder, sizeof(folder), "%s/one", work);
-                begin_again(&scenarios[i], folder);
+                set_up_folder(&scenarios[i], folder);
                 int status = run(folder, scenarios[i].program, scenarios[i].command, "", &fault);
                 snprintf(folder, sizeof(folder), "%s/job-0", work);
                 int good = try_fault(&scenarios[i], folder, &fault, &tally, why);
@@ -767,6 +785,7 @@ int main(int argc, char **argv) {
     }
     if (kills) {
         prepare_scenario(&killed);
+        prepare_scenario(&longer);
     }
     for (int i = 0; !kills && i < COUNT(scenarios); i++) {
         prepare_scenario(&scenarios[i]);

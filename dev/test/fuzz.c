@@ -279,6 +279,7 @@ static void take_back(void) {
 #pragma clang section bss = "product_bss" data = "product_data"
 #define TRAIN_MOE_NO_MAIN
 #include "train_moe.c"
+#undef PROGRAM
 #define BLOCK_BYTES 256
 #define main        main_of_tokenize
 #define count_words count_words_of_texts
