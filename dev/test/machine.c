@@ -42,6 +42,18 @@ void test_peak_work(void **state) {
         fail_msg("16 threads on %d processors did %g times what one did", processor_count(), many / one);
 }
 
+// Have two threads two processors to themselves? Then in nearly all stretches they do twice what one does at its best.
+int is_quiet(void) {
+    double work[16], one = best_rate(1);
+    int full = 0, all = 0;
+    for (int i = 0; i < 6; i++) {
+        peak_work(2, 1e-3, 16, work);
+        for (int k = 8; k < 16; k++, all++)
+            full += work[k] / 1e-3 > 1.8 * one;
+    }
+    return full > 0.9 * all;
+}
+
 // Threads that sleep when the measurement begins are not counted as slow ones: the peak is the same as with threads that
 // spin. A measurement of a fifth of a millisecond lost up to half of it. Where other programs keep the machine busy,
 // nothing can be said.
@@ -50,12 +62,12 @@ void test_peak(void **state) {
     need_program();
     check_leaks(0);
     double passive = 0, active = 0;
+    int quiet = is_quiet();
     for (int i = 0; i < 8 && (i < 2 || passive < 0.9 * active); i++) {
         passive = fmax(passive, peak_of_run("passive", "--threads 2 --steps 1"));
         active = fmax(active, peak_of_run("active", "--threads 2 --steps 1"));
     }
-    double one = best_rate(1), two = best_rate(2);
-    if (passive < 0.9 * active && two > 1.8 * one && active > 0.9e-9 * two)
+    if (passive < 0.9 * active && quiet && is_quiet())
         fail_msg("peak %g GFLOP/s, and %g where threads are awake", passive, active);
 }
 
