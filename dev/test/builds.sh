@@ -72,12 +72,14 @@ openmp_of() { printf '%s\n' 'include Makefile' 'openmp:;@echo $(OPENMP)' > "$wor
 cat > "$work/strange" << END
 #!/bin/sh
 $cc "\$@" || exit 1
-case "\$*" in *-fopenmp*) printf '#!/bin/sh\nexit 127\n' > a ;; esac
+for out; do :; done
+case "\$*" in *-fopenmp*) printf '#!/bin/sh\nexit 127\n' > "\$out" ;; esac
 END
 cat > "$work/cross" << END
 #!/bin/sh
 $cc "\$@" || exit 1
-for file in a b; do [ ! -f \$file ] || printf '#!/bin/sh\nexit 126\n' > \$file; done
+for out; do :; done
+case "\$out" in /dev/*) ;; *) printf '#!/bin/sh\nexit 126\n' > "\$out" ;; esac
 END
 chmod +x "$work/strange" "$work/cross"
 usual=$(openmp_of "$cc")
