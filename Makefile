@@ -13,9 +13,10 @@ ARCH   := $(or $(call accepts,-march=native -mprefer-vector-width=512),$(call ac
 RT     := $(call accepts,-lrt) # aio_fsync, before glibc 2.34
 # $(call runs,FLAGS): FLAGS, if a program of OpenMP that is built with them runs here. Where no program at all runs, because the
 # compiler builds for another processor, it is enough that it is built.
-runs = $(shell d=$$(mktemp -d) && cd "$$d" && printf '\043include <omp.h>\nint main(void) { return omp_get_num_procs() < 1; }\n' > a.c && \
-    printf 'int main(void) { return 0; }\n' > b.c && $(CC) $(1) a.c -o a >/dev/null 2>&1 && \
-    { ./a >/dev/null 2>&1 || { $(CC) b.c -o b >/dev/null 2>&1 && ! ./b >/dev/null 2>&1; }; } && echo "$(1)"; rm -rf "$$d")
+runs = $(shell d=$$(mktemp -d) && printf '\043include <omp.h>\nint main(void) { return omp_get_num_procs() < 1; }\n' > "$$d/a.c" && \
+    printf 'int main(void) { return 0; }\n' > "$$d/b.c" && $(CC) $(1) "$$d/a.c" -o "$$d/a" >/dev/null 2>&1 && \
+    { "$$d/a" >/dev/null 2>&1 || { $(CC) "$$d/b.c" -o "$$d/b" >/dev/null 2>&1 && ! "$$d/b" >/dev/null 2>&1; }; } && \
+    echo "$(1)"; rm -rf "$$d")
 # Apple's compiler has no -fopenmp, but it takes Homebrew's libomp.
 LIBOMP := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
 OPENMP := $(or $(call runs,-fopenmp),$(if $(LIBOMP),$(call runs,-Xpreprocessor -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib \

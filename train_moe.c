@@ -1863,7 +1863,7 @@ typedef struct Backend {
     void (*forward)(Model *m, const Batch *batch);
     void (*backward)(Model *m);
     void (*update)(Model *m, int step, double lr); // changes nothing where the gradients' norm is not finite
-    void (*losses)(Model *m, double *loss, double *aux, double *norm); // of the step, in this process; waits until all is done
+    void (*losses)(Model *m, double *loss, double *aux, double *norm); // of the step, in this process; waits for them
     void (*generate)(Model *m, int token, int position, real *logits);
     const Statistics *(*statistics)(const Model *m, int l);
     const Route *(*route)(const Model *m, int l);  // of the last forward pass, in the host's memory

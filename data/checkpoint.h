@@ -1,6 +1,6 @@
 // Checkpoints: Hugging Face model directories.
-// Gives: model_parts, read_part, check_tensors, write_options, write_config, config_from_directory, join_options. Needs:
-// data/safetensors.h, dev/options.h, and of train_moe.c Config and the table of weights; train_moe.c includes it.
+// Gives: model_parts, read_part, check_tensors, write_options, write_config, config_from_directory, join_options.
+// Needs: data/safetensors.h, dev/options.h, and of train_moe.c Config and the table of weights, which includes it.
 //
 // config.json, model.safetensors and tokenizer.json are as transformers opens them; optimizer.safetensors has
 // AdamW's moments. Models that no class of transformers computes get names in the same manner, and config.json says
@@ -142,7 +142,7 @@ void read_part(const WeightFiles *files, const char *prefix, const Part *p, int 
         found = find_part(&files->list[i], name, p, experts, to);
     }
 
-    // A file may have the output's matrix alone, where it is the embedding's; check_tensors() refuses that where it is not.
+    // A file may have only the output's matrix, where it is the embedding's; where it is not, check_tensors() refuses it.
     for (int i = 0; i < files->count && !found && !strcmp(name, "model.embed_tokens.weight"); i++) {
         found = read_tensor(&files->list[i], "lm_head.weight", p, p->rows, 0, to);
     }
@@ -300,14 +300,17 @@ void read_options(Config *c, const Json *object, const char *path) {
     }
 }
 
-// Where config.json says that the output has the embedding's matrix, but the file has another one for it, that one counts.
-// Version 5 of transformers does the same, older versions did not.
+// Where config.json says that the output has the embedding's matrix, but the file has another one for it, that one
+// counts. Version 5 of transformers does the same, older versions did not.
 void untie_output(Config *c, const char *dir) {
     WeightFiles files;
     const char *const names[] = {"model.embed_tokens.weight", "lm_head.weight"};
     const Safetensors *at[2] = {NULL, NULL};
     const Json *tensors[2] = {NULL, NULL};
+    int trusted = trust_files;
+    trust_files = 1; // checksums are compared when all is read
     open_weights(&files, dir, "model.safetensors");
+    trust_files = trusted;
     for (int i = 0; i < files.count; i++) {
         for (int k = 0; k < 2; k++) {
             const Json *t = json_get(files.list[i].header, names[k]);
@@ -332,13 +335,14 @@ int config_from_directory(Config *c, const char *dir) {
     char *text = read_file(path, &size);
     Json *json = json_parse(text, size, path);
     config_defaults(c);
-    c->vocab = 32000; // of both classes, where the file says nothing
+    double vocab = 32000; // of both classes, where the file says nothing
     if (json_get(json, "vocab_size") || !json_get(json, "model_type")) {
-        c->vocab = (int)expect_member(json, "vocab_size", 'i', path)->number;
+        vocab = expect_member(json, "vocab_size", 'i', path)->number;
     }
-    if (c->vocab < 1 || c->vocab > 1 << 24) {
-        fail("%s: vocab_size %d is not possible", path, c->vocab);
+    if (!(vocab >= 1 && vocab <= 1 << 24)) {
+        fail("%s: vocab_size %.15g is not possible", path, vocab);
     }
+    c->vocab = (int)vocab;
     const Json *type = expect_member(json, "model_type", 's', path);
     int own = json_get(json, "train_moe") != NULL;
     if (own) {

@@ -1,6 +1,6 @@
 // Hugging Face's config.json: what each of its fields means to this program, and what lies beside it.
-// Gives: model_classes, config_fields, config_from_hugging_face, model_directory. Needs: data/json.h, data/tokenizer.h, dev/directory.h,
-// dev/options.h, Config of train_moe.c; data/checkpoint.h includes it.
+// Gives: config_fields, config_from_hugging_face, model_directory, check_weight_files, remark. Needs: data/json.h,
+// data/tokenizer.h, dev/options.h, dev/directory.h, Config of train_moe.c; data/checkpoint.h includes it.
 //
 // One table says it all. A field that changes what the model computes is taken, or refused by its name; the others are
 // known to be idle, or named once. A field that a file lacks has the value that its class documents.
@@ -428,8 +428,8 @@ int config_from_hugging_face(Config *c, const Json *json, const char *type, cons
 
 // ---- which directory
 
-// The directory of the model that --init names: a checkpoint's, a run's, of which it is the newest checkpoint, or
-// that of another maker. Ends the program, saying what it found, where that is none of these.
+// The directory of the model that --init names: a checkpoint, the newest checkpoint of a run, or another maker's model.
+// Where it names none of these, the program ends and says what it found.
 const char *model_directory(const char *name) {
     char path[4096];
     struct stat info;
@@ -461,7 +461,8 @@ const char *model_directory(const char *name) {
     fail("%s: neither config.json nor latest/config.json is there: neither a model nor a run that has saved one", name);
 }
 
-// Ends the program where the folder has no weights that can be read; says which are taken where there are two kinds.
+// Says which file of weights is read where there are two kinds, and ends the program where there is only one of a kind
+// that is not read.
 void check_weight_files(const char *dir, const char *name) {
     char index[256];
     snprintf(index, sizeof(index), "%s.index.json", name);
@@ -470,8 +471,8 @@ void check_weight_files(const char *dir, const char *name) {
         remark("%s has both %s and %s: the first is read, as transformers does", dir, name, index);
     }
     if (!whole && !shards && (has_file(dir, "pytorch_model.bin") || has_file(dir, "pytorch_model.bin.index.json"))) {
-        fail("%s: its weights are in pytorch_model.bin, which is not read here: open it with transformers and save it by "
-             "save_pretrained, which writes %s",
+        fail("%s: its weights are in pytorch_model.bin, which is not read here: open it with transformers and save it "
+             "by save_pretrained, which writes %s",
              dir, name);
     }
 }

@@ -103,4 +103,5 @@ fi
 echo "cleaning, training a vocabulary of $vocab and tokenizing: about a minute for each gigabyte and core"
 "$here/tokenize" --clean --vocab "$vocab" --out "$out" "$@"
 [ -n "$from" ] || echo "the text in $out/*.txt is no longer needed"
+case $out in *[!A-Za-z0-9_./-]*) out="'$(printf %s "$out" | sed "s/'/'\\\\''/g")'" ;; esac # as a shell takes it
 echo "next: ./train_moe --data $out"

@@ -61,7 +61,7 @@ static void show_progress(Reader *r, int finished) {
     double now = seconds();
     double elapsed = now - r->started;
     double share = (double)r->done / (double)r->total;
-    int terminal = isatty(2);
+    int terminal = is_terminal(2);
     int due = now - r->shown >= (terminal ? 0.1 : 10);
     if (finished) {
         due = terminal && r->shown != r->started; // only to complete a line that was begun
@@ -70,9 +70,13 @@ static void show_progress(Reader *r, int finished) {
         return;
     }
     r->shown = now;
-    fprintf(stderr, "%s%s: %3.0f%%, %.1f MB/s, %.0f s left%s", terminal ? "\r" : "", r->label,
-            100 * share, (double)r->done / 1e6 / elapsed, elapsed / share - elapsed,
-            terminal && !finished ? "   " : "   \n");
+    char line[256];
+    snprintf(line, sizeof(line), "%s: %3.0f%%, %.1f MB/s, %.0f s left", r->label, 100 * share,
+             (double)r->done / 1e6 / elapsed, elapsed / share - elapsed);
+    if (terminal) {
+        write_over(stderr, line, 0);
+    }
+    fprintf(stderr, "%s%s", terminal ? "" : line, terminal && !finished ? "" : "\n");
 }
 
 // Begins again with the first file.
@@ -586,9 +590,7 @@ int main(int argc, char **argv) {
         print_ids(o.tokenizer, r.paths, r.path_count);
         return 0;
     }
-    if (o.threads) {
-        use_threads(o.threads);
-    }
+    share_processors(o.threads, 1);
 
     // Find every mistake that can be found before the output folder is touched.
     int all_train = check_texts(&r) == r.path_count; // no validation file

@@ -1,9 +1,9 @@
 # The workshop's part of the Makefile: the tests of dev/test, sanitizers, valgrind, other processors, the CUDA twin's emulator,
 # benchmarks. What is built lies in dev/build, benchmarks beside their sources.
 
-.PHONY: test_rest test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl test_in test_sse2 test_avx2 test_arm64 \
-    faults kills fuzz sanitize sanitize_double sanitize_emulated race_emulated count_emulated sanitize_cu gate_cu gpu_check tsan valgrind \
-    bench bench_all bench_mpi bench_cu format check_hf
+.PHONY: test_rest test_builds test_posix check_hf test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl \
+    faults kills fuzz test_in test_sse2 test_avx2 test_arm64 sanitize sanitize_double sanitize_emulated race_emulated \
+    count_emulated sanitize_cu gate_cu gpu_check tsan valgrind bench bench_all bench_mpi bench_cu format
 
 # ---- the tests of the C program: one program for each subject
 
@@ -27,6 +27,22 @@ test_rest:
 PYTHON ?= python3
 check_hf: train_moe data/tokenize dev/test/logits
 	$(PYTHON) dev/test/check_hf.py --foreign
+
+##test_builds: builds that must be refused, the probes of the Makefile, other C libraries; what is not installed is left out
+test_builds:
+	CC=$(CC) dev/test/builds.sh
+
+##test_posix: the programs as a system sees them that is neither Linux nor GNU: clang, strict C11 and POSIX, a short training
+# It is the nearest that there is here to macOS, on which nothing was tried.
+POSIX_CC = clang -std=c11 -D_XOPEN_SOURCE=700 -DSTRICT_POSIX -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -I.
+test_posix: data/stories/tokenizer.json
+	$(POSIX_CC) data/stories.c -o dev/build/make_stories_posix
+	$(POSIX_CC) data/tokenize.c -o dev/build/tokenize_posix $(LIBS)
+	$(POSIX_CC) train_moe.c -o dev/build/train_moe_posix $(LIBS)
+	dev/build/make_stories_posix --count 20 > dev/build/posix.txt
+	dev/build/tokenize_posix --vocab 300 --out dev/build/posix_data dev/build/posix.txt
+	$(call SHORT_RUN,dev/build/train_moe_posix,dev/build/posix_run)
+	rm -rf dev/build/posix.txt dev/build/posix_data
 
 # ---- several processes
 

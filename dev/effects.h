@@ -132,7 +132,7 @@ int is_drawn(const Config *c) {
 const Effect base_effects[] = {
     {"experts", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"topk", counts_topk, "experts that are counted: --select topk"},
-    {"activation", has_activation, "something that has it: --mixed 0, or --dense-activation same where all layers are dense"},
+    {"activation", has_activation, "experts or dense layers that have it: --mixed 0, or --dense-activation same"},
     {"mixed", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"dense-first", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"dense-activation", has_dense_layers, "dense layers: --moe-every 2, --dense-first 1 or --recipe dense"},
@@ -163,7 +163,8 @@ void add_effects(const Effect *list, int count) {
 int is_of_training(const Option *o) {
     const char *const of_generation[] = {"data", "seed", "seq", "eval-capacity-factor", "capacity-unit", "overflow",
                                          NULL};
-    return !strcmp(o->name, "recompute") || ((o->when == TRAIN || o->when == ORDER) && find_word(of_generation, o->name) < 0);
+    int of_run = o->when == TRAIN || o->when == ORDER;
+    return !strcmp(o->name, "recompute") || (of_run && find_word(of_generation, o->name) < 0);
 }
 
 // What the option needs to have an effect; NULL: it has one.

@@ -48,9 +48,12 @@ void check_read(const WeightFiles *files, const char *prefix, const Part *p, con
     if (i == n) {
         return;
     }
-    size_t row = i / (size_t)p->cols, column = i % (size_t)p->cols;
-    fail("%s: damaged: number [%zu,%zu] of %s%s is %g, and all numbers must be finite; take another checkpoint",
-         files->path, row, column, prefix, p->name, shown((double)x[i]));
+    char row[32] = "";
+    if (p->rows) {
+        snprintf(row, sizeof(row), "%zu,", i / (size_t)p->cols);
+    }
+    fail("%s: damaged: number [%s%zu] of %s%s is %g, and all numbers must be finite; take another checkpoint",
+         files->path, row, i % (size_t)p->cols, prefix, p->name, shown((double)x[i]));
 }
 
 // ---- the search
@@ -65,9 +68,9 @@ enum { FIND_WEIGHT = 1, FIND_ACTIVATION = 10000, FIND_GRADIENT = 20000 };
 
 // The find of the process that found the earliest one.
 Find first_of_all(const Find *mine) {
-    Find first = *mine;
+    Find first = {0, ""};
     if (ranks.size == 1) {
-        return first;
+        return *mine;
     }
     int *rows = (int *)allocate(ranks.size, sizeof(int));
     for (int r = 0; r < ranks.size; r++) {
@@ -77,6 +80,8 @@ Find first_of_all(const Find *mine) {
     for (int r = 0; r < ranks.size; r++) {
         if (all[r].order && (!first.order || all[r].order < first.order)) {
             first = all[r];
+            size_t used = strlen(first.text);
+            snprintf(first.text + used, sizeof(first.text) - used, ", on rank %d", r);
         }
     }
     free(all);
@@ -281,9 +286,10 @@ void check_step(Run *run, int step, double loss, double aux, double norm) {
          step, shown(loss), shown(aux), shown(norm), run->out, text);
 }
 
-// loss: of the last batch that was evaluated.
+// loss: of the last batch that was evaluated. All processes call it, since those whose own loss is finite help to search.
 void check_validation(Run *run, double loss) {
     char text[1200];
+    sum_over_ranks(&loss, 1);
     if (isfinite(loss)) {
         return;
     }

@@ -296,7 +296,7 @@ void print_memory(Run *run) {
 void announce(Run *run) {
     const Config *c = &run->config;
     double total, active;
-    char device[128], remark[256];
+    char device[128], remark[256] = "";
     int team = team_size();
     count_parameters(c, &total, &active);
     run->backend->device(device);
@@ -328,8 +328,11 @@ void announce(Run *run) {
                ranks.groups > 1 ? ", which others have, too" : "");
     }
     print_memory(run);
-    describe_threads(remark, thread_count(), team, job_processors());
-    printf("%s%s%s, %d threads, peak %.0f GFLOP/s", remark, remark[0] ? "\n" : "", device, team, run->peak / 1e9);
+    if (run->backend->memory() == 0) { // it is the processor that computes
+        describe_threads(remark, thread_count(), team, job_processors());
+    }
+    printf("%s%s%s, %d thread%s, peak %.0f GFLOP/s", remark, remark[0] ? "\n" : "", device, team, team > 1 ? "s" : "",
+           run->peak / 1e9);
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,", run->step, run->peak / 1e9);
     if (run->sheet > 0) {
         printf(" measured, %.0f by the data sheet", run->sheet / 1e9);

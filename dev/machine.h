@@ -249,13 +249,13 @@ void describe_threads(char text[256], int asked, int team, int processors) {
     return;
 #endif
     if (team < asked) {
-        snprintf(text, 256, "%d threads run of the %d asked for: OMP_THREAD_LIMIT or OMP_DYNAMIC allows no more", team,
-                 asked);
+        snprintf(text, 256, "threads asked for: %d; OMP_THREAD_LIMIT or OMP_DYNAMIC allows no more than %d", asked, team);
     } else if (machine.shared && usable < processors) {
         snprintf(text, 256, "the processor quota here is %.3g of %d processors, so there %s %d thread%s; --threads takes "
                  "another number", usable, processors, team > 1 ? "are" : "is", team, team > 1 ? "s" : "");
     } else if ((double)team * machine.processes > ceil(usable)) {
-        snprintf(text, 256, "%d threads for %.3g processors%s: they will wait for each other; --threads %d is faster",
-                 team * machine.processes, usable, usable < processors ? " (the quota here)" : "", best);
+        snprintf(text, 256, "%d threads for %.3g processor%s%s: they will wait for each other; --threads %d is faster",
+                 team * machine.processes, usable, usable == 1 ? "" : "s",
+                 usable < processors ? " (the quota here)" : "", best);
     }
 }

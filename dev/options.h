@@ -137,7 +137,7 @@ const Option base_options[] = {
     INTEGER("log-every", log_every, "60", 0, 2000000000, TRAIN, PACES, "a line in the log"),
     INTEGER("eval-every", eval_every, "600", 0, 2000000000, TRAIN, PACES, "validation"),
     INTEGER("eval-tokens", eval_tokens, "32768", 0, 2000000000, TRAIN, PACES,
-            "tokens of a validation, evenly spread; 0: all there are. The last one reads all where that is quick"),
+            "tokens of a validation, evenly spread; 0: all; the last one reads all where that is quick"),
     INTEGER("sample-every", sample_every, "1200", 0, 2000000000, TRAIN, PACES, "a story"),
     INTEGER("save-every", save_every, "600", 0, 2000000000, TRAIN, PACES,
          "a checkpoint; the last step always saves one"),

@@ -11,6 +11,7 @@
 #define _FILE_OFFSET_BITS 64
 #endif
 #include <float.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>

@@ -123,8 +123,8 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
         run->backend->read(m, array, i % m->tensor_count, tensor);
         for (size_t j = 0; file && array == WEIGHTS && j < size; j++) {
             if (!isfinite(tensor[j])) {
-                fail("step %d: a weight is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
-                     (double)tensor[j], run->out);
+                fail("step %d: a weight of %s is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
+                     m->tensors[i % m->tensor_count].name, shown((double)tensor[j]), run->out);
             }
         }
         if (file) {

@@ -79,7 +79,7 @@ for round in $(seq $rounds); do
     done <<< "$rows"
 done
 
-processor=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2> /dev/null | head -n 1)
+processor=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2> /dev/null | head -n 1 || true)
 mpi=$(env "${mpirun[@]}" --version 2> /dev/null | head -n 1)
 commit=$(git -C "$root" rev-parse --short HEAD 2> /dev/null || echo unknown)
 cat << END

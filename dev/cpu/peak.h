@@ -23,8 +23,8 @@ void peak_work(int threads, double stretch, int stretches, double *work) {
         for (int i = 0; i < SUMS; i++) {
             sum[i] = y + (real)i;
         }
-        int at = 0;
-        for (int round = 0; at < stretches && round < 1 << 17; round++) { // a second, where the clock stands still
+        int at = 0, first = 0; // rounds in the first stretch: so many that the clock must stand still
+        while (at < stretches && (at > 0 || first++ < 1 << 12)) {
             for (int k = 0; k < ROUNDS; k++) {
 #pragma GCC unroll 16
                 for (int i = 0; i < SUMS; i++) {

@@ -373,7 +373,7 @@ def our_loss(folder, ids):
 def bring_home(folder, home, data):
     """./train_moe --init: one step with a learning rate of 0, whose checkpoint has the same weights."""
     return run(["./train_moe", "--init", folder, "--data", data, "--out", home, "--steps", "1", "--lr", "0", "--warmup", "0",
-                "--batch", "1", "--seq", "64", "--eval-batches", "1", "--tokens", "4"])
+                "--batch", "1", "--seq", "64", "--eval-tokens", "64", "--tokens", "4"])
 
 
 def check_foreign(folder, data, ids, refusal):
@@ -391,6 +391,8 @@ def check_foreign(folder, data, ids, refusal):
     except Exception as error:  # transformers refuses it
         return False, f"{type(error).__name__}: {str(error)[:300]}"
     good = abs(theirs - ours) < 1e-4 and abs(theirs - again) < 1e-4
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != AutoTokenizer.from_pretrained(os.path.join(home, "latest")).get_vocab():
+        return False, "the tokenizer that comes home has other tokens"
     return good, f"loss {theirs:.6f}, ours {ours:.6f}, brought home {again:.6f}  {said.strip()}"
 
 
@@ -422,9 +424,10 @@ def check_there_and_back(scratch, data, ids):
     """Our run, opened and saved by transformers in many ways, and brought home."""
     for recipe in ("mixtral", "dense"):
         out = os.path.join(scratch, "our-" + recipe)
+        experts = ["--experts", "4"] if recipe == "mixtral" else []
         made = run(["./train_moe", "--recipe", recipe, "--data", data, "--out", out, "--layers", "3", "--dim", "64", "--heads", "4",
-                    "--kv-heads", "2", "--experts", "4", "--ffn", "48", "--seq", "64", "--batch", "1", "--steps", "20", "--warmup",
-                    "2", "--eval-batches", "1", "--tokens", "4"])
+                    "--kv-heads", "2", *experts, "--ffn", "48", "--seq", "64", "--batch", "1", "--steps", "20", "--warmup", "2",
+                    "--eval-tokens", "64", "--tokens", "4"])
         assert made.returncode == 0, made.stderr.decode()
         kinds = ["whole", "shards", "bfloat16", "untied", "pruned by a layer", "more tokens"]
         for kind in kinds + (["fused", "more experts"] if recipe == "mixtral" else []):

@@ -14,7 +14,7 @@ int start_from(const char *from, const char *more) {
     const char *program = getenv("TRAIN_MOE");
     remove_tree(scratch_file("tried"));
     return shell(said, sizeof(said),
-                 "%s --init %s --data %s --out %s --steps 1 --lr 0 --warmup 0 --eval-batches 1 --batch 2 --seq 32 --tokens 4 "
+                 "%s --init %s --data %s --out %s --steps 1 --lr 0 --warmup 0 --eval-tokens 64 --batch 2 --seq 32 --tokens 4 "
                  "--threads 1 %s",
                  program ? program : "./train_moe", from[0] == '/' ? from : scratch_file(from), scratch_file("data"),
                  scratch_file("tried"), more);

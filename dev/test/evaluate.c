@@ -141,7 +141,7 @@ void test_evaluation_batches(void **state) {
     (void)state;
     need_program();
     expect(run_tiny("counted", ""), 0, NULL);
-    shell(said, sizeof(said), "sed -i 's/\"eval-tokens\":64/\"eval-batches\":3/' %s/latest/config.json", scratch_file("counted"));
+    shell(said, sizeof(said), "sed -i 's/\"eval-tokens\":64/\"eval-batches\": 3/' %s/latest/config.json", scratch_file("counted"));
     expect(shell(said, sizeof(said), "%s --out %s --resume --steps 13 --threads 1", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe",
                  scratch_file("counted")), 0, NULL);
     assert_true(logged("counted", "eval", 13, "val_tokens") == 3 * 2 * 32);

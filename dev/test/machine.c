@@ -42,6 +42,18 @@ void test_peak_work(void **state) {
         fail_msg("16 threads on %d processors did %g times what one did", processor_count(), many / one);
 }
 
+// Have two threads two processors to themselves? Then in nearly all stretches they do twice what one does at its best.
+int is_quiet(void) {
+    double work[16], one = best_rate(1);
+    int full = 0, all = 0;
+    for (int i = 0; i < 6; i++) {
+        peak_work(2, 1e-3, 16, work);
+        for (int k = 8; k < 16; k++, all++)
+            full += work[k] / 1e-3 > 1.8 * one;
+    }
+    return full > 0.9 * all;
+}
+
 // Threads that sleep when the measurement begins are not counted as slow ones: the peak is the same as with threads that
 // spin. A measurement of a fifth of a millisecond lost up to half of it. Where other programs keep the machine busy,
 // nothing can be said.
@@ -50,12 +62,12 @@ void test_peak(void **state) {
     need_program();
     check_leaks(0);
     double passive = 0, active = 0;
+    int quiet = is_quiet();
     for (int i = 0; i < 8 && (i < 2 || passive < 0.9 * active); i++) {
         passive = fmax(passive, peak_of_run("passive", "--threads 2 --steps 1"));
         active = fmax(active, peak_of_run("active", "--threads 2 --steps 1"));
     }
-    double one = best_rate(1), two = best_rate(2);
-    if (passive < 0.9 * active && two > 1.8 * one && active > 0.9e-9 * two)
+    if (passive < 0.9 * active && quiet && is_quiet())
         fail_msg("peak %g GFLOP/s, and %g where threads are awake", passive, active);
 }
 
@@ -69,8 +81,9 @@ void test_team(void **state) {
     double limited = peak_of_run("passive", "--threads 32 --steps 1");
     unsetenv("OMP_THREAD_LIMIT");
     assert_true(logged("peak", "run", 0, "threads") == 1);
+    expect(0, 0, ", 1 thread, peak ");
 #ifdef _OPENMP
-    expect(0, 0, "1 threads run of the 32 asked for");
+    expect(0, 0, "threads asked for: 32; OMP_THREAD_LIMIT or OMP_DYNAMIC allows no more than 1");
 #else
     expect(0, 0, "built without OpenMP: one thread");
 #endif
@@ -223,11 +236,24 @@ void test_processor(void **state) {
     assert_string_equal(message, "begun again\n");
 }
 
+// Is ./train_moe a program of this processor? Where an emulator runs the tests, it is a script that calls the emulator.
+int runs_itself(void) {
+    char begin[4] = "";
+    FILE *file = fopen("./train_moe", "rb");
+    size_t size = file ? fread(begin, 1, 4, file) : 0;
+    if (file)
+        fclose(file);
+    return size == 4 && !memcmp(begin, "\177ELF", 4);
+}
+
 // The program that was built here, on an emulated processor of 2008. Where it needs nothing newer, it runs.
 void test_older_processor(void **state) {
     (void)state;
     need_program();
-    if (getenv("TRAIN_MOE") || shell(said, sizeof(said), "command -v qemu-x86_64") != 0)
+#ifndef __x86_64__
+    skip();
+#endif
+    if (getenv("TRAIN_MOE") || !runs_itself() || shell(said, sizeof(said), "command -v qemu-x86_64") != 0)
         skip();
     static const char *const programs[] = {"train_moe", "data/tokenize"};
     for (int i = 0; i < 2; i++) {
@@ -374,7 +400,7 @@ void test_width(void **state) {
 void test_stack(void **state) {
     (void)state;
     need_program();
-    if (getenv("TRAIN_MOE")) // a sanitizer needs more
+    if (getenv("TRAIN_MOE") || !runs_itself()) // a sanitizer and an emulator need more
         skip();
     expect(shell(said, sizeof(said), "ulimit -s 256; export OMP_STACKSIZE=64K; %s",
                  command_line("stack", "--threads 2 --dim 64 --ffn 300")), 0, "What next");

@@ -241,6 +241,7 @@ void test_options_program(void **state) {
     expect(run_tiny("idle", "--recipe threshold --threshold 0.3 --steps 5 --resume"), 0, "What next");
     expect(run_tiny("idle", "--resume --steps 6 --drop-order score"), 2, "--capacity-factor");
     expect(run_tiny("idle", "--resume --steps 6 --warmup 6"), 2, "a run of 6 steps would end before");
+    expect(run_tiny("idle", "--resume --steps 6 --init-scheme truncated"), 2, "--init-scheme truncated"); // it has its weights
     expect(run_tiny("idle", "--prompt hello --steps 9"), 2, "it needs training, and --prompt only goes on");
     expect(run_tiny("idle", "--prompt hello --recompute"), 2, "it needs training");
     expect(run_tiny("idle", "--prompt hello --seed 2 --top-k 3"), 0, "hello");
