@@ -445,6 +445,7 @@ static void read_weights(const char *dir) {
 }
 
 static void read_safetensors(void) {
+    trust_files = (int)(input_size % 2); // else nothing that was changed behind the header gets far
     read_weights("run/latest");
 }
 
@@ -461,6 +462,7 @@ static void read_state(void) {
     run.config = asked;
     run.backend = &cpu_backend;
     snprintf(run.out, sizeof(run.out), "%s", in_base("run"));
+    trust_files = (int)(input_size % 2);
     resume_run(&run, &asked, in_base("run/latest"));
 }
 
@@ -532,9 +534,9 @@ static const struct {
     {"index", "model.safetensors.index.json", read_index, 60, 1000, {NULL}},
     {"state", "trainer_state.json", read_state, 120, 400, {"run/latest/trainer_state.json"}},
     {"log", "log.jsonl", read_log, 80, 4096, {"run/log.jsonl"}},
-    {"tokens", "train_000000.bin", read_tokens, 80, 8192, {"data/train_000000.bin", "data/val_000000.bin"}},
-    {"texts", "train.txt", read_texts, 10, 1000, {"train.txt", "valid.txt"}},
-    {"prompt", "", read_prompt, 20, 100, {"valid.txt"}},
+    {"tokens", "train_000000.bin", read_tokens, 95, 8192, {"data/train_000000.bin", "data/val_000000.bin"}},
+    {"texts", "train.txt", read_texts, 5, 1000, {"train.txt", "valid.txt"}},
+    {"prompt", "", read_prompt, 10, 100, {"valid.txt"}},
     {"logits", "", read_logits, 30, 1024, {"run/latest/model.safetensors"}},
 };
 
@@ -591,6 +593,9 @@ static void write_seeds(const char *folder) {
     for (int i = 0; i < 4 && formats[chosen].seeds[i]; i++) {
         size_t size;
         char *bytes = read_file(in_base(formats[chosen].seeds[i]), &size);
+        if (formats[chosen].read == read_tokens && i == 1) { // as llm.c writes them: without a checksum
+            memset(bytes + 12, 0, 12);
+        }
         snprintf(path, sizeof(path), "%s/seed-%d", folder, i);
         FILE *file = fopen(path, "wb");
         if (!file || fwrite(bytes, 1, size, file) != size || fclose(file) != 0) {
@@ -611,6 +616,79 @@ static void write_seeds(const char *folder) {
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Inputs of JSON: half of the changes put another value in the place of one, so that the rest can still be read
+
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed);
+
+// The first value behind `after` in the text, or its name and the value where it has one: from *start, and its length is
+// returned. 0: there is none.
+static size_t find_value(const char *s, size_t size, size_t after, size_t *start) {
+    int quoted = 0, depth = 0, begins = 1, inside = 0;
+    for (size_t i = 0; i < size; i++) {
+        int opens = !quoted && (s[i] == '{' || s[i] == '['), closes = !quoted && (s[i] == '}' || s[i] == ']');
+        int ends = closes || (!quoted && s[i] == ',');
+        if (inside && ends && depth == 0) {
+            return i - *start;
+        }
+        if (begins && !ends && !isspace((unsigned char)s[i]) && i >= after && !inside) {
+            *start = i;
+            inside = 1;
+            depth = 0;
+        }
+        begins = !quoted && (opens || s[i] == ',' || s[i] == ':' || (begins && isspace((unsigned char)s[i])));
+        depth += opens - closes;
+        if (s[i] == '\\' && quoted) {
+            i++;
+        } else {
+            quoted ^= s[i] == '"';
+        }
+    }
+    return 0;
+}
+
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed) {
+    static const char *const values[] = {
+        "0", "1", "-1", "2", "3", "7", "255", "65536", "16777216", "2147483647", "4294967296", "-2147483648", "1e300", "0.5",
+        "1e-300", "null", "true", "false", "\"\"", "\"x\"", "[]", "{}", "[1,2]", "{\"type\":\"linear\"}", "\"default\"",
+        "\"F64\"", "\"BF16\"", "\"F16\"", "\"../x\"", "\"a\":1", "12", "\"yarn\"", "270", "8"};
+    size_t before = formats[chosen].read == read_safetensors ? 8 : 0, from = 0, other = 0;
+    int json = before || formats[chosen].read == read_json || strstr(formats[chosen].input, ".json") != NULL;
+    if (!json || seed % 2 || size <= before) {
+        return LLVMFuzzerMutate(data, size, max_size);
+    }
+    uint64_t header = size;
+    if (before) {
+        memcpy(&header, data, 8);
+        header = header < size - 8 ? header : size - 8;
+    }
+
+    // One of the values above, or another one of the text.
+    char *text = (char *)data + before;
+    size_t all = header < size ? header : size;
+    size_t length = find_value(text, all, all ? hash64(seed) % all : 0, &from);
+    size_t room = find_value(text, all, all ? hash64(seed + 1ull) % all : 0, &other);
+    if (!length) {
+        return LLVMFuzzerMutate(data, size, max_size);
+    }
+    const char *value = values[hash64(seed + 2ull) % COUNT(values)];
+    size_t added = seed % 8 < 2 ? room : strlen(value);
+    char *copy = (char *)malloc(added + 1);
+    memcpy(copy, seed % 8 < 2 ? text + other : value, added);
+    if (size - length + added <= max_size) {
+        memmove(text + from + added, text + from + length, size - before - from - length);
+        memcpy(text + from, copy, added);
+        size = size - length + added;
+        header = header - length + added;
+        if (before) {
+            memcpy(data, &header, 8);
+        }
+    }
+    free(copy);
+    return size;
+}
 
 const char *__asan_default_options(void);
 
