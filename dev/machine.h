@@ -253,7 +253,7 @@ void describe_threads(char text[256], int asked, int team, int processors) {
     } else if (machine.shared && usable < processors) {
         snprintf(text, 256, "the processor quota here is %.3g of %d processors, so there %s %d thread%s; --threads takes "
                  "another number", usable, processors, team > 1 ? "are" : "is", team, team > 1 ? "s" : "");
-    } else if ((double)team * machine.processes > ceil(usable)) {
+    } else if (best < team) {
         snprintf(text, 256, "%d threads for %.3g processor%s%s: they will wait for each other; --threads %d is faster",
                  team * machine.processes, usable, usable == 1 ? "" : "s",
                  usable < processors ? " (the quota here)" : "", best);
