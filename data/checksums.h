@@ -39,7 +39,7 @@ void sum_small_files(FILE *sums, const char *dir) {
         char path[4200];
         size_t size;
         snprintf(path, sizeof(path), "%s/%s", dir, summed_files[i]);
-        if (access(path, F_OK) != 0) {
+        if (!is_there(path)) {
             continue;
         }
         char *text = read_file(path, &size);
@@ -63,7 +63,7 @@ Json *read_sums(const char *dir) {
     char path[4300];
     size_t size;
     snprintf(path, sizeof(path), "%s/checksums.json", dir);
-    if (trust_files || access(path, F_OK) != 0) {
+    if (trust_files || !is_there(path)) {
         return NULL;
     }
     char *text = read_file(path, &size);
@@ -144,7 +144,7 @@ void check_small_files(const char *dir) {
         char path[4300];
         size_t size;
         snprintf(path, sizeof(path), "%s/%s", dir, summed_files[i]);
-        if (!file || access(path, F_OK) != 0) {
+        if (!file || !is_there(path)) {
             continue;
         }
         char *text = read_file(path, &size);

@@ -24,7 +24,7 @@ size_t part_size(const Part *p) {
 int has_file(const char *dir, const char *name) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/%s", dir, name);
-    return access(path, F_OK) == 0;
+    return is_there(path);
 }
 
 FILE *open_for_writing(const char *dir, const char *name) {
@@ -85,7 +85,7 @@ char *safetensors_header(const Part *parts, int count, const char *const *prefix
         fputc(' ', text);
         fflush(text);
     }
-    close_memory(text);
+    close_memory(text, &header);
     return header;
 }
 
@@ -315,7 +315,7 @@ void open_weights(WeightFiles *w, const char *dir, const char *name) {
     w->list = NULL;
     w->count = 0;
     snprintf(w->path, sizeof(w->path), "%s/%s.index.json", dir, name);
-    if (has_file(dir, name) || access(w->path, F_OK) != 0) {
+    if (has_file(dir, name) || !is_there(w->path)) {
         open_one(w, dir, name);
         return;
     }

@@ -1,11 +1,20 @@
 // The run directory: which checkpoints are there, which one counts, and what its file system can do.
-// Gives: next_entry, checkpoint_step, smallest_checkpoint, find_checkpoint, find_latest, stat_latest, lock_run, has_links,
-// remove_leftovers. Needs: dev/util.h.
+// Gives: open_entries, next_entry, checkpoint_step, smallest_checkpoint, find_checkpoint, find_latest, stat_latest,
+// lock_run, has_links, remove_leftovers. Needs: dev/util.h.
 //
 // In it lie log.jsonl, the folders checkpoint-STEP, and `latest`, a symbolic link to the newest of them. Where the file
 // system has no links, `latest` is a small text file with the folder's name.
 #pragma once
 #include "util.h"
+
+// Opens a folder; NULL where there is none. One that cannot be opened ends the program.
+DIR *open_entries(const char *path) {
+    DIR *folder = opendir(path);
+    if (!folder && errno != ENOENT && errno != ENOTDIR) {
+        fail("%s: cannot read the folder: %s", path, strerror(errno));
+    }
+    return folder;
+}
 
 // The next entry of a folder, NULL behind the last one. A folder that cannot be read to its end ends the program.
 struct dirent *next_entry(DIR *folder, const char *path) {
@@ -31,7 +40,7 @@ long checkpoint_step(const char *name) {
 // The smallest step of the checkpoint-STEP folders in out, -1 where there is none; *count says how many there are.
 long smallest_checkpoint(const char *out, int *count) {
     long smallest = -1;
-    DIR *folder = opendir(out);
+    DIR *folder = open_entries(out);
     *count = 0;
     for (struct dirent *entry; folder && (entry = next_entry(folder, out)) != NULL;) {
         long step = checkpoint_step(entry->d_name);
@@ -55,10 +64,10 @@ int is_whole(const char *dir, int moments) {
     char path[4200];
     for (int i = 0; i < (moments ? 4 : 2); i++) {
         snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
-        int there = access(path, F_OK) == 0;
+        int there = is_there(path);
         if (!there && i == 1) { // a model may be spread over several files
             strcat(path, ".index.json");
-            there = access(path, F_OK) == 0;
+            there = is_there(path);
         }
         if (!there) {
             return 0;
@@ -99,7 +108,7 @@ int find_latest(const char *out, char path[4096]) {
 int newest_whole(const char *out, int moments, char path[4096]) {
     char each[4096];
     long newest = -1;
-    DIR *folder = opendir(out);
+    DIR *folder = open_entries(out);
     for (struct dirent *entry; folder && (entry = next_entry(folder, out)) != NULL;) {
         long step = checkpoint_step(entry->d_name);
         snprintf(each, sizeof(each), "%.3800s/%.200s", out, entry->d_name);
@@ -135,7 +144,7 @@ int find_checkpoint(const char *out, int moments, char path[4096]) {
 
     // What the only one lacks is named by the function that opens it.
     snprintf(config, sizeof(config), "%s/config.json", path);
-    return linked && access(config, F_OK) == 0;
+    return linked && is_there(config);
 }
 
 // What tells when something was saved in out last: `latest`, or where it is missing the newest checkpoint. Returns 0
@@ -154,7 +163,11 @@ int stat_latest(const char *out, struct stat *info) {
 // Keeps other processes out of the run whose log is this file. Returns 0 where the file system has no locks, and a line
 // says so.
 int lock_run(int log, const char *out) {
-    if (flock(log, LOCK_EX | LOCK_NB) == 0) {
+    int failed;
+    do {
+        failed = flock(log, LOCK_EX | LOCK_NB);
+    } while (failed && errno == EINTR);
+    if (!failed) {
         return 1;
     }
     if (errno == EWOULDBLOCK) {
@@ -176,6 +189,9 @@ int has_links(const char *out) {
     strcat(path, ".new");
     unlink(path);
     int links = symlink("nowhere", path) == 0, error = errno, file = -1;
+    if (!links && (error == ENOMEM || error == ENOSPC || error == EIO)) { // of this moment, not of the file system
+        fail("%s: cannot create: %s", path, strerror(error));
+    }
     if (!links) {
         file = open(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
         if (file < 0) {

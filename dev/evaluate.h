@@ -210,7 +210,7 @@ void tell_story(Run *run) {
     size_t size = 0;
     FILE *memory = open_memory(&story, &size);
     generate(run, "", 0, memory);
-    close_memory(memory);
+    close_memory(memory, &story);
     fprintf(run->log, "{\"type\":\"sample\",\"step\":%d,\"text\":", run->step);
     json_write_string(run->log, story, size);
     fprintf(run->log, "}\n");

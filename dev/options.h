@@ -317,7 +317,7 @@ const char *keep_text(const char *text) {
     static char **kept = NULL;
     static size_t count = 0;
     kept = (char **)reallocate(kept, count + 1, sizeof(char *));
-    kept[count] = strdup(text);
+    kept[count] = copy_text(text);
     return kept[count++];
 }
 
@@ -336,7 +336,7 @@ void config_defaults(Config *config) {
 void config_recipe(Config *config, const char *name) {
     const Recipe *recipe = find_recipe(name);
     config->recipe = recipe->name;
-    char *text = strdup(recipe->choices), *rest = NULL;
+    char *text = copy_text(recipe->choices), *rest = NULL;
     for (char *word = strtok_r(text, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
         int o = find_option(word + 2);
         const char *value = strtok_r(NULL, " ", &rest);

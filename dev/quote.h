@@ -31,6 +31,6 @@ char *quote_for_shell(const char *word) {
         }
     }
     fprintf(text, "'");
-    close_memory(text);
+    close_memory(text, &quoted);
     return quoted;
 }

@@ -83,7 +83,7 @@ void catch_signals(void) {
 void default_out(const Config *asked, int fresh, char out[2048]) {
     const char *recipe = asked->recipe;
     snprintf(out, 2048, "runs/%s", recipe);
-    for (int n = 2; fresh && access(out, F_OK) == 0; n++) {
+    for (int n = 2; fresh && is_there(out); n++) {
         snprintf(out, 2048, "runs/%s-%d", recipe, n);
     }
     struct timespec newest = {0, 0};
@@ -169,7 +169,7 @@ void compare_ranks(Run *run) {
     if (run->train) { // nobody has read the data of a run that is finished
         fprintf(memory, "%d %.0f %.0f", c->vocab, data_fingerprint(run->train), data_fingerprint(run->val));
     }
-    close_memory(memory);
+    close_memory(memory, &text);
     uint64_t mine = 0;
     for (size_t i = 0; i < size; i++) {
         mine = hash64(mine ^ (unsigned char)text[i]);
@@ -596,8 +596,9 @@ int run_program(int argc, char **argv, const Backend *backend, int (*program)(in
     }
 #endif
     int status = program(argc, argv, backend);
-    if (fflush(stdout) != 0 && !stop_asked) { // a run that was stopped may have lost its reader, or its terminal
-        fail("standard output: cannot write: %s", strerror(errno));
+    int lost = ferror(stdout);
+    if ((fflush(stdout) != 0 || lost) && !stop_asked) { // a run that was stopped may have lost its reader, or its terminal
+        fail("standard output: cannot write: %s", lost ? "a part of it is lost" : strerror(errno));
     }
 #ifdef USE_MPI
     MPI_Finalize();

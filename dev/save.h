@@ -52,7 +52,9 @@ void turn_latest(const Run *run, const char *name) {
         fail("%s: cannot link to %s: %s", next, name, strerror(errno));
     }
     if (rename(next, latest) != 0) {
-        fail("%s: cannot turn it to %s: %s", latest, name, strerror(errno));
+        int error = errno;
+        unlink(next);
+        fail("%s: cannot turn it to %s: %s", latest, name, strerror(error));
     }
     sync_directory(run->out);
 }
@@ -81,7 +83,7 @@ void publish_checkpoint(const Run *run, const char *dir, const char *name) {
     sync_directory(run->out);
     turn_latest(run, name);
     if (again) {
-        remove_tree(aside);
+        clear_away(aside);
     }
 }
 
@@ -94,11 +96,12 @@ void remove_old_checkpoints(const Run *run) {
             return;
         }
         snprintf(path, sizeof(path), "%s/checkpoint-%ld", run->out, old);
-        if (!set_aside(run, path, aside)) { // it cannot be removed
+        if (!set_aside(run, path, aside)) {
+            fprintf(stderr, "%s: %s: cannot be removed: %s\n", program_name, path, strerror(errno));
             return;
         }
         sync_directory(run->out);
-        remove_tree(aside);
+        clear_away(aside);
         ranks_tick();
     }
 }
@@ -164,7 +167,7 @@ void save_checkpoint(Run *run) {
         write_small_files(run, unfinished_path, sums);
     }
     fprintf(sums, "}\n");
-    close_memory(sums);
+    close_memory(sums, &list);
     if (first) {
         write_text(unfinished_path, "checksums.json", list, size);
         publish_checkpoint(run, unfinished_path, name);
@@ -226,7 +229,7 @@ void load_weights(Run *run, const char *dir, int moments) {
 
 // Cuts the log back to what had happened by `step`.
 void cut_log(const char *path, int step) {
-    if (access(path, F_OK) != 0) {
+    if (!is_there(path)) {
         return;
     }
     size_t size;

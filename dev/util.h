@@ -129,6 +129,13 @@ int remove_tree(const char *path) {
     return error ? -1 : 0;
 }
 
+// The same, and a line says so where it stays.
+void clear_away(const char *path) {
+    if (remove_tree(path) != 0) {
+        fprintf(stderr, "%s: %s: cannot be removed: %s\n", program_name, path, strerror(errno));
+    }
+}
+
 // Prints "program: [rank N: ]message hint" to standard error and ends the program.
 __attribute__((noreturn)) void fail_with(int status, const char *hint, const char *format,
                                          va_list args) {
@@ -253,6 +260,15 @@ void arena_free(Arena *a) {
     a->memory = NULL;
 }
 
+// Is there a file or a folder of this name? Where the system fails to tell, the program ends.
+int is_there(const char *path) {
+    int there = access(path, F_OK) == 0;
+    if (!there && (errno == EIO || errno == ENOMEM || errno == ESTALE)) {
+        fail("%s: cannot look whether it is there: %s", path, strerror(errno));
+    }
+    return there;
+}
+
 // A copy of a text, to be freed.
 char *copy_text(const char *text) {
     size_t size = strlen(text) + 1;
@@ -308,9 +324,11 @@ void flush_memory(FILE *file) {
     }
 }
 
-void close_memory(FILE *file) {
+void close_memory(FILE *file, char **text) {
     flush_memory(file);
-    fclose(file);
+    if (fclose(file) != 0 || !*text) {
+        fail("out of memory");
+    }
 }
 
 // Makes the folder `path` and those above it. Folders that exist are no error.

@@ -19,6 +19,7 @@
 #include <getopt.h>
 #include <limits.h>
 #include <math.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -131,11 +132,6 @@ static void *fuzz_realloc(void *p, size_t size) {
         fuzz_free(p);
     }
     return moved;
-}
-
-static char *fuzz_strdup(const char *text) {
-    char *copy = fuzz_malloc(strlen(text) + 1);
-    return copy ? strcpy(copy, text) : NULL;
 }
 
 // Files: all are real but one, whose content is the input.
@@ -262,7 +258,6 @@ static void take_back(void) {
 #define malloc(size)             fuzz_malloc(size)
 #define calloc(count, size)      fuzz_calloc(count, size)
 #define realloc(p, size)         fuzz_realloc(p, size)
-#define strdup(text)             fuzz_strdup(text)
 #define free(p)                  fuzz_free(p)
 #define fopen(path, mode)        fuzz_fopen(path, mode)
 #define fclose(file)             fuzz_fclose(file)
@@ -274,6 +269,8 @@ static void take_back(void) {
 #define munmap(a, n)             fuzz_munmap(a, n)
 #define truncate(path, size)     ((void)(path), (void)(size), 0)
 #define exit(status)             fuzz_exit(status)
+#define pthread_create(t, a, f, x)       ((void)(t), (void)(f), 0) // it would wait for signals
+#define pthread_sigmask(how, set, old)   ((void)(set), 0)
 
 #pragma clang attribute pop
 #pragma clang section bss = "product_bss" data = "product_data"
@@ -315,38 +312,11 @@ static void keep_variables(int keep) {
 // ---------------------------------------------------------------------------------------------------------------------
 // What the inputs begin with: a run of the programs themselves
 
-static char base[64]; // has texts, data/ and run/, of a model of one layer
+static char base[64]; // the folder of make_base()
 
 #define TINY                                                                                                           \
     "--layers 1 --dim 4 --heads 1 --ffn 4 --experts 2 --seq 8 --batch 2 --eval-tokens 32 --tokens 4 --threads 1 "      \
     "--steps 2 --save-every 1"
-
-static void make_base(void) {
-    char command[4096];
-    const char *memory = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
-    snprintf(base, sizeof(base), "%s/train_moe_fuzz-XXXXXX", memory);
-    if (!mkdtemp(base)) {
-        fail("%s: cannot create: %s", base, strerror(errno));
-    }
-    snprintf(command, sizeof(command),
-             "{ data/make_stories --count 2 >%s/train.txt && data/make_stories --first 7 --count 1 >%s/valid.txt && "
-             "data/tokenize --threads 1 --vocab 270 --out %s/data %s/train.txt %s/valid.txt && "
-             "./train_moe --data %s/data --out %s/run " TINY "; } >%s/said 2>&1 && cd %s && mkdir split && "
-             "cp run/latest/*.json split && cp run/latest/model.safetensors split/part.safetensors && "
-             "touch split/model.safetensors.index.json",
-             base, base, base, base, base, base, base, base, base);
-    if (system(command) != 0) {
-        fail("%s/said: the programs did not make what the inputs begin with", base);
-    }
-}
-
-static void remove_base(void) {
-    char command[128];
-    snprintf(command, sizeof(command), "rm -rf %s", base);
-    if (system(command) != 0) {
-        perror("rm");
-    }
-}
 
 static const char *in_base(const char *name) {
     static char path[8][128];
@@ -597,6 +567,24 @@ static const struct {
 
 static int chosen; // of formats
 
+// Has the programs make the files that the inputs begin with.
+static void make_base(void) {
+    char command[4096];
+    snprintf(base, sizeof(base), "dev/build/fuzzing/%s-base", formats[chosen].name);
+    remove_tree(base); // of the last call
+    make_directories(base);
+    snprintf(command, sizeof(command),
+             "{ data/make_stories --count 2 >%s/train.txt && data/make_stories --first 7 --count 1 >%s/valid.txt && "
+             "data/tokenize --threads 1 --vocab 270 --out %s/data %s/train.txt %s/valid.txt && "
+             "./train_moe --data %s/data --out %s/run " TINY "; } >%s/said 2>&1 && cd %s && mkdir split && "
+             "cp run/latest/*.json split && cp run/latest/model.safetensors split/part.safetensors && "
+             "touch split/model.safetensors.index.json",
+             base, base, base, base, base, base, base, base, base);
+    if (system(command) != 0) {
+        fail("%s/said: the programs did not make what the inputs begin with", base);
+    }
+}
+
 // Writes what the inputs begin with into a folder.
 static void write_seeds(const char *folder) {
     char path[4096];
@@ -664,7 +652,6 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
         named |= (*argv)[i][0] != '-';
     }
     make_base();
-    atexit(remove_base);
     make_ready();
     if (named) {
         snprintf(runs, sizeof(runs), "-runs=1");
