@@ -7,7 +7,9 @@ ifeq ($(origin CXX),default)
 CXX := $(shell command -v g++ || command -v clang++ || echo c++)
 endif
 # $(call accepts,FLAGS,PROGRAM): FLAGS, if the compiler builds PROGRAM with them
-accepts = $(shell printf '$(2)\nint main(void) { return 0; }\n' | $(CC) $(1) -x c - -o /dev/null >/dev/null 2>&1 && echo "$(1)")
+# (not to /dev/null: there are compilers that remove what they write to, and root can remove that)
+accepts = $(shell d=$$(mktemp -d) && printf '$(2)\nint main(void) { return 0; }\n' | $(CC) $(1) -x c - -o "$$d/a" >/dev/null 2>&1 && \
+    echo "$(1)"; rm -rf "$$d")
 
 ARCH   := $(or $(call accepts,-march=native -mprefer-vector-width=512),$(call accepts,-march=native),$(call accepts,-mcpu=native))
 RT     := $(call accepts,-lrt) # aio_fsync, before glibc 2.34
@@ -135,8 +137,9 @@ dev/test_moe_double: test_moe.c $(CHOICE) | cmocka
 
 # What Debian, Fedora, Arch and Homebrew call cmocka.
 cmocka:
+	@mkdir -p dev/build
 	@printf '\043include <stdarg.h>\n\043include <stddef.h>\n\043include <stdint.h>\n\043include <setjmp.h>\n\043include <cmocka.h>\nint main(void) { return 0; }\n' \
-	| $(CC) -x c - -o /dev/null >/dev/null 2>&1 || { echo "cmocka is missing; installing it with the system's package manager"; \
+	| $(CC) -x c - -o dev/build/cmocka >/dev/null 2>&1 || { echo "cmocka is missing; installing it with the system's package manager"; \
 	s=; [ "$$(id -u)" = 0 ] || s=sudo; \
 	if command -v apt-get >/dev/null; then $$s apt-get update -qq && $$s apt-get install -y -qq libcmocka-dev; \
 	elif command -v dnf >/dev/null; then $$s dnf install -y libcmocka-devel; \

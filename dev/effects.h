@@ -125,6 +125,10 @@ int asks_for_copies(const Config *c) {
     return c->replicate > 0;
 }
 
+int reads_weights(const Config *c) {
+    return c->resume || c->init[0] || c->prompt;
+}
+
 int is_drawn(const Config *c) {
     return c->temperature > 0;
 }
@@ -141,6 +145,7 @@ const Effect base_effects[] = {
     {"group", looks_at_groups, "a loss or a capacity that looks at many tokens: --aux-weight or --capacity-factor"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},
+    {"trust-weights", reads_weights, "weights to read: --resume, --init or --prompt"},
     {"top-k", is_drawn, "tokens that are drawn by chance: a --temperature above 0"},
     {"top-p", is_drawn, "tokens that are drawn by chance: a --temperature above 0"},
 };
@@ -212,8 +217,8 @@ void check_warmup(const Config *c, const Config *before) {
         return;
     }
     if (c->given[find_option("warmup")] && (!before || before->warmup != c->warmup)) {
-        usage_fail("--warmup %d: a run of %d steps would end before the learning rate falls; take a shorter warm-up, or "
-                   "more --steps",
+        usage_fail("--warmup %d: a run of %d steps would be nothing but warm-up; take a shorter one, or more "
+                   "--steps",
                    c->warmup, c->steps);
     }
     printf("the learning rate only rises, to %.2g: the warm-up of %d steps is no shorter than the run; --warmup says "

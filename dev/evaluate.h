@@ -136,7 +136,6 @@ const char *error_text(double error, char text[32]) {
 
 void report_evaluation(Run *run) {
     char changed[48] = "", errors[80] = "", loss_error[32], bpb_error[32];
-    const char *begin = on_terminal() ? "\r" : "", *end = on_terminal() ? "\033[K" : "";
     int last = run->step == run->config.steps;
     double fluctuation = routing_fluctuation(run, last);
     Evaluation e = evaluate(run, evaluation_windows(run, last));
@@ -152,8 +151,8 @@ void report_evaluation(Run *run) {
         snprintf(errors, sizeof(errors), ", standard error %s, from %s%.0f tokens", bpb_error,
                  e.windows == run->val->windows ? "all " : "", (double)e.windows * run->config.seq);
     }
-    printf("%sstep %d: validation loss %.4f nats per token, %.4f bits per byte%s%s\n", begin, run->step, e.loss, e.bpb,
-           errors, end);
+    printf("%sstep %d: validation loss %.4f nats per token, %.4f bits per byte%s\n", on_terminal() ? "\r\033[K" : "",
+           run->step, e.loss, e.bpb, errors);
 }
 
 // ---- text

@@ -66,8 +66,9 @@ void test_options_idle(void **state) {
         {"--schedule constant --min-lr 1e-4", "--schedule cosine or wsd"},
         {"--temperature 0 --top-k 5", "--temperature above 0"},
         {"--temperature 0 --top-p 0.5", "--temperature above 0"},
-        {"--warmup 3000", "--warmup 3000: a run of 3000 steps would end before the learning rate falls"},
-        {"--warmup 100 --steps 20", "a shorter warm-up, or more --steps"},
+        {"--trust-weights", "--trust-weights would have no effect: it needs weights to read"},
+        {"--warmup 3000", "--warmup 3000: a run of 3000 steps would be nothing but warm-up"},
+        {"--warmup 100 --steps 20", "a shorter one, or more --steps"},
     };
     static const char *const accepted[] = {
         "",
@@ -240,7 +241,7 @@ void test_options_program(void **state) {
     expect(run_tiny("idle", "--recipe threshold --threshold 0.3 --steps 4"), 0, "What next");
     expect(run_tiny("idle", "--recipe threshold --threshold 0.3 --steps 5 --resume"), 0, "What next");
     expect(run_tiny("idle", "--resume --steps 6 --drop-order score"), 2, "--capacity-factor");
-    expect(run_tiny("idle", "--resume --steps 6 --warmup 6"), 2, "a run of 6 steps would end before");
+    expect(run_tiny("idle", "--resume --steps 6 --warmup 6"), 2, "a run of 6 steps would be nothing but warm-up");
     expect(run_tiny("idle", "--resume --steps 6 --init-scheme truncated"), 2, "--init-scheme truncated"); // it has its weights
     expect(run_tiny("idle", "--prompt hello --steps 9"), 2, "it needs training, and --prompt only goes on");
     expect(run_tiny("idle", "--prompt hello --recompute"), 2, "it needs training");
