@@ -294,7 +294,8 @@ static int check_output(const Scenario *s, const char *folder, const char *after
     char *mine = file_text(folder, "stdout", &n), *whole = file_text(after, "stdout", &m);
     int good = s->exact ? n == m && !memcmp(mine, whole, n) : count_lines(mine) >= count_lines(whole);
     if (!good) {
-        wrong(why, "exit 0, and it printed %zu bytes in %d lines, not %zu in %d", n, count_lines(mine), m, count_lines(whole));
+        wrong(why, "exit 0, and it printed %zu bytes in %d lines, not %zu in %d", n, count_lines(mine), m,
+              count_lines(whole));
     }
     free(mine);
     free(whole);
@@ -498,7 +499,7 @@ static void set_up_folder(const Scenario *s, const char *folder) {
 // Faults
 
 typedef struct Tally {
-    long tried, reported, harmless, bad, kills, resumed;
+    long tried, reported, harmless, bad, kills;
 } Tally;
 
 static int last_step(const Scenario *s) {
@@ -737,7 +738,7 @@ static void kill_job(int job, long n, long from, Tally *tally) {
 
 // Starts the jobs, each with its share, and adds up what they found. Returns the exit status.
 static Tally run_jobs(int kills, long n) {
-    Tally sum = {0, 0, 0, 0, 0, 0}, mine;
+    Tally sum = {0, 0, 0, 0, 0}, mine;
     int ends[2];
     const char *from = getenv("FROM"), *only = getenv("SCENARIO");
     if (pipe(ends) != 0) {
@@ -786,7 +787,7 @@ static int one_fault(char **argv) {
         for (int k = 0; k < COUNT(kinds); k++) {
             if (!strcmp(argv[2], scenarios[i].name) && !strcmp(argv[4], kinds[k].name)) {
                 Fault fault = {atol(argv[3]), kinds[k].kind, kinds[k].stays, 0};
-                Tally tally;
+                Tally tally = {0, 0, 0, 0, 0};
                 char folder[128], why[1024] = "all is as it should be";
                 prepare_scenario(&scenarios[i]);
                 snprintf(folder, sizeof(folder), "%s/one", work);
@@ -794,7 +795,8 @@ static int one_fault(char **argv) {
                 int status = run(folder, scenarios[i].program, scenarios[i].command, "", &fault);
                 snprintf(folder, sizeof(folder), "%s/job-0", work);
                 int good = try_fault(&scenarios[i], folder, &fault, &tally, why);
-                printf("exit %d; %s\nin %s: one, after the fault (calls has the callers), and job-0, gone on with\n", status, why, work);
+                printf("exit %d; %s\nin %s: one, after the fault (calls has the callers), and job-0, gone on with\n",
+                       status, why, work);
                 return !good;
             }
         }
@@ -809,11 +811,17 @@ int main(int argc, char **argv) {
         usage_fail("say faults [EVERY], kills [N] or one SCENARIO CALL KIND");
     }
     double start = seconds();
-    long n = argc > 2 ? atol(argv[2]) : 0;
+    long n = kills ? 1000 : 1;
+    if (argc > 2 && !one) {
+        n = max_int(1, atoi(argv[2]));
+    }
     if (getenv("JOBS")) {
         jobs = max_int(1, atoi(getenv("JOBS")));
     }
     prepare_campaign(argv[0]);
+    if (!getenv("FROM")) {
+        unlink("dev/build/faults.txt");
+    }
     if (one) {
         return one_fault(argv);
     }
@@ -824,10 +832,10 @@ int main(int argc, char **argv) {
     for (int i = 0; !kills && i < COUNT(scenarios); i++) {
         prepare_scenario(&scenarios[i]);
     }
-    Tally sum = run_jobs(kills, n > 0 ? n : kills ? 1000 : 1);
+    Tally sum = run_jobs(kills, n);
     if (kills) {
-        report("kills: %ld runs with %ld kills, each gone on with to the end: %ld bad; %.0f s", sum.tried, sum.kills, sum.bad,
-               seconds() - start);
+        report("kills: %ld runs with %ld kills, each gone on with to the end: %ld bad; %.0f s", sum.tried, sum.kills,
+               sum.bad, seconds() - start);
     } else {
         report("faults: %ld, of which %ld were reported and %ld did no harm: %ld bad; %.0f s", sum.tried, sum.reported,
                sum.harmless, sum.bad, seconds() - start);

@@ -30,7 +30,8 @@
 
 #ifdef __x86_64__
 #define MACHINE AUDIT_ARCH_X86_64
-#define REGISTER(context, i) ((context)->uc_mcontext.gregs[(const int[]){REG_RDI, REG_RSI, REG_RDX, REG_R10, REG_R8, REG_R9}[i]])
+static const int arguments[] = {REG_RDI, REG_RSI, REG_RDX, REG_R10, REG_R8, REG_R9};
+#define REGISTER(context, i) ((context)->uc_mcontext.gregs[arguments[i]])
 #define RESULT(context)      ((context)->uc_mcontext.gregs[REG_RAX])
 __asm__(".text\n"
         "pass_on: mov %rdi,%rax\n mov %rsi,%rdi\n mov %rdx,%rsi\n mov %rcx,%rdx\n mov %r8,%r10\n mov %r9,%r8\n"
@@ -50,7 +51,8 @@ __asm__(".text\n"
 long pass_on(long number, long a, long b, long c, long d, long e, long f);
 extern const char passed_on[];
 
-// The calls on files, each with its letter in the log. To open for writing is O, to write to standard error e, and never fails.
+// The calls on files, each with its letter in the log. To open for writing is O; to write to standard error is e, and never
+// fails.
 static const struct {
     int number;
     char letter;

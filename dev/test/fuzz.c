@@ -365,7 +365,8 @@ static void read_tokenizer(void) {
     size_t count = tokenizer_encode(t, text, sizeof(text) - 1, ids), at = 0;
     for (size_t i = 0; i < count; i++) {
         const char *token = tokenizer_text(t, ids[i], &length);
-        expect_true(at + (size_t)length < sizeof(text) && !memcmp(text + at, token, (size_t)length), "another text comes back");
+        int same = at + (size_t)length < sizeof(text) && !memcmp(text + at, token, (size_t)length);
+        expect_true(same, "another text comes back");
         at += (size_t)length;
     }
     expect_true(at == sizeof(text) - 1, "a shorter text comes back");
@@ -377,7 +378,8 @@ static void read_tokenizer(void) {
 static void try_config(Config *c) {
     config_check(c);
     c->batch = 1;
-    double width = (double)c->dim * c->layers * (c->experts + 4) * (c->topk + 1), rest = (double)c->ffn * c->layers * c->experts;
+    double width = (double)c->dim * c->layers * (c->experts + 4) * (c->topk + 1);
+    double rest = (double)c->ffn * c->layers * c->experts;
     if (c->layers > 3 || c->vocab > 300 || c->seq > 32 || width > 4000 || rest > 1000 || c->dim > 64 || c->heads > 16 ||
         c->routers > 4) {
         return;
@@ -433,7 +435,8 @@ static void make_ready(void) {
     load_weights(&ready, in_base("run/latest"), 0);
 
     // What generation allocates once is allocated now.
-    static const char prompt[] = "Once upon a time there was a small text, longer than any that the fuzzer makes of one hundred bytes";
+    static const char prompt[] = "Once upon a time there was a small text, longer than any that the fuzzer makes, which are "
+                                 "of one hundred bytes at most";
     for (int i = 0; i < 2; i++) {
         generate(&ready, prompt, sizeof(prompt), to);
     }
