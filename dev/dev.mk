@@ -37,7 +37,7 @@ test_builds:
 POSIX_CC = clang -std=c11 -D_XOPEN_SOURCE=700 -DSTRICT_POSIX -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -I.
 test_posix: data/stories/tokenizer.json
 	$(POSIX_CC) data/stories.c -o dev/build/make_stories_posix
-	$(POSIX_CC) data/tokenize.c -o dev/build/tokenize_posix $(LIBS)
+	$(POSIX_CC) -pthread data/tokenize.c -o dev/build/tokenize_posix $(LIBS)
 	$(POSIX_CC) train_moe.c -o dev/build/train_moe_posix $(LIBS)
 	dev/build/make_stories_posix --count 20 > dev/build/posix.txt
 	dev/build/tokenize_posix --vocab 300 --out dev/build/posix_data dev/build/posix.txt

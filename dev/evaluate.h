@@ -137,6 +137,7 @@ const char *error_text(double error, char text[32]) {
 void report_evaluation(Run *run) {
     char changed[48] = "", errors[80] = "", loss_error[32], bpb_error[32];
     int last = run->step == run->config.steps;
+    data_unchanged();
     double fluctuation = routing_fluctuation(run, last);
     Evaluation e = evaluate(run, evaluation_windows(run, last));
     error_text(e.loss_error, loss_error);

@@ -56,7 +56,8 @@ typedef struct Recipe {
 // The options of the lesson's model and of the program. The headings stand in -h in the order in which they come here.
 const Option base_options[] = {
     TEXT("data", data, "", TRAIN, "Files",
-         "folder with *train*.bin, *val*.bin, tokenizer.json [data/tinystories, else data/stories]"),
+         "folder with token files (a word of the name is train or val), tokenizer.json "
+         "[data/tinystories, else data/stories]"),
     TEXT("out", out, "", RUN, "Files",
          "run directory: log.jsonl and checkpoints [runs/RECIPE, a fresh one for each new run]"),
     TEXT("init", init, "", RUN, "Files", "start from the weights in this checkpoint or Hugging Face directory"),

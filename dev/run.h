@@ -117,6 +117,7 @@ void load_tokenizer(Run *run, const char *checkpoint) {
     const char *data = run->config.data, *dir = has_file(data, "tokenizer.json") || !checkpoint ? data : checkpoint;
     char path[4200];
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
+    refuse_half_replaced(data);
     if (!has_file(dir, "tokenizer.json") && !run->config.tokenizer[0]) {
         closedir(open_folder(data)); // says so where there is no such folder
         fail("%s: no tokenizer.json there; name the one that the data were made with by --tokenizer FILE", data);
@@ -447,6 +448,8 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
     data_tick = ranks_tick;               // and answer while they read
+    data_part = ranks.rank;               // each checks a part of the token files
+    data_parts = ranks.size;
     broadcast(run->out, sizeof(run->out));
     if (asked.prompt) {
         answer_prompt(run, &asked);

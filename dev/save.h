@@ -149,6 +149,7 @@ void save_checkpoint(Run *run) {
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
     char name[64], *list = NULL;
     size_t size = 0;
+    data_unchanged();                       // nothing that was learned from other tokens is saved
     FILE *sums = open_memory(&list, &size); // checksums.json
     snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     if (first) {
