@@ -1,5 +1,5 @@
 // The data loader: token files as batches of windows.
-// Gives: data_open, data_unchanged, data_batch, data_window, data_frequency, data_fingerprint, data_close.
+// Gives: data_open, data_unchanged, data_batch, data_window, data_frequency, data_close.
 // Needs: dev/util.h, data/token_file.h, data/roles.h, data/checksum.h.
 // Token files (data/token_file.h) are mapped, so they may be larger than memory. When a file is opened,
 // it is read once, to check its tokens. It may not change later, and data_unchanged() looks whether it
@@ -30,6 +30,7 @@ typedef struct Data {
     int shard_count, T, vocab;
     long windows;  // of all files
     double tokens; // of all files
+    double fingerprint; // tells this data from any other, as it was when it was opened
     uint64_t seed;
     long epoch;      // the epoch that `order` is for; -1: none yet
     uint32_t *order; // (windows)
@@ -277,6 +278,23 @@ void check_windows(const Data *d, const char *dir, const char *kind) {
     }
 }
 
+// A number that tells this data from any other: a hash of the files' sizes and of 4096 tokens of
+// each. A resumed run compares it with the one that it began with.
+double fingerprint_data(const Data *d) {
+    uint64_t h = 0;
+    for (int i = 0; i < d->shard_count; i++) {
+        const Shard *s = &d->shards[i];
+        h = hash64(h ^ (uint64_t)s->count);
+
+        // The k-th sample is the same token of the file every time, and the file need not be read.
+        int samples = s->count ? 4096 : 0;
+        for (int k = 0; k < samples; k++) {
+            h = hash64(h ^ s->tokens[hash64((uint64_t)k) % (uint64_t)s->count]);
+        }
+    }
+    return (double)(h >> 12); // 52 bits, which a double and JSON hold exactly
+}
+
 // Opens the token files of `dir` that are for `kind` ("train" or "val"), for windows of T tokens below
 // `vocab`. Ends the program with a message if there is no such file, a damaged one, or no full window.
 Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t seed) {
@@ -311,6 +329,7 @@ Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t se
     free(names);
     check_windows(d, dir, kind);
     data_register(d);
+    d->fingerprint = fingerprint_data(d);
     return d;
 }
 
@@ -333,23 +352,6 @@ void data_unchanged(void) {
             }
         }
     }
-}
-
-// A number that tells this data from any other: a hash of the files' sizes and of 4096 tokens of
-// each. A resumed run compares it with the one that it began with.
-double data_fingerprint(const Data *d) {
-    uint64_t h = 0;
-    for (int i = 0; i < d->shard_count; i++) {
-        const Shard *s = &d->shards[i];
-        h = hash64(h ^ (uint64_t)s->count);
-
-        // The k-th sample is the same token of the file every time, and the file need not be read.
-        int samples = s->count ? 4096 : 0;
-        for (int k = 0; k < samples; k++) {
-            h = hash64(h ^ s->tokens[hash64((uint64_t)k) % (uint64_t)s->count]);
-        }
-    }
-    return (double)(h >> 12); // 52 bits, which a double and JSON hold exactly
 }
 
 // How often each token occurs among the first ten million tokens of the data. (vocab), to be freed.

@@ -168,7 +168,7 @@ void compare_ranks(Run *run) {
     fprintf(memory, "%d %d %d %d %d ", c->ep, c->overlap, c->replicate, c->replicate_every, c->tokens); // of this call
     fprintf(memory, "%d ", run->step);
     if (run->train) { // nobody has read the data of a run that is finished
-        fprintf(memory, "%d %.0f %.0f", c->vocab, data_fingerprint(run->train), data_fingerprint(run->val));
+        fprintf(memory, "%d %.0f %.0f", c->vocab, run->train->fingerprint, run->val->fingerprint);
     }
     close_memory(memory, &text);
     uint64_t mine = 0;
@@ -261,7 +261,7 @@ int resume_run(Run *run, const Config *asked, const char *checkpoint) {
         load_tokenizer(run, checkpoint);
         run->before = memory_now();
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
-        if (data_fingerprint(run->train) != fingerprint) {
+        if (run->train->fingerprint != fingerprint) {
             fail("%s: these are not the training tokens that the run in %s began with, and they may not change",
                  c->data, run->out);
         }

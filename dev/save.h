@@ -32,7 +32,7 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
                  t->eot, t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
     n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f}\n", run->step,
-                 data_fingerprint(run->train));
+                 run->train->fingerprint);
     write_text(dir, "trainer_state.json", text, (size_t)n);
     write_router_state(run, dir);
     sum_small_files(sums, dir);

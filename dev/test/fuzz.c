@@ -473,7 +473,6 @@ static void read_tokens(void) {
     int inputs[64], targets[64];
     Data *d = data_open(in_base("data"), "train", 8, 270, 1);
     free(data_frequency(d, 270));
-    data_fingerprint(d);
     data_batch(d, 0, 8, inputs, targets);
     data_batch(d, 1000003, 8, inputs, targets);
     data_window(d, 0, -1, inputs, targets);
