@@ -39,8 +39,8 @@ typedef struct Data {
 
 Data *data_list = NULL;          // all that are open
 void (*data_tick)(void) = NULL;  // called again and again while a file is read, if it is set
-int data_part = 0;               // several processes share the work of checking the files that all of them open:
-int data_parts = 1;              // this one reads the tokens of those whose number % data_parts is data_part
+int data_part = 0;               // where several processes open the same files, this one checks the tokens
+int data_parts = 1;              // of those whose number % data_parts is data_part
 struct sigaction data_bus_error; // what a SIGBUS did before data_open
 
 // ---- opening
@@ -186,24 +186,6 @@ void shard_open(Shard *s, const char *path, int T, int vocab, int check) {
     s->tokens = (const uint16_t *)((const char *)s->map + 1024);
 }
 
-DIR *open_folder(const char *dir) {
-    DIR *folder = opendir(dir);
-    if (!folder) {
-        fail("%s: cannot open the data folder: %s", dir, strerror(errno));
-    }
-    return folder;
-}
-
-// The next name in a folder, NULL at its end. An error is not taken for the end.
-const char *next_name(DIR *folder, const char *dir) {
-    errno = 0;
-    const struct dirent *entry = readdir(folder);
-    if (!entry && errno) {
-        fail("%s: cannot read the folder: %s", dir, strerror(errno));
-    }
-    return entry ? entry->d_name : NULL;
-}
-
 // The names, in order, of all files of `dir` that end in .bin and are for `kind` ("train" or "val"), to
 // be freed like the list itself; *count is their number. No such file ends the program with a message.
 char **list_shards(const char *dir, const char *kind, int *count) {
@@ -267,14 +249,13 @@ void check_windows(const Data *d, const char *dir, const char *kind) {
     if (d->windows > UINT32_MAX) {
         fail("%s: more than %u windows; a larger --seq makes fewer", dir, UINT32_MAX);
     }
-    if (left_out && !program_rank) {
-        fprintf(stderr, "%s: %s has %d tokens, but a window takes %d (--seq %d and one more): it is left "
-                        "out",
-                program_name, left_out->path, left_out->count, d->T + 1, d->T);
-        if (others > 0) {
-            fprintf(stderr, ", and %d more of these files", others);
-        }
-        fprintf(stderr, "\n");
+    char more[64] = "";
+    if (others > 0) {
+        snprintf(more, sizeof(more), ", and %d more of these files", others);
+    }
+    if (left_out) {
+        remark("%s has %d tokens, but a window takes %d (--seq %d and one more): it is left out%s",
+               left_out->path, left_out->count, d->T + 1, d->T, more);
     }
 }
 
@@ -309,14 +290,13 @@ Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t se
 
     // Number the windows through all files.
     double start = seconds();
-    int told = program_rank != 0;
+    int told = 0;
     for (int i = 0; i < d->shard_count; i++) {
         Shard *s = &d->shards[i];
         char path[4096];
         snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
         if (!told && seconds() - start > 3) {
-            fprintf(stderr, "%s: reading the %s files of %s once, to check their tokens\n", program_name,
-                    kind, dir);
+            remark("reading the %s files of %s once, to check their tokens", kind, dir);
             told = 1;
         }
         shard_open(s, path, T, vocab, i % data_parts == data_part);

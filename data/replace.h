@@ -5,7 +5,6 @@
 // to where they were, tokenizer.json last. So a run that is killed meanwhile leaves no tokenizer, and
 // the next one puts all back.
 #pragma once
-#include "loader.h"
 #include "output.h"
 #include "roles.h"
 
@@ -63,8 +62,7 @@ static Names list_old_files(const char *out, int warn) {
         if (is_our_name(name)) {
             add_old_file(&old, out, name);
         } else if (warn && is_bin_name(name) && name_role(name)) {
-            fprintf(stderr, "%s: %s/%s was there before, and train_moe will read it too\n", program_name,
-                    out, name);
+            remark("%s/%s was there before, and train_moe will read it too", out, name);
         }
     }
     closedir(folder);
@@ -176,8 +174,8 @@ static void replace_files(const char *out, const Names *old, const Names *fresh)
     remove_tree(unfinished);
     remove_tree(aside);
     if (access(unfinished, F_OK) == 0 || access(aside, F_OK) == 0) {
-        fprintf(stderr, "%s: all files are in %s, but %s could not be removed\n", program_name, out,
-                access(aside, F_OK) == 0 ? aside : unfinished);
+        remark("all files are in %s, but %s could not be removed", out,
+               access(aside, F_OK) == 0 ? aside : unfinished);
     }
 }
 
@@ -187,11 +185,10 @@ static void replace_files(const char *out, const Names *old, const Names *fresh)
 // back, and what there is of the new ones goes. This may be killed, too, and then the next run does the
 // rest.
 static void restore_files(const char *out) {
-    char aside[2100], path[4200], other[4200];
+    char aside[2100], path[4200];
     if (!is_half_replaced(out)) {
         return;
     }
-
     snprintf(aside, sizeof(aside), "%s/" REPLACED, out);
     Names old = list_old_files(aside, 0);
     if (old.count == 0) { // there were none; the folder stays and says that the new ones are not all there
@@ -200,10 +197,8 @@ static void restore_files(const char *out) {
 
     // Where train_000000.bin is in both folders, that of `out` is a new one, and then all old files are
     // aside. It goes last, since it tells.
-    snprintf(path, sizeof(path), "%s/train_000000.bin", out);
-    snprintf(other, sizeof(other), "%s/train_000000.bin", aside);
     Names fresh = {NULL, 0};
-    if (is_there(path) && is_there(other)) {
+    if (has_file(out, "train_000000.bin") && has_file(aside, "train_000000.bin")) {
         fresh = list_old_files(out, 0);
     }
     for (size_t i = fresh.count; i-- > 0;) {
@@ -222,9 +217,7 @@ static void restore_files(const char *out) {
     }
     sync_folder(out);
     clear_away(aside);
-    fprintf(stderr, "%s: %s: an earlier run was ended while it replaced the files there; the old ones are "
-                    "back\n",
-            program_name, out);
+    remark("%s: an earlier run was ended while it replaced the files there; the old ones are back", out);
     free_names(&fresh);
     free_names(&old);
 }

@@ -29,7 +29,7 @@ check_hf: train_moe data/tokenize dev/test/logits
 	$(PYTHON) dev/test/check_hf.py --foreign
 
 ##test_builds: builds that must be refused, the probes of the Makefile, other C libraries; what is not installed is left out
-test_builds:
+test_builds: data/stories/tokenizer.json
 	CC=$(CC) dev/test/builds.sh
 
 ##test_posix: the programs as a system sees them that is neither Linux nor GNU: clang, strict C11 and POSIX, a short training

@@ -43,7 +43,7 @@ double window_loss(Run *run, long i, long count) {
         data_window(run->val, window, -1, run->inputs, run->targets);
     }
     *group = SEQUENCE; // the windows that other processes read are no part of this one's batch
-    double loss = forward_loss(run, i < count);
+    double loss = forward_loss(run, i < count ? 1 : 0);
     *group = before;
     return loss;
 }

@@ -144,7 +144,7 @@ const Option base_options[] = {
          "a checkpoint; the last step always saves one"),
     INTEGER("keep", keep, "2", 1, 1000000, TRAIN, PACES, "checkpoints kept"),
     TEXT("prompt", prompt, NULL, RUN, "Generation",
-         "go on from this text with the model in --out, and exit; - reads standard input; newlines at its end do not count"),
+         "go on from this text with the model in --out, and exit; - reads standard input; line breaks at its end do not count"),
     INTEGER("tokens", tokens, "300", 1, 2000000000, RUN, "Generation", "at most this many"),
     NUMBER("temperature", temperature, "0.5", 0, 1000, RUN, "Generation", "0: always the likeliest token"),
     INTEGER("top-k", top_k, "0", 0, 2000000000, RUN, "Generation", "choose among this many likeliest tokens; 0: all"),

@@ -87,20 +87,21 @@ void default_out(const Config *asked, int fresh, char out[2048]) {
         snprintf(out, 2048, "runs/%s-%d", recipe, n);
     }
     struct timespec newest = {0, 0};
-    DIR *dir = fresh ? NULL : opendir("runs");
-    for (struct dirent *entry; dir && (entry = next_entry(dir, "runs")) != NULL;) {
+    DIR *dir = fresh ? NULL : find_folder("runs");
+    const char *name;
+    while (dir && (name = next_name(dir, "runs")) != NULL) {
         char path[2048];
         struct stat info;
         size_t n = strlen(recipe);
-        snprintf(path, sizeof(path), "runs/%.1000s", entry->d_name);
-        int of_recipe = !strncmp(entry->d_name, recipe, n) && (!entry->d_name[n] || entry->d_name[n] == '-');
+        snprintf(path, sizeof(path), "runs/%.1000s", name);
+        int of_recipe = !strncmp(name, recipe, n) && (!name[n] || name[n] == '-');
         if ((asked->given[find_option("recipe")] && !of_recipe) || !stat_latest(path, &info)) {
             continue;
         }
         struct timespec time = file_time(&info);
         if (time.tv_sec > newest.tv_sec || (time.tv_sec == newest.tv_sec && time.tv_nsec >= newest.tv_nsec)) {
             newest = time;
-            snprintf(out, 2048, "runs/%.1000s", entry->d_name);
+            snprintf(out, 2048, "runs/%.1000s", name);
         }
     }
     if (dir) {
@@ -310,6 +311,7 @@ void start_run(Run *run, const Config *asked) {
 int prepare_run(Run *run, const Config *asked) {
     Config *c = &run->config;
     char checkpoint[4096];
+    struct stat latest;
     if (has_file(run->out, "config.json")) {
         usage_fail("%s is a model, not a run directory: start from it by --init, or resume the run that holds it",
                    run->out);
@@ -318,6 +320,10 @@ int prepare_run(Run *run, const Config *asked) {
     long left = smallest_checkpoint(run->out, &count);
     if (asked->resume && !resumed && left >= 0) {
         fail("%s/latest does not lead to a checkpoint, and none of those beside it is whole", run->out);
+    }
+    if (asked->resume && !resumed && stat_latest(run->out, &latest)) { // a run that was killed before it had one has none
+        fail("%s/latest leads to no checkpoint, and none is beside it: put them back, or begin anew with another --out",
+             run->out);
     }
     if (!asked->resume && (has_file(run->out, "log.jsonl") || left >= 0)) {
         usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
@@ -406,7 +412,7 @@ void answer_prompt(Run *run, const Config *asked) {
     if (!strcmp(prompt, "-")) {
         prompt = text = read_stream(stdin, "standard input", &size);
     }
-    while (size && prompt[size - 1] == '\n') { // however it came
+    while (size && (prompt[size - 1] == '\n' || prompt[size - 1] == '\r')) { // however it came
         size--;
     }
     fwrite(prompt, 1, size, stdout);

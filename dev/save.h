@@ -97,7 +97,7 @@ void remove_old_checkpoints(const Run *run) {
         }
         snprintf(path, sizeof(path), "%s/checkpoint-%ld", run->out, old);
         if (!set_aside(run, path, aside)) {
-            fprintf(stderr, "%s: %s: cannot be removed: %s\n", program_name, path, strerror(errno));
+            remark("%s: cannot be removed: %s", path, strerror(errno));
             return;
         }
         sync_directory(run->out);
@@ -201,12 +201,12 @@ void load_weights(Run *run, const char *dir, int moments) {
             continue;
         }
         WeightFiles files;
-        open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors");
+        open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", 1);
         const Part *p = parts;
         for (int i = 0; i < m->tensor_count; i++) {
             for (; p < parts + count && p->tensor == i; p++) {
-                read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
-                check_read(&files, prefix[what], p, tensor + p->offset);
+                const char *file = read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                check_read(file, prefix[what], p, tensor + p->offset);
             }
 
             // The run may have had float32 moments until now.
