@@ -857,7 +857,7 @@ void check_cut_data(int bytes) {
     size_t size;
     snprintf(path, sizeof(path), "%s", scratch_file("cut-data"));
     expect(shell(said, sizeof(said), "rm -rf %s && cp -a %s %s", path, scratch_file("data"), path), 0, NULL);
-    snprintf(options, sizeof(options), "--data %s --steps 1000000 --save-every 3 --eval-every 0", path);
+    snprintf(options, sizeof(options), "--data %s --steps 5000 --save-every 3 --eval-every 0", path);
     pid_t child = start_tiny("cut-run", options);
     assert_int_equal(wait_for(child, scratch_file("cut-run/latest/config.json"), "{"), -1);
     expect(shell(said, sizeof(said), "truncate -s %d %s/train_0.bin", bytes, path), 0, NULL);
