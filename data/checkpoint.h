@@ -133,18 +133,18 @@ int find_part(const Safetensors *s, const char *name, const Part *p, int experts
     return read_tensor(s, fused, p, experts * each, expert * each + (w == 3 ? rows : 0), to);
 }
 
-// Reads a part, under prefix, from whichever file has it.
-void read_part(const WeightFiles *files, const char *prefix, const Part *p, int experts, real *to) {
+// Reads a part, under prefix, from whichever file has it, and returns that file's path.
+const char *read_part(const WeightFiles *files, const char *prefix, const Part *p, int experts, real *to) {
     char name[160];
-    int found = 0;
+    const char *found = NULL;
     snprintf(name, sizeof(name), "%s%s", prefix, p->name);
     for (int i = 0; i < files->count && !found; i++) {
-        found = find_part(&files->list[i], name, p, experts, to);
+        found = find_part(&files->list[i], name, p, experts, to) ? files->list[i].path : NULL;
     }
 
     // A file may have only the output's matrix, where it is the embedding's; where it is not, check_tensors() refuses it.
     for (int i = 0; i < files->count && !found && !strcmp(name, "model.embed_tokens.weight"); i++) {
-        found = read_tensor(&files->list[i], "lm_head.weight", p, p->rows, 0, to);
+        found = read_tensor(&files->list[i], "lm_head.weight", p, p->rows, 0, to) ? files->list[i].path : NULL;
     }
     for (int i = 0; i < files->count && !found && !strncmp(name, "model.", 6); i++) {
         if (json_get(files->list[i].header, name + 6)) {
@@ -157,6 +157,7 @@ void read_part(const WeightFiles *files, const char *prefix, const Part *p, int 
         fail("%s: there is no %s, which config.json asks for", files->path, name);
     }
     ranks_tick();
+    return found;
 }
 
 // Tensors of a file that change nothing: frequencies of rotary positions, which old versions of transformers saved, and
@@ -165,6 +166,20 @@ int is_idle_tensor(const char *name, int untied) {
     const char *const end = "rotary_emb.inv_freq";
     size_t n = strlen(name), k = strlen(end);
     return (n >= k && !strcmp(name + n - k, end)) || (!untied && !strcmp(name, "lm_head.weight"));
+}
+
+// Ends the program where the files have one part under both of its names: only one of the two was read.
+void check_names(const Table *seen, const WeightFiles *files, const char *name) {
+    int expert;
+    char fused[96];
+    if (!fused_name(name, fused, &expert)) {
+        return;
+    }
+    int64_t first = table_get(seen, name, strlen(name)) - 2, second = table_get(seen, fused, strlen(fused)) - 2;
+    if (first >= 0 && second >= 0) {
+        fail("%s: %s is there twice, in %s as %s; remove the one that is old", files->list[first].path, name,
+             files->list[second].path, fused);
+    }
 }
 
 // Ends the program where the files have a tensor that is no part of the model: what it does there would be lost.
@@ -198,6 +213,10 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
             }
             *seen = i + 2;
         }
+    }
+    for (int i = 0; i < copies * count; i++) {
+        snprintf(name, sizeof(name), "%s%s", prefix[i / count], parts[i % count].name);
+        check_names(&asked, files, name);
     }
     const char *const embed = "model.embed_tokens.weight";
     if (c->untied && table_get(&asked, embed, strlen(embed)) == 1) {
@@ -307,10 +326,7 @@ void untie_output(Config *c, const char *dir) {
     const char *const names[] = {"model.embed_tokens.weight", "lm_head.weight"};
     const Safetensors *at[2] = {NULL, NULL};
     const Json *tensors[2] = {NULL, NULL};
-    int trusted = trust_files;
-    trust_files = 1; // checksums are compared when all is read
-    open_weights(&files, dir, "model.safetensors");
-    trust_files = trusted;
+    open_weights(&files, dir, "model.safetensors", 0); // checksums are compared when all is read
     for (int i = 0; i < files.count; i++) {
         for (int k = 0; k < 2; k++) {
             const Json *t = json_get(files.list[i].header, names[k]);

@@ -1,4 +1,4 @@
-// checksums.json, a file of each checkpoint: by it damage to the others is found, which else would be trained on.
+// checksums.json, a file of each checkpoint: it shows when one of the others is damaged, before training goes on from it.
 // Gives: trust_files; to write it begin_sums, sum_tensor, end_sums, sum_small_files; to read it open_sums, check_tensor,
 // close_sums, check_small_files. Needs: checksum.h, json.h.
 //
@@ -10,6 +10,10 @@
 #include "json.h"
 
 int trust_files = 0; // --trust-weights: nothing is compared
+
+// What a user can do about a checkpoint that is damaged.
+#define OLDER_CHECKPOINT   "remove that checkpoint's folder, and --resume takes the newest whole one"
+#define INSTEAD_OF_DAMAGED OLDER_CHECKPOINT "; or take it as it is, by --trust-weights"
 
 // The small files that a run reads again, as far as a checkpoint has them.
 static const char *const summed_files[] = {"config.json", "tokenizer.json", "trainer_state.json", "router_state.json"};
@@ -39,7 +43,7 @@ void sum_small_files(FILE *sums, const char *dir) {
         char path[4200];
         size_t size;
         snprintf(path, sizeof(path), "%s/%s", dir, summed_files[i]);
-        if (!is_there(path)) {
+        if (!has_file(dir, summed_files[i])) {
             continue;
         }
         char *text = read_file(path, &size);
@@ -63,11 +67,11 @@ Json *read_sums(const char *dir) {
     char path[4300];
     size_t size;
     snprintf(path, sizeof(path), "%s/checksums.json", dir);
-    if (trust_files || !is_there(path)) {
+    if (trust_files || !has_file(dir, "checksums.json")) {
         return NULL;
     }
     char *text = read_file(path, &size);
-    Json *json = json_parse(text, size, path);
+    Json *json = json_parse_or(text, size, path, "; " INSTEAD_OF_DAMAGED);
     free(text);
     return json;
 }
@@ -81,16 +85,13 @@ int is_sum(const Json *wanted, uint64_t found) {
 
 // Says that a file's checksums do not count, since it is not the one that they were taken of.
 void pass_over_sums(const char *path, const char *why) {
-    if (program_rank == 0) {
-        fprintf(stderr, "%s: %s: another %s than checksums.json says: it was written anew, so it is not compared with its "
-                        "checksums\n", program_name, path, why);
-    }
+    remark("%s: another %s than checksums.json says: it was written anew, so it is not compared with its checksums", path,
+           why);
 }
 
 // Ends the program: a file is not as it was written.
 __attribute__((noreturn)) void fail_sum(const char *path, const char *what) {
-    fail("%s: damaged: %s not have the checksum that stands in checksums.json beside it; take an older checkpoint, or take "
-         "it as it is by --trust-weights", path, what);
+    fail("%s: damaged%s not have the checksum that stands in checksums.json beside it; " INSTEAD_OF_DAMAGED, path, what);
 }
 
 // The checksums of the file of tensors `path`, which has so many bytes and this header.
@@ -117,7 +118,7 @@ Sums *open_sums(const char *path, size_t bytes, const char *header, size_t heade
 
 // Ends the program unless the tensor `name` of the file `path` is as it was written.
 void check_tensor(Sums *s, const char *path, const char *name, const void *numbers, size_t bytes) {
-    if (!s->tensors) {
+    if (!s || !s->tensors) {
         return;
     }
     if (!s->next || strcmp(s->next->key, name) != 0) {
@@ -125,15 +126,17 @@ void check_tensor(Sums *s, const char *path, const char *name, const void *numbe
     }
     if (!is_sum(s->next, checksum_of(numbers, bytes))) {
         char what[256];
-        snprintf(what, sizeof(what), "the numbers of %.200s do", name);
+        snprintf(what, sizeof(what), ": the numbers of %.200s do", name);
         fail_sum(path, what);
     }
     s->next = s->next->next;
 }
 
 void close_sums(Sums *s) {
-    json_free(s->json);
-    free(s);
+    if (s) {
+        json_free(s->json);
+        free(s);
+    }
 }
 
 // Ends the program unless the small files in dir are as they were written. One of another size was changed on purpose.
@@ -144,14 +147,14 @@ void check_small_files(const char *dir) {
         char path[4300];
         size_t size;
         snprintf(path, sizeof(path), "%s/%s", dir, summed_files[i]);
-        if (!file || !is_there(path)) {
+        if (!file || !has_file(dir, summed_files[i])) {
             continue;
         }
         char *text = read_file(path, &size);
         if (!bytes || bytes->number != (double)size) {
             pass_over_sums(path, "size");
         } else if (!is_sum(json_get(file, "checksum"), checksum_of(text, size))) {
-            fail_sum(path, "its bytes do");
+            fail_sum(path, ", or edited by hand: its bytes do");
         }
         free(text);
     }

@@ -1,12 +1,12 @@
 // Hugging Face's config.json: what each of its fields means to this program, and what lies beside it.
-// Gives: config_fields, config_from_hugging_face, model_directory, check_weight_files, remark. Needs: data/json.h,
-// data/tokenizer.h, dev/options.h, dev/directory.h, Config of train_moe.c; data/checkpoint.h includes it.
+// Gives: config_fields, config_from_hugging_face, check_weight_files. Needs: data/json.h; json_word of data/tokenizer.h;
+// dev/options.h, and Config of train_moe.c; data/checkpoint.h includes it.
 //
 // One table says it all. A field that changes what the model computes is taken, or refused by its name; the others are
 // known to be idle, or named once. A field that a file lacks has the value that its class documents.
 #pragma once
-#include "../dev/directory.h"
 #include "json.h"
+#include "tokenizer.h"
 
 // ---- the table
 
@@ -72,11 +72,11 @@ const Field config_fields[] = {
     {"logits_soft_cap", FIELD_OFF, "logits have no cap here", {NULL}},
     {"query_pre_attn_scalar", FIELD_OFF, "scores of attention are divided by the root of a head's width here", {NULL}},
     {"attention_multiplier", FIELD_OFF, "scores of attention are divided by the root of a head's width here", {NULL}},
-    {"embedding_multiplier", FIELD_ONE, "nothing is multiplied there here", {NULL}},
-    {"residual_multiplier", FIELD_ONE, "nothing is multiplied there here", {NULL}},
-    {"logits_scaling", FIELD_ONE, "nothing is multiplied there here", {NULL}},
-    {"logit_scale", FIELD_ONE, "nothing is multiplied there here", {NULL}},
-    {"routed_scaling_factor", FIELD_ONE, "nothing is multiplied there here", {NULL}},
+    {"embedding_multiplier", FIELD_ONE, "embeddings are not multiplied by a factor here", {NULL}},
+    {"residual_multiplier", FIELD_ONE, "what a layer adds is not multiplied by a factor here", {NULL}},
+    {"logits_scaling", FIELD_ONE, "logits are not divided by a factor here", {NULL}},
+    {"logit_scale", FIELD_ONE, "logits are not multiplied by a factor here", {NULL}},
+    {"routed_scaling_factor", FIELD_ONE, "a Mixtral does not multiply its experts' weights by a factor", {NULL}},
     {"norm_topk_prob", FIELD_TRUE, "a Mixtral divides the weights of the chosen experts by their sum", {NULL}},
     {"mlp_only_layers", FIELD_OFF, "all layers of a Mixtral have experts", {NULL}},
     {"first_k_dense_replace", FIELD_OFF, "all layers of a Mixtral have experts", {NULL}},
@@ -148,19 +148,6 @@ typedef struct ConfigReader {
     int own;  // 1: this program wrote the file once, and its object train_moe has been read
     char changed[1024], unknown[1024], training[512]; // lists, for the user
 } ConfigReader;
-
-// Prints a line that the user should see, once.
-__attribute__((format(printf, 1, 2))) void remark(const char *format, ...) {
-    if (program_rank) {
-        return;
-    }
-    va_list args;
-    va_start(args, format);
-    fprintf(stderr, "%s: ", program_name);
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n");
-    va_end(args);
-}
 
 // Appends to a list of words; what does not fit is left out.
 __attribute__((format(printf, 3, 4))) void list_word(char *list, size_t size, const char *format, ...) {
@@ -426,40 +413,7 @@ int config_from_hugging_face(Config *c, const Json *json, const char *type, cons
     return window;
 }
 
-// ---- which directory
-
-// The directory of the model that --init names: a checkpoint, the newest checkpoint of a run, or another maker's model.
-// Where it names none of these, the program ends and says what it found.
-const char *model_directory(const char *name) {
-    char path[4096];
-    struct stat info;
-    const char *slash = strchr(name, '/');
-    int found = stat(name, &info) == 0;
-    if (!found && slash && slash != name && name[0] != '.' && slash[1] && !strchr(slash + 1, '/')) {
-        fail("%s: there is no such folder. If it is a model's name on Hugging Face's hub: this program downloads "
-             "nothing; run `hf download %s --local-dir DIR` and give --init DIR",
-             name, name);
-    }
-    if (!found) {
-        fail("%s/config.json: there is no such folder; give that of a checkpoint, of a run, or of a Hugging Face model",
-             name);
-    }
-    if (!S_ISDIR(info.st_mode)) {
-        fail("%s: a file; give the folder that holds config.json and model.safetensors", name);
-    }
-    if (has_file(name, "adapter_config.json")) {
-        fail("%s: an adapter (adapter_config.json), which is only a change of another model; merge the two "
-             "(merge_and_unload and save_pretrained of Python's peft) and give the folder of the whole model",
-             name);
-    }
-    if (has_file(name, "config.json")) {
-        return name;
-    }
-    if (find_checkpoint(name, 0, path)) {
-        return keep_text(path);
-    }
-    fail("%s: neither config.json nor latest/config.json is there: neither a model nor a run that has saved one", name);
-}
+// ---- the files beside it
 
 // Says which file of weights is read where there are two kinds, and ends the program where there is only one of a kind
 // that is not read.

@@ -1,4 +1,5 @@
-// Interruption of data/tokenize: a thread waits for Ctrl-C and the like, so that no other work has to look for them.
+// Interruption of data/tokenize: a thread waits for Ctrl-C and the like, so that no other work has to
+// look for them.
 // Gives: await_signals, naming. Needs: dev/util.h; POSIX threads.
 // It ends the program at any time but one: while files get their names. What is unfinished is removed.
 #pragma once
@@ -24,7 +25,8 @@ static void *wait_for_signals(void *unused) {
     return NULL;
 }
 
-// Starts the thread. All threads that come later leave these signals to it. Those that are ignored stay so (nohup).
+// Starts the thread. All threads that come later leave these signals to it. Those that are ignored stay
+// so (nohup).
 static void await_signals(void) {
     static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
     struct sigaction action;
@@ -35,6 +37,7 @@ static void await_signals(void) {
             sigaddset(&awaited, numbers[i]);
         }
     }
+    signal(SIGPIPE, SIG_IGN); // where nobody reads what it prints (| head), it goes on, and its end says so
     int error = pthread_sigmask(SIG_BLOCK, &awaited, NULL);
     if (!error) {
         error = pthread_create(&thread, NULL, wait_for_signals, NULL);

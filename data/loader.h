@@ -1,12 +1,9 @@
 // The data loader: token files as batches of windows.
-// Gives: data_open, data_batch, data_window, data_frequency, data_fingerprint, data_close.
-// Needs: dev/util.h, data/roles.h, data/checksum.h.
-// Token files are llm.c's: a header of 256 int32 (magic, version, number of tokens), then the
-// tokens as uint16, all in little-endian order. They are mapped, so they may be larger than memory.
-// In the part of the header that llm.c leaves zero, data/tokenize writes CHECKSUM_MARK and then, as
-// two int32, the lower half first, the checksum (data/checksum.h) of the tokens' bytes.
-//
-// When a file is opened, it is read once, to check its tokens. It may not change later.
+// Gives: data_open, data_unchanged, data_batch, data_window, data_frequency, data_close.
+// Needs: dev/util.h, data/token_file.h, data/roles.h, data/checksum.h.
+// Token files (data/token_file.h) are mapped, so they may be larger than memory. When a file is opened,
+// it is read once, to check its tokens. It may not change later, and data_unchanged() looks whether it
+// did.
 //
 // A file is cut into windows of T tokens; the token behind a window is its last target. An epoch
 // visits every window of every file once, in an order that depends on the seed and the epoch only.
@@ -14,15 +11,14 @@
 #pragma once
 #include "checksum.h"
 #include "roles.h"
-
-#define TOKENS_MAGIC  20240520
-#define CHECKSUM_MARK 0x6d757363 // "csum"
+#include "token_file.h"
 
 // One token file.
 typedef struct Shard {
     char *path;
     void *map;              // the mapped file
     size_t map_size;        // bytes
+    struct timespec time;   // when it was last written to
     const uint16_t *tokens; // (count), inside the map
     int count;
     long first, end; // this file's windows are first .. end - 1 of all
@@ -34,6 +30,7 @@ typedef struct Data {
     int shard_count, T, vocab;
     long windows;  // of all files
     double tokens; // of all files
+    double fingerprint; // tells this data from any other, as it was when it was opened
     uint64_t seed;
     long epoch;      // the epoch that `order` is for; -1: none yet
     uint32_t *order; // (windows)
@@ -42,12 +39,9 @@ typedef struct Data {
 
 Data *data_list = NULL;          // all that are open
 void (*data_tick)(void) = NULL;  // called again and again while a file is read, if it is set
+int data_part = 0;               // where several processes open the same files, this one checks the tokens
+int data_parts = 1;              // of those whose number % data_parts is data_part
 struct sigaction data_bus_error; // what a SIGBUS did before data_open
-
-// For qsort: pointers to strings, in order of their bytes.
-int compare_text(const void *a, const void *b) {
-    return strcmp(*(char *const *)a, *(char *const *)b);
-}
 
 // ---- opening
 
@@ -67,8 +61,8 @@ void on_bus_error(int number, siginfo_t *info, void *context) {
                 data_put(program_name);
                 data_put(": ");
                 data_put(s->path);
-                data_put(": the file changed while it was in use: it is shorter now, or cannot be read. The last "
-                         "checkpoint is as it was\n");
+                data_put(": the file changed while it was in use: it is shorter now, or cannot be read. "
+                         "The last checkpoint is as it was\n");
                 _exit(1);
             }
         }
@@ -80,8 +74,8 @@ void on_bus_error(int number, siginfo_t *info, void *context) {
 
 // A token is too large for the vocabulary.
 __attribute__((noreturn)) void fail_at_token(const char *path, size_t at, int token, int vocab) {
-    fail("%s: token %zu is %d, but the tokenizer has %d tokens; was the file made with another one? Make it again with "
-         "data/tokenize, or name its tokenizer by --tokenizer",
+    fail("%s: token %zu is %d, but the model has %d tokens; was the file made with another tokenizer? Make it "
+         "again with data/tokenize, or name its tokenizer by --tokenizer",
          path, at, token, vocab);
 }
 
@@ -107,8 +101,8 @@ uint16_t highest_token(const uint16_t *tokens, size_t count) {
     return highest;
 }
 
-// Reads all tokens once: is their checksum that of the header (0: it has none), and is each below `vocab`? They are read,
-// not looked at in the map, which would then count as this program's memory.
+// Reads all tokens once: is their checksum that of the header (0: it has none), and is each below
+// `vocab`? They are read, not looked at in the map, which would then count as this program's memory.
 void shard_check(const Shard *s, int file, int vocab, uint64_t expected) {
     const size_t most = 1 << 17; // tokens of a piece, which the processor's cache holds
     uint16_t *piece = (uint16_t *)allocate(most, sizeof(uint16_t));
@@ -137,8 +131,8 @@ void shard_check(const Shard *s, int file, int vocab, uint64_t expected) {
     }
     free(piece);
     if (expected && checksum_end(&sum) != expected) {
-        fail("%s: damaged: its tokens do not have the checksum in its header; take another copy, or make it again with "
-             "data/tokenize",
+        fail("%s: damaged: its tokens do not have the checksum in its header; take another copy, or make it "
+             "again with data/tokenize",
              s->path);
     }
     if (bad < count) {
@@ -146,8 +140,8 @@ void shard_check(const Shard *s, int file, int vocab, uint64_t expected) {
     }
 }
 
-// Maps the token file `path` and checks its tokens and all that its header promises.
-void shard_open(Shard *s, const char *path, int T, int vocab) {
+// Maps the token file `path` and checks all that its header promises, and with `check` its tokens.
+void shard_open(Shard *s, const char *path, int T, int vocab, int check) {
     s->path = copy_text(path);
 
     // Without O_NONBLOCK, a pipe of that name would wait for a writer for ever.
@@ -157,6 +151,7 @@ void shard_open(Shard *s, const char *path, int T, int vocab) {
         fail("%s: cannot open: %s", path, strerror(errno));
     }
     s->map_size = (size_t)info.st_size;
+    s->time = file_time(&info);
     if (!S_ISREG(info.st_mode) || s->map_size < 1024) {
         fail("%s: not a token file: expected a header of 1024 bytes, found %zu bytes", path,
              s->map_size);
@@ -178,7 +173,9 @@ void shard_open(Shard *s, const char *path, int T, int vocab) {
     s->first = 0;
     s->end = s->count > T ? (s->count - 1) / T : 0;
     uint64_t sum = (uint64_t)(uint32_t)header[5] << 32 | (uint32_t)header[4];
-    shard_check(s, file, vocab, header[3] == CHECKSUM_MARK ? sum : 0);
+    if (check) {
+        shard_check(s, file, vocab, header[3] == CHECKSUM_MARK ? sum : 0);
+    }
 
     // The map stays when the file is closed.
     s->map = mmap(NULL, s->map_size, PROT_READ, MAP_PRIVATE, file, 0);
@@ -189,31 +186,8 @@ void shard_open(Shard *s, const char *path, int T, int vocab) {
     s->tokens = (const uint16_t *)((const char *)s->map + 1024);
 }
 
-DIR *open_folder(const char *dir) {
-    DIR *folder = opendir(dir);
-    if (!folder) {
-        fail("%s: cannot open the data folder: %s", dir, strerror(errno));
-    }
-    return folder;
-}
-
-// The next name in a folder, NULL at its end. An error is not taken for the end.
-const char *next_name(DIR *folder, const char *dir) {
-    errno = 0;
-    const struct dirent *entry = readdir(folder);
-    if (!entry && errno) {
-        fail("%s: cannot read the folder: %s", dir, strerror(errno));
-    }
-    return entry ? entry->d_name : NULL;
-}
-
-int is_bin_name(const char *name) {
-    size_t n = strlen(name);
-    return n >= 4 && strcmp(name + n - 4, ".bin") == 0;
-}
-
-// The names, in order, of all files of `dir` that end in .bin and are for `kind` ("train" or "val"),
-// to be freed like the list itself; *count is their number. No such file ends the program with a message.
+// The names, in order, of all files of `dir` that end in .bin and are for `kind` ("train" or "val"), to
+// be freed like the list itself; *count is their number. No such file ends the program with a message.
 char **list_shards(const char *dir, const char *kind, int *count) {
     DIR *folder = open_folder(dir);
     int wanted = strcmp(kind, "train") == 0 ? TRAINING : VALIDATION;
@@ -235,8 +209,8 @@ char **list_shards(const char *dir, const char *kind, int *count) {
     }
     closedir(folder);
     if (*count == 0) {
-        fail("%s: no .bin file there has the word %s in its name; %scall token files train_000000.bin, val_000000.bin "
-             "and so on (data/tinystories.sh and data/tokenize make such folders)",
+        fail("%s: no .bin file there has the word %s in its name; %scall token files train_000000.bin, "
+             "val_000000.bin and so on (data/tinystories.sh and data/tokenize make such folders)",
              dir, kind, other);
     }
     qsort(names, (size_t)*count, sizeof(char *), compare_text);
@@ -269,60 +243,25 @@ void check_windows(const Data *d, const char *dir, const char *kind) {
         }
     }
     if (!d->windows) {
-        fail("%s: too short: the longest %s file has %d tokens, but a window takes %d (--seq %d and one more)", dir, kind,
-             longest, d->T + 1, d->T);
+        fail("%s: too short: the longest %s file has %d tokens, but a window takes %d (--seq %d and one more)",
+             dir, kind, longest, d->T + 1, d->T);
     }
     if (d->windows > UINT32_MAX) {
         fail("%s: more than %u windows; a larger --seq makes fewer", dir, UINT32_MAX);
     }
-    if (left_out && !program_rank) {
-        fprintf(stderr, "%s: %s has %d tokens, but a window takes %d (--seq %d and one more): it is left out",
-                program_name, left_out->path, left_out->count, d->T + 1, d->T);
-        if (others > 0) {
-            fprintf(stderr, ", and %d more of these files", others);
-        }
-        fprintf(stderr, "\n");
+    char more[64] = "";
+    if (others > 0) {
+        snprintf(more, sizeof(more), ", and %d more of these files", others);
     }
-}
-
-// Opens the token files of `dir` that are for `kind` ("train" or "val"), for windows of T tokens below `vocab`. Ends the
-// program with a message if there is no such file, a damaged one, or no full window.
-Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t seed) {
-    Data *d = (Data *)allocate(1, sizeof(Data));
-    char **names = list_shards(dir, kind, &d->shard_count);
-    d->shards = (Shard *)allocate((size_t)d->shard_count, sizeof(Shard));
-    d->T = T;
-    d->vocab = vocab;
-    d->seed = seed;
-    d->epoch = -1;
-
-    // Number the windows through all files.
-    double start = seconds();
-    int told = program_rank != 0;
-    for (int i = 0; i < d->shard_count; i++) {
-        Shard *s = &d->shards[i];
-        char path[4096];
-        snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
-        if (!told && seconds() - start > 3) {
-            fprintf(stderr, "%s: reading the %s files of %s once, to check their tokens\n", program_name, kind, dir);
-            told = 1;
-        }
-        shard_open(s, path, T, vocab);
-        d->tokens += s->end > s->first ? s->count : 0;
-        s->first += d->windows;
-        s->end += d->windows;
-        d->windows = s->end;
-        free(names[i]);
+    if (left_out) {
+        remark("%s has %d tokens, but a window takes %d (--seq %d and one more): it is left out%s",
+               left_out->path, left_out->count, d->T + 1, d->T, more);
     }
-    free(names);
-    check_windows(d, dir, kind);
-    data_register(d);
-    return d;
 }
 
 // A number that tells this data from any other: a hash of the files' sizes and of 4096 tokens of
 // each. A resumed run compares it with the one that it began with.
-double data_fingerprint(const Data *d) {
+double fingerprint_data(const Data *d) {
     uint64_t h = 0;
     for (int i = 0; i < d->shard_count; i++) {
         const Shard *s = &d->shards[i];
@@ -335,6 +274,64 @@ double data_fingerprint(const Data *d) {
         }
     }
     return (double)(h >> 12); // 52 bits, which a double and JSON hold exactly
+}
+
+// Opens the token files of `dir` that are for `kind` ("train" or "val"), for windows of T tokens below
+// `vocab`. Ends the program with a message if there is no such file, a damaged one, or no full window.
+Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t seed) {
+    Data *d = (Data *)allocate(1, sizeof(Data));
+    refuse_half_replaced(dir);
+    char **names = list_shards(dir, kind, &d->shard_count);
+    d->shards = (Shard *)allocate((size_t)d->shard_count, sizeof(Shard));
+    d->T = T;
+    d->vocab = vocab;
+    d->seed = seed;
+    d->epoch = -1;
+
+    // Number the windows through all files.
+    double start = seconds();
+    int told = 0;
+    for (int i = 0; i < d->shard_count; i++) {
+        Shard *s = &d->shards[i];
+        char path[4096];
+        snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
+        if (!told && seconds() - start > 3) {
+            remark("reading the %s files of %s once, to check their tokens", kind, dir);
+            told = 1;
+        }
+        shard_open(s, path, T, vocab, i % data_parts == data_part);
+        d->tokens += s->end > s->first ? s->count : 0;
+        s->first += d->windows;
+        s->end += d->windows;
+        d->windows = s->end;
+        free(names[i]);
+    }
+    free(names);
+    check_windows(d, dir, kind);
+    data_register(d);
+    d->fingerprint = fingerprint_data(d);
+    return d;
+}
+
+// Ends the program where an open file has changed: its map may have other tokens now, and zeros behind
+// a new end within the last page. A file that was removed does no harm, since its map stays.
+void data_unchanged(void) {
+    for (const Data *d = data_list; d; d = d->next) {
+        for (int i = 0; i < d->shard_count; i++) {
+            const Shard *s = &d->shards[i];
+            struct stat info;
+            if (stat(s->path, &info) != 0) {
+                continue;
+            }
+            struct timespec time = file_time(&info);
+            if ((size_t)info.st_size != s->map_size || time.tv_sec != s->time.tv_sec ||
+                time.tv_nsec != s->time.tv_nsec) {
+                fail("%s: the file changed while it was in use; the last checkpoint is as it was. Put the "
+                     "old file back, and go on with --resume",
+                     s->path);
+            }
+        }
+    }
 }
 
 // How often each token occurs among the first ten million tokens of the data. (vocab), to be freed.
@@ -391,7 +388,7 @@ void data_window(const Data *d, long w, long epoch, int *inputs, int *targets) {
     for (int t = 0; t <= T; t++) {
         int token = s->tokens[start + (size_t)t];
         if (token >= d->vocab) {
-            fail_at_token(s->path, start + (size_t)t, token, d->vocab); // the file changed since it was opened
+            fail_at_token(s->path, start + (size_t)t, token, d->vocab); // it changed since it was opened
         }
         if (t < T) {
             inputs[t] = token;
@@ -421,6 +418,7 @@ void data_batch(Data *d, long first, int B, int *inputs, int *targets) {
     for (int b = 0; b < B; b++) {
         long epoch = (first + b) / d->windows;
         if (epoch != d->epoch) {
+            data_unchanged();
             shuffle_windows(d, epoch);
         }
 

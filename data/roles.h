@@ -1,7 +1,8 @@
 // What the name of a file says of it: is it for training, or for validation?
 // Gives: TRAINING, VALIDATION, name_role, file_role. Needs: dev/util.h.
-// Whole words decide, and a word is a run of letters: train_000000.bin is for training and my-text.valid.txt for validation.
-// "pretrain" and "medieval" are other words, so pretrain_val_0.bin is for validation only.
+// Whole words decide, and a word is a run of letters: train_000000.bin is for training and
+// my-text.valid.txt for validation. "pretrain" and "medieval" are other words, so pretrain_val_0.bin is
+// for validation only.
 #pragma once
 #include "../dev/util.h"
 #include <strings.h>
@@ -42,7 +43,9 @@ int name_role(const char *path) {
 int file_role(const char *path) {
     int role = name_role(path);
     if (role == (TRAINING | VALIDATION)) {
-        fail("%s: the name has a word for training and one for validation; give the file a name with one of them", path);
+        fail("%s: the name has a word for training and one for validation; give the file a name with one of "
+             "them",
+             path);
     }
     return role;
 }

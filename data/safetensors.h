@@ -1,6 +1,6 @@
 // Safetensors, the files in which models keep their numbers. https://github.com/huggingface/safetensors
-// Gives: Part, start_safetensors, write_numbers, open_weights, close_weights, read_tensor; has_file, open_for_writing,
-// write_text, expect_member.
+// Gives: Part, start_safetensors, write_numbers, open_weights, close_weights, read_tensor; open_for_writing, write_text,
+// expect_member.
 // Needs: data/json.h; find_word of dev/options.h; ranks_tick of dev/ranks/comm.h.
 //
 // Such a file is the length of its header as 8 bytes, the header, which is JSON, and the numbers.
@@ -20,12 +20,6 @@ size_t part_size(const Part *p) {
 }
 
 // ---- writing files
-
-int has_file(const char *dir, const char *name) {
-    char path[4200];
-    snprintf(path, sizeof(path), "%s/%s", dir, name);
-    return is_there(path);
-}
 
 FILE *open_for_writing(const char *dir, const char *name) {
     char path[4200];
@@ -134,10 +128,11 @@ typedef struct Safetensors { // a mapped file
     const char *map, *data;
     size_t size, data_size;
     Json *header;
-    Sums *sums; // the checksums that were written beside it
+    Sums *sums; // the checksums that were written beside it; NULL: its numbers are not compared
 } Safetensors;
 
-void safetensors_open(Safetensors *s, const char *path) {
+// compared: its numbers are compared with their checksums when they are read.
+void safetensors_open(Safetensors *s, const char *path, int compared) {
     snprintf(s->path, sizeof(s->path), "%s", path);
     int file = open(path, O_RDONLY);
     struct stat info;
@@ -158,7 +153,7 @@ void safetensors_open(Safetensors *s, const char *path) {
              s->size);
     }
     s->header = json_parse(s->map + 8, (size_t)length, path);
-    s->sums = open_sums(path, s->size, s->map + 8, (size_t)length);
+    s->sums = compared ? open_sums(path, s->size, s->map + 8, (size_t)length) : NULL;
     s->data = s->map + 8 + length;
     s->data_size = s->size - 8 - (size_t)length;
 }
@@ -299,7 +294,7 @@ typedef struct WeightFiles { // one file, or several over which a model's tensor
 } WeightFiles;
 
 // Opens one more, unless it is open.
-void open_one(WeightFiles *w, const char *dir, const char *name) {
+void open_one(WeightFiles *w, const char *dir, const char *name, int compared) {
     snprintf(w->path, sizeof(w->path), "%s/%s", dir, name);
     for (int i = 0; i < w->count; i++) {
         if (!strcmp(w->list[i].path, w->path)) {
@@ -307,16 +302,17 @@ void open_one(WeightFiles *w, const char *dir, const char *name) {
         }
     }
     w->list = (Safetensors *)reallocate(w->list, (size_t)w->count + 1, sizeof(Safetensors));
-    safetensors_open(&w->list[w->count++], w->path);
+    safetensors_open(&w->list[w->count++], w->path, compared);
 }
 
-// Opens dir/name, or, where it is not there, the files that dir/name.index.json lists.
-void open_weights(WeightFiles *w, const char *dir, const char *name) {
+// Opens dir/name, or, where it is not there, the files that dir/name.index.json lists. compared: as in
+// safetensors_open().
+void open_weights(WeightFiles *w, const char *dir, const char *name, int compared) {
     w->list = NULL;
     w->count = 0;
     snprintf(w->path, sizeof(w->path), "%s/%s.index.json", dir, name);
     if (has_file(dir, name) || !is_there(w->path)) {
-        open_one(w, dir, name);
+        open_one(w, dir, name, compared);
         return;
     }
     size_t size;
@@ -326,7 +322,7 @@ void open_weights(WeightFiles *w, const char *dir, const char *name) {
         if (m->type != 's') {
             fail("%s/%s.index.json: the file of %s is not a text", dir, name, m->key);
         }
-        open_one(w, dir, m->text);
+        open_one(w, dir, m->text, compared);
     }
     json_free(json);
     free(text);

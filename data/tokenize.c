@@ -25,7 +25,8 @@
 
 #include "clean.h"      // --clean
 #include "interrupt.h"  // Ctrl-C
-#include "output.h"     // token files, and how they take the place of old ones
+#include "output.h"     // token files
+#include "replace.h"    // how they take the place of old ones
 #include "vocabulary.h" // --vocab
 
 // ----------------------------------------------------------------------------
@@ -251,8 +252,9 @@ static void add_counts(Table *sum, const Table *t, int64_t at_least) {
 static void count_document(Table *counts, const unsigned char *class_of, const char *s, size_t n) {
     const char *end = s + n;
     while (s < end) {
-        // Of a longer word only a few bytes behind the first WORD_BYTES are looked at: enough for the character that is cut
-        // there and the next one. So a run without a break is looked through once, and not again for every piece.
+        // Of a longer word only a few bytes behind the first WORD_BYTES are looked at: enough for the
+        // character that is cut there and the next one. So a run without a break is looked through
+        // once, and not again for every piece.
         size_t left = (size_t)(end - s);
         size_t length = first_word(class_of, s, left > WORD_BYTES + 8 ? WORD_BYTES + 8 : left);
         length = length > WORD_BYTES ? WORD_BYTES : length;
@@ -307,7 +309,8 @@ static Table count_words(Reader *r) {
 // ----------------------------------------------------------------------------
 // Encoding.
 
-// Encodes all documents in parallel and writes them in order, those of validation to val, the others to train.
+// Encodes all documents in parallel and writes them in order, those of validation to val, the others to
+// train.
 static void encode_documents(Reader *r, const Tokenizer *t, Shards *train, Shards *val) {
     int threads = thread_count();
     Tokenizer **mine = (Tokenizer **)allocate((size_t)threads, sizeof(Tokenizer *));
@@ -366,8 +369,9 @@ typedef struct Options {
 
 // Standard output must have taken everything that was printed.
 static void finish_output(void) {
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        fail("standard output: %s", strerror(errno));
+    int lost = ferror(stdout);
+    if (fflush(stdout) != 0 || lost) {
+        fail("standard output: cannot write: %s", lost ? "a part of it is lost" : strerror(errno));
     }
 }
 
@@ -375,8 +379,9 @@ static void print_help(void) {
     printf("usage: data/tokenize [--vocab N | --tokenizer FILE] [--clean] TEXTFILE... --out DIR\n"
            "       data/tokenize --tokenizer FILE --ids TEXTFILE...\n\n"
            "Turns texts, whose documents are separated by %s, into token files for train_moe. A file\n"
-           "whose name has the word val, valid or validation (my-text.valid.txt) becomes validation text; without one\n"
-           "the last hundredth of the documents does.\n\n"
+           "whose name has the word val, valid, validation or eval (my-text.valid.txt) becomes validation\n"
+           "text; one with the word train or training, or none of these, is for training. Without\n"
+           "validation text the last hundredth of the documents becomes it.\n\n"
            "  --out DIR         where to write tokenizer.json, train_000000.bin ..., val_000000.bin ...\n"
            "  --vocab N         train a byte-level BPE vocabulary of N tokens, 257 to 65536 (default 4096)\n"
            "  --tokenizer FILE  use this tokenizer.json (byte-level BPE, such as GPT-2's)\n"
@@ -399,8 +404,8 @@ static int number_option(const char *option, const char *text, int least, int mo
     return (int)value;
 }
 
-// The word that getopt_long did not understand. In one of short options, such as -x.txt, it stops behind the first letter,
-// and the word is then the next one.
+// The word that getopt_long did not understand. In one of short options, such as -x.txt, it stops
+// behind the first letter, and the word is then the next one.
 static const char *refused_word(char **argv) {
     const char *last = argv[optind - 1], *next = argv[optind];
     int is_last = strncmp(last, "--", 2) == 0 || (last[0] == '-' && last[1] == optopt);
@@ -481,7 +486,8 @@ static int check_texts(Reader *r) {
     for (int i = 0; i < r->path_count; i++) {
         struct stat info;
         if (strcmp(r->paths[i], "-") == 0) {
-            fail("-: texts are read more than once, which standard input cannot be: write it to a file first");
+            fail("-: texts are read more than once, which standard input cannot be: write it to a file "
+                 "first");
         }
         if (stat(r->paths[i], &info) != 0) {
             fail("%s: %s", r->paths[i], strerror(errno));
@@ -496,50 +502,32 @@ static int check_texts(Reader *r) {
         train_files += file_role(r->paths[i]) != VALIDATION;
     }
     if (train_files == 0) {
-        fail("%s: only validation text, as its name says; give one for training too, such as train.txt", r->paths[0]);
+        fail("%s: only validation text, as its name says; give one for training too, such as train.txt",
+             r->paths[0]);
     }
     return train_files;
 }
 
-// Makes the output folder and, in it, an empty one for files that are being written.
-static void prepare_output(const char *out) {
-    if (strlen(out) > 2000) {
-        fail("%s: the name is too long", out);
-    }
-    make_directories(out);
-    snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-tokens", out);
-    Names old = list_old_files(out, 0); // is a folder in the way?
-    free_names(&old);
-    await_signals();
-    remove_tree(unfinished_path); // of a run that was killed
-    make_directories(unfinished_path);
-}
-
 // Trains a vocabulary on the texts, writes its tokenizer.json and reads it back.
 static Tokenizer *train_tokenizer(Reader *r, int vocab) {
-    FILE *file = open_output("tokenizer.json");
+    char path[4200], *json = NULL;
+    size_t size = 0;
     Table words = count_words(r);
     if (words.count == 0) {
         fail("%s: no text to learn from", r->paths[0]);
     }
-    train_vocabulary(&words, vocab, file);
-    close_output(file);
+    FILE *memory = open_memory(&json, &size);
+    train_vocabulary(&words, vocab, memory);
+    close_memory(memory, &json);
+    write_output("tokenizer.json", json, size);
     table_free(&words);
-    char path[4200];
+    free(json);
     snprintf(path, sizeof(path), "%s/tokenizer.json", unfinished_path);
     return tokenizer_load(path);
 }
 
-// Writes the tokenizer that was given, byte for byte.
-static void copy_tokenizer(const Tokenizer *t) {
-    FILE *file = open_output("tokenizer.json");
-    if (fwrite(t->json, 1, t->json_size, file) != t->json_size) {
-        fail_to_write();
-    }
-    close_output(file);
-}
-
-// Counts the documents, and chooses the first one of validation, which gets the last hundredth of all, but at least one.
+// Counts the documents, and chooses the first one of validation, which gets the last hundredth of all,
+// but at least one.
 static void choose_split(Reader *r) {
     rewind_reader(r, "counting documents");
     while (next_block(r)) {
@@ -606,14 +594,14 @@ int main(int argc, char **argv) {
         choose_split(&r);
     }
     if (t) {
-        copy_tokenizer(t);
+        write_output("tokenizer.json", t->json, t->json_size); // byte for byte
     } else {
         t = train_tokenizer(&r, o.vocab ? o.vocab : 4096);
     }
 
     // Encode all documents. Only then do the files get their names.
-    Shards train = {o.out, "train", NULL, checksum_begin(), 0, 0, 0, 0, 0};
-    Shards val = {o.out, "val", NULL, checksum_begin(), 0, 0, 0, 0, 0};
+    Shards train = {o.out, "train", NULL, "", checksum_begin(), 0, 0, 0, 0, 0};
+    Shards val = {o.out, "val", NULL, "", checksum_begin(), 0, 0, 0, 0, 0};
     encode_documents(&r, t, &train, &val);
     finish_shard(&train);
     finish_shard(&val);

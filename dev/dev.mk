@@ -29,7 +29,7 @@ check_hf: train_moe data/tokenize dev/test/logits
 	$(PYTHON) dev/test/check_hf.py --foreign
 
 ##test_builds: builds that must be refused, the probes of the Makefile, other C libraries; what is not installed is left out
-test_builds:
+test_builds: data/stories/tokenizer.json
 	CC=$(CC) dev/test/builds.sh
 
 ##test_posix: the programs as a system sees them that is neither Linux nor GNU: clang, strict C11 and POSIX, a short training
@@ -37,7 +37,7 @@ test_builds:
 POSIX_CC = clang -std=c11 -D_XOPEN_SOURCE=700 -DSTRICT_POSIX -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -I.
 test_posix: data/stories/tokenizer.json
 	$(POSIX_CC) data/stories.c -o dev/build/make_stories_posix
-	$(POSIX_CC) data/tokenize.c -o dev/build/tokenize_posix $(LIBS)
+	$(POSIX_CC) -pthread data/tokenize.c -o dev/build/tokenize_posix $(LIBS)
 	$(POSIX_CC) train_moe.c -o dev/build/train_moe_posix $(LIBS)
 	dev/build/make_stories_posix --count 20 > dev/build/posix.txt
 	dev/build/tokenize_posix --vocab 300 --out dev/build/posix_data dev/build/posix.txt

@@ -1,30 +1,11 @@
-// The run directory: which checkpoints are there, which one counts, and what its file system can do.
-// Gives: open_entries, next_entry, checkpoint_step, smallest_checkpoint, find_checkpoint, find_latest, stat_latest,
-// lock_run, has_links, remove_leftovers. Needs: dev/util.h.
+// The run directory: which checkpoints are there, which of them a run goes on from, and what its file system can do.
+// Gives: checkpoint_step, smallest_checkpoint, find_checkpoint, find_latest, stat_latest, model_directory, lock_run,
+// has_links, remove_leftovers. Needs: dev/util.h; keep_text of dev/options.h.
 //
 // In it lie log.jsonl, the folders checkpoint-STEP, and `latest`, a symbolic link to the newest of them. Where the file
 // system has no links, `latest` is a small text file with the folder's name.
 #pragma once
 #include "util.h"
-
-// Opens a folder; NULL where there is none. One that cannot be opened ends the program.
-DIR *open_entries(const char *path) {
-    DIR *folder = opendir(path);
-    if (!folder && errno != ENOENT && errno != ENOTDIR) {
-        fail("%s: cannot read the folder: %s", path, strerror(errno));
-    }
-    return folder;
-}
-
-// The next entry of a folder, NULL behind the last one. A folder that cannot be read to its end ends the program.
-struct dirent *next_entry(DIR *folder, const char *path) {
-    errno = 0;
-    struct dirent *entry = readdir(folder);
-    if (!entry && errno != 0) {
-        fail("%s: cannot read the folder: %s", path, strerror(errno));
-    }
-    return entry;
-}
 
 // The step of a folder that is called checkpoint-STEP, as we write it; -1: it has another name.
 long checkpoint_step(const char *name) {
@@ -40,10 +21,11 @@ long checkpoint_step(const char *name) {
 // The smallest step of the checkpoint-STEP folders in out, -1 where there is none; *count says how many there are.
 long smallest_checkpoint(const char *out, int *count) {
     long smallest = -1;
-    DIR *folder = open_entries(out);
+    DIR *folder = find_folder(out);
+    const char *name;
     *count = 0;
-    for (struct dirent *entry; folder && (entry = next_entry(folder, out)) != NULL;) {
-        long step = checkpoint_step(entry->d_name);
+    while (folder && (name = next_name(folder, out)) != NULL) {
+        long step = checkpoint_step(name);
         if (step < 0) {
             continue;
         }
@@ -61,15 +43,9 @@ long smallest_checkpoint(const char *out, int *count) {
 // Does this folder have all files of a checkpoint? Without `moments`: all that a model needs, to write or to begin with.
 int is_whole(const char *dir, int moments) {
     static const char *const names[] = {"config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"};
-    char path[4200];
     for (int i = 0; i < (moments ? 4 : 2); i++) {
-        snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
-        int there = is_there(path);
-        if (!there && i == 1) { // a model may be spread over several files
-            strcat(path, ".index.json");
-            there = is_there(path);
-        }
-        if (!there) {
+        int spread = i == 1 && has_file(dir, "model.safetensors.index.json"); // over several files
+        if (!spread && !has_file(dir, names[i])) {
             return 0;
         }
     }
@@ -83,16 +59,17 @@ int find_latest(const char *out, char path[4096]) {
     struct stat info;
     snprintf(path, 4096, "%s/latest", out);
     if (stat(path, &info) != 0) {
-        return 0;
+        return not_there(path);
     }
     if (S_ISREG(info.st_mode)) {
         FILE *file = fopen(path, "r");
-        if (file && fgets(name, sizeof(name), file)) {
+        if (!file) {
+            fail("%s: cannot open: %s", path, strerror(errno));
+        }
+        if (fgets(name, sizeof(name), file)) {
             name[strcspn(name, "\r\n")] = 0;
         }
-        if (file) {
-            fclose(file);
-        }
+        fclose(file);
     } else {
         ssize_t n = readlink(path, name, sizeof(name) - 1);
         name[n > 0 ? n : 0] = 0;
@@ -108,10 +85,11 @@ int find_latest(const char *out, char path[4096]) {
 int newest_whole(const char *out, int moments, char path[4096]) {
     char each[4096];
     long newest = -1;
-    DIR *folder = open_entries(out);
-    for (struct dirent *entry; folder && (entry = next_entry(folder, out)) != NULL;) {
-        long step = checkpoint_step(entry->d_name);
-        snprintf(each, sizeof(each), "%.3800s/%.200s", out, entry->d_name);
+    DIR *folder = find_folder(out);
+    const char *name;
+    while (folder && (name = next_name(folder, out)) != NULL) {
+        long step = checkpoint_step(name);
+        snprintf(each, sizeof(each), "%.3800s/%.200s", out, name);
         if (step > newest && is_whole(each, moments)) {
             newest = step;
         }
@@ -128,23 +106,19 @@ int newest_whole(const char *out, int moments, char path[4096]) {
 // The checkpoint of a run directory that counts: where `latest` leads to, else the newest whole one, and a line says so.
 // Puts its folder into path and returns 1; 0 where there is none. moments: as in is_whole().
 int find_checkpoint(const char *out, int moments, char path[4096]) {
-    char newest[4096], config[4200];
+    char newest[4096];
     int linked = find_latest(out, path);
     if (linked && is_whole(path, moments)) {
         return 1;
     }
     if (newest_whole(out, moments, newest)) {
-        if (program_rank == 0) {
-            fprintf(stderr, "%s: %s/latest does not lead to a whole checkpoint; %s is taken, the newest whole one\n",
-                    program_name, out, newest);
-        }
+        remark("%s/latest does not lead to a whole checkpoint; %s is taken, the newest whole one", out, newest);
         snprintf(path, 4096, "%s", newest);
         return 1;
     }
 
     // What the only one lacks is named by the function that opens it.
-    snprintf(config, sizeof(config), "%s/config.json", path);
-    return linked && is_there(config);
+    return linked && has_file(path, "config.json");
 }
 
 // What tells when something was saved in out last: `latest`, or where it is missing the newest checkpoint. Returns 0
@@ -155,7 +129,41 @@ int stat_latest(const char *out, struct stat *info) {
     if (lstat(path, info) == 0) {
         return 1;
     }
+    not_there(path);
     return newest_whole(out, 0, path) && stat(path, info) == 0;
+}
+
+// The directory of the model that --init names: a checkpoint, the newest checkpoint of a run, or another maker's model.
+// Where it names none of these, the program ends and says what it found.
+const char *model_directory(const char *name) {
+    char path[4096];
+    struct stat info;
+    const char *slash = strchr(name, '/');
+    int found = stat(name, &info) == 0 || not_there(name);
+    if (!found && slash && slash != name && name[0] != '.' && slash[1] && !strchr(slash + 1, '/')) {
+        fail("%s: there is no such folder. If it is a model's name on Hugging Face's hub: this program downloads "
+             "nothing; run `hf download %s --local-dir DIR` and give --init DIR",
+             name, name);
+    }
+    if (!found) {
+        fail("%s/config.json: there is no such folder; give that of a checkpoint, of a run, or of a Hugging Face model",
+             name);
+    }
+    if (!S_ISDIR(info.st_mode)) {
+        fail("%s: a file; give the folder that holds config.json and model.safetensors", name);
+    }
+    if (has_file(name, "adapter_config.json")) {
+        fail("%s: an adapter (adapter_config.json), which is only a change of another model; merge the two "
+             "(merge_and_unload and save_pretrained of Python's peft) and give the folder of the whole model",
+             name);
+    }
+    if (has_file(name, "config.json")) {
+        return name;
+    }
+    if (find_checkpoint(name, 0, path)) {
+        return keep_text(path);
+    }
+    fail("%s: neither config.json nor latest/config.json is there: neither a model nor a run that has saved one", name);
 }
 
 // ---- what the file system of a run directory can do, found out before the first step

@@ -43,7 +43,7 @@ double window_loss(Run *run, long i, long count) {
         data_window(run->val, window, -1, run->inputs, run->targets);
     }
     *group = SEQUENCE; // the windows that other processes read are no part of this one's batch
-    double loss = forward_loss(run, i < count);
+    double loss = forward_loss(run, i < count ? 1 : 0);
     *group = before;
     return loss;
 }
@@ -137,6 +137,7 @@ const char *error_text(double error, char text[32]) {
 void report_evaluation(Run *run) {
     char changed[48] = "", errors[80] = "", loss_error[32], bpb_error[32];
     int last = run->step == run->config.steps;
+    data_unchanged();
     double fluctuation = routing_fluctuation(run, last);
     Evaluation e = evaluate(run, evaluation_windows(run, last));
     error_text(e.loss_error, loss_error);

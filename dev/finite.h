@@ -42,8 +42,8 @@ double shown(double x) {
 
 // ---- in files
 
-// x: what was read of a part of the file or files, under its name there.
-void check_read(const WeightFiles *files, const char *prefix, const Part *p, const real *x) {
+// x: what was read of a part of the file `path`, under its name there.
+void check_read(const char *path, const char *prefix, const Part *p, const real *x) {
     size_t n = part_size(p), i = first_not_finite(x, n);
     if (i == n) {
         return;
@@ -52,8 +52,8 @@ void check_read(const WeightFiles *files, const char *prefix, const Part *p, con
     if (p->rows) {
         snprintf(row, sizeof(row), "%zu,", i / (size_t)p->cols);
     }
-    fail("%s: damaged: number [%s%zu] of %s%s is %g, and all numbers must be finite; take another checkpoint",
-         files->path, row, i % (size_t)p->cols, prefix, p->name, shown((double)x[i]));
+    fail("%s: damaged: number [%s%zu] of %s%s is %g, and all numbers must be finite; of a run, "
+         OLDER_CHECKPOINT, path, row, i % (size_t)p->cols, prefix, p->name, shown((double)x[i]));
 }
 
 // ---- the search
@@ -221,15 +221,17 @@ Find search_step(Run *run) {
     return find;
 }
 
-// The largest weight, which tells whether training has got out of hand. Of one process only.
+// The largest weight, which tells whether training has got out of hand. All processes call it; rank 0 gets the text
+// about all weights, and the others about their own.
 void name_largest_weight(Run *run, char *text, size_t size) {
     const Model *m = run->model;
     const Tensor *where = &m->tensors[0];
     double largest = 0;
     real *numbers = allocate_tensor(m);
     for (int i = 0; i < m->tensor_count; i++) {
+        size_t size = ranks.rank ? m->tensors[i].size : m->tensors[i].whole;
         run->backend->read(run->model, WEIGHTS, i, numbers);
-        for (size_t j = 0; j < m->tensors[i].size && strcmp(m->tensors[i].kind, "table"); j++) {
+        for (size_t j = 0; j < size && strcmp(m->tensors[i].kind, "table"); j++) {
             if (fabs((double)numbers[j]) > largest) {
                 largest = fabs((double)numbers[j]);
                 where = &m->tensors[i];
@@ -268,7 +270,8 @@ void explain(Run *run, Find (*activations)(Run *run), int gradients, char *text,
 
 // ---- what comes of a step, of an evaluation, of a token
 
-// Ends the program where a step's loss or its gradients are not finite: its update has changed nothing.
+// Ends the program where a step's loss or its gradients are not finite, whose update has changed nothing; and where its
+// gradient is so large that its update has spoilt AdamW's moments, which are not saved.
 void check_step(Run *run, int step, double loss, double aux, double norm) {
     char text[1200];
     double most = sizeof(real) == 8 ? 1e150 : 1e18; // its square is a moment

@@ -26,6 +26,9 @@ void write_finite(FILE *to, const char *text, size_t size) {
 }
 
 void check_log(Run *run) { // and sends it on its way
+    if (ftell(run->log) == 0) { // nothing is new, and not every C library says so by log_size
+        return;
+    }
     flush_memory(run->log);
     write_finite(run->log_file, run->log_text, run->log_size);
     rewind(run->log);
@@ -296,7 +299,7 @@ void print_memory(Run *run) {
 void announce(Run *run) {
     const Config *c = &run->config;
     double total, active;
-    char device[128], remark[256] = "";
+    char device[128], advice[256] = "";
     int team = team_size();
     count_parameters(c, &total, &active);
     run->backend->device(device);
@@ -329,9 +332,9 @@ void announce(Run *run) {
     }
     print_memory(run);
     if (run->backend->memory() == 0) { // it is the processor that computes
-        describe_threads(remark, thread_count(), team, job_processors());
+        describe_threads(advice, thread_count(), team, job_processors());
     }
-    printf("%s%s%s, %d thread%s, peak %.0f GFLOP/s", remark, remark[0] ? "\n" : "", device, team, team > 1 ? "s" : "",
+    printf("%s%s%s, %d thread%s, peak %.0f GFLOP/s", advice, advice[0] ? "\n" : "", device, team, team > 1 ? "s" : "",
            run->peak / 1e9);
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,", run->step, run->peak / 1e9);
     if (run->sheet > 0) {

@@ -14,10 +14,9 @@
 #define OLD_INSTRUCTIONS
 #endif
 
-// Says which program must be built anew, and ends. The arguments are literals, and nothing is allocated.
-OLD_INSTRUCTIONS __attribute__((noreturn)) void end_on_other_processor(const char *instructions) {
-    const char *const parts[] = {PROGRAM ": built for a processor that has ", instructions,
-                                 ", and this one does not: run make clean " PROGRAM " here\n"};
+// Says which program must be built anew, and ends: a sentence in three literals. Nothing is allocated.
+OLD_INSTRUCTIONS __attribute__((noreturn)) void end_here(const char *first, const char *second, const char *third) {
+    const char *const parts[] = {first, second, third};
     for (int i = 0; i < 3; i++) {
         size_t size = 0;
         while (parts[i][size]) {
@@ -30,9 +29,15 @@ OLD_INSTRUCTIONS __attribute__((noreturn)) void end_on_other_processor(const cha
     _exit(1);
 }
 
+OLD_INSTRUCTIONS __attribute__((noreturn)) void end_on_other_processor(const char *instructions) {
+    end_here(PROGRAM ": built for a processor that has ", instructions,
+             ", and this one does not: run make clean " PROGRAM " here\n");
+}
+
 OLD_INSTRUCTIONS void on_illegal_instruction(int number) {
     (void)number;
-    end_on_other_processor("an instruction that it uses");
+    end_here(PROGRAM ": an illegal instruction: ", "perhaps it was built for another processor; ",
+             "run make clean " PROGRAM " here\n");
 }
 
 // Before main, and before all functions that also run before main: does this processor have what the compiler took

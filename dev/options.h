@@ -56,7 +56,8 @@ typedef struct Recipe {
 // The options of the lesson's model and of the program. The headings stand in -h in the order in which they come here.
 const Option base_options[] = {
     TEXT("data", data, "", TRAIN, "Files",
-         "folder with *train*.bin, *val*.bin, tokenizer.json [data/tinystories, else data/stories]"),
+         "folder with token files (a word of the name is train or val), tokenizer.json "
+         "[data/tinystories, else data/stories]"),
     TEXT("out", out, "", RUN, "Files",
          "run directory: log.jsonl and checkpoints [runs/RECIPE, a fresh one for each new run]"),
     TEXT("init", init, "", RUN, "Files", "start from the weights in this checkpoint or Hugging Face directory"),
@@ -143,7 +144,7 @@ const Option base_options[] = {
          "a checkpoint; the last step always saves one"),
     INTEGER("keep", keep, "2", 1, 1000000, TRAIN, PACES, "checkpoints kept"),
     TEXT("prompt", prompt, NULL, RUN, "Generation",
-         "go on from this text with the model in --out, and exit; - reads standard input; newlines at its end do not count"),
+         "go on from this text with the model in --out, and exit; - reads standard input; line breaks at its end do not count"),
     INTEGER("tokens", tokens, "300", 1, 2000000000, RUN, "Generation", "at most this many"),
     NUMBER("temperature", temperature, "0.5", 0, 1000, RUN, "Generation", "0: always the likeliest token"),
     INTEGER("top-k", top_k, "0", 0, 2000000000, RUN, "Generation", "choose among this many likeliest tokens; 0: all"),

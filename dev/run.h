@@ -87,20 +87,21 @@ void default_out(const Config *asked, int fresh, char out[2048]) {
         snprintf(out, 2048, "runs/%s-%d", recipe, n);
     }
     struct timespec newest = {0, 0};
-    DIR *dir = fresh ? NULL : opendir("runs");
-    for (struct dirent *entry; dir && (entry = next_entry(dir, "runs")) != NULL;) {
+    DIR *dir = fresh ? NULL : find_folder("runs");
+    const char *name;
+    while (dir && (name = next_name(dir, "runs")) != NULL) {
         char path[2048];
         struct stat info;
         size_t n = strlen(recipe);
-        snprintf(path, sizeof(path), "runs/%.1000s", entry->d_name);
-        int of_recipe = !strncmp(entry->d_name, recipe, n) && (!entry->d_name[n] || entry->d_name[n] == '-');
+        snprintf(path, sizeof(path), "runs/%.1000s", name);
+        int of_recipe = !strncmp(name, recipe, n) && (!name[n] || name[n] == '-');
         if ((asked->given[find_option("recipe")] && !of_recipe) || !stat_latest(path, &info)) {
             continue;
         }
         struct timespec time = file_time(&info);
         if (time.tv_sec > newest.tv_sec || (time.tv_sec == newest.tv_sec && time.tv_nsec >= newest.tv_nsec)) {
             newest = time;
-            snprintf(out, 2048, "runs/%.1000s", entry->d_name);
+            snprintf(out, 2048, "runs/%.1000s", name);
         }
     }
     if (dir) {
@@ -117,6 +118,7 @@ void load_tokenizer(Run *run, const char *checkpoint) {
     const char *data = run->config.data, *dir = has_file(data, "tokenizer.json") || !checkpoint ? data : checkpoint;
     char path[4200];
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
+    refuse_half_replaced(data);
     if (!has_file(dir, "tokenizer.json") && !run->config.tokenizer[0]) {
         closedir(open_folder(data)); // says so where there is no such folder
         fail("%s: no tokenizer.json there; name the one that the data were made with by --tokenizer FILE", data);
@@ -167,7 +169,7 @@ void compare_ranks(Run *run) {
     fprintf(memory, "%d %d %d %d %d ", c->ep, c->overlap, c->replicate, c->replicate_every, c->tokens); // of this call
     fprintf(memory, "%d ", run->step);
     if (run->train) { // nobody has read the data of a run that is finished
-        fprintf(memory, "%d %.0f %.0f", c->vocab, data_fingerprint(run->train), data_fingerprint(run->val));
+        fprintf(memory, "%d %.0f %.0f", c->vocab, run->train->fingerprint, run->val->fingerprint);
     }
     close_memory(memory, &text);
     uint64_t mine = 0;
@@ -260,7 +262,7 @@ int resume_run(Run *run, const Config *asked, const char *checkpoint) {
         load_tokenizer(run, checkpoint);
         run->before = memory_now();
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
-        if (data_fingerprint(run->train) != fingerprint) {
+        if (run->train->fingerprint != fingerprint) {
             fail("%s: these are not the training tokens that the run in %s began with, and they may not change",
                  c->data, run->out);
         }
@@ -309,6 +311,7 @@ void start_run(Run *run, const Config *asked) {
 int prepare_run(Run *run, const Config *asked) {
     Config *c = &run->config;
     char checkpoint[4096];
+    struct stat latest;
     if (has_file(run->out, "config.json")) {
         usage_fail("%s is a model, not a run directory: start from it by --init, or resume the run that holds it",
                    run->out);
@@ -317,6 +320,10 @@ int prepare_run(Run *run, const Config *asked) {
     long left = smallest_checkpoint(run->out, &count);
     if (asked->resume && !resumed && left >= 0) {
         fail("%s/latest does not lead to a checkpoint, and none of those beside it is whole", run->out);
+    }
+    if (asked->resume && !resumed && stat_latest(run->out, &latest)) { // a run that was killed before it had one has none
+        fail("%s/latest leads to no checkpoint, and none is beside it: put them back, or begin anew with another --out",
+             run->out);
     }
     if (!asked->resume && (has_file(run->out, "log.jsonl") || left >= 0)) {
         usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
@@ -405,7 +412,7 @@ void answer_prompt(Run *run, const Config *asked) {
     if (!strcmp(prompt, "-")) {
         prompt = text = read_stream(stdin, "standard input", &size);
     }
-    while (size && prompt[size - 1] == '\n') { // however it came
+    while (size && (prompt[size - 1] == '\n' || prompt[size - 1] == '\r')) { // however it came
         size--;
     }
     fwrite(prompt, 1, size, stdout);
@@ -447,6 +454,8 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
     data_tick = ranks_tick;               // and answer while they read
+    data_part = ranks.rank;               // each checks a part of the token files
+    data_parts = ranks.size;
     broadcast(run->out, sizeof(run->out));
     if (asked.prompt) {
         answer_prompt(run, &asked);

@@ -32,7 +32,7 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
                  t->eot, t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
     n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f}\n", run->step,
-                 data_fingerprint(run->train));
+                 run->train->fingerprint);
     write_text(dir, "trainer_state.json", text, (size_t)n);
     write_router_state(run, dir);
     sum_small_files(sums, dir);
@@ -97,7 +97,7 @@ void remove_old_checkpoints(const Run *run) {
         }
         snprintf(path, sizeof(path), "%s/checkpoint-%ld", run->out, old);
         if (!set_aside(run, path, aside)) {
-            fprintf(stderr, "%s: %s: cannot be removed: %s\n", program_name, path, strerror(errno));
+            remark("%s: cannot be removed: %s", path, strerror(errno));
             return;
         }
         sync_directory(run->out);
@@ -149,6 +149,7 @@ void save_checkpoint(Run *run) {
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
     char name[64], *list = NULL;
     size_t size = 0;
+    data_unchanged();                       // nothing that was learned from other tokens is saved
     FILE *sums = open_memory(&list, &size); // checksums.json
     snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     if (first) {
@@ -200,12 +201,12 @@ void load_weights(Run *run, const char *dir, int moments) {
             continue;
         }
         WeightFiles files;
-        open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors");
+        open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", 1);
         const Part *p = parts;
         for (int i = 0; i < m->tensor_count; i++) {
             for (; p < parts + count && p->tensor == i; p++) {
-                read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
-                check_read(&files, prefix[what], p, tensor + p->offset);
+                const char *file = read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                check_read(file, prefix[what], p, tensor + p->offset);
             }
 
             // The run may have had float32 moments until now.

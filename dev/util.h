@@ -1,5 +1,5 @@
 // Errors, memory, files, time, threads and random numbers, for every other file.
-// Gives: fail, usage_fail, allocate, read_file, read_stream, seconds, thread_count, random_stream, ...
+// Gives: fail, usage_fail, remark, allocate, is_there, next_name, read_file, seconds, thread_count, random_stream, ...
 // Needs: the C library and POSIX, whose headers are included here once for the whole program.
 // A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and
 // for the machine, exit 2 for the command line.
@@ -96,25 +96,40 @@ __attribute__((noreturn)) void end_program(int status) {
     exit(status);
 }
 
+// Prints a line that the user should see, once.
+__attribute__((format(printf, 1, 2))) void remark(const char *format, ...) {
+    if (program_rank) {
+        return;
+    }
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "%s: ", program_name);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+}
+
+// The next name in a folder, without . and ..; NULL at its end and where it cannot be read: then *error says why.
+const char *read_name(DIR *folder, int *error) {
+    const struct dirent *entry;
+    do {
+        errno = 0; // the end and an error differ in it alone
+        entry = readdir(folder);
+    } while (entry && (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0));
+    *error = entry ? 0 : errno;
+    return entry ? entry->d_name : NULL;
+}
+
 // Removes a folder and everything in it. What cannot be removed stays: then it returns -1, and errno says why.
 int remove_tree(const char *path) {
     DIR *folder = opendir(path);
+    const char *name;
     char inner[4200];
     int error = 0;
 
-    // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder. The end of a folder and
-    // an error differ in errno alone.
-    while (folder) {
-        errno = 0;
-        struct dirent *entry = readdir(folder);
-        if (!entry) {
-            error = errno;
-            break;
-        }
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) {
-            continue;
-        }
-        int length = snprintf(inner, sizeof(inner), "%s/%s", path, entry->d_name);
+    // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder.
+    while (folder && (name = read_name(folder, &error)) != NULL) {
+        int length = snprintf(inner, sizeof(inner), "%s/%s", path, name);
         if (length < (int)sizeof(inner) && unlink(inner) != 0) {
             remove_tree(inner);
         }
@@ -132,7 +147,7 @@ int remove_tree(const char *path) {
 // The same, and a line says so where it stays.
 void clear_away(const char *path) {
     if (remove_tree(path) != 0) {
-        fprintf(stderr, "%s: %s: cannot be removed: %s\n", program_name, path, strerror(errno));
+        remark("%s: cannot be removed: %s", path, strerror(errno));
     }
 }
 
@@ -260,13 +275,44 @@ void arena_free(Arena *a) {
     a->memory = NULL;
 }
 
-// Is there a file or a folder of this name? Where the system fails to tell, the program ends.
-int is_there(const char *path) {
-    int there = access(path, F_OK) == 0;
-    if (!there && (errno == EIO || errno == ENOMEM || errno == ESTALE)) {
+// After a call for a file or a folder that failed: returns 0 where it is not there. What cannot be looked at is not taken
+// for missing: any other error ends the program.
+int not_there(const char *path) {
+    if (errno != ENOENT && errno != ENOTDIR) {
         fail("%s: cannot look whether it is there: %s", path, strerror(errno));
     }
-    return there;
+    return 0;
+}
+
+// Is there a file or a folder of this name?
+int is_there(const char *path) {
+    return access(path, F_OK) == 0 || not_there(path);
+}
+
+// Is there a file of this name in a folder?
+int has_file(const char *dir, const char *name) {
+    char path[4500];
+    snprintf(path, sizeof(path), "%s/%s", dir, name);
+    return is_there(path);
+}
+
+// Opens a folder; NULL where there is none. One that cannot be opened ends the program.
+DIR *find_folder(const char *path) {
+    DIR *folder = opendir(path);
+    if (!folder && errno != ENOENT && errno != ENOTDIR) {
+        fail("%s: cannot read the folder: %s", path, strerror(errno));
+    }
+    return folder;
+}
+
+// The next name in a folder, NULL behind the last one. A folder that cannot be read to its end ends the program.
+const char *next_name(DIR *folder, const char *path) {
+    int error;
+    const char *name = read_name(folder, &error);
+    if (error) {
+        fail("%s: cannot read the folder: %s", path, strerror(error));
+    }
+    return name;
 }
 
 // A copy of a text, to be freed.
@@ -392,8 +438,7 @@ void use_threads(int threads) {
     omp_set_num_threads(threads);
 #else
     if (threads > 1) {
-        fprintf(stderr, "%s: built without OpenMP, so --threads %d runs as one\n", program_name,
-                threads);
+        remark("built without OpenMP, so --threads %d runs as one", threads);
     }
 #endif
 }

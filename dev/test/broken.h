@@ -56,6 +56,13 @@ static const char *const broken_source =
     "    return unread(folder) ? NULL : ((struct dirent64 *(*)(DIR *))dlsym(RTLD_NEXT, \"readdir64\"))(folder);\n"
     "}\n"
     "#endif\n"
+    // folders whose path ends so may not be opened
+    "DIR *opendir(const char *path) {\n"
+    "    const char *end = said(\"BREAK_OPENDIR\");\n"
+    "    size_t n = strlen(path), k = strlen(end);\n"
+    "    if (k && n >= k && !strcmp(path + n - k, end)) { errno = EACCES; return NULL; }\n"
+    "    return ((DIR *(*)(const char *))dlsym(RTLD_NEXT, \"opendir\"))(path);\n"
+    "}\n"
     // a clock that stands still, or runs backwards
     "int clock_gettime(clockid_t which, struct timespec *time) {\n"
     "    static long calls;\n"

@@ -92,6 +92,13 @@ if has musl-gcc; then
         fail "musl-gcc does not build the program"
     "$work/musl" -h > "$work/said" || fail "musl-gcc's program does not run"
     echo "musl-gcc builds it, without OpenMP"
+
+    # Each line of the log is there once: other C libraries count what is in memory in other ways.
+    "$work/musl" --recipe dense --steps 3 --layers 1 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --warmup 0 --eval-tokens 64 \
+        --tokens 4 --log-every 1 --out "$work/run" > "$work/said" 2>&1 || fail "musl-gcc's program does not train"
+    [ "$(grep -c '"type":"step"' "$work/run/log.jsonl")" = 3 ] && [ -z "$(sort "$work/run/log.jsonl" | uniq -d)" ] ||
+        fail "lines are twice in the log of musl-gcc's program"
+    echo "musl-gcc's program writes each line of its log once"
 else
     echo "left out: musl-gcc is not installed"
 fi

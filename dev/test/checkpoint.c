@@ -57,7 +57,7 @@ void rewrite(const char *dir, const char *from, const char *to, const char *with
     char path[300];
     Safetensors s;
     snprintf(path, sizeof(path), "%s/%s", dir, from);
-    safetensors_open(&s, scratch_file(path));
+    safetensors_open(&s, scratch_file(path), 0);
     char *header = NULL, *data = NULL;
     size_t header_size = 0, size = 0;
     FILE *text = open_memstream(&header, &header_size), *numbers = open_memstream(&data, &size);
@@ -343,6 +343,18 @@ void test_foreign_tensors(void **state) {
         rewrite("case", "model.safetensors", "model.safetensors", NULL, &refused[i], 1);
         expect(start_from("case", ""), 1, refused[i].name);
     }
+    // A part is there under both names that transformers has had for it.
+    static const Change twice[][2] = {
+        {{"model.layers.1.mlp.gate.weight", 4, 32, NULL}, {"model.layers.1.block_sparse_moe.gate.weight", 0, 0, NULL}},
+        {{"model.layers.0.mlp.experts.gate_up_proj", 4 * 64, 32, NULL}, {"model.layers.0.block_sparse_moe.experts.0.w1.weight", 0, 0, NULL}},
+        {{"model.layers.0.mlp.experts.down_proj", 4 * 32, 32, NULL}, {"model.layers.0.block_sparse_moe.experts.0.w2.weight", 0, 0, NULL}}};
+    for (int i = 0; i < COUNT(twice); i++) {
+        make_case(base, "case", ":");
+        rewrite("case", "model.safetensors", "model.safetensors", NULL, twice[i], 1);
+        expect(start_from("case", ""), 1, twice[i][0].name);
+        expect(1, 1, twice[i][1].name);
+        expect(1, 1, " is there twice, in ");
+    }
     const Change idle[] = {{"model.layers.0.self_attn.rotary_emb.inv_freq", 0, 8, NULL},
                            {"lm_head.weight", 265, 32, "model.embed_tokens.weight"}};
     make_case(base, "case", ":");
@@ -393,6 +405,20 @@ void test_foreign_shards(void **state) {
     rewrite("both", "2.safetensors", "2.safetensors", "model.norm.weight", NULL, 0);
     assert_true(loss_from("both") == wanted);
     assert_null(strstr(said, "the first is read"));
+
+    // One number of the first shard is none: the message names that one, not the shard that was opened last.
+    char path[300];
+    snprintf(path, sizeof(path), "%s", scratch_file("both/1.safetensors"));
+    Safetensors s;
+    safetensors_open(&s, path, 0);
+    const float none = (float)NAN;
+    const Json *range = json_get(json_get(s.header, "model.layers.0.input_layernorm.weight"), "data_offsets");
+    long at = (long)(s.size - s.data_size) + (long)range->child->number;
+    safetensors_close(&s);
+    FILE *file = fopen(path, "r+b");
+    assert_true(file && fseek(file, at, SEEK_SET) == 0 && fwrite(&none, 4, 1, file) == 1 && fclose(file) == 0);
+    expect(start_from("both", ""), 1, "/1.safetensors: damaged: number [0] of model.layers.0.input_layernorm.weight is nan");
+    expect(1, 1, "of a run, remove that checkpoint's folder");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -116,12 +116,15 @@ void test_flipped_digits(void **state) {
         {"sed -i 's/\"step\":2/\"step\":3/' latest/trainer_state.json", "checkpoint-2/trainer_state.json: damaged"},
         {"sed -i 's/\"beta2\":0.95/\"beta2\":0.94/' latest/config.json", "checkpoint-2/config.json: damaged"},
         {"sed -i 's/\"he\"/\"eh\"/;s/\"h e\"/\"e h\"/' latest/tokenizer.json", "checkpoint-2/tokenizer.json: damaged"},
-        {"printf x > latest/checksums.json", "checkpoint-2/checksums.json"},
+        {"printf x > latest/checksums.json", "checkpoint-2/checksums.json: bad JSON at byte 0"},
         {"sed -i 's/\"model.norm.weight\":\"./\"model.norm.weight\":\"x/' latest/checksums.json", "model.norm.weight"},
         {"sed -i 's/\"model.norm.weight\"/\"model.narm.weight\"/' latest/checksums.json", "model.norm.weight"},
     };
-    for (int i = 0; i < COUNT(changes); i++)
+    for (int i = 0; i < COUNT(changes); i++) {
         expect(run_changed("digits", "digits-now", changes[i][0], "--resume --steps 3"), 1, changes[i][1]);
+        expect(1, 1, "; remove that checkpoint's folder, and --resume takes the newest whole one; or take it as it is, by --trust-weights\n");
+        assert_true(!strstr(said, ", or edited by hand: ") == (i > 2));
+    }
     expect(run_changed("digits", "digits-now", changes[1][0], "--resume --steps 3 --trust-weights"), 0, "What next");
     expect(run_changed("digits", "digits-now", changes[3][0], "--resume --steps 3 --trust-weights"), 0, "What next");
     expect(run_changed("digits", "digits-now", "sed -i 's/\"beta2\":0.95/\"beta2\":0.9/' latest/config.json", "--resume --steps 3"),
@@ -327,6 +330,36 @@ void test_unread_folders(void **state) {
     free(path);
 }
 
+// Where checkpoints cannot be looked at, --resume does not begin anew and empty the log. Links that lead to themselves fail
+// for root, too.
+void test_unseen_checkpoints(void **state) {
+    (void)state;
+    need_program();
+    check_leaks(0);
+    expect(run_tiny("unseen", "--steps 4 --save-every 2"), 0, NULL);
+    static const char *const changes[][2] = {
+        {"ln -sfn latest latest", "unseen-now/latest: cannot look whether it is there: "},
+        {"rm checkpoint-*/config.json && ln -s config.json checkpoint-4/config.json", "checkpoint-4/config.json: cannot look whether it is there: "},
+        {"rm -r checkpoint-*", "unseen-now/latest leads to no checkpoint, and none is beside it: put them back, or begin anew with another --out"},
+    };
+    for (int i = 0; i < COUNT(changes); i++) {
+        expect(run_changed("unseen", "unseen-now", changes[i][0], "--resume --steps 6"), 1, changes[i][1]);
+        assert_log("unseen-now", 4, 2);
+    }
+    expect(run_changed("unseen", "unseen-now", "rm latest", "--steps 4"), 2, "holds a run already");
+    expect(run_broken("BREAK_OPENDIR=/unseen-now", "unseen-now", "--resume --steps 6"), 1, "unseen-now: cannot read the folder: Permission denied");
+    assert_log("unseen-now", 4, 2);
+    char *path = realpath(getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe", NULL);
+    shell(said, sizeof(said), "mkdir -p %s/runs && cd %s && %s%s --resume --data data", scratch_folder, scratch_folder,
+          broken("BREAK_OPENDIR=runs"), path);
+    expect(1, 1, "runs: cannot read the folder: Permission denied");
+    free(path);
+
+    // A run that was killed before its first checkpoint begins anew.
+    expect(run_changed("unseen", "unseen-now", "rm -r checkpoint-* latest", "--resume --steps 3"), 0, "What next");
+    assert_log("unseen-now", 3, 2);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Descriptors, limits, signals, clocks
 
@@ -495,7 +528,7 @@ void test_mapped_memory(void **state) {
 // ---------------------------------------------------------------------------------------------------------------------
 // --prompt -, and commands that are printed
 
-// Standard input may be a pipe, a file or a socket. Newlines at the end of a prompt do not count, however it comes.
+// Standard input may be a pipe, a file or a socket. Line breaks at the end of a prompt do not count, however it comes.
 void test_prompt_input(void **state) {
     (void)state;
     need_program();
@@ -506,11 +539,17 @@ void test_prompt_input(void **state) {
     assert_true(said_size < sizeof(plain));
     memcpy(plain, said, said_size + 1);
     expect(run_tiny("asked", "--prompt \"$(printf 'hello\\n\\nx')\" --tokens 20"), 0, "hello\n\n"); // inside it they count
-    expect(run_tiny("asked", "--prompt 'hello\n\n' --tokens 20"), 0, NULL);
-    assert_string_equal(said, plain);
-    put_text("question", "hello\n");
-    expect(shell(said, sizeof(said), "%s < %s", command_line("asked", "--prompt - --tokens 20"), scratch_file("question")), 0, NULL);
-    assert_string_equal(said, plain);
+    static const char *const ends_of_lines[] = {"\n", "\n\n", "\r\n", "\r\n\r\n", "\r"};
+    for (int i = 0; i < COUNT(ends_of_lines); i++) {
+        char text[32], options[64];
+        snprintf(text, sizeof(text), "hello%s", ends_of_lines[i]);
+        snprintf(options, sizeof(options), "--prompt '%s' --tokens 20", text);
+        expect(run_tiny("asked", options), 0, NULL);
+        assert_string_equal(said, plain);
+        put_text("question", text);
+        expect(shell(said, sizeof(said), "%s < %s", command_line("asked", "--prompt - --tokens 20"), scratch_file("question")), 0, NULL);
+        assert_string_equal(said, plain);
+    }
     expect(shell(said, sizeof(said), "%s <&-", command_line("asked", "--prompt - --tokens 20")), 1, "standard input: cannot read");
 
     int ends[2], status;
@@ -611,7 +650,7 @@ int main(void) {
         cmocka_unit_test(test_closed_descriptors), cmocka_unit_test(test_file_size_limit), cmocka_unit_test(test_signals),
         cmocka_unit_test(test_more_signals),      cmocka_unit_test(test_clocks),          cmocka_unit_test(test_finite_log),
         cmocka_unit_test(test_mapped_memory),     cmocka_unit_test(test_prompt_input),    cmocka_unit_test(test_quoted_words),
-        cmocka_unit_test(test_printed_commands),
+        cmocka_unit_test(test_printed_commands),  cmocka_unit_test(test_unseen_checkpoints),
     };
     begin_tests();
     return cmocka_run_group_tests_name("files", tests, NULL, scratch_done);

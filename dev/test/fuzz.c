@@ -269,6 +269,7 @@ static void take_back(void) {
 #define munmap(a, n)             fuzz_munmap(a, n)
 #define truncate(path, size)     ((void)(path), (void)(size), 0)
 #define exit(status)             fuzz_exit(status)
+#define fsync(file)              ((void)(file), 0) // millions of times
 #define pthread_create(t, a, f, x)       ((void)(t), (void)(f), 0) // it would wait for signals
 #define pthread_sigmask(how, set, old)   ((void)(set), 0)
 
@@ -477,7 +478,6 @@ static void read_tokens(void) {
     int inputs[64], targets[64];
     Data *d = data_open(in_base("data"), "train", 8, 270, 1);
     free(data_frequency(d, 270));
-    data_fingerprint(d);
     data_batch(d, 0, 8, inputs, targets);
     data_batch(d, 1000003, 8, inputs, targets);
     data_window(d, 0, -1, inputs, targets);

@@ -267,7 +267,7 @@ void test_loader_checksum(void **state) {
     assert_int_equal(dies(load_all, (void *)"sum", message, sizeof(message)), 0);
     put_checked_shard("sum/train_1.bin", 400000, 0); // larger than what is read at a time, and with too large ids
     assert_int_equal(dies(load_all, (void *)"sum", message, sizeof(message)), 1);
-    assert_non_null(strstr(message, "sum/train_1.bin: token 4000 is 4000, but the tokenizer has 4000 tokens"));
+    assert_non_null(strstr(message, "sum/train_1.bin: token 4000 is 4000, but the model has 4000 tokens"));
 }
 
 void only_open(void *arg) { // opens a folder and reads no window
@@ -333,6 +333,100 @@ void test_loader_truncated(void **state) {
     }
 }
 
+// A token file that was written to some time ago, as most are.
+void put_old_shard(const char *name, int count, int first) {
+    const struct timespec times[2] = {{1000000000, 0}, {1000000000, 0}};
+    put_shard(name, TOKENS_MAGIC, 1, count, count, first);
+    assert_int_equal(utimensat(AT_FDCWD, scratch_file(name), times, 0), 0);
+}
+
+// Opens token files, lets something happen to one of them, and looks whether it is noticed: *arg is 's' for a file that
+// becomes shorter within its last page, 'l' longer, 'r' rebuilt in place with the same size, 'n' replaced by another of
+// the same size, 'd' removed, 'e' rebuilt and noticed by the next epoch, '-' nothing.
+void change_data(void *arg) {
+    const char what = *(const char *)arg;
+    int inputs[10], targets[10];
+    Data *d = data_open(scratch_file("new"), "train", 10, 65536, 1);
+    data_open(scratch_file("new"), "val", 10, 65536, 1);
+    data_batch(d, 0, 1, inputs, targets);
+    data_unchanged();
+    if (what == 's')
+        assert_int_equal(truncate(scratch_file("new/train_1.bin"), 4200), 0);
+    if (what == 'l')
+        assert_int_equal(truncate(scratch_file("new/train_1.bin"), 5026), 0);
+    if (what == 'r' || what == 'e')
+        put_shard("new/train_1.bin", TOKENS_MAGIC, 1, 2000, 2000, 7);
+    if (what == 'n')
+        assert_int_equal(rename(scratch_file("other"), scratch_file("new/train_1.bin")), 0);
+    if (what == 'd')
+        assert_int_equal(unlink(scratch_file("new/train_1.bin")), 0);
+    if (what == 'e') {
+        data_batch(d, d->windows - 1, 1, inputs, targets);
+        fprintf(stderr, "the epoch is over\n");
+        data_batch(d, d->windows, 1, inputs, targets);
+        fprintf(stderr, "not noticed");
+    } else {
+        data_unchanged();
+    }
+}
+
+void test_loader_changed(void **state) { // while it is used: once, only what became shorter by a page was noticed
+    (void)state;
+    char message[1024];
+    for (const char *what = "-dslrne"; *what; what++) {
+        put_folder("new", NULL, 0);
+        put_old_shard("new/train_0.bin", 100, 0);
+        put_old_shard("new/train_1.bin", 2000, 0); // 5024 bytes: a page, and a part of one
+        put_old_shard("new/val.bin", 100, 0);
+        put_shard("other", TOKENS_MAGIC, 1, 2000, 2000, 7);
+        int status = dies(change_data, (void *)what, message, sizeof(message));
+        int noticed = strstr(message, "new/train_1.bin: the file changed while it was in use") != NULL;
+        if (strchr("-d", *what) ? status != 0 || *message : status != 1 || !noticed || strstr(message, "not noticed"))
+            fail_msg("%c: exit status %d; it said: %s", *what, status, message);
+        assert_true(*what != 'e' || strstr(message, "the epoch is over"));
+    }
+}
+
+void open_a_part(void *arg) { // as process *arg of two
+    data_part = *(const char *)arg - '0';
+    data_parts = 2;
+    only_open((void *)"part");
+}
+
+void test_loader_parts(void **state) { // several processes share the work of checking
+    (void)state;
+    char message[1024];
+    for (int bad = 0; bad < 4; bad++) {
+        put_folder("part", NULL, 0);
+        for (int i = 0; i < 4; i++) {
+            char name[64];
+            snprintf(name, sizeof(name), "part/train_%d.bin", i);
+            put_checked_shard(name, 400, 0);
+            if (i == bad)
+                flip_token_bit(name, 1500, 3);
+        }
+        assert_int_equal(dies(open_a_part, (void *)(bad % 2 ? "1" : "0"), message, sizeof(message)), 1);
+        assert_non_null(strstr(message, ".bin: damaged"));
+        assert_int_equal(dies(open_a_part, (void *)(bad % 2 ? "0" : "1"), message, sizeof(message)), 0);
+    }
+    put_shard("part/train_3.bin", TOKENS_MAGIC, 1, 400, 401, 0); // every process looks at all headers
+    assert_int_equal(dies(open_a_part, (void *)"0", message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "part/train_3.bin: damaged"));
+}
+
+void test_loader_half_replaced(void **state) { // data/tokenize was killed while it moved files
+    (void)state;
+    char message[1024];
+    static const char *const names[] = {"train_0.bin", "val_0.bin"};
+    put_folder("half", names, 2);
+    assert_int_equal(dies(only_open, (void *)"half", message, sizeof(message)), 0);
+    assert_int_equal(mkdir(scratch_file("half/replaced-tokens"), 0777), 0);
+    assert_int_equal(dies(only_open, (void *)"half", message, sizeof(message)), 1);
+    assert_true(strstr(message, "/half: data/tokenize was ended") && strstr(message, "/half/replaced-tokens)"));
+    put_text("half/tokenizer.json", ""); // the new ones are all there, and the old ones could not be removed
+    assert_int_equal(dies(only_open, (void *)"half", message, sizeof(message)), 0);
+}
+
 void read_closed_folder(void *arg) { // readdir fails
     const char *path = scratch_file((const char *)arg);
     DIR *folder = open_folder(path);
@@ -378,6 +472,9 @@ int main(void) {
         cmocka_unit_test(test_loader_truncated),
         cmocka_unit_test(test_loader_readdir),
         cmocka_unit_test(test_loader_tick),
+        cmocka_unit_test(test_loader_changed),
+        cmocka_unit_test(test_loader_parts),
+        cmocka_unit_test(test_loader_half_replaced),
     };
     begin_tests();
     return cmocka_run_group_tests_name("loader", tests, NULL, scratch_done);

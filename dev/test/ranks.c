@@ -176,7 +176,7 @@ void test_ranks_saving_memory(void **state) {
     Part *parts = model_parts(m, &count);
     for (int moment = 0; moment < 3 && !ranks.rank; moment++) {
         WeightFiles files;
-        open_weights(&files, unfinished_path, moment ? "optimizer.safetensors" : "model.safetensors");
+        open_weights(&files, unfinished_path, moment ? "optimizer.safetensors" : "model.safetensors", 1);
         for (int p = 0; p < count; p++) {
             read_part(&files, moment ? names[moment - 1] : "", &parts[p], c.experts, tensor);
             for (size_t j = 0; j < part_size(&parts[p]); j++)

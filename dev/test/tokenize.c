@@ -477,7 +477,9 @@ void test_tokenize_large_tokenizer(void **state) { // 65537 tokens do not fit 16
 void test_tokenize_no_room(void **state) { // a limit on file sizes stands for a full disk
     (void)state;
     write_documents("many.txt", 3000, 6);
-    assert_refused("cannot write", "ulimit -f 8;", "--vocab 300 many.txt"); // SIGXFSZ would end it without a word
+    assert_refused("unfinished-tokens/train_000000.bin: cannot write: File too large", "ulimit -f 16;",
+                   "--vocab 300 many.txt"); // SIGXFSZ would end it without a word
+    assert_refused("unfinished-tokens/tokenizer.json: cannot write: File too large", "ulimit -f 2;", "--vocab 300 many.txt");
     char output[256];
     if (access("/dev/full", W_OK) == 0)
         assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids %s > /dev/full",
@@ -641,7 +643,10 @@ void test_tokenize_replacing(void **state) { // all old files or all new ones, o
     char old[256], fresh[256];
     snprintf(old, sizeof(old), "%s", write_documents("old.txt", 10, 5));
     snprintf(fresh, sizeof(fresh), "%s", write_documents("new.txt", 10, 6));
-    const char *json = small_tokenizer("t.json", NULL, NULL), *out = scratch_file("swap");
+    char json[256], out[256], blank[256];
+    snprintf(json, sizeof(json), "%s", small_tokenizer("t.json", NULL, NULL));
+    snprintf(out, sizeof(out), "%s", scratch_file("swap"));
+    snprintf(blank, sizeof(blank), "%s", put_text("blank.txt", "\n"));
 
     // The folder of new files cannot be listed: once, nothing was moved then, and all was said to be well.
     assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, old, out), 0);
@@ -686,10 +691,62 @@ void test_tokenize_replacing(void **state) { // all old files or all new ones, o
         shell(output, sizeof(output), "exec env %s FAIL_RENAME=%d FAIL_KILL=1 $TOKENIZE --vocab 300 %s --out %s", prefix, call, fresh,
               out);
         assert_int_equal(access(scratch_file("swap/tokenizer.json"), F_OK), call == 1 ? 0 : -1);
+
+        // Even where it then fails, all old files are back, and a line says so.
+        if (call % 2) {
+            assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, blank, out), 1);
+            assert_true(call == 1 || strstr(output, "swap: an earlier run was ended while it replaced the files there"));
+            assert_int_equal(shell(output, sizeof(output), "cd %s && cat *.bin", out), 0);
+            assert_true(checksum_of(output, said_size) == before);
+            assert_same_file(json, scratch_file("swap/tokenizer.json"));
+        }
         assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, old, out), 0);
         assert_int_equal(shell(output, sizeof(output), "ls %s", out), 0);
         assert_string_equal(output, "tokenizer.json\ntrain_000000.bin\nval_000000.bin\n");
     }
+}
+
+void test_tokenize_restoring(void **state) { // what a kill left is put back, also where there are more new files than old ones
+    (void)state;
+    char output[4096];
+    char json[256], out[256], blank[256];
+    const char *text = write_documents("old.txt", 10, 5);
+    snprintf(json, sizeof(json), "%s", small_tokenizer("t.json", NULL, NULL));
+    snprintf(out, sizeof(out), "%s", scratch_file("half"));
+    snprintf(blank, sizeof(blank), "%s", put_text("blank.txt", "\n"));
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s; cd %s && cat *.bin", json, text, out, out), 0);
+    assert_int_equal(shell(output, sizeof(output), "cd %s && cat *.bin", out), 0);
+    uint64_t before = checksum_of(output, said_size);
+    static const char *const left[] = {
+        "mv tokenizer.json replaced-tokens", "mv tokenizer.json train_000000.bin replaced-tokens",
+        "mv *.json *.bin replaced-tokens", "mv *.json *.bin replaced-tokens; echo new > train_000000.bin",
+        "mv *.json *.bin replaced-tokens; for i in 0 1 2; do echo new > train_00000$i.bin; done",
+        "mv *.json *.bin replaced-tokens; for i in 0 1 2; do echo new > train_00000$i.bin; done; echo new > val_000000.bin"};
+    for (int i = 0; i < COUNT(left); i++) {
+        assert_int_equal(shell(output, sizeof(output), "cd %s && mkdir replaced-tokens && %s", out, left[i]), 0);
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, blank, out), 1);
+        assert_non_null(strstr(output, "half: an earlier run was ended while it replaced the files there; the old ones are back"));
+        assert_int_equal(shell(output, sizeof(output), "cd %s && cat *.bin", out), 0);
+        assert_true(checksum_of(output, said_size) == before);
+        assert_same_file(json, scratch_file("half/tokenizer.json"));
+        assert_int_equal(shell(output, sizeof(output), "ls %s", out), 0);
+        assert_string_equal(output, "tokenizer.json\ntrain_000000.bin\nval_000000.bin\n");
+    }
+}
+
+void test_tokenize_no_reader(void **state) { // data/tokenize | head: once a signal ended it, and unfinished-tokens stayed
+    (void)state;
+    char output[4096];
+    const char *json = small_tokenizer("t.json", NULL, NULL), *text = write_documents("many.txt", 10, 5), *out = scratch_file("pipe");
+    int ends[2];
+    assert_int_equal(pipe(ends), 0);
+    close(ends[0]);
+    int status = shell(output, sizeof(output), "($TOKENIZE --tokenizer %s %s --out %s >&%d)", json, text, out, ends[1]);
+    close(ends[1]);
+    if (status != 1 || !strstr(output, "standard output: cannot write"))
+        fail_msg("exit %d: %s", status, output);
+    assert_int_equal(shell(output, sizeof(output), "ls %s", out), 0);
+    assert_string_equal(output, "tokenizer.json\ntrain_000000.bin\nval_000000.bin\n");
 }
 
 void test_tokenize_stories(void **state) { // data/make_stories, where its output cannot be written
@@ -743,6 +800,8 @@ int main(void) {
         cmocka_unit_test(test_tokenize_descriptors),
         cmocka_unit_test(test_tokenize_replacing),
         cmocka_unit_test(test_tokenize_in_the_way),
+        cmocka_unit_test(test_tokenize_restoring),
+        cmocka_unit_test(test_tokenize_no_reader),
         cmocka_unit_test(test_tokenize_stories),
     };
     setenv("TOKENIZE", "data/tokenize", 0);
