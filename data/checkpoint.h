@@ -169,7 +169,7 @@ int is_idle_tensor(const char *name, int untied) {
 }
 
 // Ends the program where the files have one part under both of its names: only one of the two was read.
-void check_names(const Table *seen, const WeightFiles *files, const char *name) {
+void check_both_names(const Table *seen, const WeightFiles *files, const char *name) {
     int expert;
     char fused[96];
     if (!fused_name(name, fused, &expert)) {
@@ -216,7 +216,7 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
     }
     for (int i = 0; i < copies * count; i++) {
         snprintf(name, sizeof(name), "%s%s", prefix[i / count], parts[i % count].name);
-        check_names(&asked, files, name);
+        check_both_names(&asked, files, name);
     }
     const char *const embed = "model.embed_tokens.weight";
     if (c->untied && table_get(&asked, embed, strlen(embed)) == 1) {

@@ -221,8 +221,8 @@ Find search_step(Run *run) {
     return find;
 }
 
-// The largest weight, which tells whether training has got out of hand. All processes call it; rank 0 gets the text
-// about all weights, and the others about their own.
+// The largest weight, which tells whether training has got out of hand. All processes call it. Rank 0 reads all weights,
+// and the others get its text.
 void name_largest_weight(Run *run, char *text, size_t size) {
     const Model *m = run->model;
     const Tensor *where = &m->tensors[0];
@@ -240,6 +240,7 @@ void name_largest_weight(Run *run, char *text, size_t size) {
     }
     free(numbers);
     snprintf(text, size, "all weights are finite (the largest, in %s, is %.3g)", where->name, largest);
+    broadcast(text, size);
 }
 
 // What was not finite first, as a sentence or two. activations: where those that went wrong are looked for.
