@@ -7,18 +7,31 @@ ifeq ($(origin CXX),default)
 CXX := $(shell command -v g++ || command -v clang++ || echo c++)
 endif
 # $(call accepts,FLAGS,PROGRAM): FLAGS, if the compiler builds PROGRAM with them
-accepts = $(shell printf '$(2)\nint main(void) { return 0; }\n' | $(CC) $(1) -x c - -o /dev/null >/dev/null 2>&1 && echo "$(1)")
+# (not to /dev/null: there are compilers that remove what they write to, and root can remove that)
+accepts = $(shell d=$$(mktemp -d) && printf '$(2)\nint main(void) { return 0; }\n' | $(CC) $(1) -x c - -o "$$d/a" >/dev/null 2>&1 && \
+    echo "$(1)"; rm -rf "$$d")
 
 ARCH   := $(or $(call accepts,-march=native -mprefer-vector-width=512),$(call accepts,-march=native),$(call accepts,-mcpu=native))
 RT     := $(call accepts,-lrt) # aio_fsync, before glibc 2.34
-OPENMP := $(or $(call accepts,-fopenmp,\043include <omp.h>),-Wno-unknown-pragmas)
+# $(call runs,FLAGS): FLAGS, if a program of OpenMP that is built with them runs here. Where no program at all runs, because the
+# compiler builds for another processor, it is enough that it is built.
+runs = $(shell d=$$(mktemp -d) && printf '\043include <omp.h>\nint main(void) { return omp_get_num_procs() < 1; }\n' > "$$d/a.c" && \
+    printf 'int main(void) { return 0; }\n' > "$$d/b.c" && $(CC) $(1) "$$d/a.c" -o "$$d/a" >/dev/null 2>&1 && \
+    { "$$d/a" >/dev/null 2>&1 || { $(CC) "$$d/b.c" -o "$$d/b" >/dev/null 2>&1 && ! "$$d/b" >/dev/null 2>&1; }; } && \
+    echo "$(1)"; rm -rf "$$d")
+# Apple's compiler has no -fopenmp, but it takes Homebrew's libomp.
+LIBOMP := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
+OPENMP := $(or $(call runs,-fopenmp),$(if $(LIBOMP),$(call runs,-Xpreprocessor -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib \
+    -lomp)),-Wno-unknown-pragmas)
 CFLAGS ?= -O3
 # CI sets WERROR=-Werror
 WARN    = -Wall -Wextra $(WERROR)
 # One rounding for a multiply-add, and arithmetic that sets no errno and no flags, which lets sqrt and conditions become vectors;
 # never -ffast-math, which would break the checks for NaN and the same bits every time.
 FLOATS  = -ffp-contract=fast -fno-math-errno -fno-trapping-math
-FLAGS   = -std=gnu11 $(CFLAGS) $(WARN) $(ARCH) $(FLOATS) -I.
+# No function needs more than 16 KiB of stack, of which some systems give a thread very little.
+STACK   = -Wframe-larger-than=16384
+FLAGS   = -std=gnu11 $(CFLAGS) $(WARN) $(STACK) $(ARCH) $(FLOATS) -I.
 BUILD   = $(CC) $(FLAGS)
 LIBS   := -lm
 
@@ -86,19 +99,22 @@ train_moe_cu_nccl: train_moe.cu $(CU_CHOICE) | data/stories/tokenizer.json
 
 ##data/tokenize: trains tokenizers and turns texts into token files
 data/tokenize: data/tokenize.c | $(CHOICE)
-	$(BUILD) $(DEPS) $(OPENMP) data/tokenize.c -o $@ $(LIBS)
+	$(BUILD) $(DEPS) $(OPENMP) -pthread data/tokenize.c -o $@ $(LIBS)
 
+# for any processor of the family: there is nothing to gain from this one's instructions
 data/make_stories: data/stories.c | $(CHOICE)
-	$(BUILD) $(DEPS) data/stories.c -o $@
+	$(CC) -std=gnu11 $(CFLAGS) $(WARN) $(STACK) $(DEPS) data/stories.c -o $@
 
 ##data/stories/tokenizer.json: the built-in stories as tokens
+# The old ones are removed when the new ones are whole.
 data/stories/tokenizer.json: data/make_stories data/tokenize
-	rm -rf data/stories data/stories.new && mkdir data/stories.new
+	rm -rf data/stories.new && mkdir data/stories.new
 	data/make_stories --count 24000 > data/stories.new/train.txt
 	data/make_stories --first 24000 --count 500 > data/stories.new/valid.txt
 	data/tokenize --vocab 1900 data/stories.new/train.txt data/stories.new/valid.txt --out data/stories.new
 	rm data/stories.new/train.txt data/stories.new/valid.txt
-	mv data/stories.new data/stories
+	rm -rf data/stories.old && if [ -d data/stories ]; then mv data/stories data/stories.old; fi
+	mv data/stories.new data/stories && rm -rf data/stories.old
 
 # Tests and benchmarks do not spin while they wait; train_moe sees to that by itself.
 export OMP_WAIT_POLICY ?= passive
@@ -121,8 +137,9 @@ dev/test_moe_double: test_moe.c $(CHOICE) | cmocka
 
 # What Debian, Fedora, Arch and Homebrew call cmocka.
 cmocka:
+	@mkdir -p dev/build
 	@printf '\043include <stdarg.h>\n\043include <stddef.h>\n\043include <stdint.h>\n\043include <setjmp.h>\n\043include <cmocka.h>\nint main(void) { return 0; }\n' \
-	| $(CC) -x c - -o /dev/null >/dev/null 2>&1 || { echo "cmocka is missing; installing it with the system's package manager"; \
+	| $(CC) -x c - -o dev/build/cmocka >/dev/null 2>&1 || { echo "cmocka is missing; installing it with the system's package manager"; \
 	s=; [ "$$(id -u)" = 0 ] || s=sudo; \
 	if command -v apt-get >/dev/null; then $$s apt-get update -qq && $$s apt-get install -y -qq libcmocka-dev; \
 	elif command -v dnf >/dev/null; then $$s dnf install -y libcmocka-devel; \
@@ -137,7 +154,7 @@ test: test_moe test_rest
 clean:
 	rm -f train_moe train_moe_double train_moe_mpi train_moe_mpi_double train_moe_cu train_moe_cu_nccl data/tokenize data/make_stories
 	rm -f dev/test_moe dev/test_moe_double dev/test/logits dev/bench/bench dev/bench/bench_cu dev/bench/llmc_step dev/bench/scale
-	rm -rf dev/build data/stories data/stories.new
+	rm -rf dev/build data/stories data/stories.new data/stories.old
 
 help:
 	@sed -n 's/^##//p' Makefile dev/dev.mk

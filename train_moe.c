@@ -110,8 +110,8 @@ typedef struct Config {
     int ep, overlap, replicate, replicate_every, watchdog, trace;
     // Files, how often things happen (in steps), and generation.
     const char *data, *out, *init, *tokenizer;
-    int resume;
-    int log_every, eval_every, eval_batches, sample_every, save_every, keep;
+    int resume, trust_weights;
+    int log_every, eval_every, eval_tokens, sample_every, save_every, keep;
     const char *prompt;
     int tokens, top_k;
     double temperature, top_p;
@@ -436,11 +436,11 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N,
 #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * C;
-        real sum = 0;
+        double sum = 0; // a float's square may be too large for a float
         for (int c = 0; c < C; c++) {
-            sum += row[c] * row[c];
+            sum += (double)row[c] * (double)row[c];
         }
-        rstd[n] = (real)(1 / sqrt((double)sum / C + eps));
+        rstd[n] = (real)(1 / sqrt(sum / C + eps));
         for (int c = 0; c < C; c++) {
             out[(size_t)n * C + c] = row[c] * rstd[n] * w[c];
         }
@@ -808,6 +808,8 @@ typedef struct Router {
     void (*update)(Model *m, int l);           // after a step: what changes without a gradient
     const Option *options;
     int option_count;
+    const Effect *effects;                     // what its options need to have an effect
+    int effect_count;
     const Recipe *recipes;
     int recipe_count;
 } Router;
@@ -827,7 +829,7 @@ int run_parts(Model *m, int l, const real *x, int place) {
 // ---- scores
 
 // p (rows,E) = softmax of each row of the logits, or sigmoid of each number; lse (rows): see
-// softmax().
+// softmax(). An infinite logit makes NaN of both (hence 0 * it), so that it is noticed.
 void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int score) {
     memcpy(p, logits, (size_t)rows * E * sizeof(real));
 #pragma omp parallel for if (rows > 64)
@@ -837,7 +839,7 @@ void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int
             lse[row] = softmax(own, E);
         } else {
             for (int e = 0; e < E; e++) {
-                own[e] = (real)(1 / (1 + exp(-(double)own[e])));
+                own[e] = (real)(1 / (1 + exp(-(double)own[e])) + 0 * (double)own[e]);
             }
         }
     }
@@ -890,13 +892,19 @@ void select_topk(int *expert, const real *p, int N, int E, int K) {
 
 // ---- weight
 
+// A score, where scores are divided by their sum: 1e-30 at least. Sigmoid scores can all underflow,
+// and then they share evenly, and the sum is not 0. What is below 1e-30 has no derivative.
+BOTH real counted(real p) {
+    return p < (real)1e-30 ? (real)1e-30 : p;
+}
+
 // weight (N,K) of each chosen expert: scale * p, or scale * p / (sum of the chosen p).
 void weights_forward(real *weight, const real *p, const int *expert, int N, int E, int K, int gate, double scale) {
     for (int n = 0; n < N; n++) {
         real sum = 0;
         for (int k = 0; k < K; k++) {
             int e = expert[(size_t)n * K + k];
-            real score = e < 0 ? 0 : p[(size_t)n * E + e];
+            real score = e < 0 ? 0 : counted(p[(size_t)n * E + e]);
             weight[(size_t)n * K + k] = (real)scale * score;
             sum += score;
         }
@@ -915,14 +923,15 @@ void weights_backward(real *dp, const real *dweight, const real *weight, const r
         real sum = 0, dot = 0;
         for (int k = 0; k < K; k++) {
             size_t choice = (size_t)n * K + k;
-            sum += expert[choice] < 0 ? 0 : p[(size_t)n * E + expert[choice]];
+            sum += expert[choice] < 0 ? 0 : counted(p[(size_t)n * E + expert[choice]]);
             dot += dweight[choice] * weight[choice];
         }
         for (int k = 0; k < K; k++) {
             size_t choice = (size_t)n * K + k;
             real d = (real)scale * dweight[choice];
-            if (expert[choice] >= 0) {
-                dp[(size_t)n * E + expert[choice]] += gate == RENORMALIZED ? (d - dot) / sum : d;
+            size_t at = (size_t)n * E + expert[choice];
+            if (expert[choice] >= 0 && !(p[at] < counted(p[at]))) {
+                dp[at] += gate == RENORMALIZED ? (d - dot) / sum : d;
             }
         }
     }
@@ -979,8 +988,8 @@ double mean_of_slopes(const Route *r, int score) {
         const real *p = r->p + (size_t)n * r->E;
         double dot = 0, sum = 0;
         for (int e = 0; e < r->E; e++) {
-            dot += slope[e] * (double)p[e];
-            sum += (double)p[e];
+            dot += slope[e] * (double)counted(p[e]);
+            sum += (double)counted(p[e]);
         }
         loss += score == SIGMOID ? dot / sum : dot;
     }
@@ -1042,16 +1051,13 @@ void balance_backward(Model *m, real *dp, const Route *r) {
     for (int n = 0; n < r->N; n++) {
         const double *slope = r->slope + (size_t)(n / r->group) * E;
         const real *p = r->p + (size_t)n * E;
-        double dot = 0, sum = 1;
-        if (sigmoid) {
-            sum = 0;
-            for (int e = 0; e < E; e++) {
-                dot += slope[e] * (double)p[e];
-                sum += (double)p[e];
-            }
+        double dot = 0, sum = sigmoid ? 0 : 1;
+        for (int e = 0; sigmoid && e < E; e++) {
+            dot += slope[e] * (double)counted(p[e]);
+            sum += (double)counted(p[e]);
         }
         for (int e = 0; e < E; e++) { // with softmax, dot is 0 and sum is 1
-            dp[(size_t)n * E + e] += (real)(scale * (slope[e] - dot / sum) / sum);
+            dp[(size_t)n * E + e] += p[e] < counted(p[e]) ? 0 : (real)(scale * (slope[e] - dot / sum) / sum);
         }
     }
 }
@@ -1857,7 +1863,7 @@ typedef struct Backend {
     void (*forward)(Model *m, const Batch *batch);
     void (*backward)(Model *m);
     void (*update)(Model *m, int step, double lr); // changes nothing where the gradients' norm is not finite
-    void (*losses)(Model *m, double *loss, double *aux, double *norm); // of the step; waits until all is done
+    void (*losses)(Model *m, double *loss, double *aux, double *norm); // of the step, in this process; waits for them
     void (*generate)(Model *m, int token, int position, real *logits);
     const Statistics *(*statistics)(const Model *m, int l);
     const Route *(*route)(const Model *m, int l);  // of the last forward pass, in the host's memory
@@ -1868,6 +1874,7 @@ typedef struct Backend {
     double (*sheet_peak)(void);                    // the same by the device's data sheet; 0: unknown
     void (*device)(char name[128]);
     double (*memory)(void);                        // bytes of memory of its own; 0: it has the host's
+    void (*remember)(Model *m, int l, const double *recent, const int *idle); // puts these into the statistics
 } Backend;
 
 void cpu_forward(Model *m, const Batch *batch) {
@@ -1883,10 +1890,8 @@ void cpu_update(Model *m, int step, double lr) {
 }
 
 void cpu_losses(Model *m, double *loss, double *aux, double *norm) {
-    double both[2] = {m->loss, m->aux};
-    sum_over_ranks(both, 2);
-    *loss = both[0];
-    *aux = both[1];
+    *loss = m->loss;
+    *aux = m->aux;
     *norm = m->norm;
 }
 
@@ -1905,7 +1910,7 @@ double cpu_memory(void) {
 const Backend cpu_backend = {
     "cpu",          model_allocate, model_free, model_init,  cpu_forward, model_backward, cpu_update, cpu_losses,
     model_generate, cpu_statistics, cpu_route,  ranks_read,  ranks_write, measured_peak,  no_sheet,   cpu_name,
-    cpu_memory,
+    cpu_memory,     set_statistics,
 };
 
 #include "dev/run.h" // the run directory, log and progress, evaluation, stories, the start and the end of the program

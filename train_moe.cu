@@ -317,7 +317,18 @@ __device__ void norm_of_row(const NormOut &to, const Sum &from, const float *w, 
             squares += a[i] * a[i];
         }
     }
-    float scale = 1 / sqrtf(warp_sum(squares) / C + eps);
+    squares = warp_sum(squares);
+    float scale = 1 / sqrtf(squares / C + eps);
+    if (isinf(squares)) { // of numbers above 1e17 or so: they are made smaller first
+        squares = 0;
+        for (int c = 4 * lane; c < C; c += 128) {
+            sum_of(a, from, n, c, C);
+            for (int i = 0; i < 4; i++) {
+                squares += a[i] * 1e-22f * (a[i] * 1e-22f);
+            }
+        }
+        scale = 1e-22f / sqrtf(warp_sum(squares) / C);
+    }
     if (lane == 0) {
         to.rstd[n] = scale;
     }
@@ -524,7 +535,7 @@ __global__ void cross_entropy_kernel(float *nll, floatX *dlogits, const float *l
     __shared__ float highest[32];
     const float *row = logits + (size_t)blockIdx.x * W;
     int target = targets[blockIdx.x], warps = blockDim.x / 32, lane = threadIdx.x % 32;
-    float a[4], top = -1e30f, sum = 0, wanted = row[target];
+    float a[4], top = -INFINITY, sum = 0, wanted = row[target];
 
     // First pass: the highest logit, and the sum.
     for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
@@ -545,7 +556,7 @@ __global__ void cross_entropy_kernel(float *nll, floatX *dlogits, const float *l
         highest[threadIdx.x / 32] = most;
     }
     __syncthreads();
-    most = warp_max(lane < warps ? highest[lane] : -1e30f);
+    most = warp_max(lane < warps ? highest[lane] : -INFINITY);
     sum = block_sum(sum * expf(top - most));
     if (threadIdx.x == 0) {
         nll[blockIdx.x] = most + logf(sum) - wanted;
@@ -625,7 +636,7 @@ __device__ void scores_of_row(float *p, float *lse, const float *logits, int E, 
 
     // Each number on its own: sigmoid.
     for (int e = lane; score == SIGMOID && e < E; e += 32) {
-        p[e] = 1 / (1 + expf(-logits[e]));
+        p[e] = 1 / (1 + expf(-logits[e])) + 0 * logits[e]; // NaN of an infinite logit
     }
     if (score == SIGMOID) {
         __syncwarp();
@@ -676,11 +687,11 @@ __device__ void weights_of_row(float *weight, const float *p, const int *expert,
     int lane = threadIdx.x % 32;
     float sum = 0;
     for (int k = lane; k < K; k += 32) {
-        sum += expert[k] < 0 ? 0 : p[expert[k]];
+        sum += expert[k] < 0 ? 0 : counted(p[expert[k]]);
     }
     sum = warp_sum(sum);
     for (int k = lane; k < K; k += 32) {
-        float w = expert[k] < 0 ? 0 : scale * p[expert[k]];
+        float w = expert[k] < 0 ? 0 : scale * counted(p[expert[k]]);
         weight[k] = gate == RENORMALIZED && expert[k] >= 0 ? w / sum : w;
     }
     __syncwarp();
@@ -694,7 +705,7 @@ __device__ void weights_back_row(float *dp, const float *dweight, const float *w
 
     // Sums over the choices, for the quotient rule.
     for (int k = lane; k < K; k += 32) {
-        sum += expert[k] < 0 ? 0 : p[expert[k]];
+        sum += expert[k] < 0 ? 0 : counted(p[expert[k]]);
         dot += dweight[k] * weight[k];
     }
     sum = warp_sum(sum);
@@ -702,7 +713,7 @@ __device__ void weights_back_row(float *dp, const float *dweight, const float *w
 
     for (int k = lane; k < K; k += 32) { // a token chooses an expert once, so no two lanes add to the same number
         float d = scale * dweight[k];
-        if (expert[k] >= 0) {
+        if (expert[k] >= 0 && !(p[expert[k]] < counted(p[expert[k]]))) {
             dp[expert[k]] += gate == RENORMALIZED ? (d - dot) / sum : d;
         }
     }
@@ -718,14 +729,14 @@ __device__ void balance_back_row(float *dp, const float *p, const double *slope,
     if (score == SIGMOID) {
         sum = 0;
         for (int e = lane; e < E; e += 32) {
-            dot += slope[e] * (double)p[e];
-            sum += (double)p[e];
+            dot += slope[e] * (double)counted(p[e]);
+            sum += (double)counted(p[e]);
         }
         dot = warp_sum(dot);
         sum = warp_sum(sum);
     }
     for (int e = lane; e < E; e += 32) {
-        dp[e] += (float)(scale * (slope[e] - dot / sum) / sum);
+        dp[e] += p[e] < counted(p[e]) ? 0 : (float)(scale * (slope[e] - dot / sum) / sum);
     }
     __syncwarp();
 }
@@ -2213,7 +2224,7 @@ double device_memory(void) {
 const Backend backend = {
     "cuda",       model_allocate, model_free,     model_init,       model_forward, model_backward,
     model_update, model_losses,   model_generate, model_statistics, model_route,   model_read,
-    model_write,  measured_peak,  sheet_peak,     device_name,      device_memory,
+    model_write,  measured_peak,  sheet_peak,     device_name,      device_memory, model_remember,
 };
 
 } // namespace gpu

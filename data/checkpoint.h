@@ -1,12 +1,13 @@
 // Checkpoints: Hugging Face model directories.
-// Gives: model_parts, read_part, write_options, write_config, config_from_directory, join_options. Needs:
-// data/safetensors.h, dev/options.h, and of train_moe.c Config and the table of weights; train_moe.c includes it.
+// Gives: model_parts, read_part, check_tensors, write_options, write_config, config_from_directory, join_options.
+// Needs: data/safetensors.h, dev/options.h, and of train_moe.c Config and the table of weights, which includes it.
 //
 // config.json, model.safetensors and tokenizer.json are as transformers opens them; optimizer.safetensors has
 // AdamW's moments. Models that no class of transformers computes get names in the same manner, and config.json says
 // what they are.
 #pragma once
 #include "safetensors.h"
+#include "hugging_face.h"
 
 // ---- the weights under their Hugging Face names
 
@@ -100,38 +101,128 @@ Part *model_parts(const Model *m, int *count) {
     return list;
 }
 
-// Reads a part under its own name or, as transformers 5 can store Mixtral's experts, out of one tensor of all experts.
-// Returns 0 where the file has neither.
-int find_part(const Safetensors *s, const char *name, const Part *p, int experts, real *to) {
-    int layer, expert, w, rows = p->rows, used = 0;
-    char fused[96];
-    if (read_tensor(s, name, p, rows, 0, to)) {
+// The name under which transformers 5 can store a tensor of Mixtral's, which for experts is one tensor of all of them.
+// Returns 0 where it has no such name, else 1, and for experts which of w1, w2 and w3 it is.
+int fused_name(const char *name, char fused[96], int *expert) {
+    int layer, w, used = 0;
+    if (sscanf(name, "model.layers.%d.block_sparse_moe.experts.%d.w%d%n", &layer, expert, &w, &used) == 3) {
+        snprintf(fused, 96, "model.layers.%d.mlp.experts.%s", layer, w == 2 ? "down_proj" : "gate_up_proj");
+        return w;
+    }
+    *expert = -1;
+    if (sscanf(name, "model.layers.%d.block_sparse_moe.gate.weight%n", &layer, &used) == 1 && used) {
+        snprintf(fused, 96, "model.layers.%d.mlp.gate.weight", layer);
         return 1;
-    }
-    if (sscanf(name, "model.layers.%d.block_sparse_moe.experts.%d.w%d%n", &layer, &expert, &w, &used) == 3) {
-        snprintf(fused, sizeof(fused), "model.layers.%d.mlp.experts.%s", layer, w == 2 ? "down_proj" : "gate_up_proj");
-        int each = w == 2 ? rows : 2 * rows;
-        return read_tensor(s, fused, p, experts * each, expert * each + (w == 3 ? rows : 0), to);
-    }
-    if (sscanf(name, "model.layers.%d.block_sparse_moe.gate%n", &layer, &used) == 1 && used) {
-        snprintf(fused, sizeof(fused), "model.layers.%d.mlp.gate.weight", layer);
-        return read_tensor(s, fused, p, rows, 0, to);
     }
     return 0;
 }
 
-// Reads a part, under prefix, from whichever file has it.
-void read_part(const WeightFiles *files, const char *prefix, const Part *p, int experts, real *to) {
+// Reads a part under its own name or, as transformers 5 can store Mixtral's experts, out of one tensor of all experts.
+// Returns 0 where the file has neither.
+int find_part(const Safetensors *s, const char *name, const Part *p, int experts, real *to) {
+    int expert, rows = p->rows;
+    char fused[96];
+    if (read_tensor(s, name, p, rows, 0, to)) {
+        return 1;
+    }
+    int w = fused_name(name, fused, &expert);
+    if (!w || expert < 0) {
+        return w ? read_tensor(s, fused, p, rows, 0, to) : 0;
+    }
+    int each = w == 2 ? rows : 2 * rows;
+    return read_tensor(s, fused, p, experts * each, expert * each + (w == 3 ? rows : 0), to);
+}
+
+// Reads a part, under prefix, from whichever file has it, and returns that file's path.
+const char *read_part(const WeightFiles *files, const char *prefix, const Part *p, int experts, real *to) {
     char name[160];
-    int found = 0;
+    const char *found = NULL;
     snprintf(name, sizeof(name), "%s%s", prefix, p->name);
     for (int i = 0; i < files->count && !found; i++) {
-        found = find_part(&files->list[i], name, p, experts, to);
+        found = find_part(&files->list[i], name, p, experts, to) ? files->list[i].path : NULL;
+    }
+
+    // A file may have only the output's matrix, where it is the embedding's; where it is not, check_tensors() refuses it.
+    for (int i = 0; i < files->count && !found && !strcmp(name, "model.embed_tokens.weight"); i++) {
+        found = read_tensor(&files->list[i], "lm_head.weight", p, p->rows, 0, to) ? files->list[i].path : NULL;
+    }
+    for (int i = 0; i < files->count && !found && !strncmp(name, "model.", 6); i++) {
+        if (json_get(files->list[i].header, name + 6)) {
+            fail("%s: there is %s, but no %s: it was saved without its output; open it with transformers' "
+                 "AutoModelForCausalLM and save it again",
+                 files->path, name + 6, name);
+        }
     }
     if (!found) {
         fail("%s: there is no %s, which config.json asks for", files->path, name);
     }
     ranks_tick();
+    return found;
+}
+
+// Tensors of a file that change nothing: frequencies of rotary positions, which old versions of transformers saved, and
+// an output's matrix that is the embedding's (untie_output).
+int is_idle_tensor(const char *name, int untied) {
+    const char *const end = "rotary_emb.inv_freq";
+    size_t n = strlen(name), k = strlen(end);
+    return (n >= k && !strcmp(name + n - k, end)) || (!untied && !strcmp(name, "lm_head.weight"));
+}
+
+// Ends the program where the files have one part under both of its names: only one of the two was read.
+void check_both_names(const Table *seen, const WeightFiles *files, const char *name) {
+    int expert;
+    char fused[96];
+    if (!fused_name(name, fused, &expert)) {
+        return;
+    }
+    int64_t first = table_get(seen, name, strlen(name)) - 2, second = table_get(seen, fused, strlen(fused)) - 2;
+    if (first >= 0 && second >= 0) {
+        fail("%s: %s is there twice, in %s as %s; remove the one that is old", files->list[first].path, name,
+             files->list[second].path, fused);
+    }
+}
+
+// Ends the program where the files have a tensor that is no part of the model: what it does there would be lost.
+void check_tensors(const WeightFiles *files, const Config *c, const Part *parts, int count, const char *const *prefix,
+                   int copies) {
+    Table asked;
+    char name[160], fused[96];
+    memset(&asked, 0, sizeof(asked));
+    for (int i = 0; i < copies * count; i++) {
+        int expert, n = snprintf(name, sizeof(name), "%s%s", prefix[i / count], parts[i % count].name);
+        *table_put(&asked, name, (size_t)n) = 1;
+        if (fused_name(name, fused, &expert)) {
+            *table_put(&asked, fused, strlen(fused)) = 1;
+        }
+    }
+    for (int i = 0; i < files->count; i++) {
+        const Safetensors *s = &files->list[i];
+        for (const Json *t = s->header->child; t; t = t->next) {
+            if (!strcmp(t->key, "__metadata__") || is_idle_tensor(t->key, c->untied)) {
+                continue;
+            }
+            if (!table_get(&asked, t->key, strlen(t->key))) {
+                fail("%s: %s is no tensor of the model that config.json describes (%d layers, no biases, no norms of "
+                     "queries and keys), and without it this would be another model",
+                     s->path, t->key, c->layers);
+            }
+            int64_t *seen = table_put(&asked, t->key, strlen(t->key));
+            if (*seen != 1) {
+                fail("%s: %s is there twice, in %s too; take the files away that are old", s->path, t->key,
+                     files->list[*seen - 2].path);
+            }
+            *seen = i + 2;
+        }
+    }
+    for (int i = 0; i < copies * count; i++) {
+        snprintf(name, sizeof(name), "%s%s", prefix[i / count], parts[i % count].name);
+        check_both_names(&asked, files, name);
+    }
+    const char *const embed = "model.embed_tokens.weight";
+    if (c->untied && table_get(&asked, embed, strlen(embed)) == 1) {
+        fail("%s: there is no %s, which config.json asks for", files->path, embed);
+    }
+    table_free(&asked);
 }
 
 // ---- config.json
@@ -173,13 +264,10 @@ void write_options(FILE *file, const Config *config) {
 }
 
 void write_config(const char *dir, const Config *c, int eot) {
-    const char *name = matching_class(c), *model_type = "train_moe", *act = "gelu";
+    const char *name = matching_class(c), *model_type = "train_moe";
     int moe = !strcmp(name, "MixtralForCausalLM"), dense = !strcmp(name, "LlamaForCausalLM");
     if (moe || dense) {
         model_type = moe ? "mixtral" : "llama";
-    }
-    if (c->activation == SWIGLU || c->activation == RELU) {
-        act = c->activation == SWIGLU ? "silu" : "relu";
     }
     FILE *f = open_for_writing(dir, "config.json");
     fprintf(f, "{\n  \"architectures\": [\"%s\"],\n", *name ? name : "TrainMoeForCausalLM");
@@ -192,7 +280,7 @@ void write_config(const char *dir, const Config *c, int eot) {
     fprintf(f, "  \"intermediate_size\": %d,\n", dense ? dense_width(c, 0) : c->ffn);
     fprintf(f, "  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n", c->layers, c->heads);
     fprintf(f, "  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->kv_heads, c->dim / c->heads);
-    fprintf(f, "  \"hidden_act\": \"%s\",\n  \"max_position_embeddings\": %d,\n", act, c->seq);
+    fprintf(f, "  \"hidden_act\": \"%s\",\n  \"max_position_embeddings\": %d,\n", act_name(c), c->seq);
     char number[64];
     fprintf(f, "  \"rms_norm_eps\": %s,\n", number_text(c->norm_eps, number));
     fprintf(f, "  \"rope_theta\": %s,\n", number_text(c->rope_theta, number));
@@ -223,80 +311,68 @@ void read_options(Config *c, const Json *object, const char *path) {
             set_option(c, &options[i], text, path);
         }
     }
+
+    // Once an evaluation was counted in batches, of all processes.
+    const Json *batches = json_get(object, "eval-batches");
+    if (batches && batches->type == 'n') {
+        c->eval_tokens = (int)fmin(fmax(batches->number, 0) * c->batch * c->seq, 2e9);
+    }
 }
 
-// Of Hugging Face's Mixtral and Llama we take what we can compute and refuse the rest.
-void config_from_hugging_face(Config *c, const Json *json, const char *model_type, const char *path) {
-    int moe = !strcmp(model_type, "mixtral");
-    if (!moe && strcmp(model_type, "llama")) {
-        fail("%s: model_type is %s; expected mixtral, llama, or a checkpoint of train_moe", path, model_type);
-    }
-    memset(c->given, 0, sizeof(c->given));
-    config_recipe(c, moe ? "mixtral" : "dense");
-    c->topk = 1; // a dense layer is K*F wide
-    c->shared = 0;
-    const char *const names[][2] = {
-        {"hidden_size", "dim"},           {"num_hidden_layers", "layers"},      {"num_attention_heads", "heads"},
-        {"num_key_value_heads", "kv-heads"}, {"intermediate_size", "ffn"},      {"max_position_embeddings", "seq"},
-        {"num_local_experts", "experts"}, {"num_experts_per_tok", "topk"},
-    };
-    for (int i = 0; i < (moe ? 8 : 6); i++) {
-        char number[64];
-        number_text(expect_member(json, names[i][0], 'i', path)->number, number);
-        set_option(c, &options[find_option(names[i][1])], number, path);
-    }
-    c->seq = min_int(c->seq, 4096); // the cache of generation
-    c->norm_eps = expect_member(json, "rms_norm_eps", 'n', path)->number;
-
-    // Rotary positions, in the newer form of these files or in the older one.
-    const Json *rope = json_get(json, "rope_parameters"), *scaling = json_get(json, "rope_scaling");
-    int newer = rope && rope->type == 'o';
-    c->rope_theta = expect_member(newer ? rope : json, "rope_theta", 'n', path)->number;
-    const Json *kind = json_get(newer ? rope : scaling, "rope_type");
-    if ((kind && kind->text && strcmp(kind->text, "default")) || (!kind && scaling && scaling->type == 'o')) {
-        fail("%s: its rotary positions are scaled, which this program does not compute", path);
-    }
-
-    const Json *tied = json_get(json, "tie_word_embeddings"), *width = json_get(json, "head_dim");
-    const Json *act = json_get(json, "hidden_act"), *window = json_get(json, "sliding_window");
-    c->untied = !tied || tied->type != 't';
-    if (act && act->text && strcmp(act->text, "silu")) {
-        fail("%s: hidden_act is %s; expected silu", path, act->text);
-    }
-    if (width && width->type == 'n' && width->number * c->heads != c->dim) {
-        fail("%s: head_dim %.0f is not hidden_size %d / num_attention_heads %d", path, width->number, c->dim, c->heads);
-    }
-    if (window && window->type == 'n' && window->number < c->seq) {
-        c->seq = (int)window->number;
-    }
-    const char *const biases[] = {"attention_bias", "mlp_bias"};
-    for (int i = 0; i < 2; i++) {
-        if (json_get(json, biases[i]) && json_get(json, biases[i])->type == 't') {
-            fail("%s: %s is true; this model has no biases", path, biases[i]);
+// Where config.json says that the output has the embedding's matrix, but the file has another one for it, that one
+// counts. Version 5 of transformers does the same, older versions did not.
+void untie_output(Config *c, const char *dir) {
+    WeightFiles files;
+    const char *const names[] = {"model.embed_tokens.weight", "lm_head.weight"};
+    const Safetensors *at[2] = {NULL, NULL};
+    const Json *tensors[2] = {NULL, NULL};
+    open_weights(&files, dir, "model.safetensors", 0); // checksums are compared when all is read
+    for (int i = 0; i < files.count; i++) {
+        for (int k = 0; k < 2; k++) {
+            const Json *t = json_get(files.list[i].header, names[k]);
+            at[k] = t ? &files.list[i] : at[k];
+            tensors[k] = t ? t : tensors[k];
         }
     }
+    if (tensors[0] && tensors[1] && !same_numbers(at, tensors, names, c->vocab, c->dim)) {
+        remark("%s: tie_word_embeddings is true, but %s is not %s: it counts as false, as in transformers 5", dir,
+               names[1], names[0]);
+        c->untied = 1;
+    }
+    close_weights(&files);
 }
 
-// What dir/config.json says of the model; ours has every option in it.
-void config_from_directory(Config *c, const char *dir) {
+// What dir/config.json says of the model, and the files of weights beside it; ours has every option in it. Returns the
+// length of attention's sliding window, 0: none.
+int config_from_directory(Config *c, const char *dir) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/config.json", dir);
     size_t size;
     char *text = read_file(path, &size);
     Json *json = json_parse(text, size, path);
-    c->vocab = (int)expect_member(json, "vocab_size", 'i', path)->number;
-    if (c->vocab < 1 || c->vocab > 1 << 24) {
-        fail("%s: vocab_size %d is not possible", path, c->vocab);
+    config_defaults(c);
+    double vocab = 32000; // of both classes, where the file says nothing
+    if (json_get(json, "vocab_size") || !json_get(json, "model_type")) {
+        vocab = expect_member(json, "vocab_size", 'i', path)->number;
     }
+    if (!(vocab >= 1 && vocab <= 1 << 24)) {
+        fail("%s: vocab_size %.15g is not possible", path, vocab);
+    }
+    c->vocab = (int)vocab;
     const Json *type = expect_member(json, "model_type", 's', path);
-    if (json_get(json, "train_moe")) {
+    int own = json_get(json, "train_moe") != NULL;
+    if (own) {
         read_options(c, expect_member(json, "train_moe", 'o', path), path);
         find_recipe(c->recipe);
-    } else {
-        config_from_hugging_face(c, json, type->text, path);
+    }
+    int window = config_from_hugging_face(c, json, type->text, path, own);
+    check_weight_files(dir, "model.safetensors");
+    if (!c->untied) {
+        untie_output(c, dir);
     }
     json_free(json);
     free(text);
+    return window;
 }
 
 // Joins what a checkpoint says (c) with what the command line asked for: options of kinds not in `adopted` are as

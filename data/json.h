@@ -85,6 +85,7 @@ typedef struct JsonReader {
     char *at;         // the next byte to read
     char *end;        // the end of the text
     Json *node;       // the next free node
+    const char *hint; // the end of the message about a mistake
 } JsonReader;
 
 // Ends the program; the message compares the text at the present byte with the expected one.
@@ -94,8 +95,8 @@ void json_fail(const JsonReader *r, const char *expected) {
         const char *format = *r->at > ' ' && *r->at < 0x7f ? "'%c'" : "byte 0x%02x";
         snprintf(found, sizeof(found), format, (unsigned char)*r->at);
     }
-    fail("%s: bad JSON at byte %zu: expected %s, found %s", r->name, (size_t)(r->at - r->copy),
-         expected, found);
+    fail("%s: bad JSON at byte %zu: expected %s, found %s%s", r->name, (size_t)(r->at - r->copy),
+         expected, found, r->hint);
 }
 
 // Skips white space. If c comes next, skips it too and returns 1, else returns 0.
@@ -253,8 +254,8 @@ Json *json_read_value(JsonReader *r, int depth) {
 }
 
 // The tree of a text of `size` bytes, to be freed by json_free. A mistake in it ends the program
-// with a message that names the file `name` and the byte.
-Json *json_parse(const char *text, size_t size, const char *name) {
+// with a message that names the file `name` and the byte, and ends in `hint`.
+Json *json_parse_or(const char *text, size_t size, const char *name, const char *hint) {
     // Every value but the first follows one of these characters, which gives the number of nodes.
     size_t nodes = 1;
     for (size_t i = 0; i < size; i++) {
@@ -264,7 +265,7 @@ Json *json_parse(const char *text, size_t size, const char *name) {
     // The nodes come first and the text behind them, so that one free releases both.
     Json *root = (Json *)allocate(1, nodes * sizeof(Json) + size + 1);
     char *copy = (char *)memcpy(root + nodes, text, size);
-    JsonReader r = {name, copy, copy, copy + size, root};
+    JsonReader r = {name, copy, copy, copy + size, root, hint};
     json_read_value(&r, 0);
 
     // Only white space may follow.
@@ -273,6 +274,10 @@ Json *json_parse(const char *text, size_t size, const char *name) {
         json_fail(&r, "the end of the text");
     }
     return root;
+}
+
+Json *json_parse(const char *text, size_t size, const char *name) {
+    return json_parse_or(text, size, name, "");
 }
 
 // The member `key` of an object, the last one if there are several; NULL if there is none.

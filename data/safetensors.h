@@ -1,10 +1,11 @@
 // Safetensors, the files in which models keep their numbers. https://github.com/huggingface/safetensors
-// Gives: Part, start_safetensors, write_numbers, open_weights, close_weights, read_tensor; has_file, open_for_writing,
-// write_text, expect_member.
+// Gives: Part, start_safetensors, write_numbers, open_weights, close_weights, read_tensor; open_for_writing, write_text,
+// expect_member.
 // Needs: data/json.h; find_word of dev/options.h; ranks_tick of dev/ranks/comm.h.
 //
 // Such a file is the length of its header as 8 bytes, the header, which is JSON, and the numbers.
 #pragma once
+#include "checksums.h"
 #include "json.h"
 
 typedef struct Part { // a block of a tensor's rows
@@ -19,12 +20,6 @@ size_t part_size(const Part *p) {
 }
 
 // ---- writing files
-
-int has_file(const char *dir, const char *name) {
-    char path[4200];
-    snprintf(path, sizeof(path), "%s/%s", dir, name);
-    return access(path, F_OK) == 0;
-}
 
 FILE *open_for_writing(const char *dir, const char *name) {
     char path[4200];
@@ -61,7 +56,7 @@ void write_text(const char *dir, const char *name, const char *text, size_t size
 char *safetensors_header(const Part *parts, int count, const char *const *prefix, int copies, size_t *size) {
     char *header = NULL;
     size_t at = 0;
-    FILE *text = open_memstream(&header, size);
+    FILE *text = open_memory(&header, size);
     fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (int copy = 0; copy < copies; copy++) {
         for (int i = 0; i < count; i++) {
@@ -84,18 +79,24 @@ char *safetensors_header(const Part *parts, int count, const char *const *prefix
         fputc(' ', text);
         fflush(text);
     }
-    fclose(text);
+    close_memory(text, &header);
     return header;
 }
 
-// Begins a file of these parts. Their numbers follow by write_numbers, in the order of the parts.
+// Begins a file of these parts, and its entry in the list of checksums. Their numbers follow by write_numbers, in the
+// order of the parts.
 FILE *start_safetensors(const char *dir, const char *name, const Part *parts, int count, const char *const *prefix,
-                        int copies) {
+                        int copies, FILE *sums) {
     uint64_t length;
     size_t size = 0;
     char *header = safetensors_header(parts, count, prefix, copies, &size);
     FILE *file = open_for_writing(dir, name);
     length = size;
+    size_t bytes = 8 + size;
+    for (int i = 0; i < count; i++) {
+        bytes += (size_t)copies * part_size(&parts[i]) * sizeof(real);
+    }
+    begin_sums(sums, name, bytes, header, size);
     fwrite(&length, 8, 1, file);
     fwrite(header, 1, size, file);
     free(header);
@@ -127,9 +128,11 @@ typedef struct Safetensors { // a mapped file
     const char *map, *data;
     size_t size, data_size;
     Json *header;
+    Sums *sums; // the checksums that were written beside it; NULL: its numbers are not compared
 } Safetensors;
 
-void safetensors_open(Safetensors *s, const char *path) {
+// compared: its numbers are compared with their checksums when they are read.
+void safetensors_open(Safetensors *s, const char *path, int compared) {
     snprintf(s->path, sizeof(s->path), "%s", path);
     int file = open(path, O_RDONLY);
     struct stat info;
@@ -150,6 +153,7 @@ void safetensors_open(Safetensors *s, const char *path) {
              s->size);
     }
     s->header = json_parse(s->map + 8, (size_t)length, path);
+    s->sums = compared ? open_sums(path, s->size, s->map + 8, (size_t)length) : NULL;
     s->data = s->map + 8 + length;
     s->data_size = s->size - 8 - (size_t)length;
 }
@@ -157,6 +161,7 @@ void safetensors_open(Safetensors *s, const char *path) {
 void safetensors_close(Safetensors *s) {
     munmap((void *)s->map, s->size);
     json_free(s->header);
+    close_sums(s->sums);
 }
 
 // The types of numbers that model files use.
@@ -235,6 +240,7 @@ int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, 
     int type;
     const char *from = tensor_data(s, t, name, all, p->cols, &type);
     size_t bytes = number_bytes[type], count = part_size(p);
+    check_tensor(s->sums, s->path, name, from, (size_t)max_int(all, 1) * (size_t)p->cols * bytes);
     from += (size_t)first * (size_t)p->cols * bytes;
     if (bytes == sizeof(real)) {
         memcpy(to, from, count * bytes);
@@ -246,6 +252,26 @@ int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, 
     return 1;
 }
 
+// Are two tensors of rows x cols, each in the file at[i], the same numbers?
+int same_numbers(const Safetensors *const at[2], const Json *const tensors[2], const char *const names[2], int rows,
+                 int cols) {
+    const char *from[2];
+    int type[2];
+    for (int i = 0; i < 2; i++) {
+        from[i] = tensor_data(at[i], tensors[i], names[i], rows, cols, &type[i]);
+    }
+    size_t count = (size_t)rows * (size_t)cols, a = number_bytes[type[0]], b = number_bytes[type[1]];
+    if (type[0] == type[1]) {
+        return !memcmp(from[0], from[1], count * a);
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (decode_number(from[0] + i * a, type[0]) != decode_number(from[1] + i * b, type[1])) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 // A member that has to be there; `type` as in Json, 'i' for a whole number.
 const Json *expect_member(const Json *object, const char *name, char type, const char *path) {
     const Json *m = json_get(object, name);
@@ -253,6 +279,8 @@ const Json *expect_member(const Json *object, const char *name, char type, const
         const char *what = type == 'i' ? "a whole number" : "a number";
         if (type == 'o' || type == 's') {
             what = type == 'o' ? "an object" : "a text";
+        } else if (type == 'a') {
+            what = "a list";
         }
         fail("%s: expected %s \"%s\", found %s", path, what, name, m ? "something else" : "none");
     }
@@ -266,7 +294,7 @@ typedef struct WeightFiles { // one file, or several over which a model's tensor
 } WeightFiles;
 
 // Opens one more, unless it is open.
-void open_one(WeightFiles *w, const char *dir, const char *name) {
+void open_one(WeightFiles *w, const char *dir, const char *name, int compared) {
     snprintf(w->path, sizeof(w->path), "%s/%s", dir, name);
     for (int i = 0; i < w->count; i++) {
         if (!strcmp(w->list[i].path, w->path)) {
@@ -274,16 +302,17 @@ void open_one(WeightFiles *w, const char *dir, const char *name) {
         }
     }
     w->list = (Safetensors *)reallocate(w->list, (size_t)w->count + 1, sizeof(Safetensors));
-    safetensors_open(&w->list[w->count++], w->path);
+    safetensors_open(&w->list[w->count++], w->path, compared);
 }
 
-// Opens dir/name, or the files that dir/name.index.json lists.
-void open_weights(WeightFiles *w, const char *dir, const char *name) {
+// Opens dir/name, or, where it is not there, the files that dir/name.index.json lists. compared: as in
+// safetensors_open().
+void open_weights(WeightFiles *w, const char *dir, const char *name, int compared) {
     w->list = NULL;
     w->count = 0;
     snprintf(w->path, sizeof(w->path), "%s/%s.index.json", dir, name);
-    if (access(w->path, F_OK) != 0) {
-        open_one(w, dir, name);
+    if (has_file(dir, name) || !is_there(w->path)) {
+        open_one(w, dir, name, compared);
         return;
     }
     size_t size;
@@ -293,7 +322,7 @@ void open_weights(WeightFiles *w, const char *dir, const char *name) {
         if (m->type != 's') {
             fail("%s/%s.index.json: the file of %s is not a text", dir, name, m->key);
         }
-        open_one(w, dir, m->text);
+        open_one(w, dir, m->text, compared);
     }
     json_free(json);
     free(text);

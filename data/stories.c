@@ -24,6 +24,7 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -864,6 +865,7 @@ int main(int argc, char **argv) {
     uint64_t count = 10, first = 0, seed = 1;
     int show_worlds = 0;
     int option;
+    signal(SIGXFSZ, SIG_IGN); // a file that may not grow is an error of writing
     while ((option = getopt_long(argc, argv, "h", options, NULL)) != -1) {
         switch (option) {
         case COUNT:

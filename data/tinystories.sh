@@ -12,7 +12,7 @@ help() {
 usage: data/tinystories.sh [--from FILE_OR_DIR] [--out DIR] [--vocab N]
 
   --from FILE_OR_DIR  take this text, or the *.txt of this folder (not of folders in it), instead of fetching it;
-                      "valid" in a file's name makes it validation text
+                      the word "valid" in a file's name makes it validation text
   --out DIR           where to write (default $here/tinystories)
   --vocab N           tokens of the vocabulary (default 4096)
 
@@ -103,4 +103,5 @@ fi
 echo "cleaning, training a vocabulary of $vocab and tokenizing: about a minute for each gigabyte and core"
 "$here/tokenize" --clean --vocab "$vocab" --out "$out" "$@"
 [ -n "$from" ] || echo "the text in $out/*.txt is no longer needed"
+case $out in *[!A-Za-z0-9_./-]*) out="'$(printf %s "$out" | sed "s/'/'\\\\''/g")'" ;; esac # as a shell takes it
 echo "next: ./train_moe --data $out"

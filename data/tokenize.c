@@ -1,8 +1,9 @@
 // Turns text into tokens: trains a byte-level BPE vocabulary, or takes one, and writes token files.
 // Gives: the program data/tokenize, whose output folder train_moe reads with --data.
-// Needs: data/tokenizer.h, data/loader.h (the number that token files begin with).
-// Texts are read in blocks, so they may be larger than memory: once to count words, from which the
-// vocabulary is made, and once to encode them. <|endoftext|> separates documents.
+// Needs: data/tokenizer.h, data/roles.h, and the parts that are included below.
+// Texts are read in blocks, so they may be larger than memory: once to count documents, where some
+// of them are set aside for validation, once to count words, from which the vocabulary is made, and
+// once to encode them. <|endoftext|> separates documents.
 //
 //     data/tokenize --out data/mine mine-train.txt mine-valid.txt
 //     data/tokenize --tokenizer gpt2/tokenizer.json --out data/mine mine.txt
@@ -10,33 +11,22 @@
 //
 // Every result is the same with any number of threads. No file gets its final name before all are
 // written, so that an interrupted run changes nothing.
+#define PROGRAM "data/tokenize"
+#include "roles.h"
 #include "tokenizer.h"
-#include "loader.h"
-#include <dirent.h>
 #include <getopt.h>
-#include <signal.h>
-#include <sys/stat.h>
 
+#ifndef BLOCK_BYTES              // dev/test/fuzz.c takes smaller ones
 #define BLOCK_BYTES  (8 << 20)   // of text at a time; a longer document makes it grow
-#define SHARD_TOKENS 100000000   // of a token file
+#endif
+#define WORD_BYTES   1000        // of a word that counts as one
 #define WORD_MEMORY  (256 << 20) // bytes for counting words
 #define SEPARATOR    "<|endoftext|>"
 
-static volatile sig_atomic_t interrupted;
-
-// The first signal stops the program at the next block or merge; a second one ends it at once.
-static void on_signal(int number) {
-    interrupted = 1;
-    signal(number, SIG_DFL);
-}
-
-static void stop_if_interrupted(void) {
-    if (interrupted) {
-        fail("interrupted; nothing was changed");
-    }
-}
-
 #include "clean.h"      // --clean
+#include "interrupt.h"  // Ctrl-C
+#include "output.h"     // token files
+#include "replace.h"    // how they take the place of old ones
 #include "vocabulary.h" // --vocab
 
 // ----------------------------------------------------------------------------
@@ -54,6 +44,7 @@ typedef struct Reader {
     int clean; // --clean
     int next;  // the file that is open, or the next one to open
     int valid; // is the open file validation text?
+    int64_t split; // the first document of validation, where no file is validation text; else -1
     FILE *file;
     char *bytes;
     size_t allocated, filled, used; // bytes; documents are cut up to `used`
@@ -66,17 +57,12 @@ typedef struct Reader {
     double started, shown;
 } Reader;
 
-static int is_valid_name(const char *path) {
-    const char *slash = strrchr(path, '/');
-    return strstr(slash ? slash : path, "valid") != NULL;
-}
-
 // On a terminal one line that is written again and again, into a pipe a line every ten seconds.
 static void show_progress(Reader *r, int finished) {
     double now = seconds();
     double elapsed = now - r->started;
     double share = (double)r->done / (double)r->total;
-    int terminal = isatty(2);
+    int terminal = is_terminal(2);
     int due = now - r->shown >= (terminal ? 0.1 : 10);
     if (finished) {
         due = terminal && r->shown != r->started; // only to complete a line that was begun
@@ -85,9 +71,13 @@ static void show_progress(Reader *r, int finished) {
         return;
     }
     r->shown = now;
-    fprintf(stderr, "%s%s: %3.0f%%, %.1f MB/s, %.0f s left%s", terminal ? "\r" : "", r->label,
-            100 * share, (double)r->done / 1e6 / elapsed, elapsed / share - elapsed,
-            terminal && !finished ? "   " : "   \n");
+    char line[256];
+    snprintf(line, sizeof(line), "%s: %3.0f%%, %.1f MB/s, %.0f s left", r->label, 100 * share,
+             (double)r->done / 1e6 / elapsed, elapsed / share - elapsed);
+    if (terminal) {
+        write_over(stderr, line, 0);
+    }
+    fprintf(stderr, "%s%s", terminal ? "" : line, terminal && !finished ? "" : "\n");
 }
 
 // Begins again with the first file.
@@ -150,7 +140,7 @@ static void open_text(Reader *r) {
     if (!r->file) {
         fail("%s: %s", path, strerror(errno));
     }
-    r->valid = is_valid_name(path);
+    r->valid = file_role(path) == VALIDATION;
     r->filled = 0;
     r->used = 0;
 }
@@ -202,7 +192,6 @@ static int next_block(Reader *r) {
     r->count = 0;
     while (r->count == 0) {
         int edge = !r->file;
-        stop_if_interrupted();
         if (!r->file) {
             if (r->next == r->path_count) {
                 show_progress(r, 1);
@@ -232,6 +221,19 @@ static int next_block(Reader *r) {
     return 1;
 }
 
+// How many of the block's documents are for training; those of validation come behind them.
+static int64_t training_documents(const Reader *r) {
+    int64_t count = (int64_t)r->count;
+    int64_t left = r->split - (r->kept - count); // documents for training from this block on
+    if (r->valid) {
+        return 0;
+    }
+    if (r->split < 0 || left > count) {
+        return count;
+    }
+    return left > 0 ? left : 0;
+}
+
 // ----------------------------------------------------------------------------
 // Counting words: a table from each different word to how often it occurs in the text.
 
@@ -245,13 +247,17 @@ static void add_counts(Table *sum, const Table *t, int64_t at_least) {
     }
 }
 
-// Adds 1 to the count of each word of a text. A word of more than 1000 bytes, such as DNA, counts
+// Adds 1 to the count of each word of a text. A word of more than WORD_BYTES, such as DNA, counts
 // in pieces.
 static void count_document(Table *counts, const unsigned char *class_of, const char *s, size_t n) {
     const char *end = s + n;
     while (s < end) {
-        size_t length = first_word(class_of, s, (size_t)(end - s));
-        length = length > 1000 ? 1000 : length;
+        // Of a longer word only a few bytes behind the first WORD_BYTES are looked at: enough for the
+        // character that is cut there and the next one. So a run without a break is looked through
+        // once, and not again for every piece.
+        size_t left = (size_t)(end - s);
+        size_t length = first_word(class_of, s, left > WORD_BYTES + 8 ? WORD_BYTES + 8 : left);
+        length = length > WORD_BYTES ? WORD_BYTES : length;
         *table_put(counts, s, length) += 1;
         s += length;
     }
@@ -267,14 +273,12 @@ static Table count_words(Reader *r) {
 
     // A vocabulary is made for training text; validation must not influence it.
     while (next_block(r)) {
-        if (r->valid) {
-            continue;
-        }
+        int64_t count = training_documents(r);
 
         // Every thread counts in its own table. The sums are taken after each block, so that they,
         // and with them the words given up below, are the same with any number of threads.
 #pragma omp parallel for schedule(dynamic, 16)
-        for (int64_t i = 0; i < (int64_t)r->count; i++) {
+        for (int64_t i = 0; i < count; i++) {
             const Document *d = &r->documents[i];
             count_document(&mine[thread_number()], class_of, r->bytes + d->start, d->length);
         }
@@ -303,77 +307,11 @@ static Table count_words(Reader *r) {
 }
 
 // ----------------------------------------------------------------------------
-// Writing: everything goes into a folder in the output folder first, which fail() removes.
+// Encoding.
 
-// Opens a file in the unfinished folder.
-static FILE *open_output(const char *name) {
-    char path[4200];
-    snprintf(path, sizeof(path), "%s/%s", unfinished_path, name);
-    FILE *file = fopen(path, "wb");
-    if (!file) {
-        fail("%s: %s", path, strerror(errno));
-    }
-    return file;
-}
-
-// Closes a file. A full disk may show only here.
-static void close_output(FILE *file) {
-    int failed = ferror(file);
-    if (fclose(file) != 0 || failed) {
-        fail("%s: cannot write: %s", unfinished_path, strerror(errno));
-    }
-}
-
-// The token files of one split.
-typedef struct Shards {
-    const char *folder, *split;
-    FILE *file;      // the open one
-    int count;       // files
-    int64_t in_file; // tokens of the open one
-    int64_t tokens, documents, bytes;
-} Shards;
-
-// Writes llm.c's header (data/loader.h).
-static void write_header(Shards *s) {
-    const int32_t header[256] = {TOKENS_MAGIC, 1, (int32_t)s->in_file};
-    fwrite(header, sizeof(header), 1, s->file);
-}
-
-// Writes the header again, now that the number of tokens is known, and closes the file.
-static void finish_shard(Shards *s) {
-    if (!s->file) {
-        return;
-    }
-    rewind(s->file);
-    write_header(s);
-    close_output(s->file);
-    s->file = NULL;
-}
-
-// Appends ids (count), and begins a new file when one is full.
-static void write_tokens(Shards *s, const int *ids, size_t count) {
-    for (size_t i = 0; i < count; i++) {
-        if (!s->file) {
-            char name[64];
-            snprintf(name, sizeof(name), "%s_%06d.bin", s->split, s->count++);
-            s->file = open_output(name);
-            s->in_file = 0;
-            write_header(s);
-        }
-        putc_unlocked(ids[i] & 255, s->file);
-        putc_unlocked(ids[i] >> 8, s->file);
-        s->tokens++;
-        s->in_file++;
-        if (s->in_file == SHARD_TOKENS) {
-            finish_shard(s);
-        }
-    }
-}
-
-// Encodes all documents in parallel and writes them in order. Documents of validation files go to
-// val, and so do those from number `split` on unless it is -1; the others go to train.
-static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shards *train,
-                             Shards *val) {
+// Encodes all documents in parallel and writes them in order, those of validation to val, the others to
+// train.
+static void encode_documents(Reader *r, const Tokenizer *t, Shards *train, Shards *val) {
     int threads = thread_count();
     Tokenizer **mine = (Tokenizer **)allocate((size_t)threads, sizeof(Tokenizer *));
     for (int i = 0; i < threads; i++) {
@@ -382,7 +320,6 @@ static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shard
 
     int *ids = NULL;
     size_t allocated = 0;
-    int64_t number = 0; // of the next document
     rewind_reader(r, "encoding");
     while (next_block(r)) {
         // The ids of a document begin at the same index as its bytes. The encoder asks for one id
@@ -402,14 +339,14 @@ static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shard
         }
 
         // Each document begins with <|endoftext|>.
-        for (size_t i = 0; i < r->count; i++) {
+        int64_t for_training = training_documents(r);
+        for (int64_t i = 0; i < (int64_t)r->count; i++) {
             const Document *d = &r->documents[i];
-            Shards *s = r->valid || (split >= 0 && number >= split) ? val : train;
+            Shards *s = i < for_training ? train : val;
             write_tokens(s, &t->eot, 1);
             write_tokens(s, ids + d->start, d->ids);
             s->documents++;
             s->bytes += (int64_t)d->length;
-            number++;
         }
     }
     free(ids);
@@ -417,54 +354,6 @@ static void encode_documents(Reader *r, const Tokenizer *t, int64_t split, Shard
         tokenizer_free(mine[i]);
     }
     free(mine);
-}
-
-// Removes token files of an earlier run from `out`, since train_moe would read them along with the
-// new ones. Files that have other names stay, with a warning.
-static void remove_old_shards(const char *out) {
-    char path[8400];
-    struct dirent *entry;
-    DIR *folder = opendir(out);
-    while (folder && (entry = readdir(folder)) != NULL) {
-        const char *name = entry->d_name;
-        const char *number = name + strcspn(name, "_");
-        const char *dot = strrchr(name, '.');
-        if (!dot || strcmp(dot, ".bin") != 0 || !(strstr(name, "train") || strstr(name, "val"))) {
-            continue;
-        }
-
-        // Names such as train_000000.bin are ours.
-        int ours = strncmp(name, "train_", 6) == 0 || strncmp(name, "val_", 4) == 0;
-        snprintf(path, sizeof(path), "%s/%s", out, name);
-        if (ours && strspn(number + 1, "0123456789") == 6 && number + 7 == dot) {
-            unlink(path);
-        } else {
-            fprintf(stderr, "%s: %s was there before, and train_moe will read it too\n",
-                    program_name, path);
-        }
-    }
-    if (folder) {
-        closedir(folder);
-    }
-}
-
-// Moves all finished files to the output folder.
-static void move_outputs(const char *out) {
-    char from[8400], to[8400];
-    struct dirent *entry;
-    DIR *folder = opendir(unfinished_path);
-    while (folder && (entry = readdir(folder)) != NULL) {
-        snprintf(from, sizeof(from), "%s/%s", unfinished_path, entry->d_name);
-        snprintf(to, sizeof(to), "%s/%s", out, entry->d_name);
-        if (entry->d_name[0] != '.' && rename(from, to) != 0) {
-            fail("%s: %s", to, strerror(errno));
-        }
-    }
-    if (folder) {
-        closedir(folder);
-    }
-    remove_tree(unfinished_path);
-    unfinished_path[0] = 0;
 }
 
 // ----------------------------------------------------------------------------
@@ -478,11 +367,21 @@ typedef struct Options {
     int ids;               // --ids: print ids and write no files
 } Options;
 
+// Standard output must have taken everything that was printed.
+static void finish_output(void) {
+    int lost = ferror(stdout);
+    if (fflush(stdout) != 0 || lost) {
+        fail("standard output: cannot write: %s", lost ? "a part of it is lost" : strerror(errno));
+    }
+}
+
 static void print_help(void) {
     printf("usage: data/tokenize [--vocab N | --tokenizer FILE] [--clean] TEXTFILE... --out DIR\n"
            "       data/tokenize --tokenizer FILE --ids TEXTFILE...\n\n"
-           "Turns texts, whose documents are separated by %s, into token files for train_moe. A file with\n"
-           "\"valid\" in its name becomes validation; without one the last hundredth of the documents does.\n\n"
+           "Turns texts, whose documents are separated by %s, into token files for train_moe. A file\n"
+           "whose name has the word val, valid, validation or eval (my-text.valid.txt) becomes validation\n"
+           "text; one with the word train or training, or none of these, is for training. Without\n"
+           "validation text the last hundredth of the documents becomes it.\n\n"
            "  --out DIR         where to write tokenizer.json, train_000000.bin ..., val_000000.bin ...\n"
            "  --vocab N         train a byte-level BPE vocabulary of N tokens, 257 to 65536 (default 4096)\n"
            "  --tokenizer FILE  use this tokenizer.json (byte-level BPE, such as GPT-2's)\n"
@@ -503,6 +402,14 @@ static int number_option(const char *option, const char *text, int least, int mo
         usage_fail("--%s %s: expected a whole number from %d to %d", option, text, least, most);
     }
     return (int)value;
+}
+
+// The word that getopt_long did not understand. In one of short options, such as -x.txt, it stops
+// behind the first letter, and the word is then the next one.
+static const char *refused_word(char **argv) {
+    const char *last = argv[optind - 1], *next = argv[optind];
+    int is_last = strncmp(last, "--", 2) == 0 || (last[0] == '-' && last[1] == optopt);
+    return !is_last && next && next[0] == '-' && next[1] == optopt ? next : last;
 }
 
 // Reads the command line; the paths of the texts and --clean go to the reader.
@@ -529,9 +436,10 @@ static void parse_options(Options *o, Reader *r, int argc, char **argv) {
             o->ids = 1;
         } else if (option == 'h') {
             print_help();
+            finish_output();
             exit(0);
         } else {
-            usage_fail("%s: unknown option, or its value is missing", argv[optind - 1]);
+            usage_fail("%s: unknown option, or its value is missing", refused_word(argv));
         }
     }
 
@@ -556,7 +464,8 @@ static void print_ids(const char *tokenizer, char **paths, int count) {
     Tokenizer *t = tokenizer_load(tokenizer);
     for (int i = 0; i < count; i++) {
         size_t size;
-        char *text = read_file(strcmp(paths[i], "-") == 0 ? "/dev/stdin" : paths[i], &size);
+        int is_input = strcmp(paths[i], "-") == 0;
+        char *text = is_input ? read_stream(stdin, "standard input", &size) : read_file(paths[i], &size);
         int *ids = (int *)allocate(size + 1, sizeof(int));
         size_t n = tokenizer_encode(t, text, size, ids);
         for (size_t k = 0; k < n; k++) {
@@ -567,9 +476,7 @@ static void print_ids(const char *tokenizer, char **paths, int count) {
         free(text);
     }
     tokenizer_free(t);
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        fail("standard output: %s", strerror(errno));
-    }
+    finish_output();
 }
 
 // Adds up the sizes of the texts, refuses one that cannot be read twice, and returns the number of
@@ -578,6 +485,10 @@ static int check_texts(Reader *r) {
     int train_files = 0;
     for (int i = 0; i < r->path_count; i++) {
         struct stat info;
+        if (strcmp(r->paths[i], "-") == 0) {
+            fail("-: texts are read more than once, which standard input cannot be: write it to a file "
+                 "first");
+        }
         if (stat(r->paths[i], &info) != 0) {
             fail("%s: %s", r->paths[i], strerror(errno));
         }
@@ -588,61 +499,52 @@ static int check_texts(Reader *r) {
             fail("%s: the file is empty", r->paths[i]);
         }
         r->total += info.st_size;
-        train_files += !is_valid_name(r->paths[i]);
+        train_files += file_role(r->paths[i]) != VALIDATION;
     }
     if (train_files == 0) {
-        fail("%s: only validation text; give a file without \"valid\" in its name too",
+        fail("%s: only validation text, as its name says; give one for training too, such as train.txt",
              r->paths[0]);
     }
     return train_files;
 }
 
-// Makes the output folder and, in it, an empty one for files that are being written.
-static void prepare_output(const char *out) {
-    if (strlen(out) > 2000) {
-        fail("%s: the name is too long", out);
-    }
-    make_directories(out);
-    snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-tokens", out);
-    remove_tree(unfinished_path); // of a run that was killed
-    make_directories(unfinished_path);
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-}
-
 // Trains a vocabulary on the texts, writes its tokenizer.json and reads it back.
 static Tokenizer *train_tokenizer(Reader *r, int vocab) {
-    FILE *file = open_output("tokenizer.json");
+    char path[4200], *json = NULL;
+    size_t size = 0;
     Table words = count_words(r);
     if (words.count == 0) {
         fail("%s: no text to learn from", r->paths[0]);
     }
-    train_vocabulary(&words, vocab, file);
-    close_output(file);
+    FILE *memory = open_memory(&json, &size);
+    train_vocabulary(&words, vocab, memory);
+    close_memory(memory, &json);
+    write_output("tokenizer.json", json, size);
     table_free(&words);
-    char path[4200];
+    free(json);
     snprintf(path, sizeof(path), "%s/tokenizer.json", unfinished_path);
     return tokenizer_load(path);
 }
 
-// Writes the tokenizer that was given, byte for byte.
-static void copy_tokenizer(const Tokenizer *t) {
-    FILE *file = open_output("tokenizer.json");
-    fwrite(t->json, 1, t->json_size, file);
-    close_output(file);
-}
-
-// The first document of validation, which gets the last hundredth of all, but at least one.
-static int64_t choose_split(const Reader *r) {
+// Counts the documents, and chooses the first one of validation, which gets the last hundredth of all,
+// but at least one.
+static void choose_split(Reader *r) {
+    rewind_reader(r, "counting documents");
+    while (next_block(r)) {
+    }
+    if (r->kept == 0) {
+        fail("%s: no text to learn from", r->paths[0]);
+    }
     if (r->kept < 2) {
-        fail("%s: %lld document, so none is left for validation; put %s between documents, "
-             "or give a second file that has \"valid\" in its name",
-             r->paths[0], (long long)r->kept, SEPARATOR);
+        fail("%s: 1 document, so none is left for validation; put %s between documents, "
+             "or give a second file that has the word \"valid\" in its name",
+             r->paths[0], SEPARATOR);
     }
     int64_t val = r->kept < 200 ? 1 : r->kept / 100;
     printf("no file has \"valid\" in its name: the last %lld of %lld documents become validation\n",
            (long long)val, (long long)r->kept);
-    return r->kept - val;
+    fflush(stdout);
+    r->split = r->kept - val;
 }
 
 static void print_split(const Shards *s) {
@@ -652,18 +554,31 @@ static void print_split(const Shards *s) {
            (double)s->bytes / (double)s->tokens);
 }
 
+// Tells the user how much there is and how much was cleaned.
+static void print_result(const Reader *r, const Shards *train, const Shards *val) {
+    print_split(train);
+    print_split(val);
+    for (int k = 0; k < TALLIES; k++) {
+        if (r->tally[k]) {
+            printf("%d %s\n", r->tally[k], tally_names[k]);
+        }
+    }
+    finish_output();
+}
+
 int main(int argc, char **argv) {
     Options o = {NULL, NULL, 0, 0, 0};
     Reader r = {0};
     program_name = "data/tokenize";
+    open_standard_files();
+    signal(SIGXFSZ, SIG_IGN); // the write that is too long says so
+    r.split = -1;
     parse_options(&o, &r, argc, argv);
     if (o.ids) {
         print_ids(o.tokenizer, r.paths, r.path_count);
         return 0;
     }
-    if (o.threads) {
-        use_threads(o.threads);
-    }
+    share_processors(o.threads, 1);
 
     // Find every mistake that can be found before the output folder is touched.
     int all_train = check_texts(&r) == r.path_count; // no validation file
@@ -674,38 +589,31 @@ int main(int argc, char **argv) {
     }
     prepare_output(o.out);
 
-    // Get the vocabulary. Training it reads all documents and so counts them. With --tokenizer they
-    // are counted here, if the split depends on their number.
+    // Set documents aside for validation, then make the vocabulary from the others.
+    if (all_train) {
+        choose_split(&r);
+    }
     if (t) {
-        copy_tokenizer(t);
-        rewind_reader(&r, "counting documents");
-        while (all_train && next_block(&r)) {
-        }
+        write_output("tokenizer.json", t->json, t->json_size); // byte for byte
     } else {
         t = train_tokenizer(&r, o.vocab ? o.vocab : 4096);
     }
 
     // Encode all documents. Only then do the files get their names.
-    int64_t split = all_train ? choose_split(&r) : -1;
-    Shards train = {o.out, "train", NULL, 0, 0, 0, 0, 0};
-    Shards val = {o.out, "val", NULL, 0, 0, 0, 0, 0};
-    encode_documents(&r, t, split, &train, &val);
+    Shards train = {o.out, "train", NULL, "", checksum_begin(), 0, 0, 0, 0, 0};
+    Shards val = {o.out, "val", NULL, "", checksum_begin(), 0, 0, 0, 0, 0};
+    encode_documents(&r, t, &train, &val);
     finish_shard(&train);
     finish_shard(&val);
     if (train.tokens == 0 || val.tokens == 0) {
         fail("%s: no document for %s", r.paths[0], train.tokens ? "validation" : "training");
     }
-    remove_old_shards(o.out);
-    move_outputs(o.out);
-
-    // Tell the user how much there is and how much was cleaned.
-    print_split(&train);
-    print_split(&val);
-    for (int k = 0; k < TALLIES; k++) {
-        if (r.tally[k]) {
-            printf("%d %s\n", r.tally[k], tally_names[k]);
-        }
-    }
+    Names old = list_old_files(o.out, 1);
+    Names fresh = list_new_files(&train, &val);
+    replace_files(o.out, &old, &fresh);
+    print_result(&r, &train, &val);
+    free_names(&old);
+    free_names(&fresh);
     tokenizer_free(t);
     free(r.bytes);
     free(r.documents);

@@ -1,5 +1,5 @@
 // The tokenizer: text to ids and back, by byte-level byte-pair encoding (BPE).
-// Gives: tokenizer_load, tokenizer_encode, tokenizer_text, tokenizer_share, tokenizer_free; to
+// Gives: tokenizer_load, tokenizer_encode, tokenizer_text, tokenizer_share, tokenizer_differs, tokenizer_free; to
 // data/tokenize.c, the trainer of vocabularies, also Table, Heap, first_word and byte_alphabet.
 // Needs: data/json.h, data/unicode.h.
 // A vocabulary is a Hugging Face tokenizer.json that works as GPT-2's does; any other is refused.
@@ -546,6 +546,34 @@ Tokenizer *tokenizer_load(const char *path) {
     t->class_of = character_classes();
     t->cache = (CachedWord *)allocate(CACHED_WORDS, sizeof(CachedWord));
     return t;
+}
+
+int is_added(const Tokenizer *t, int id) {
+    for (int i = 0; i < t->added_count; i++) {
+        if (t->added[i] == id) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+// Does `large` give every text the ids that `small` gives it, but for added tokens behind those of small? Returns -1 if
+// so, else the first token that differs, or small's number of tokens where the merges do.
+int tokenizer_differs(const Tokenizer *large, const Tokenizer *small) {
+    for (int i = 0; i < small->vocab; i++) {
+        int same = i < large->vocab && small->length[i] == large->length[i] && is_added(small, i) == is_added(large, i);
+        if (!same || memcmp(small->text[i], large->text[i], (size_t)small->length[i])) {
+            return i;
+        }
+    }
+
+    // The same pairs have the same ranks.
+    int differ = small->pairs.count != large->pairs.count;
+    for (size_t i = 0; i < small->pairs.entry_count && !differ; i++) {
+        const Entry *e = &small->pairs.entries[i];
+        differ = e->value && table_get(&large->pairs, small->pairs.bytes + e->start, e->length) != e->value;
+    }
+    return differ ? small->vocab : -1;
 }
 
 // The same tokenizer for another thread. All but the cache is t's, so t must be freed last.

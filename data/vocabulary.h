@@ -1,5 +1,5 @@
 // Trains a vocabulary and writes it as a tokenizer.json.
-// Gives: train_vocabulary. Needs: data/tokenizer.h; stop_if_interrupted and SEPARATOR of data/tokenize.c, which includes it.
+// Gives: train_vocabulary. Needs: data/tokenizer.h; SEPARATOR of data/tokenize.c, which includes it.
 //
 // Training a vocabulary: the commonest pair of neighbours becomes a token, again and again. Each
 // pair knows its count and the words that it occurs in, so that a merge touches only those words.
@@ -189,7 +189,7 @@ static void add_token(Tokenizer *t, char *text, int length) {
 static void add_first_tokens(Tokenizer *t, int vocab) {
     t->text = (char **)allocate((size_t)vocab, sizeof(char *));
     t->length = (int *)allocate((size_t)vocab, sizeof(int));
-    add_token(t, strdup(SEPARATOR), (int)strlen(SEPARATOR));
+    add_token(t, copy_text(SEPARATOR), (int)strlen(SEPARATOR));
     for (int b = 0; b < 256; b++) {
         char *byte = (char *)allocate(1, 1);
         *byte = (char)b;
@@ -266,8 +266,6 @@ static void train_vocabulary(const Table *words, int vocab, FILE *file) {
     add_first_tokens(&r.tokens, vocab);
     add_words(&r, words);
     while (r.tokens.vocab < vocab) {
-        stop_if_interrupted();
-
         // Find the commonest pair, after the pairs that became more common are in the heap.
         while (r.changed_count > 0) {
             Pair *p = &r.pairs[r.changed[--r.changed_count]];

@@ -149,7 +149,7 @@ void allocate_activations(Model *m, int N, int train) {
     arena_reserve(&m->scratch, scratch_size);
     m->bytes[FOR_BUFFERS] += scratch_size;
 #ifndef PLAIN
-    m->bytes[FOR_BUFFERS] += attention_bytes(c->seq, C / c->heads);
+    m->bytes[FOR_BUFFERS] += attention_bytes(c->seq, C / c->heads) + packing_bytes();
 #endif
 }
 

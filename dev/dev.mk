@@ -1,14 +1,14 @@
 # The workshop's part of the Makefile: the tests of dev/test, sanitizers, valgrind, other processors, the CUDA twin's emulator,
 # benchmarks. What is built lies in dev/build, benchmarks beside their sources.
 
-.PHONY: test_rest test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl test_in test_sse2 test_avx2 test_arm64 \
-    sanitize sanitize_double sanitize_emulated race_emulated count_emulated sanitize_cu gate_cu gpu_check tsan valgrind \
-    bench bench_all bench_mpi bench_cu format
+.PHONY: test_rest test_builds test_posix check_hf test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl \
+    faults kills fuzz test_in test_sse2 test_avx2 test_arm64 sanitize sanitize_double sanitize_emulated race_emulated \
+    count_emulated sanitize_cu gate_cu gpu_check tsan valgrind bench bench_all bench_mpi bench_cu format
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers recipes training json tokenizer tokenize loader program)
-TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double)
+TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine)
+TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double numbers_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
 	$(TEST_BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ -lcmocka $(LIBS)
@@ -22,6 +22,27 @@ test_rest:
 	@for test in $(TESTS) $(TESTS_DOUBLE); do echo $$test; $$test || exit 1; done
 	@if command -v $(CXX) >/dev/null; then $(PAIR) test_emulated; \
 	else echo "the CUDA twin's tests are not run: they need a C++ compiler"; fi
+
+##check_hf: directories that Hugging Face's transformers makes, read by --init with the loss that it gives them; needs Python with it
+PYTHON ?= python3
+check_hf: train_moe data/tokenize dev/test/logits
+	$(PYTHON) dev/test/check_hf.py --foreign
+
+##test_builds: builds that must be refused, the probes of the Makefile, other C libraries; what is not installed is left out
+test_builds: data/stories/tokenizer.json
+	CC=$(CC) dev/test/builds.sh
+
+##test_posix: the programs as a system sees them that is neither Linux nor GNU: clang, strict C11 and POSIX, a short training
+# It is the nearest that there is here to macOS, on which nothing was tried.
+POSIX_CC = clang -std=c11 -D_XOPEN_SOURCE=700 -DSTRICT_POSIX -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -I.
+test_posix: data/stories/tokenizer.json
+	$(POSIX_CC) data/stories.c -o dev/build/make_stories_posix
+	$(POSIX_CC) -pthread data/tokenize.c -o dev/build/tokenize_posix $(LIBS)
+	$(POSIX_CC) train_moe.c -o dev/build/train_moe_posix $(LIBS)
+	dev/build/make_stories_posix --count 20 > dev/build/posix.txt
+	dev/build/tokenize_posix --vocab 300 --out dev/build/posix_data dev/build/posix.txt
+	$(call SHORT_RUN,dev/build/train_moe_posix,dev/build/posix_run)
+	rm -rf dev/build/posix.txt dev/build/posix_data
 
 # ---- several processes
 
@@ -146,7 +167,7 @@ sanitize_cu: test_cu
 # $(call SHORT_RUN,PROGRAM,FOLDER): a short training, a resumed one, and a story
 define SHORT_RUN
 	rm -rf $(2)
-	$(1) --out $(2) --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-batches 2 --tokens 20 --save-every 2
+	$(1) --out $(2) --steps 3 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-tokens 128 --tokens 20 --save-every 2
 	$(1) --out $(2) --resume --steps 4
 	$(1) --out $(2) --prompt "Once upon" --tokens 20
 	rm -rf $(2)
@@ -156,7 +177,7 @@ endef
 CMOCKA = -lcmocka
 test_in:
 	mkdir -p $(IN)/data
-	$(TEST_BUILD) $(OPENMP) data/tokenize.c -o $(IN)/data/tokenize $(LIBS)
+	$(TEST_BUILD) $(OPENMP) -pthread data/tokenize.c -o $(IN)/data/tokenize $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) train_moe.c -o $(IN)/train_moe $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) -DREAL=double train_moe.c -o $(IN)/train_moe_double $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) dev/test/all.c -o $(IN)/all $(CMOCKA) $(LIBS)
@@ -199,7 +220,7 @@ test_arm64: data/stories/tokenizer.json
 ##sanitize: the tests and a short training under AddressSanitizer and UBSan; sanitize_double: those in double, in small sizes
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 sanitize: data/stories/tokenizer.json cmocka
-	$(TEST_BUILD) $(OPENMP) $(SANITIZE) data/tokenize.c -o dev/build/tokenize_asan $(LIBS)
+	$(TEST_BUILD) $(OPENMP) -pthread $(SANITIZE) data/tokenize.c -o dev/build/tokenize_asan $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) train_moe.c -o dev/build/train_moe_asan $(LIBS)
 	$(TEST_BUILD) $(LOOPS) $(OPENMP) $(SANITIZE) dev/test/all.c -o dev/build/all_asan -lcmocka $(LIBS)
 	TRAIN_MOE=dev/build/train_moe_asan TOKENIZE=dev/build/tokenize_asan dev/build/all_asan
@@ -249,9 +270,39 @@ tsan: data/stories/tokenizer.json
 	clang -std=gnu11 -O1 -g $(WARN) $(ARCH) $(LOOPS) -I. -fsanitize=thread -fopenmp train_moe.c -o dev/build/train_moe_tsan $(LIBS)
 	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe; do rm -rf dev/build/tsan_run; \
 	OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" dev/build/train_moe_tsan --threads 4 \
-	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-batches 2 \
+	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-tokens 128 \
 	    --tokens 20 || exit 1; done
 	rm -rf dev/build/tsan_run
+
+# ---- campaigns: calls that fail, kills, random inputs
+
+CAMPAIGN = dev/build/faults dev/build/faults_preload.so train_moe data/tokenize data/make_stories
+dev/build/faults: dev/test/faults.c $(CHOICE)
+	$(TEST_BUILD) $(DEPS) $(OPENMP) $< -o $@ $(LIBS)
+dev/build/faults_preload.so: dev/test/faults_preload.c $(CHOICE)
+	$(CC) -std=gnu11 -O2 -g $(WARN) -shared -fPIC $(DEPS) $< -o $@
+
+##faults: every allocation and every call on files fails once, in the trainer and the data tools; EVERY=20 takes each 20th
+# JOBS (2) at a time; FROM=n goes on from fault n of each scenario; SCENARIO=train takes one. What went wrong is in dev/build/faults.txt.
+faults: $(CAMPAIGN)
+	dev/build/faults faults $(or $(EVERY),1)
+
+##kills: the trainer is killed N times (1000), at every call on files and at random moments, and goes on with the same bits
+kills: $(CAMPAIGN)
+	dev/build/faults kills $(or $(N),1000)
+
+##fuzz: random inputs (INPUTS: 10000000 in all) for everything that is read, by clang's libFuzzer, under the sanitizers
+# Inputs that lead to new code stay in dev/build/fuzzing, where the next call goes on; one that crashes is FORMAT-crash-... there.
+FUZZ = texts tokenizer config safetensors index prompt json options state log tokens logits
+dev/build/fuzz: dev/test/fuzz.c $(CHOICE)
+	clang -std=gnu11 -O1 -g $(WARN) -Wno-unknown-pragmas $(ARCH) -I. $(DEPS) -DPLAIN \
+	    -fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all $< -o $@ $(LIBS)
+fuzz: dev/build/fuzz train_moe data/tokenize data/make_stories
+	@mkdir -p dev/build/fuzzing
+	@echo $(FUZZ) | tr ' ' '\n' | INPUTS=$(or $(INPUTS),10000000) xargs -P $(or $(JOBS),2) -I@ sh -c \
+	    'if FUZZ=@ dev/build/fuzz >dev/build/fuzzing/@.txt 2>&1; then echo "@: $$(sed -n "s/^Done //p" dev/build/fuzzing/@.txt)"; \
+	    else tail -40 dev/build/fuzzing/@.txt; echo "@: it ended by more than a message"; exit 255; fi'
+	@cat $(FUZZ:%=dev/build/fuzzing/%.txt) | awk '/^Done/ { n += $$2 } END { print "fuzz: " n " inputs without a crash" }'
 
 ##valgrind: a short training and the tests under valgrind
 # valgrind 3.19 does not know AVX-512, hence another ARCH; one thread, since libgomp is not made for it. In the tests, children
@@ -269,6 +320,7 @@ valgrind: data/stories/tokenizer.json cmocka
 # OpenBLAS is only there to be compared with. What it finds out about a processor may be too little, so it is told of AVX-512;
 # and its threads shall not spin for long while ours work.
 BLAS = $(call accepts,-DOPENBLAS -lopenblas,\043include <cblas.h>)
+dev/bench/bench: STACK = # its lists of measurements are long
 dev/bench/bench: dev/bench/bench.c $(CHOICE)
 	$(BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ $(BLAS) $(LIBS)
 

@@ -76,7 +76,7 @@ if [ "$emulated" = 1 ]; then
     bench="$folder/bench_cu --quick"
     tests=$folder/${TEST_PROGRAM:-cuda_all}
     few="VALGRIND=1 TEST='test_gpu_e*'" # experts and errors
-    size='--layers 1 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-batches 2 --tokens 20 --steps 1000000'
+    size='--layers 1 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-tokens 128 --tokens 20 --steps 1000000'
     train_limit=15
     skip device "emulated"
 else

@@ -5,10 +5,43 @@
 
 enum { IDLE_STEPS = 100 }; // without a token, after which an expert is called dead
 
+// Writes lines of JSON, of which numbers may be infinite or none: these have no form in JSON, and become null.
+void write_finite(FILE *to, const char *text, size_t size) {
+    int quoted = 0;
+    for (size_t i = 0; i < size; i++) {
+        char c = text[i];
+        size_t word = i + (c == '-');
+        if (!quoted && word + 3 <= size && (!memcmp(text + word, "nan", 3) || !memcmp(text + word, "inf", 3))) {
+            fputs("null", to);
+            i = word + 2;
+            continue;
+        }
+        fputc(c, to);
+        if (quoted && c == '\\' && i + 1 < size) {
+            fputc(text[++i], to);
+        } else if (c == '"') {
+            quoted = !quoted;
+        }
+    }
+}
+
 void check_log(Run *run) { // and sends it on its way
-    if (fflush(run->log) != 0) {
+    if (ftell(run->log) == 0) { // nothing is new, and not every C library says so by log_size
+        return;
+    }
+    flush_memory(run->log);
+    write_finite(run->log_file, run->log_text, run->log_size);
+    rewind(run->log);
+    if (fflush(run->log_file) != 0 || ferror(run->log_file)) {
         fail("%s/log.jsonl: cannot write: %s", run->out, strerror(errno));
     }
+}
+
+void close_log(Run *run) {
+    check_log(run);
+    fclose(run->log);
+    fclose(run->log_file);
+    free(run->log_text);
 }
 
 // One object of the log; format continues after its type.
@@ -107,9 +140,9 @@ void warn_of_routing(Run *run) {
 void describe_share(const Run *run, double rate, char text[96]) {
     if (run->sheet > 0) {
         snprintf(text, 96, "%.0f%% of the data sheet's peak, %.0f%% of the measured one", 100 * rate / run->sheet,
-                 100 * rate / run->peak);
+                 100 * rate / fmax(run->peak, 1));
     } else {
-        snprintf(text, 96, "%.0f%% of peak", 100 * rate / run->peak);
+        snprintf(text, 96, "%.0f%% of peak", 100 * rate / fmax(run->peak, 1));
     }
 }
 
@@ -137,8 +170,10 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
     if (on_terminal()) {
         char done[13] = "............";
         memset(done, '#', (size_t)((double)run->step / c->steps * 12));
-        printf("\r[%s] %d/%d  loss %.3f  %.0f tokens/s  left %s%s\033[K", done, run->step, c->steps, loss,
-               tokens_per_second, time_left, bars);
+        char line[512];
+        snprintf(line, sizeof(line), "[%s] %d/%d  loss %.3f  %.0f tokens/s  left %s%s", done, run->step, c->steps, loss,
+                 tokens_per_second, time_left, bars);
+        write_over(stdout, line, (int)strlen(done) + 3);
     } else {
         char share[96];
         describe_share(run, tokens_per_second * run->flops, share);
@@ -185,6 +220,10 @@ void report_step(Run *run, double loss, double aux, double norm, double lr) {
     int steps = run->step - run->timed_step;
     double tokens = (double)c->accum * c->batch * ranks.size * c->seq; // of a step
     double ms = (seconds() - run->timed) * 1000 / steps, rate = tokens / ms * 1000;
+    int timed = ms > 0; // else the clock stood still, or ran backwards
+    if (!timed) {
+        ms = rate = NAN;
+    }
     char sent[256] = "", mfu[40] = ""; // model FLOPs utilization: the share of the data sheet's peak
     if (ranks.size > 1) {
         describe_traffic(steps, ms, sent);
@@ -198,7 +237,7 @@ void report_step(Run *run, double loss, double aux, double norm, double lr) {
              run->step, run->step * tokens, loss, aux, norm, lr, ms, rate, rate * run->flops / 1e9,
              rate * run->flops / run->peak, mfu, sent);
     log_router(run);
-    show_step(run, loss, lr, norm, rate, ms * (c->steps - run->step) / 1000);
+    show_step(run, loss, lr, norm, timed ? rate : 0, timed ? ms * (c->steps - run->step) / 1000 : 0);
     run->timed = seconds();
     run->timed_step = run->step;
 }
@@ -229,7 +268,7 @@ void print_memory(Run *run) {
     static const char *const names[] = {"weights", "gradients", "moments", "activations", "buffers"};
     const Config *c = &run->config;
     const Model *m = run->model;
-    double before = run->before + 2 * (run->train->tokens + run->val->tokens), sum = 0, mib = 1048576;
+    double mapped = 2 * (run->train->tokens + run->val->tokens), sum = 0, mib = 1048576; // the token files
     printf("memory in MiB:");
     for (int i = 0; i < HARDLY_TOUCHED; i++) {
         printf(" %s %.1f,", names[i], (double)m->bytes[i] / mib);
@@ -240,8 +279,8 @@ void print_memory(Run *run) {
     if (device > 0) {
         printf(" together %.1f of the device's %.0f\n", sum / mib, device / mib);
     } else {
-        printf(" the program and its tokens %.1f; together %s%.1f\n", before / mib, bound ? "at most " : "",
-               (before + sum) / mib);
+        printf(" the program %.1f; together %s%.1f, and %.1f of tokens are mapped, not held\n", run->before / mib,
+               bound ? "at most " : "", (run->before + sum) / mib, mapped / mib);
     }
 
     double again = recompute_flops(m), passing = (double)sizeof(real) * (double)(m->passing - m->largest);
@@ -253,14 +292,15 @@ void print_memory(Run *run) {
     for (int i = 0; i < HARDLY_TOUCHED; i++) {
         fprintf(run->log, "\"%s\":%zu,", names[i], m->bytes[i]);
     }
-    fprintf(run->log, "\"program\":%.0f},", before);
+    fprintf(run->log, "\"program\":%.0f,\"mapped\":%.0f},", run->before, mapped);
 }
 
 // The log's first line and what the terminal shows of it: the model, the data, the memory, the machine.
 void announce(Run *run) {
     const Config *c = &run->config;
     double total, active;
-    char device[128];
+    char device[128], advice[256] = "";
+    int team = team_size();
     count_parameters(c, &total, &active);
     run->backend->device(device);
     run->flops = flops_per_token(c);
@@ -268,13 +308,13 @@ void announce(Run *run) {
     double peak[3] = {run->backend->peak(), run->backend->sheet_peak(), 0};
     peak[2] = peak[1] > 0; // of how many ranks' devices it is known
     sum_over_ranks(peak, 3);
-    run->peak = peak[0];
+    run->peak = isfinite(peak[0]) ? peak[0] : 0; // not by a clock that stands still
     run->sheet = peak[2] < ranks.size ? 0 : peak[1];
     fprintf(run->log, "{\"type\":\"run\",");
     write_options(run->log, c);
     fprintf(run->log, ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,", c->vocab, total,
             active, run->flops);
-    fprintf(run->log, "\"threads\":%d,\"ranks\":%d,", thread_count(), ranks.size);
+    fprintf(run->log, "\"threads\":%d,\"ranks\":%d,", team, ranks.size);
     if (ranks.size > 1) {
         fprintf(run->log, "\"ep\":%d,\"overlap\":%d,\"replicate\":%d,", ranks.ep, c->overlap, c->replicate);
     }
@@ -291,7 +331,11 @@ void announce(Run *run) {
                ranks.groups > 1 ? ", which others have, too" : "");
     }
     print_memory(run);
-    printf("%s, %d threads, peak %.0f GFLOP/s", device, thread_count(), run->peak / 1e9);
+    if (run->backend->memory() == 0) { // it is the processor that computes
+        describe_threads(advice, thread_count(), team, job_processors());
+    }
+    printf("%s%s%s, %d thread%s, peak %.0f GFLOP/s", advice, advice[0] ? "\n" : "", device, team, team > 1 ? "s" : "",
+           run->peak / 1e9);
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,", run->step, run->peak / 1e9);
     if (run->sheet > 0) {
         printf(" measured, %.0f by the data sheet", run->sheet / 1e9);
@@ -301,6 +345,7 @@ void announce(Run *run) {
     fprintf(run->log, "\"device\":");
     json_write_string(run->log, device, strlen(device));
     fprintf(run->log, "}\n");
+    check_log(run);
     if (run->step) {
         printf("going on after step %d\n", run->step);
     }

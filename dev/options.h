@@ -56,12 +56,15 @@ typedef struct Recipe {
 // The options of the lesson's model and of the program. The headings stand in -h in the order in which they come here.
 const Option base_options[] = {
     TEXT("data", data, "", TRAIN, "Files",
-         "folder with *train*.bin, *val*.bin, tokenizer.json [data/tinystories, else data/stories]"),
+         "folder with token files (a word of the name is train or val), tokenizer.json "
+         "[data/tinystories, else data/stories]"),
     TEXT("out", out, "", RUN, "Files",
          "run directory: log.jsonl and checkpoints [runs/RECIPE, a fresh one for each new run]"),
     TEXT("init", init, "", RUN, "Files", "start from the weights in this checkpoint or Hugging Face directory"),
     TEXT("tokenizer", tokenizer, "", RUN, "Files", "tokenizer.json to use where the data folder has none"),
     FLAG("resume", resume, RUN, "Files", "go on from the last checkpoint in --out; start where there is none"),
+    FLAG("trust-weights", trust_weights, RUN, "Files",
+         "load a checkpoint as it is, even where its files do not have the checksums that were written beside them"),
     TEXT("recipe", recipe, "mixtral", MODEL, "Model", "which router: a row of the options below; see --list-recipes"),
     FLAG("list-recipes", list_recipes, RUN, "Model", "show the recipes and what each one chooses"),
     INTEGER("layers", layers, "2", 1, 1000, MODEL, "Model", "layers (L)"),
@@ -83,7 +86,7 @@ const Option base_options[] = {
     WORD("activation", activation, "swiglu", activation_names, MODEL, "Experts", "of the experts"),
     WORD("dense-activation", dense_activation, "same", dense_names, MODEL, "Experts",
          "of dense layers; same: that of the experts"),
-    WORD("init-scheme", init_scheme, "normal", init_names, TRAIN, "Experts",
+    WORD("init-scheme", init_scheme, "normal", init_names, MODEL, "Experts",
          "first weights: N(0,0.02), or truncated N(0,0.1/fan-in)"),
     WORD("score", score, "softmax", score_names, MODEL, "Router: scores", "what makes scores p of logits"),
     WORD("select", select, "topk", select_names, MODEL, "Router: choice and weight", "how experts are chosen"),
@@ -101,7 +104,7 @@ const Option base_options[] = {
     NUMBER("capacity-factor", capacity_factor, "0", 0, 1e6, TRAIN, "Router: balance",
          "an expert takes at most this times its fair share; 0: all that comes"),
     NUMBER("eval-capacity-factor", eval_capacity_factor, "0", 0, 1e6, TRAIN, "Router: balance",
-         "the same at evaluation, early tokens first"),
+         "the same at evaluation, of each sequence, early tokens first"),
     INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "Training", "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "Training", "micro-steps in a step"),
     INTEGER("steps", steps, "3000", 1, 2000000000, TRAIN, "Training", "optimizer steps"),
@@ -134,14 +137,14 @@ const Option base_options[] = {
 #endif
     INTEGER("log-every", log_every, "60", 0, 2000000000, TRAIN, PACES, "a line in the log"),
     INTEGER("eval-every", eval_every, "600", 0, 2000000000, TRAIN, PACES, "validation"),
-    INTEGER("eval-batches", eval_batches, "64", 0, 2000000000, TRAIN, PACES,
-         "batches in a validation, evenly spread; 0: all there are"),
+    INTEGER("eval-tokens", eval_tokens, "32768", 0, 2000000000, TRAIN, PACES,
+            "tokens of a validation, evenly spread; 0: all; the last one reads all where that is quick"),
     INTEGER("sample-every", sample_every, "1200", 0, 2000000000, TRAIN, PACES, "a story"),
     INTEGER("save-every", save_every, "600", 0, 2000000000, TRAIN, PACES,
          "a checkpoint; the last step always saves one"),
     INTEGER("keep", keep, "2", 1, 1000000, TRAIN, PACES, "checkpoints kept"),
     TEXT("prompt", prompt, NULL, RUN, "Generation",
-         "go on from this text with the model in --out, and exit; - reads standard input"),
+         "go on from this text with the model in --out, and exit; - reads standard input; line breaks at its end do not count"),
     INTEGER("tokens", tokens, "300", 1, 2000000000, RUN, "Generation", "at most this many"),
     NUMBER("temperature", temperature, "0.5", 0, 1000, RUN, "Generation", "0: always the likeliest token"),
     INTEGER("top-k", top_k, "0", 0, 2000000000, RUN, "Generation", "choose among this many likeliest tokens; 0: all"),
@@ -227,13 +230,16 @@ int find_option(const char *name) {
     return -1;
 }
 
+__attribute__((noreturn)) void unknown_option(const char *word); // effects.h
+__attribute__((noreturn)) void unknown_recipe(const char *name);
+
 const Recipe *find_recipe(const char *name) {
     for (int i = 0; i < recipe_count; i++) {
         if (!strcmp(recipes[i].name, name)) {
             return &recipes[i];
         }
     }
-    usage_fail("there is no recipe '%s'; --list-recipes shows those there are", name);
+    unknown_recipe(name);
 }
 
 // ---- one option as text
@@ -312,7 +318,7 @@ const char *keep_text(const char *text) {
     static char **kept = NULL;
     static size_t count = 0;
     kept = (char **)reallocate(kept, count + 1, sizeof(char *));
-    kept[count] = strdup(text);
+    kept[count] = copy_text(text);
     return kept[count++];
 }
 
@@ -331,7 +337,7 @@ void config_defaults(Config *config) {
 void config_recipe(Config *config, const char *name) {
     const Recipe *recipe = find_recipe(name);
     config->recipe = recipe->name;
-    char *text = strdup(recipe->choices), *rest = NULL;
+    char *text = copy_text(recipe->choices), *rest = NULL;
     for (char *word = strtok_r(text, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
         int o = find_option(word + 2);
         const char *value = strtok_r(NULL, " ", &rest);
@@ -341,6 +347,8 @@ void config_recipe(Config *config, const char *name) {
     }
     free(text);
 }
+
+#include "effects.h" // options that would have no effect
 
 // What the command line asks for, over the recipe, over the defaults.
 void parse_command_line(Config *c, int argc, char **argv) {
@@ -352,7 +360,7 @@ void parse_command_line(Config *c, int argc, char **argv) {
         snprintf(word, sizeof(word), "%.*s", value ? (int)(value - name) : 63, name);
         int o = strncmp(word, "--", 2) ? -1 : find_option(word + 2);
         if (o < 0) {
-            usage_fail("there is no option %s", name);
+            unknown_option(word);
         }
         if (options[o].kind == 'f' && value) {
             usage_fail("%s takes no value", word);
@@ -482,6 +490,9 @@ void print_options(void) {
         }
         print_option(&options[i]);
     }
+    printf("\nCtrl-C, SIGTERM, SIGHUP, or the end of the program that reads the output (| head) end the step, save, and exit;\n"
+           "a second Ctrl-C or SIGTERM ends at once. Exit status: 0 done, 1 a file or the machine, 2 the command line,\n"
+           "130 stopped and saved.\n");
 }
 
 void print_recipes(void) {

@@ -13,24 +13,31 @@ typedef struct Run {
     Data *train, *val;
     int *inputs, *targets; // (B,T)
     char out[2048];        // the run directory
-    FILE *log, *trace;
+    FILE *log;             // lines for the log, in memory: check_log() writes them to the file
+    char *log_text;
+    size_t log_size;
+    FILE *log_file, *trace;
+    int links;             // can the run directory have symbolic links?
     int opened;            // is there something to train?
     int step, saved;       // steps done; those of the last checkpoint
-    int trained;           // steps since this process began
+    int trained;           // steps whose loads are in the statistics
     int stop;              // one of the processes was asked to stop
     double peak;           // operations per second, measured
     double sheet;          // the same by the data sheet; 0: unknown
     double flops;          // of a token
-    double before;         // bytes of memory that the process held before it had a model
-    double val_loss, val_bpb, fluctuation;
+    double before;         // bytes of memory that the process held before it had data and a model
     unsigned char *warned; // (L) what a warning was printed of: 1 a dead expert, 2 an uneven load
-    uint64_t *probe;       // (L, tokens) the sets of experts that the first validation batch had last time
+    uint64_t *probe;       // (windows, L, tokens) the sets of experts that a few windows had at the last evaluation
     double timed;          // when the steps began that the log has not yet shown
     int timed_step;        // and the step before them
     double paused;         // when the last step ended
     Traffic traffic;       // messages since the log's last line, by then
 } Run;
 
+Batch next_batch(Run *run, int micro);
+#include "quote.h"    // words as a shell takes them
+#include "finite.h"   // NaN and infinities, and where they come from
+#include "remember.h" // what a checkpoint remembers of the routers
 #include "save.h"     // the checkpoints of a run
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
@@ -42,17 +49,31 @@ void ask_stop(int signal_number) {
     stop_asked = 1;
 }
 
+// These signals end the run after its step, and what it has is saved. A second Ctrl-C or SIGTERM ends it at once. SIGHUP,
+// which comes twice when a terminal is closed, and SIGPIPE, which comes with each line that nobody reads, never do; where
+// the caller ignores these two (nohup), they stay ignored.
 void catch_signals(void) {
-    struct sigaction action;
+    static const int once[] = {SIGINT, SIGTERM}, often[] = {SIGHUP, SIGPIPE};
+    struct sigaction action, before;
     memset(&action, 0, sizeof(action));
     action.sa_handler = ask_stop;
-    action.sa_flags = (int)SA_RESETHAND | SA_RESTART; // the second Ctrl-C ends at once; the first breaks off no write
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    action.sa_flags = SA_RESTART; // it breaks off no write
+    for (int i = 0; i < 2; i++) {
+        sigaction(often[i], NULL, &before);
+        if (before.sa_handler != SIG_IGN) {
+            sigaction(often[i], &action, NULL);
+        }
+    }
+    action.sa_flags |= (int)SA_RESETHAND;
+    for (int i = 0; i < 2; i++) {
+        sigaction(once[i], &action, NULL);
+    }
 #ifdef USE_MPI
     sigaction(SIGUSR1, &action, NULL); // which mpirun passes on to all processes
+    if (ranks.rank > 0) {
+        signal(SIGPIPE, SIG_IGN); // it prints nothing
+    }
 #endif
-    signal(SIGPIPE, SIG_IGN); // training goes on when the reader of its progress has ended
 }
 
 // ---- opening: which directory, which cores, which tokenizer
@@ -62,24 +83,25 @@ void catch_signals(void) {
 void default_out(const Config *asked, int fresh, char out[2048]) {
     const char *recipe = asked->recipe;
     snprintf(out, 2048, "runs/%s", recipe);
-    for (int n = 2; fresh && access(out, F_OK) == 0; n++) {
+    for (int n = 2; fresh && is_there(out); n++) {
         snprintf(out, 2048, "runs/%s-%d", recipe, n);
     }
     struct timespec newest = {0, 0};
-    DIR *dir = fresh ? NULL : opendir("runs");
-    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+    DIR *dir = fresh ? NULL : find_folder("runs");
+    const char *name;
+    while (dir && (name = next_name(dir, "runs")) != NULL) {
         char path[2048];
         struct stat info;
         size_t n = strlen(recipe);
-        snprintf(path, sizeof(path), "runs/%.1000s/latest", entry->d_name);
-        int of_recipe = !strncmp(entry->d_name, recipe, n) && (!entry->d_name[n] || entry->d_name[n] == '-');
-        if ((asked->given[find_option("recipe")] && !of_recipe) || lstat(path, &info) != 0) {
+        snprintf(path, sizeof(path), "runs/%.1000s", name);
+        int of_recipe = !strncmp(name, recipe, n) && (!name[n] || name[n] == '-');
+        if ((asked->given[find_option("recipe")] && !of_recipe) || !stat_latest(path, &info)) {
             continue;
         }
-        struct timespec time = info.st_mtim;
+        struct timespec time = file_time(&info);
         if (time.tv_sec > newest.tv_sec || (time.tv_sec == newest.tv_sec && time.tv_nsec >= newest.tv_nsec)) {
             newest = time;
-            snprintf(out, 2048, "runs/%.1000s", entry->d_name);
+            snprintf(out, 2048, "runs/%.1000s", name);
         }
     }
     if (dir) {
@@ -88,13 +110,7 @@ void default_out(const Config *asked, int fresh, char out[2048]) {
 }
 
 void share_cores(const Config *c) {
-    int here = ranks.size > 1 ? ranks_of_machine() : 1; // all processes ask, whatever their environments say
-    if (c->threads) {
-        use_threads(c->threads);
-    } else if (ranks.size > 1 && !getenv("OMP_NUM_THREADS")) { // all processes of this machine share its cores
-        int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
-        use_threads(max_int(1, min_int(thread_count(), cores / here)));
-    }
+    share_processors(c->threads, ranks.size > 1 ? ranks_of_machine() : 1); // all processes ask, whatever they are told
 }
 
 // The tokenizer that --tokenizer names, that of the data folder, or that of the checkpoint that is resumed.
@@ -102,17 +118,20 @@ void load_tokenizer(Run *run, const char *checkpoint) {
     const char *data = run->config.data, *dir = has_file(data, "tokenizer.json") || !checkpoint ? data : checkpoint;
     char path[4200];
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
+    refuse_half_replaced(data);
     if (!has_file(dir, "tokenizer.json") && !run->config.tokenizer[0]) {
+        closedir(open_folder(data)); // says so where there is no such folder
         fail("%s: no tokenizer.json there; name the one that the data were made with by --tokenizer FILE", data);
     }
     run->tokenizer = tokenizer_load(run->config.tokenizer[0] ? run->config.tokenizer : path);
 }
 
-// Stops unless the vocabulary of dir/tokenizer.json, where there is one, is the data's.
-void compare_tokenizers(const Run *run, const char *dir) {
+// Stops unless dir/tokenizer.json, where there is one, encodes the data's texts as the data's tokenizer does. That of a
+// checkpoint may have more added tokens, which the data do not use: then it is kept, and goes into the new checkpoints.
+void compare_tokenizers(Run *run, const char *dir) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
-    const Tokenizer *mine = run->tokenizer;
+    Tokenizer *mine = run->tokenizer;
     if (mine->vocab > run->config.vocab) {
         fail("%s: the model has %d tokens, the data's tokenizer %d", dir, run->config.vocab, mine->vocab);
     }
@@ -120,12 +139,22 @@ void compare_tokenizers(const Run *run, const char *dir) {
         return;
     }
     Tokenizer *other = tokenizer_load(path);
-    for (int i = 0; i < mine->vocab; i++) {
-        if (i >= other->vocab || mine->length[i] != other->length[i] ||
-            memcmp(mine->text[i], other->text[i], mine->length[i])) {
-            fail("%s: token %d is not that of the data in %s; make the data with data/tokenize --tokenizer %s", path, i,
-                 run->config.data, path);
-        }
+    int is_kept = mine->vocab > other->vocab && !strcmp(dir, run->config.data); // mine, from the checkpoint
+    const Tokenizer *small = is_kept ? other : mine;
+    int differs = tokenizer_differs(is_kept ? mine : other, small);
+    if (differs >= 0 && differs < small->vocab) {
+        fail("%s: token %d is not that of the data in %s; make the data with data/tokenize --tokenizer %s", path,
+             differs, run->config.data, quote_for_shell(path));
+    }
+    if (differs >= 0) {
+        fail("%s: its merges are not those of the data in %s; make the data with data/tokenize --tokenizer %s", path,
+             run->config.data, quote_for_shell(path));
+    }
+    if (other->vocab > run->config.vocab) {
+        remark("%s has %d tokens, the model %d: the data's tokenizer is kept", path, other->vocab, run->config.vocab);
+    } else if (other->vocab > mine->vocab) {
+        run->tokenizer = other;
+        other = mine;
     }
     tokenizer_free(other);
 }
@@ -135,14 +164,14 @@ void compare_ranks(Run *run) {
     const Config *c = &run->config;
     char *text = NULL;
     size_t size = 0;
-    FILE *memory = open_memstream(&text, &size);
+    FILE *memory = open_memory(&text, &size);
     write_options(memory, c);
     fprintf(memory, "%d %d %d %d %d ", c->ep, c->overlap, c->replicate, c->replicate_every, c->tokens); // of this call
     fprintf(memory, "%d ", run->step);
     if (run->train) { // nobody has read the data of a run that is finished
-        fprintf(memory, "%d %.0f %.0f", c->vocab, data_fingerprint(run->train), data_fingerprint(run->val));
+        fprintf(memory, "%d %.0f %.0f", c->vocab, run->train->fingerprint, run->val->fingerprint);
     }
-    fclose(memory);
+    close_memory(memory, &text);
     uint64_t mine = 0;
     for (size_t i = 0; i < size; i++) {
         mine = hash64(mine ^ (unsigned char)text[i]);
@@ -207,11 +236,13 @@ void share_batch(Config *c, const Config *asked, const char *checkpoint) {
 int resume_run(Run *run, const Config *asked, const char *checkpoint) {
     Config *c = &run->config;
     char path[4200];
+    check_small_files(checkpoint);
     snprintf(path, sizeof(path), "%s/trainer_state.json", checkpoint);
     size_t size;
     char *text = read_file(path, &size);
     Json *state = json_parse(text, size, path);
     config_from_directory(c, checkpoint);
+    const Config before = *c;
     share_batch(c, asked, checkpoint);
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL | 1 << ORDER, checkpoint);
     double step = expect_member(state, "step", 'i', path)->number;
@@ -226,10 +257,12 @@ int resume_run(Run *run, const Config *asked, const char *checkpoint) {
     } else {
         double fingerprint = expect_member(state, "data_fingerprint", 'n', path)->number;
         config_check(c);
+        refuse_idle_options(c, &before);
+        check_warmup(c, &before);
         load_tokenizer(run, checkpoint);
         run->before = memory_now();
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
-        if (data_fingerprint(run->train) != fingerprint) {
+        if (run->train->fingerprint != fingerprint) {
             fail("%s: these are not the training tokens that the run in %s began with, and they may not change",
                  c->data, run->out);
         }
@@ -245,13 +278,22 @@ void start_run(Run *run, const Config *asked) {
     Config *c = &run->config;
     if (c->init[0]) {
         Config mine = *asked;
-        config_from_directory(c, c->init);
+        mine.init = model_directory(asked->init);
+        check_small_files(mine.init);
+        int window = config_from_directory(c, mine.init);
         if (!asked->given[find_option("recipe")]) { // the checkpoint's, whose training options go with its model
             config_recipe(&mine, c->recipe);
         }
         join_options(c, &mine, 1 << MODEL, 1 << MODEL, asked->init);
+        if (window && window < c->seq) {
+            fail("%s/config.json: sliding_window is %d: attention has no window here; give --seq %d or less, where it "
+                 "makes no difference (now: --seq %d)",
+                 c->init, window, window, c->seq);
+        }
     }
     config_check(c);
+    refuse_idle_options(c, NULL);
+    check_warmup(c, NULL);
     if (!c->data[0]) {
         c->data = has_file("data/tinystories", "tokenizer.json") ? "data/tinystories" : "data/stories";
     }
@@ -269,16 +311,19 @@ void start_run(Run *run, const Config *asked) {
 int prepare_run(Run *run, const Config *asked) {
     Config *c = &run->config;
     char checkpoint[4096];
-    snprintf(checkpoint, sizeof(checkpoint), "%s/latest", run->out);
+    struct stat latest;
     if (has_file(run->out, "config.json")) {
         usage_fail("%s is a model, not a run directory: start from it by --init, or resume the run that holds it",
                    run->out);
     }
-    int resumed = asked->resume && has_file(checkpoint, "config.json"), count;
+    int resumed = asked->resume && find_checkpoint(run->out, 1, checkpoint), count;
     long left = smallest_checkpoint(run->out, &count);
     if (asked->resume && !resumed && left >= 0) {
-        fail("%s does not lead to a checkpoint, though there are some beside it: link it to one that is whole",
-             checkpoint);
+        fail("%s/latest does not lead to a checkpoint, and none of those beside it is whole", run->out);
+    }
+    if (asked->resume && !resumed && stat_latest(run->out, &latest)) { // a run that was killed before it had one has none
+        fail("%s/latest leads to no checkpoint, and none is beside it: put them back, or begin anew with another --out",
+             run->out);
     }
     if (!asked->resume && (has_file(run->out, "log.jsonl") || left >= 0)) {
         usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
@@ -307,6 +352,9 @@ int prepare_run(Run *run, const Config *asked) {
         free(frequency);
     }
     run->warned = (unsigned char *)allocate(c->layers, 1);
+    if (resumed) {
+        read_router_state(run, checkpoint);
+    }
     return 1;
 }
 
@@ -316,14 +364,16 @@ void open_log(Run *run) {
     ranks_meet(); // before the first file is written, all have seen that there is none
     make_directories(run->out);
     snprintf(path, sizeof(path), "%s/log.jsonl", run->out);
-    run->log = fopen(ranks.rank ? "/dev/null" : path, "ab"); // the first process writes it
-    if (!run->log) {
+    run->log = open_memory(&run->log_text, &run->log_size);
+    run->log_file = fopen(ranks.rank ? "/dev/null" : path, "ab"); // the first process writes it
+    if (!run->log_file) {
         fail("%s: cannot open: %s", path, strerror(errno));
     }
-    if (!ranks.rank && flock(fileno(run->log), LOCK_EX | LOCK_NB) != 0) {
-        fail("%s: another process trains there", run->out);
-    }
     if (!ranks.rank) {
+        if (lock_run(fileno(run->log_file), run->out)) {
+            remove_leftovers(run->out);
+        }
+        run->links = has_links(run->out);
         cut_log(path, run->step);
     }
     ranks_meet();
@@ -341,13 +391,15 @@ void open_log(Run *run) {
 void answer_prompt(Run *run, const Config *asked) {
     char dir[4096], path[4200], *text = NULL;
     Config *c = &run->config;
-    int is_model = has_file(run->out, "config.json"); // a checkpoint or Hugging Face directory itself
-    snprintf(dir, sizeof(dir), "%s%s", run->out, is_model ? "" : "/latest");
-    if (!has_file(dir, "config.json")) {
+    snprintf(dir, sizeof(dir), "%s", run->out); // a checkpoint or Hugging Face directory itself
+    if (!has_file(dir, "config.json") && !find_checkpoint(run->out, 0, dir)) {
         fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
     }
+    check_small_files(dir);
     config_from_directory(c, dir);
+    const Config before = *c;
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
+    refuse_idle_options(c, &before);
     c->batch = 1; // generation needs none, and the saved one is that of all processes
     config_check(c);
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
@@ -358,10 +410,10 @@ void answer_prompt(Run *run, const Config *asked) {
     const char *prompt = c->prompt;
     size_t size = strlen(prompt);
     if (!strcmp(prompt, "-")) {
-        prompt = text = read_file("/dev/stdin", &size);
-        while (size && text[size - 1] == '\n') {
-            text[--size] = 0;
-        }
+        prompt = text = read_stream(stdin, "standard input", &size);
+    }
+    while (size && (prompt[size - 1] == '\n' || prompt[size - 1] == '\r')) { // however it came
+        size--;
     }
     fwrite(prompt, 1, size, stdout);
     generate(run, prompt, size, stdout);
@@ -390,6 +442,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     }
     share_cores(&asked);
     run->config = asked;
+    trust_files = asked.trust_weights;
     run->backend = backend;
     if (strlen(asked.out) > 1900) {
         usage_fail("--out: a path of %zu bytes is too long", strlen(asked.out));
@@ -400,6 +453,9 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
         default_out(&asked, !asked.resume && !asked.prompt, run->out);
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
+    data_tick = ranks_tick;               // and answer while they read
+    data_part = ranks.rank;               // each checks a part of the token files
+    data_parts = ranks.size;
     broadcast(run->out, sizeof(run->out));
     if (asked.prompt) {
         answer_prompt(run, &asked);
@@ -448,16 +504,21 @@ Batch next_batch(Run *run, int micro) {
     return batch;
 }
 
+// The step's losses, of all processes together; the norm is that of all of them already.
+void sum_losses(const Backend *backend, Model *m, double *loss, double *aux, double *norm) {
+    double both[2];
+    backend->losses(m, &both[0], &both[1], norm);
+    sum_over_ranks(both, 2);
+    *loss = both[0];
+    *aux = both[1];
+}
+
 // After the step's update: its losses, warnings, and from time to time a line of the log.
 void end_step(Run *run, int step, double lr) {
     const Config *c = &run->config;
     double loss, aux, norm;
-    run->backend->losses(run->model, &loss, &aux, &norm);
-    if (!isfinite(loss) || !isfinite(norm)) {
-        fail("step %d: the loss is %g and the gradient's norm %g; training stops here, and the last checkpoint in "
-             "%s is as it was. A lower --lr or a longer --warmup may help",
-             step, loss, norm, run->out);
-    }
+    sum_losses(run->backend, run->model, &loss, &aux, &norm);
+    check_step(run, step, loss, aux, norm);
     run->step = step;
     run->trained++;
     if (run->trace) {
@@ -481,7 +542,7 @@ void end_step(Run *run, int step, double lr) {
 int close_run(Run *run) {
     const Config *c = &run->config;
     const char *name = program_name;
-    char begin[32] = "";
+    char begin[32] = "", model[4096], *out = quote_for_shell(run->out);
     int stopped = run->step < c->steps;
     if (run->saved != run->step) {
         save_checkpoint(run);
@@ -493,18 +554,20 @@ int close_run(Run *run) {
     }
     if (stopped) {
         printf("\nstopped after step %d of %d; go on with\n  %s./%s --out %s --resume\n", run->step, c->steps, begin,
-               name, run->out);
+               name, out);
     } else {
         show_experts(run);
-        printf("The run is in %s: log.jsonl, and in %s/latest the model, which Hugging Face's transformers %s.\n"
+        snprintf(model, sizeof(model), run->links ? "%s/latest" : "%s/checkpoint-%d", run->out, run->step);
+        printf("The run is in %s: log.jsonl, and in %s the model, which Hugging Face's transformers %s.\n"
                "What next:\n"
                "  ./%s --out %s --prompt \"Once upon a time\"\n"
                "  %s./%s --out %s --resume --steps %d\n"
                "  data/tinystories.sh && %s./%s        (real stories; see README.md)\n",
-               run->out, run->out, *matching_class(c) ? "opens as it is" : "has no class for", name, run->out, begin,
-               name, run->out, c->steps * 2, begin, name);
+               run->out, model, *matching_class(c) ? "opens as it is" : "has no class for", name, out, begin, name, out,
+               c->steps * 2, begin, name);
     }
-    fclose(run->log);
+    free(out);
+    close_log(run);
     if (run->trace) {
         fclose(run->trace);
     }
@@ -521,15 +584,10 @@ int close_run(Run *run) {
 
 // The start and the end of the program around `program`.
 int run_program(int argc, char **argv, const Backend *backend, int (*program)(int, char **, const Backend *)) {
-#ifdef _OPENMP
-    // Waiting threads should sleep. OpenMP's default is to spin, which on a machine with anything else to do makes a
-    // step ten times slower. Its runtime reads this before main, so the program begins once more. The fast products
-    // pack on the stack, and some systems give a thread no more than 128 KiB.
-    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) {
-        setenv("OMP_STACKSIZE", "4M", 0);
-        execv("/proc/self/exe", argv);
-    }
-#endif
+    open_standard_files();
+    signal(SIGXFSZ, SIG_IGN); // a file that may not grow is an error like a full disk
+    let_threads_sleep(argv);
+    check_exp();
 #ifdef USE_MPI
     int provided;
     MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
@@ -547,8 +605,9 @@ int run_program(int argc, char **argv, const Backend *backend, int (*program)(in
     }
 #endif
     int status = program(argc, argv, backend);
-    if (fflush(stdout) != 0) {
-        fail("standard output: cannot write: %s", strerror(errno));
+    int lost = ferror(stdout);
+    if ((fflush(stdout) != 0 || lost) && !stop_asked) { // a run that was stopped may have lost its reader, or its terminal
+        fail("standard output: cannot write: %s", lost ? "a part of it is lost" : strerror(errno));
     }
 #ifdef USE_MPI
     MPI_Finalize();

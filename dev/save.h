@@ -1,30 +1,10 @@
 // The checkpoints of a run: written, found again, read.
-// Gives: save_checkpoint, load_weights, smallest_checkpoint, cut_log. Needs: Run of dev/run.h, which includes it.
+// Gives: save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
-// move: whenever the machine stops, the last checkpoint is complete.
+// move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
 #pragma once
-
-// The smallest step of the checkpoint-STEP folders in out, -1 where there is none; *count says how many there are.
-long smallest_checkpoint(const char *out, int *count) {
-    long step, smallest = -1;
-    char rest;
-    DIR *dir = opendir(out);
-    *count = 0;
-    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
-        if (sscanf(entry->d_name, "checkpoint-%ld%c", &step, &rest) != 1) {
-            continue;
-        }
-        (*count)++;
-        if (smallest < 0 || step < smallest) {
-            smallest = step;
-        }
-    }
-    if (dir) {
-        closedir(dir);
-    }
-    return smallest;
-}
+#include "directory.h"
 
 void sync_directory(const char *path) {
     int dir = open(path, O_RDONLY);
@@ -35,7 +15,7 @@ void sync_directory(const char *path) {
 }
 
 // The small files of a checkpoint: what transformers wants to know, and what is needed to go on.
-void write_small_files(const Run *run, const char *dir) {
+void write_small_files(const Run *run, const char *dir, FILE *sums) {
     const Tokenizer *t = run->tokenizer;
     const char *const eot = "<|endoftext|>";
     char text[512];
@@ -44,63 +24,98 @@ void write_small_files(const Run *run, const char *dir) {
     int n = snprintf(
         text, sizeof(text),
         "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"bos_token\": \"%s\",\n  \"eos_token\": \"%s\",\n"
-        "  \"unk_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
+        "  \"unk_token\": \"%s\",\n  \"pad_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
         "  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n  \"model_max_length\": %d\n}\n",
-        eot, eot, eot, run->config.seq);
+        eot, eot, eot, eot, run->config.seq);
     write_text(dir, "tokenizer_config.json", text, (size_t)n);
     n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
                  t->eot, t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
     n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f}\n", run->step,
-                 data_fingerprint(run->train));
+                 run->train->fingerprint);
     write_text(dir, "trainer_state.json", text, (size_t)n);
+    write_router_state(run, dir);
+    sum_small_files(sums, dir);
 }
 
-// Gives the finished folder `dir` its name and turns the link `latest` to it.
+// Turns `latest` to the checkpoint of this name: a link, or a text file where the file system has no links.
+void turn_latest(const Run *run, const char *name) {
+    char latest[4200], next[4200];
+    snprintf(latest, sizeof(latest), "%s/latest", run->out);
+    snprintf(next, sizeof(next), "%s/latest.new", run->out);
+    unlink(next);
+    if (!run->links) {
+        char line[80];
+        int n = snprintf(line, sizeof(line), "%s\n", name);
+        write_text(run->out, "latest.new", line, (size_t)n);
+    } else if (symlink(name, next) != 0) {
+        fail("%s: cannot link to %s: %s", next, name, strerror(errno));
+    }
+    if (rename(next, latest) != 0) {
+        int error = errno;
+        unlink(next);
+        fail("%s: cannot turn it to %s: %s", latest, name, strerror(error));
+    }
+    sync_directory(run->out);
+}
+
+// Takes its name from a checkpoint that is to go, so that half of it never bears that name. Returns 0 where it keeps it.
+int set_aside(const Run *run, const char *path, char aside[4200]) {
+    snprintf(aside, 4200, "%s/removed-checkpoint", run->out);
+    remove_tree(aside); // of a run that was killed
+    return rename(path, aside) == 0;
+}
+
+// Gives the finished folder `dir` its name and turns `latest` to it. One that has that name already goes afterwards.
 void publish_checkpoint(const Run *run, const char *dir, const char *name) {
-    char final[4200], link[4200];
+    char final[4200], aside[4200];
     sync_directory(dir);
     snprintf(final, sizeof(final), "%s/%s", run->out, name);
-    remove_tree(final);
+    int again = set_aside(run, final, aside);
     if (rename(dir, final) != 0) {
-        fail("%s: cannot rename to %s: %s", dir, final, strerror(errno));
+        int error = errno;
+        if (again) {
+            rename(aside, final);
+        }
+        fail("%s: cannot rename to %s: %s", dir, final, strerror(error));
     }
     unfinished_path[0] = 0;
     sync_directory(run->out);
-    snprintf(final, sizeof(final), "%s/latest", run->out);
-    snprintf(link, sizeof(link), "%s/latest.new", run->out);
-    unlink(link);
-    if (symlink(name, link) != 0 || rename(link, final) != 0) {
-        fail("%s: cannot link to %s: %s", final, name, strerror(errno));
+    turn_latest(run, name);
+    if (again) {
+        clear_away(aside);
     }
-    sync_directory(run->out);
 }
 
 // Leaves the newest --keep checkpoints.
 void remove_old_checkpoints(const Run *run) {
     int count;
-    char path[4200];
+    char path[4200], aside[4200];
     for (long old; (old = smallest_checkpoint(run->out, &count)) >= 0;) {
         if (count <= run->config.keep || old == run->step) {
             return;
         }
         snprintf(path, sizeof(path), "%s/checkpoint-%ld", run->out, old);
-        remove_tree(path);
-        ranks_tick();
-        if (access(path, F_OK) == 0) { // it cannot be removed
+        if (!set_aside(run, path, aside)) {
+            remark("%s: cannot be removed: %s", path, strerror(errno));
             return;
         }
+        sync_directory(run->out);
+        clear_away(aside);
+        ranks_tick();
     }
 }
 
 // One file of a checkpoint: all tensors of each of the arrays that `what` lists, under the prefix of that array. The
-// first of several processes writes what all have, and never has more than one whole tensor besides its own part.
-void write_tensors(const Run *run, const char *name, const int *what, const char *const *prefix, int arrays) {
+// first of several processes writes what all have, and never has more than one whole tensor besides its own part. The
+// checksums of the tensors go to `sums`.
+void write_tensors(const Run *run, const char *name, const int *what, const char *const *prefix, int arrays, FILE *sums) {
     Model *m = run->model;
     int count;
     Part *parts = model_parts(m, &count);
     const char *dir = unfinished_path;
-    FILE *file = ranks.rank ? NULL : start_safetensors(dir, name, parts, count, prefix, arrays);
+    FILE *file = ranks.rank ? NULL : start_safetensors(dir, name, parts, count, prefix, arrays, sums);
+    const Part *p = parts;
     real *tensor = allocate_tensor(m);
     for (int i = 0; i < arrays * m->tensor_count; i++) {
         int array = what[i / m->tensor_count];
@@ -108,15 +123,21 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
         run->backend->read(m, array, i % m->tensor_count, tensor);
         for (size_t j = 0; file && array == WEIGHTS && j < size; j++) {
             if (!isfinite(tensor[j])) {
-                fail("step %d: a weight is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
-                     (double)tensor[j], run->out);
+                fail("step %d: a weight of %s is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
+                     m->tensors[i % m->tensor_count].name, shown((double)tensor[j]), run->out);
             }
         }
         if (file) {
             write_numbers(file, dir, name, tensor, size);
         }
+        p = i % m->tensor_count ? p : parts;
+        for (; file && p < parts + count && p->tensor == i % m->tensor_count; p++) {
+            sum_tensor(sums, i == 0 && p == parts, prefix[i / m->tensor_count], p->name, tensor + p->offset,
+                       part_size(p) * sizeof(real));
+        }
     }
     if (file) {
+        end_sums(sums);
         close_written(file, dir, name);
     }
     free(tensor);
@@ -126,22 +147,34 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
 void save_checkpoint(Run *run) {
     int first = ranks.rank == 0, weights[] = {WEIGHTS}, moments[] = {MOMENT1, MOMENT2};
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
-    char name[64];
+    char name[64], *list = NULL;
+    size_t size = 0;
+    data_unchanged();                       // nothing that was learned from other tokens is saved
+    FILE *sums = open_memory(&list, &size); // checksums.json
     snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     if (first) {
         snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-checkpoint", run->out);
-        remove_tree(unfinished_path); // of a run that was killed
+        if (remove_tree(unfinished_path) != 0) { // of a run that was killed
+            fail("%s: cannot remove: %s", unfinished_path, strerror(errno));
+        }
         if (mkdir(unfinished_path, 0777) != 0) {
             fail("%s: cannot create: %s", unfinished_path, strerror(errno));
         }
     }
-    write_tensors(run, "model.safetensors", weights, plain, 1);
-    write_tensors(run, "optimizer.safetensors", moments, moment_names, 2);
+    fprintf(sums, "{");
+    write_tensors(run, "model.safetensors", weights, plain, 1, sums);
+    write_tensors(run, "optimizer.safetensors", moments, moment_names, 2, sums);
     if (first) {
-        write_small_files(run, unfinished_path);
+        write_small_files(run, unfinished_path, sums);
+    }
+    fprintf(sums, "}\n");
+    close_memory(sums, &list);
+    if (first) {
+        write_text(unfinished_path, "checksums.json", list, size);
         publish_checkpoint(run, unfinished_path, name);
         remove_old_checkpoints(run);
     }
+    free(list);
     run->saved = run->step;
     ranks_meet();
 }
@@ -168,11 +201,12 @@ void load_weights(Run *run, const char *dir, int moments) {
             continue;
         }
         WeightFiles files;
-        open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors");
+        open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", 1);
         const Part *p = parts;
         for (int i = 0; i < m->tensor_count; i++) {
             for (; p < parts + count && p->tensor == i; p++) {
-                read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                const char *file = read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                check_read(file, prefix[what], p, tensor + p->offset);
             }
 
             // The run may have had float32 moments until now.
@@ -185,6 +219,9 @@ void load_weights(Run *run, const char *dir, int moments) {
             }
             run->backend->write(m, what, i, tensor);
         }
+        if (what != MOMENT2) {
+            check_tensors(&files, &run->config, parts, count, prefix + what, what == WEIGHTS ? 1 : 2);
+        }
         close_weights(&files);
     }
     free(tensor);
@@ -193,7 +230,7 @@ void load_weights(Run *run, const char *dir, int moments) {
 
 // Cuts the log back to what had happened by `step`.
 void cut_log(const char *path, int step) {
-    if (access(path, F_OK) != 0) {
+    if (!is_there(path)) {
         return;
     }
     size_t size;

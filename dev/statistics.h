@@ -1,5 +1,5 @@
 // What the experts had to do: loads, entropy, choices refused. The log shows it, and the selection bias follows it.
-// Gives: Statistics, count_routing, clear_statistics, sum_statistics, count_parameters, flops_per_token.
+// Gives: Statistics, count_routing, clear_statistics, set_statistics, sum_statistics, count_parameters, flops_per_token.
 // Needs: Config, Route and Model of train_moe.c, which includes it.
 #ifndef STATISTICS_H
 #define STATISTICS_H
@@ -14,6 +14,7 @@ typedef struct Statistics { // of one layer, in training, since the step began
 } Statistics;
 
 void *own(Model *m, size_t count, size_t size);
+BOTH real counted(real p);
 
 void allocate_statistics(Model *m, int l) {
     Statistics *s = &m->stats[l];
@@ -53,10 +54,10 @@ void count_routing(Statistics *s, const Route *r, int score) {
             const real *p = r->p + (size_t)row * E;
             double sum = 0;
             for (int e = 0; e < E && score == SIGMOID; e++) {
-                sum += (double)p[e];
+                sum += (double)counted(p[e]);
             }
             for (int e = 0; e < E; e++) {
-                double share = score == SIGMOID ? (double)p[e] / sum : (double)p[e];
+                double share = score == SIGMOID ? (double)counted(p[e]) / sum : (double)p[e];
                 part[chunk] -= share > 0 ? share * log(share) : 0;
             }
         }
@@ -65,6 +66,13 @@ void count_routing(Statistics *s, const Route *r, int score) {
         s->entropy += part[chunk] * r->N / rows;
     }
     free(part);
+}
+
+// What a checkpoint remembers of a layer: Backend's remember.
+void set_statistics(Model *m, int l, const double *recent, const int *idle) {
+    Statistics *s = &m->stats[l];
+    memcpy(s->recent, recent, (size_t)m->config.experts * sizeof(double));
+    memcpy(s->idle, idle, (size_t)m->config.experts * sizeof(int));
 }
 
 // After the last batch of a step: the counts of all processes, of all layers in one message; then what the log says of

@@ -1,12 +1,10 @@
 // Errors, memory, files, time, threads and random numbers, for every other file.
-// Gives: fail, usage_fail, allocate, read_file, seconds, thread_count, random_stream, ...
+// Gives: fail, usage_fail, remark, allocate, is_there, next_name, read_file, seconds, thread_count, random_stream, ...
 // Needs: the C library and POSIX, whose headers are included here once for the whole program.
 // A wrong file or a wrong option ends the program with one line that names it: exit 1 for files and
 // for the machine, exit 2 for the command line.
 #pragma once
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
+#include "portable.h" // first, because it decides what the system's headers declare
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -76,11 +74,17 @@ int compare_ranked(const void *a, const void *b) {
 
 // ---- errors
 
-#ifdef USE_MPI
-const char *program_name = "train_moe_mpi";
+#ifdef PROGRAM // by a program of its own
+#elif defined(USE_NCCL)
+#define PROGRAM "train_moe_cu_nccl"
+#elif defined(__CUDACC__)
+#define PROGRAM "train_moe_cu"
+#elif defined(USE_MPI)
+#define PROGRAM "train_moe_mpi"
 #else
-const char *program_name = "train_moe";
+#define PROGRAM "train_moe"
 #endif
+const char *program_name = PROGRAM;
 int program_rank = 0;               // this process's number, if several work together
 void (*end_all)(int status) = NULL; // ends all processes, if several work together
 char unfinished_path[4096];         // a folder that is being written; fail() removes it
@@ -92,18 +96,40 @@ __attribute__((noreturn)) void end_program(int status) {
     exit(status);
 }
 
-// Removes a folder and everything in it. A file that cannot be removed stays, without a message.
-void remove_tree(const char *path) {
+// Prints a line that the user should see, once.
+__attribute__((format(printf, 1, 2))) void remark(const char *format, ...) {
+    if (program_rank) {
+        return;
+    }
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "%s: ", program_name);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+}
+
+// The next name in a folder, without . and ..; NULL at its end and where it cannot be read: then *error says why.
+const char *read_name(DIR *folder, int *error) {
+    const struct dirent *entry;
+    do {
+        errno = 0; // the end and an error differ in it alone
+        entry = readdir(folder);
+    } while (entry && (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0));
+    *error = entry ? 0 : errno;
+    return entry ? entry->d_name : NULL;
+}
+
+// Removes a folder and everything in it. What cannot be removed stays: then it returns -1, and errno says why.
+int remove_tree(const char *path) {
     DIR *folder = opendir(path);
-    struct dirent *entry;
+    const char *name;
     char inner[4200];
+    int error = 0;
 
     // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder.
-    while (folder && (entry = readdir(folder)) != NULL) {
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) {
-            continue;
-        }
-        int length = snprintf(inner, sizeof(inner), "%s/%s", path, entry->d_name);
+    while (folder && (name = read_name(folder, &error)) != NULL) {
+        int length = snprintf(inner, sizeof(inner), "%s/%s", path, name);
         if (length < (int)sizeof(inner) && unlink(inner) != 0) {
             remove_tree(inner);
         }
@@ -111,7 +137,18 @@ void remove_tree(const char *path) {
     if (folder) {
         closedir(folder);
     }
-    rmdir(path);
+    if (rmdir(path) != 0 && errno != ENOENT && error == 0) {
+        error = errno;
+    }
+    errno = error;
+    return error ? -1 : 0;
+}
+
+// The same, and a line says so where it stays.
+void clear_away(const char *path) {
+    if (remove_tree(path) != 0) {
+        remark("%s: cannot be removed: %s", path, strerror(errno));
+    }
 }
 
 // Prints "program: [rank N: ]message hint" to standard error and ends the program.
@@ -154,6 +191,16 @@ __attribute__((noreturn, format(printf, 1, 2))) void usage_fail(const char *form
 
 // ---- memory and files
 
+// Opens those of the descriptors 0 to 2 that are closed, so that no file takes their number and gets what is written for
+// the terminal. They are opened the wrong way round: reading 0 and writing 1 and 2 still fail, as where they are closed.
+void open_standard_files(void) {
+    for (int i = 0; i < 3; i++) {
+        if (fcntl(i, F_GETFD) < 0 && open("/dev/null", i ? O_RDONLY : O_WRONLY) < 0) {
+            (void)!open("/", O_RDONLY); // there is no /dev
+        }
+    }
+}
+
 // Zeroed memory for count elements of size bytes; never NULL, not even for count 0.
 void *allocate(size_t count, size_t size) {
     void *p = calloc(count ? count : 1, size);
@@ -161,15 +208,7 @@ void *allocate(size_t count, size_t size) {
         fail("out of memory: could not allocate %.1f MiB",
              (double)count * (double)size / 1048576.0);
     }
-
-    // A large array asks for large pages: with them the processor finds the memory behind an address
-    // faster. The advice must begin at a page boundary, and a system without them ignores it.
-#ifdef MADV_HUGEPAGE
-    size_t page = 4096, skip = (page - (size_t)p % page) % page;
-    if (count * size >= 1 << 22) {
-        madvise((char *)p + skip, (count * size - skip) / page * page, MADV_HUGEPAGE);
-    }
-#endif
+    ask_large_pages(p, count * size);
     return p;
 }
 
@@ -236,13 +275,55 @@ void arena_free(Arena *a) {
     a->memory = NULL;
 }
 
-// All bytes of a file and a NUL behind the last one, to be freed; *size does not count the NUL.
-char *read_file(const char *path, size_t *size) {
-    FILE *file = fopen(path, "rb");
-    if (!file) {
-        fail("%s: cannot open: %s", path, strerror(errno));
+// After a call for a file or a folder that failed: returns 0 where it is not there. What cannot be looked at is not taken
+// for missing: any other error ends the program.
+int not_there(const char *path) {
+    if (errno != ENOENT && errno != ENOTDIR) {
+        fail("%s: cannot look whether it is there: %s", path, strerror(errno));
     }
+    return 0;
+}
 
+// Is there a file or a folder of this name?
+int is_there(const char *path) {
+    return access(path, F_OK) == 0 || not_there(path);
+}
+
+// Is there a file of this name in a folder?
+int has_file(const char *dir, const char *name) {
+    char path[4500];
+    snprintf(path, sizeof(path), "%s/%s", dir, name);
+    return is_there(path);
+}
+
+// Opens a folder; NULL where there is none. One that cannot be opened ends the program.
+DIR *find_folder(const char *path) {
+    DIR *folder = opendir(path);
+    if (!folder && errno != ENOENT && errno != ENOTDIR) {
+        fail("%s: cannot read the folder: %s", path, strerror(errno));
+    }
+    return folder;
+}
+
+// The next name in a folder, NULL behind the last one. A folder that cannot be read to its end ends the program.
+const char *next_name(DIR *folder, const char *path) {
+    int error;
+    const char *name = read_name(folder, &error);
+    if (error) {
+        fail("%s: cannot read the folder: %s", path, strerror(error));
+    }
+    return name;
+}
+
+// A copy of a text, to be freed.
+char *copy_text(const char *text) {
+    size_t size = strlen(text) + 1;
+    return (char *)memcpy(allocate(size, 1), text, size);
+}
+
+// All bytes that an open file still gives and a NUL behind the last one, to be freed; *size does not count the NUL. `name` is
+// for messages.
+char *read_stream(FILE *file, const char *name, size_t *size) {
     size_t allocated = 1 << 16, used = 0, got;
     char *text = (char *)allocate(allocated, 1);
 
@@ -255,12 +336,45 @@ char *read_file(const char *path, size_t *size) {
         }
     }
     if (ferror(file)) {
-        fail("%s: cannot read: %s", path, strerror(errno));
+        fail("%s: cannot read: %s", name, strerror(errno));
     }
-    fclose(file);
     text[used] = 0;
     *size = used;
     return text;
+}
+
+// The same of the file `path`.
+char *read_file(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    if (!file) {
+        fail("%s: cannot open: %s", path, strerror(errno));
+    }
+    char *text = read_stream(file, path, size);
+    fclose(file);
+    return text;
+}
+
+// A file in memory. Once it is closed, *text has its bytes, to be freed.
+FILE *open_memory(char **text, size_t *size) {
+    FILE *file = open_memstream(text, size);
+    if (!file) {
+        fail("out of memory");
+    }
+    return file;
+}
+
+// All that was written to it is there, or the program ends.
+void flush_memory(FILE *file) {
+    if (fflush(file) != 0 || ferror(file)) {
+        fail("out of memory");
+    }
+}
+
+void close_memory(FILE *file, char **text) {
+    flush_memory(file);
+    if (fclose(file) != 0 || !*text) {
+        fail("out of memory");
+    }
 }
 
 // Makes the folder `path` and those above it. Folders that exist are no error.
@@ -279,7 +393,7 @@ void make_directories(const char *path) {
     }
 }
 
-// ---- time, memory in use, terminal, threads
+// ---- time, memory in use, threads
 
 // A clock that never goes back. Only differences mean something.
 double seconds(void) {
@@ -310,11 +424,6 @@ double memory_now(void) {
 #endif
 }
 
-// Does a person read standard output? Not under mpirun, whose pipes look like a terminal.
-int on_terminal(void) {
-    return !getenv("OMPI_COMM_WORLD_SIZE") && !getenv("PMI_SIZE") && isatty(1);
-}
-
 int thread_count(void) {
 #ifdef _OPENMP
     return omp_get_max_threads();
@@ -329,8 +438,7 @@ void use_threads(int threads) {
     omp_set_num_threads(threads);
 #else
     if (threads > 1) {
-        fprintf(stderr, "%s: built without OpenMP, so --threads %d runs as one\n", program_name,
-                threads);
+        remark("built without OpenMP, so --threads %d runs as one", threads);
     }
 #endif
 }
@@ -342,6 +450,9 @@ int thread_number(void) {
     return 0;
 #endif
 }
+
+#include "terminal.h" // what is written over, and how wide it may be
+#include "machine.h"  // what the processor and the system give: instructions, processors, threads
 
 // ---- random numbers
 //

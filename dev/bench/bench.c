@@ -26,7 +26,7 @@
         return 0;                 \
     }
 #define BURST      2e-3 // seconds that a thing has its turn at least
-#define PEAK_TIME  3e-3 // and the peak loop; starting threads takes a hundredth of it
+#define PEAK_TIME  3e-3 // and the peak loop
 #define MAX_ROUNDS 400
 
 int quick, thorough;
@@ -99,8 +99,6 @@ double budget(double full) {
 
 // ---- what the machine can do
 
-volatile real one = 1; // the compiler cannot know it
-
 void use(int threads) {
     Config c;
     memset(&c, 0, sizeof(c));
@@ -109,32 +107,12 @@ void use(int threads) {
         use_threads(c.threads);
 }
 
-// Multiply-adds in registers alone: what all threads do in one stretch of time, so that it also is right where they have
-// to share a core. arg: not NULL for one thread.
+// As the trainer measures it at its start, but the mean of a few stretches behind the first one, in which the threads wake
+// up. arg: not NULL for one thread.
 double peak_loop(void *arg) {
-    const int steps = 1 << 13; // 15 us at 3 GHz
-    double total = 0, start = seconds();
-    (void)arg; // without OpenMP
-#pragma omp parallel reduction(+ : total) num_threads(arg ? 1 : thread_count())
-    {
-        vec sum[12], x = {0}, y = {0};
-        x += (real)0.999 * one; // towards y/(1-x), so that nothing overflows or becomes subnormal
-        y += one;
-        for (int i = 0; i < 12; i++)
-            sum[i] = y + (real)i;
-        do {
-            for (int k = 0; k < steps; k++) {
-#pragma GCC unroll 16
-                for (int i = 0; i < 12; i++)
-                    sum[i] = sum[i] * x + y;
-            }
-            total += 2.0 * 12 * LANES * steps;
-        } while (seconds() - start < PEAK_TIME);
-        for (int i = 1; i < 12; i++)
-            sum[0] += sum[i];
-        peak_result[thread_number() % 64] = vec_sum(sum[0]);
-    }
-    return total / (seconds() - start);
+    double work[4];
+    peak_work(arg ? 1 : thread_count(), PEAK_TIME / 4, 4, work);
+    return (work[1] + work[2] + work[3]) / (PEAK_TIME * 3 / 4);
 }
 const Thing peak = {peak_loop, NULL, 0, {0}};
 
@@ -163,7 +141,7 @@ double read_array(void *arg) { // n numbers
 double triad(void *arg) { // a third of n numbers = the second third + c * the last third
     const Array *a = (const Array *)arg;
     size_t n = a->n / 3;
-    real c = one;
+    real c = peak_one;
 #pragma omp parallel for
     for (size_t i = 0; i < n; i++)
         a->p[i] = a->p[n + i] + c * a->p[2 * n + i];

@@ -45,7 +45,7 @@ run() { # $1: name, $2: ranks, $3: sequences of each, then options of train_moe_
     # make sets OMP_WAIT_POLICY, which a user would not have
     env -u OMP_WAIT_POLICY "${mpirun[@]}" -np "$ranks" --bind-to none "$train" --threads "$threads" \
         --data "$root/data/stories" --out "$work/run" --layers $layers --dim $dim --heads $heads --experts $experts \
-        --topk 2 --ffn $ffn --seq $seq --batch "$each" --steps $steps --log-every 1 --eval-batches 1 --tokens 1 "$@" \
+        --topk 2 --ffn $ffn --seq $seq --batch "$each" --steps $steps --log-every 1 --eval-tokens 64 --tokens 1 "$@" \
         > "$work/said" 2>&1 < /dev/null ||
         { status=$?; cat "$work/said" >&2; fail "$name: the run failed with status $status"; }
     cat "$work/run/log.jsonl" >> "$work/$name.jsonl"
@@ -79,7 +79,7 @@ for round in $(seq $rounds); do
     done <<< "$rows"
 done
 
-processor=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2> /dev/null | head -n 1)
+processor=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2> /dev/null | head -n 1 || true)
 mpi=$(env "${mpirun[@]}" --version 2> /dev/null | head -n 1)
 commit=$(git -C "$root" rev-parse --short HEAD 2> /dev/null || echo unknown)
 cat << END

@@ -245,7 +245,7 @@ options() { # $1: side, $2: steps; some 25 evaluations, each behind a step that 
     local every=$(($2 / 250 * 10))
     [ $every -gt 0 ] || every=10
     echo "--data $(printf %q "$data") $common --steps $2 ${!1} --threads 1 --log-every 10 --eval-every $every" \
-        "--eval-batches 0 --sample-every 0 --tokens 1 --save-every $every --keep 1"
+        "--eval-tokens 0 --sample-every 0 --tokens 1 --save-every $every --keep 1"
 }
 remember() { # $1: file, $2: the options of the runs there; fails where they were others
     [ -s "$1" ] || echo "$2" > "$1"

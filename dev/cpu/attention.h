@@ -178,7 +178,7 @@ void softmax_of_tile(real *tile, real *highest, real *total, real *sums, size_t 
     for (int i = 0; i < rows; i++) {
         real *row = tile + i * ROW;
         int seen = max_int(0, min_int(n, first + i + 1 - key)), end = min_int(n, first + rows - key);
-        real before = key ? highest[i] : -(real)1e30;
+        real before = key ? highest[i] : (real)-INFINITY;
         highest[i] = row_max(row, seen, before);
         real sum = row_exp(row, seen, end, highest[i]);
 

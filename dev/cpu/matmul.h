@@ -307,9 +307,29 @@ void pack_b(real *packed, const Operand *o, int first, int cols, int k0, int nk)
 
 // ---- 3. tasks
 
+// The two blocks that a thread packs are too large for the stack that some systems give it. They are made here
+// once, for all threads and any later call, by the thread that begins the products.
+#define PACKED_A (TILE_M * ROW)
+#define PACKED_B (TILE_K * TILE_N)
+real *packing_memory; // (threads, PACKED_A + PACKED_B), at a multiple of 64 bytes
+
+size_t packing_bytes(void) {
+    return (size_t)thread_count() * (PACKED_A + PACKED_B) * sizeof(real);
+}
+
+void reserve_packing(void) {
+    static Arena arena;
+    size_t bytes = packing_bytes();
+    if (bytes > arena.size) {
+        arena_reserve(&arena, bytes);
+        arena_reset(&arena);
+        packing_memory = (real *)arena_take(&arena, bytes, 1);
+    }
+}
+
 // Rows first .. first+rows of a product, by one thread. A block of b is packed once for all these rows.
 void product_rows(const Product *p, int first, int rows, int add) {
-    real a[TILE_M * ROW] __attribute__((aligned(64))), b[TILE_K * TILE_N] __attribute__((aligned(64)));
+    real *a = packing_memory + (size_t)thread_number() * (PACKED_A + PACKED_B), *b = a + PACKED_A;
     for (int j0 = 0; j0 < p->n; j0 += TILE_N) {
         int cols = min_int(TILE_N, p->n - j0);
         for (int k0 = 0; k0 < max_int(p->k, 1); k0 += TILE_K) { // once even for k = 0, whose sum is 0
@@ -376,6 +396,7 @@ void products(const Product *list, int count, int add) {
         }
     }
 
+    reserve_packing();
 #pragma omp parallel for schedule(dynamic) if (work > 20000)
     for (int t = 0; t < tasks; t++) {
         if (few_rows(task[t].p)) {

@@ -1,39 +1,61 @@
 // The processor's name, and how fast it could compute at most: what the log compares the training with.
-// Gives: measured_peak, no_sheet, cpu_name. Needs: dev/cpu/vector.h.
+// Gives: peak_work, measured_peak, no_sheet, cpu_name. Needs: dev/cpu/vector.h.
 #pragma once
 #include "vector.h"
 
 volatile real peak_result[64]; // the results are written here, or the compiler would leave the work out
+volatile real peak_one = 1;    // the compiler cannot know that it stays so
 
-// Operations per second of all threads, measured by multiply-adds that need no memory. No program can be
-// faster on this machine today.
-double measured_peak(void) {
-    enum { SUMS = 12, ROUNDS = 1 << 16 }; // so many sums that none has to wait for its last multiply-add
-    double best = 0;
-    for (int attempt = 0; attempt < 4; attempt++) {
-        double start = seconds();
-#pragma omp parallel
-        {
-            vec sum[SUMS], x = {0}, y = {0};
-            x += (real)0.999; // the sums go towards y / (1 - x), so none overflows
-            y += (real)1;
-            for (int i = 0; i < SUMS; i++) {
-                sum[i] = y + (real)i;
-            }
+// work[i] = the operations that `threads` threads did together in the i-th of so many stretches of time, all as long as
+// `stretch` seconds, by multiply-adds in registers alone. Between two stretches no thread rests. What is slow, such as a
+// thread that is still asleep at the beginning, spoils the stretch in which it happens and no other; and where threads
+// have to share a processor, no more is counted than they do.
+void peak_work(int threads, double stretch, int stretches, double *work) {
+    enum { SUMS = 12, ROUNDS = 1 << 12 }; // so many sums that none has to wait for its last multiply-add; 7 us
+    double start = seconds();
+    (void)threads; // without OpenMP
+    memset(work, 0, (size_t)stretches * sizeof(double));
+#pragma omp parallel num_threads(threads)
+    {
+        vec sum[SUMS], x = {0}, y = {0};
+        x += (real)0.999 * peak_one; // the sums go towards y / (1 - x), so none overflows
+        y += peak_one;
+        for (int i = 0; i < SUMS; i++) {
+            sum[i] = y + (real)i;
+        }
+        int at = 0, first = 0; // rounds in the first stretch: so many that the clock must stand still
+        while (at < stretches && (at > 0 || first++ < 1 << 12)) {
             for (int k = 0; k < ROUNDS; k++) {
 #pragma GCC unroll 16
                 for (int i = 0; i < SUMS; i++) {
                     sum[i] = sum[i] * x + y;
                 }
             }
-            for (int i = 1; i < SUMS; i++) {
-                sum[0] += sum[i];
+            at = (int)((seconds() - start) / stretch);
+            if (at >= 0 && at < stretches) {
+#pragma omp atomic
+                work[at] += 2.0 * SUMS * LANES * ROUNDS;
             }
-            peak_result[thread_number() % 64] = dot((real *)&sum[0], (real *)&sum[1], LANES);
         }
-        best = fmax(best, 2.0 * SUMS * LANES * ROUNDS * thread_count() / (seconds() - start));
+        for (int i = 1; i < SUMS; i++) {
+            sum[0] += sum[i];
+        }
+        peak_result[thread_number() % 64] = vec_sum(sum[0]);
     }
-    return best;
+}
+
+// Operations per second that no program can exceed on this machine today: those of the best stretch, of what the quota
+// leaves of them.
+double measured_peak(void) {
+    enum { STRETCHES = 14 };
+    const double stretch = 3e-3;
+    double work[STRETCHES], best = 0;
+    int team = team_size();
+    peak_work(team, stretch, STRETCHES, work);
+    for (int i = 0; i < STRETCHES; i++) {
+        best = fmax(best, work[i] / stretch);
+    }
+    return best * quota_share(team);
 }
 
 // The peak by the data sheet. A processor's has none that would hold for its clock today.
@@ -46,6 +68,7 @@ void cpu_name(char name[128]) {
     char line[256];
     FILE *file = fopen("/proc/cpuinfo", "r");
     snprintf(name, 128, "cpu");
+    name_of_processor(name);
     while (file && fgets(line, sizeof(line), file)) {
         if (sscanf(line, "model name : %127[^\n]", name) == 1) {
             break;

@@ -48,7 +48,11 @@ void fast_rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, i
 #pragma omp parallel for if (N > 16)
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * C;
-        rstd[n] = (real)(1.0 / sqrt((double)dot(row, row, C) / C + eps));
+        double sum = (double)dot(row, row, C);
+        if (isinf(sum)) { // a float's square may be too large for a float
+            sum = sum_of_squares(row, (size_t)C);
+        }
+        rstd[n] = (real)(1.0 / sqrt(sum / C + eps));
         for (int c = 0; c < C; c++) {
             out[(size_t)n * C + c] = row[c] * rstd[n] * w[c];
         }

@@ -239,7 +239,7 @@ __device__ void register_product(float (&acc)[MT][NT][4], const float (&a)[MT][N
 #endif
 }
 
-// Scores of keys that come after the query become -1e30, so that their power of 2 is 0. ahead: how far the first column
+// Scores of keys that come after the query become -3e38, so that their power of 2 is 0. ahead: how far the first column
 // of s is ahead of the first row; sign 1: columns are keys, -1: rows are.
 template <int MT, int NT> __device__ void hide_future(float (&s)[MT][NT][4], int ahead, int sign) {
     int lane = threadIdx.x % 32, shift = sign * (ahead + lane % 4 * 2 - lane / 4);
@@ -250,7 +250,7 @@ template <int MT, int NT> __device__ void hide_future(float (&s)[MT][NT][4], int
 #pragma unroll
             for (int v = 0; v < 4; v++) {
                 if (shift > sign * (16 * i + v / 2 * 8 - 8 * j - v % 2)) {
-                    s[i][j][v] = -1e30f;
+                    s[i][j][v] = -3e38f;
                 }
             }
         }
@@ -339,7 +339,7 @@ __global__ void attention_forward_kernel(floatX *out, float *lse, const floatX *
     float total[MT][2] = {};
     float highest[MT][2];
     for (int i = 0; i < MT; i++) {
-        highest[i][0] = highest[i][1] = -1e30f;
+        highest[i][0] = highest[i][1] = -3e38f;
     }
 
     load_tile<W, HELD>(queries, qkv + query_at(z, b, h) + first * ld, ld, T - first, D);
@@ -753,7 +753,7 @@ __device__ void see_positions(Seen *seen, const float (&q)[ONE_COLUMNS], const f
     }
 #pragma unroll
     for (int i = 0; i < ONE_STEP; i++) {
-        score[i] = i < count ? warp_sum(score[i]) : -1e30f;
+        score[i] = i < count ? warp_sum(score[i]) : -3e38f;
         seen->top = fmaxf(seen->top, score[i]);
     }
 
@@ -812,7 +812,7 @@ __global__ void attention_of_one_kernel(floatX *out, floatX *cache, const floatX
     const floatX *query = qkv + (size_t)h * D, *unturned = qkv + (size_t)(H + kv) * D, *new_value = unturned + KV * D;
     floatX *keys = cache + kv * D, *values = keys + KV * D; // of position 0; rows are `width` apart
     float q[ONE_COLUMNS] = {}, scale = LOG2E / sqrtf((float)D);
-    Seen seen = {-1e30f, 0, {}};
+    Seen seen = {-3e38f, 0, {}};
 
     // The new key gets its position here. One block of those that share it writes it to the cache.
     for (int d = threadIdx.x; d < D; d += blockDim.x) {

@@ -1,5 +1,5 @@
 // What goes to the device and comes back from it: batches, the report of losses and statistics, routes, tensors.
-// Gives: send_batch, clear_statistics, model_losses, model_statistics, model_route, model_read, model_write.
+// Gives: send_batch, clear_statistics, model_losses, model_statistics, model_remember, model_route, model_read, model_write.
 // Needs: dev/cuda/memory.cuh; Model and its report of train_moe.cu, which includes it.
 #ifndef CUDA_HOST_CUH
 #define CUDA_HOST_CUH
@@ -42,10 +42,8 @@ void fetch_report(Model *m) {
 void model_losses(::Model *base, double *loss, double *aux, double *norm) {
     Model *m = (Model *)base;
     fetch_report(m);
-    double both[2] = {m->host_report[TOTAL_LOSS], m->host_report[TOTAL_AUX]};
-    ::sum_over_ranks(both, 2);
-    *loss = both[0];
-    *aux = both[1];
+    *loss = m->host_report[TOTAL_LOSS];
+    *aux = m->host_report[TOTAL_AUX];
     *norm = m->host_report[GRADIENT_NORM];
 }
 
@@ -68,6 +66,19 @@ const Statistics *model_statistics(const ::Model *base, int l) {
     s->active = single[ACTIVE];
     s->tokens = single[TOKENS];
     return s;
+}
+
+// As set_statistics of the C twin.
+void model_remember(::Model *base, int l, const double *recent, const int *idle) {
+    Model *m = (Model *)base;
+    int E = m->config.experts;
+    double *both = (double *)allocate(2 * E, sizeof(double)); // as they stand in the report
+    for (int e = 0; e < E; e++) {
+        both[e] = recent[e];
+        both[E + e] = idle[e];
+    }
+    upload(m, layer_stats(m, l) + 2 * E, both, (size_t)2 * E * sizeof(double));
+    free(both);
 }
 
 // The choices of the last forward pass, copied to the host.

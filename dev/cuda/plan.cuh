@@ -22,11 +22,11 @@ __device__ void sums_of_chunk(const Routing &q, int chunk, int first, int end) {
         const float *p = r.p + (size_t)row * E;
         float all = 0, sum = 0;
         for (int e = lane; q.score == SIGMOID && e < E; e += 32) {
-            all += p[e];
+            all += counted(p[e]);
         }
         all = q.score == SIGMOID ? warp_sum(all) : 1;
         for (int e = lane; e < E; e += 32) {
-            float share = p[e] / all;
+            float share = q.score == SIGMOID ? counted(p[e]) / all : p[e];
             sum -= share > 0 ? share * logf(share) : 0;
         }
         entropy += (double)warp_sum(sum) / per;
@@ -49,7 +49,8 @@ __device__ void sums_of_chunk(const Routing &q, int chunk, int first, int end) {
             unbiased += q.balance == UNBIASED && per && q.s.unbiased[i] == e;
         }
         for (int n = first; n < end && per == 1; n++) {
-            p += r.p[(size_t)n * E + e] / row_sum[n - first];
+            float own = r.p[(size_t)n * E + e];
+            p += q.score == SIGMOID ? counted(own) / row_sum[n - first] : own;
         }
         q.s.count[(size_t)e * q.chunks + chunk] = count;
         if (per == 1) {

@@ -5,8 +5,8 @@
 #
 # It needs the emulator's build that counts bytes (count.h), data/make_stories, data/tokenize and data/stories. It trains small
 # models of two and of three layers for one and for two steps, and subtracts: what remains is one layer in one step. A second
-# batch of a validation, subtracted in the same way, is the forward pass. The rest of the step is the backward pass, and what
-# only training starts in the forward pass: balance losses, statistics.
+# window of a validation, subtracted in the same way, is the forward pass; a window is one sequence, so a step has one, too. The
+# rest of the step is the backward pass, and what only training starts in the forward pass: balance losses, statistics.
 #
 # Bytes are different ones (count.h): each number read once and written once by each kernel, the least there can be. Kernels
 # are told apart by their names alone. Change these patterns with the names:
@@ -14,7 +14,7 @@ PRODUCTS='gemm|rows_kernel|weights_kernel|attention_'   # matrix products and at
 OPTIMIZER='adamw|sum_squares|root_of_sum|convert'      # once a step, over all weights
 COPIES='^copy |^memset'                                # no kernels
 FORWARD='forward'                                      # of what only training starts: what belongs to the forward pass
-DIM=${DIM:-192} SEQ=${SEQ:-64} BATCH=${BATCH:-1} # not 128: products of that size measure the peak, and are left out
+DIM=${DIM:-192} SEQ=${SEQ:-64} BATCH=1 # not 128: products of that size measure the peak, and are left out
 
 set -e
 program=$1
@@ -27,12 +27,12 @@ data/make_stories --count 100 > "$work/train.txt"
 data/make_stories --first 24000 --count 4 > "$work/valid.txt"
 data/tokenize --tokenizer data/stories/tokenizer.json "$work/train.txt" "$work/valid.txt" --out "$work/data" > /dev/null
 
-# run LAYERS STEPS BATCHES OPTIONS: the table of one run
+# run LAYERS STEPS WINDOWS OPTIONS: the table of one run
 run() {
-    layers=$1 steps=$2 batches=$3
+    layers=$1 steps=$2 windows=$3
     shift 3
-    CUDACPU_COUNT="$work/$layers$steps$batches" "$program" --out "$work/run" --data "$work/data" --layers "$layers" \
-        --steps "$steps" --eval-batches "$batches" --dim "$DIM" --seq "$SEQ" --batch "$BATCH" --eval-every 0 \
+    CUDACPU_COUNT="$work/$layers$steps$windows" "$program" --out "$work/run" --data "$work/data" --layers "$layers" \
+        --steps "$steps" --eval-tokens $((windows * SEQ)) --dim "$DIM" --seq "$SEQ" --batch "$BATCH" --eval-every 0 \
         --sample-every 0 --save-every 0 --tokens 1 "$@" > "$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
     rm -rf "$work/run"
 }

@@ -191,6 +191,13 @@ const Option capacity_options[] = {
          "a refused token passes by, or goes to its next best expert with room"),
 };
 
+const Effect capacity_effects[] = {
+    {"capacity-unit", has_capacity, "a capacity: --capacity-factor 1"},
+    {"drop-order", has_training_capacity, "a capacity in training: --capacity-factor 1"},
+    {"drop-exempt", has_training_capacity, "a capacity in training: --capacity-factor 1"},
+    {"overflow", has_capacity, "a capacity: --capacity-factor 1"},
+};
+
 const Router capacity_part = {
     .place = CAPACITY,
     .wanted = capacity_wanted,
@@ -198,6 +205,8 @@ const Router capacity_part = {
     .forward = capacity_forward,
     .options = capacity_options,
     .option_count = COUNT(capacity_options),
+    .effects = capacity_effects,
+    .effect_count = COUNT(capacity_effects),
 };
 
 #endif

@@ -121,7 +121,7 @@ void group_loss_forward(Model *m, int l, const real *x) {
         }
 
         // The experts first .. end are a group.
-        for (int first = 0, end = 0; first < E; first = end) {
+        for (int first = 0, end = 0; first < E && total > 0; first = end) {
             double sum = 0;
             for (; end < E && group_of(end, E, G) == group_of(first, E, G); end++) {
                 sum += count[end];
@@ -180,6 +180,24 @@ const Option groups_options[] = {
            "weight of the loss that balances tokens sent to groups"),
 };
 
+int has_groups(const Config *c) {
+    return c->groups > 1;
+}
+
+int groups_matter(const Config *c) {
+    return c->group_topk > 0 || c->device_weight + c->comm_weight > 0 || c->capacity_unit != 0 || c->select == HIERARCHICAL;
+}
+
+int groups_choose(const Config *c) {
+    return c->group_topk > 0 && c->select == TOP_K;
+}
+
+const Effect groups_effects[] = {
+    {"groups", groups_matter, "--group-topk, --device-weight, --capacity-unit group or --select hierarchical"},
+    {"group-topk", has_groups, "more than one group: --groups 4"},
+    {"group-score", groups_choose, "--group-topk, and --select topk"},
+};
+
 const Recipe groups_recipes[] = {
     {"deepseekmoe", 2024, 3,
      "many narrow experts, one of them shared by all tokens; balance of experts and of their groups",
@@ -200,6 +218,8 @@ const Router groups_router = {
     .backward = topk_backward, // the choice has no derivative
     .options = groups_options,
     .option_count = COUNT(groups_options),
+    .effects = groups_effects,
+    .effect_count = COUNT(groups_effects),
     .recipes = groups_recipes,
     .recipe_count = COUNT(groups_recipes),
 };

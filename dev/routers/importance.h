@@ -13,7 +13,7 @@ int importance_wanted(const Config *c) {
 
 // 1 + variance / mean^2 of v (n): the squared coefficient of variation, and 1 more, so it is 1 where all are equal.
 // slope (n) = weight times its derivative; it may be the memory of v. mean > 0: a mean that is known beforehand, and so
-// a constant; 0: the mean of v.
+// a constant; 0: the mean of v. Where that is 0, as when all scores have underflown, all are equal.
 double cv_squared(const double *v, double *slope, int n, double mean, double weight) {
     double average = 0, variance = 0;
     for (int i = 0; i < n; i++) {
@@ -22,7 +22,7 @@ double cv_squared(const double *v, double *slope, int n, double mean, double wei
     for (int i = 0; i < n; i++) {
         variance += (v[i] - average) * (v[i] - average) / n;
     }
-    double by = mean > 0 ? mean : average, moved = mean > 0 ? 0 : variance / by;
+    double by = mean > 0 ? mean : fmax(average, 1e-30), moved = mean > 0 ? 0 : variance / by;
     for (int i = 0; i < n; i++) {
         slope[i] = weight * 2 / (n * by * by) * (v[i] - average - moved);
     }

@@ -60,6 +60,14 @@ const Option mixed_options[] = {
             "large"),
 };
 
+int widths_count(const Config *c) {
+    return c->balance != WIDTH || c->mixed;
+}
+
+const Effect mixed_effects[] = {
+    {"balance", widths_count, "experts that differ in width: --mixed 1"},
+};
+
 const Recipe mixed_recipes[] = {
     {"cmoe", 0, 3, "top-2 of experts that differ in width, activation and scale; balance weighed by width",
      "--mixed 1 --balance width", "a custom mixture of the source documents"},
@@ -73,6 +81,8 @@ const Router mixed_loss = {
     .forward = mixed_forward,
     .options = mixed_options,
     .option_count = COUNT(mixed_options),
+    .effects = mixed_effects,
+    .effect_count = COUNT(mixed_effects),
     .recipes = mixed_recipes,
     .recipe_count = COUNT(mixed_recipes),
 };

@@ -162,6 +162,10 @@ const Option quantile_options[] = {
            "of the moving average of that b; 0: the last step's alone"),
 };
 
+const Effect quantile_effects[] = {
+    {"quantile-decay", quantile_wanted, "--quantile-sweeps"},
+};
+
 const Recipe quantile_recipes[] = {
     {"quantile", 2026, 2.5, "a bias chooses that would have given each expert its fair share of the tokens just seen",
      "--quantile-sweeps 4 --quantile-decay 0.5 --aux-weight 0", "Su Jianlin, Optimal Allocation for Equilibrium"},
@@ -178,6 +182,8 @@ const Router quantile_router = {
     .update = quantile_update,
     .options = quantile_options,
     .option_count = COUNT(quantile_options),
+    .effects = quantile_effects,
+    .effect_count = COUNT(quantile_effects),
     .recipes = quantile_recipes,
     .recipe_count = COUNT(quantile_recipes),
 };

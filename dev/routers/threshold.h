@@ -75,6 +75,11 @@ const Option threshold_options[] = {
            "weight of the mean share of experts chosen; a count, so it has no gradient"),
 };
 
+const Effect threshold_effects[] = {
+    {"threshold", threshold_wanted, "--select threshold"},
+    {"max-active", threshold_wanted, "--select threshold"},
+};
+
 const Recipe threshold_recipes[] = {
     {"threshold", 0, 3, "every expert above 1/E, and always the best: a varying number of experts",
      "--select threshold --gate probability --sparsity-weight 0.01", "sparse(p, epsilon) of the source documents"},
@@ -89,6 +94,8 @@ const Router threshold_router = {
     .backward = topk_backward,
     .options = threshold_options,
     .option_count = COUNT(threshold_options),
+    .effects = threshold_effects,
+    .effect_count = COUNT(threshold_effects),
     .recipes = threshold_recipes,
     .recipe_count = COUNT(threshold_recipes),
 };

@@ -16,6 +16,9 @@
 #define main main_of_training
 #include "dev/test/training.c"
 #undef main
+#define main main_of_numbers
+#include "dev/test/numbers.c"
+#undef main
 #define main main_of_json
 #include "dev/test/json.c"
 #undef main
@@ -28,13 +31,30 @@
 #define main main_of_loader
 #include "dev/test/loader.c"
 #undef main
+#define main main_of_checkpoint
+#include "dev/test/checkpoint.c"
+#undef main
+#define main main_of_options
+#include "dev/test/options.c"
+#undef main
+#define main main_of_evaluate
+#include "dev/test/evaluate.c"
+#undef main
 #define main main_of_program
 #include "dev/test/program.c"
 #undef main
+#define main main_of_files
+#include "dev/test/files.c"
+#undef main
+#define main main_of_machine
+#include "dev/test/machine.c"
+#undef main
 
 int main(void) {
-    int (*const programs[])(void) = {main_of_proof,     main_of_layers,   main_of_routers, main_of_recipes, main_of_training,
-                                     main_of_json,      main_of_tokenizer, main_of_tokenize, main_of_loader, main_of_program};
+    int (*const programs[])(void) = {
+        main_of_proof, main_of_layers, main_of_routers, main_of_recipes, main_of_training, main_of_numbers,
+        main_of_json, main_of_tokenizer, main_of_tokenize, main_of_loader, main_of_checkpoint,
+        main_of_options, main_of_evaluate, main_of_program, main_of_files, main_of_machine};
     int failed = 0;
     for (size_t i = 0; i < sizeof(programs) / sizeof(programs[0]); i++)
         failed += programs[i]() != 0;

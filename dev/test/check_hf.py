@@ -7,20 +7,31 @@
     python dev/test/check_hf.py DIR --tokenize data/tokenize and token ids with ours, all of them
     python dev/test/check_hf.py --make DIR [--llama] [--untied] [--bfloat16] [--sharded] [--fused]
                                                         a tiny random model of theirs, for ./train_moe --init DIR
+    python dev/test/check_hf.py --foreign                    makes some eighty directories of theirs, each with something in its
+                                                        config.json or its weights, and brings them home by ./train_moe --init:
+                                                        the loss is theirs to 1e-4, or the directory is refused by name.
+                                                        Needs make train_moe data/tokenize dev/test/logits; ONLY=text picks some
 
 dev/test/logits DIR reads token ids from standard input and writes float32 logits (T,V).
 """
 import argparse
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 
-import numpy as np
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
+try:
+    import numpy as np
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
+except ImportError as error:
+    print(f"check_hf.py: not run: {error}; pip install torch transformers safetensors tokenizers")
+    sys.exit(0 if "--foreign" in sys.argv else 1)
 
 END = "<|endoftext|>"
 STORY = ("Once upon a time, there was a little fox named Pip. Pip lived near the sea and didn't like the rain. "
@@ -120,14 +131,15 @@ def make_tokenizer():
                                    model_input_names=["input_ids", "attention_mask"])
 
 
-def make(folder, args):
+def make(folder, args, **more):
     tokenizer = make_tokenizer()
     sizes = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=48, num_hidden_layers=3,
                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5,
                  rope_theta=10000.0, bos_token_id=0, eos_token_id=0, tie_word_embeddings=not args.untied,
                  initializer_range=0.1)  # large, so that a wrong place shows in the logits
+    sizes.update(more)
     torch.manual_seed(1)
-    config = LlamaConfig(**sizes) if args.llama else MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **sizes)
+    config = LlamaConfig(**sizes) if args.llama else MixtralConfig(**{"num_local_experts": 4, "num_experts_per_tok": 2, **sizes})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -141,7 +153,361 @@ def make(folder, args):
         how["save_original_format"] = False
     model.save_pretrained(folder, **how)
     tokenizer.save_pretrained(folder)
-    print("made", folder, "by transformers", transformers.__version__, sorted(os.listdir(folder)))
+    if not args.foreign:
+        print("made", folder, "by transformers", transformers.__version__, sorted(os.listdir(folder)))
+
+
+# ---- other makers' checkpoints: what is made, and whether it has to load or be refused
+
+def edit(folder, **fields):
+    """Sets fields of config.json; None takes one out, "null" writes null."""
+    path = os.path.join(folder, "config.json")
+    with open(path) as file:
+        config = json.load(file)
+    for name, value in fields.items():
+        if value is None:
+            config.pop(name, None)
+        else:
+            config[name] = None if value == "null" else value
+    with open(path, "w") as file:
+        json.dump(config, file, indent=2)
+
+
+def old_form(folder, **fields):
+    """A config.json as version 4 wrote it: rotary positions beside the other fields."""
+    edit(folder, rope_parameters=None, dtype=None, torch_dtype="float32", rope_theta=10000.0, rope_scaling="null")
+    edit(folder, **fields)
+
+
+def weights(folder, change):
+    """Changes the tensors of model.safetensors: change(tensors) works on the dictionary."""
+    path = os.path.join(folder, "model.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, path, {"format": "pt"})
+
+
+def put(name, *shape):
+    def change(tensors):
+        tensors[name] = 0.1 * torch.randn(*shape)
+    return lambda folder: weights(folder, change)
+
+
+def take(name):
+    return lambda folder: weights(folder, lambda tensors: tensors.pop(name))
+
+
+def fields(**values):
+    return lambda folder: edit(folder, **values)
+
+
+def old(**values):
+    return lambda folder: old_form(folder, **values)
+
+
+def both(*changes):
+    def change(folder):
+        for c in changes:
+            c(folder)
+    return change
+
+
+def rope(**values):
+    return fields(rope_parameters={"rope_theta": 10000.0, **values})
+
+
+def old_shards(folder):
+    """An index with shards of other weights, beside the whole file."""
+    whole = os.path.join(folder, "model.safetensors")
+    tensors = {name: t + 0.3 for name, t in load_file(whole).items()}
+    save_file(tensors, os.path.join(folder, "old.safetensors"), {"format": "pt"})
+    with open(whole + ".index.json", "w") as file:
+        json.dump({"metadata": {}, "weight_map": {name: "old.safetensors" for name in tensors}}, file)
+
+
+def as_bin(folder):
+    torch.save(load_file(os.path.join(folder, "model.safetensors")), os.path.join(folder, "pytorch_model.bin"))
+    os.remove(os.path.join(folder, "model.safetensors"))
+
+
+def as_adapter(folder):
+    for name in ("config.json", "model.safetensors"):
+        os.remove(os.path.join(folder, name))
+    with open(os.path.join(folder, "adapter_config.json"), "w") as file:
+        json.dump({"peft_type": "LORA", "base_model_name_or_path": "someone/model"}, file)
+
+
+def add_token(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def base_model(folder):
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)
+
+
+M, L = dict(), dict(llama=True)
+LINEAR = {"factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+HEAD = put("lm_head.weight", 384, 64)
+# name, how make() makes it, what is changed then, and None if it has to load with the loss that transformers gives it, else
+# what the refusal says
+FOREIGN = [
+    ("mixtral", M, None, None),
+    ("mixtral untied", dict(untied=True), None, None),
+    ("mixtral bfloat16", dict(bfloat16=True), None, None),
+    ("mixtral sharded", dict(sharded=True), None, None),
+    ("mixtral fused", dict(fused=True), None, None),
+    ("mixtral fused sharded untied", dict(fused=True, sharded=True, untied=True), None, None),
+    ("mixtral one head of keys", dict(num_key_value_heads=1), None, None),
+    ("mixtral three of six experts", dict(num_local_experts=6, num_experts_per_tok=3), None, None),
+    ("mixtral all experts", dict(num_local_experts=2), None, None),
+    ("mixtral theta", dict(rope_theta=500.0), None, None),
+    ("mixtral eps", dict(rms_norm_eps=0.1), None, None),
+    ("mixtral one expert a token", dict(num_experts_per_tok=1), None, "num_experts_per_tok is 1"),
+    ("llama", L, None, None),
+    ("llama untied", dict(llama=True, untied=True), None, None),
+    ("llama bfloat16 sharded", dict(llama=True, bfloat16=True, sharded=True), None, None),
+    ("llama old form", L, old(), None),
+    ("llama wide head", dict(llama=True, head_dim=32), None, "head_dim 32"),
+    ("llama gelu", dict(llama=True, hidden_act="gelu"), None, "hidden_act is gelu"),
+    ("mixtral relu", dict(hidden_act="relu"), None, "hidden_act is relu"),
+    ("mixtral swish", dict(hidden_act="swish"), None, None),
+    # fields
+    ("old form", M, old(), None),
+    ("no theta", M, old(rope_theta=None), None),
+    ("llama no theta", L, old(rope_theta=None), None),
+    ("llama no eps", L, fields(rms_norm_eps=None), None),
+    ("no eps", M, fields(rms_norm_eps=None), None),
+    ("llama no key heads", dict(llama=True, num_key_value_heads=4), fields(num_key_value_heads=None), None),
+    ("key heads null", dict(llama=True, num_key_value_heads=4), fields(num_key_value_heads="null"), None),
+    ("no position embeddings", M, fields(max_position_embeddings=None), None),
+    ("no experts", dict(num_local_experts=8), fields(num_local_experts=None, num_experts_per_tok=None), None),
+    ("experts by another name", M, fields(num_local_experts=None, num_experts=4), None),
+    ("no tie", dict(untied=True), fields(tie_word_embeddings=None), None),
+    ("no head_dim", M, fields(head_dim=None), None),
+    ("head_dim null", L, fields(head_dim="null"), None),
+    ("rope type default", M, rope(type="default"), None),
+    ("rope_scaling type default", M, old(rope_scaling={"type": "default"}), None),
+    ("rope_scaling default", L, old(rope_scaling={"rope_type": "default"}), None),
+    ("rope_scaling with theta", L, old(rope_scaling={"rope_type": "default", "rope_theta": 77.0}), None),
+    ("rope_scaling before rope_parameters", L, both(rope(rope_type="default"), fields(rope_scaling={"rope_theta": 77.0})), None),
+    ("theta in both places", L, both(rope(rope_type="default"), fields(rope_theta=77.0)), None),
+    ("rope linear", M, rope(rope_type="linear", **LINEAR), "rope_type is linear"),
+    ("rope type linear", M, rope(type="linear", **LINEAR), "type is linear"),
+    ("rope_scaling linear", L, old(rope_scaling={"type": "linear", **LINEAR}), "type is linear"),
+    ("rope_scaling beside rope_parameters", L, both(rope(rope_type="default"), fields(rope_scaling={"type": "linear", **LINEAR})),
+     "type is linear"),
+    ("rope dynamic", L, rope(rope_type="dynamic", **LINEAR), "rope_type is dynamic"),
+    ("rope yarn", L, rope(**YARN), "rope_type is yarn"),
+    ("rope llama3", L, rope(**LLAMA3), "rope_type is llama3"),
+    ("partial_rotary_factor", L, fields(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    ("partial in rope_parameters", L, rope(rope_type="default", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    ("window shorter than seq", dict(sliding_window=16), None, "sliding_window is 16"),
+    ("window as long as seq", dict(sliding_window=64), None, None),
+    ("window null", M, fields(sliding_window="null"), None),
+    ("llama with window", L, fields(sliding_window=16), None),
+    ("attention_bias", dict(llama=True, attention_bias=True), None, "attention_bias is true"),
+    ("mlp_bias", dict(llama=True, mlp_bias=True), None, "mlp_bias is true"),
+    ("clip_qkv", M, fields(clip_qkv=1.0), "clip_qkv is 1"),
+    ("soft cap of attention", M, fields(attn_logit_softcapping=50.0), "attn_logit_softcapping is 50"),
+    ("soft cap of logits", M, fields(final_logit_softcapping=30.0), "final_logit_softcapping is 30"),
+    ("not renormalised", M, fields(norm_topk_prob=False), "norm_topk_prob is false"),
+    ("renormalised", M, fields(norm_topk_prob=True), None),
+    ("quantized", M, fields(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config is an object"),
+    ("dropout", dict(attention_dropout=0.3), None, None),
+    ("jitter", dict(router_jitter_noise=0.3), None, None),
+    ("logits of the router", dict(output_router_logits=True, router_aux_loss_coef=0.5), None, None),
+    ("pretraining_tp", dict(llama=True, pretraining_tp=2), None, None),
+    ("mistral", M, fields(model_type="mistral"), "model_type is mistral"),
+    ("qwen2_moe", M, fields(model_type="qwen2_moe"), "model_type is qwen2_moe"),
+    # tensors
+    ("tied, another lm_head", M, HEAD, None),
+    ("llama tied, another lm_head", L, HEAD, None),
+    ("tied, the same lm_head", M,
+     lambda folder: weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]})), None),
+    ("tied, lm_head alone", M,
+     lambda folder: weights(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})), None),
+    ("untied, lm_head alone", dict(untied=True), take("model.embed_tokens.weight"), "there is no model.embed_tokens.weight"),
+    ("untied, no lm_head", dict(untied=True), take("lm_head.weight"), "there is no lm_head.weight"),
+    ("biases of queries", M, put("model.layers.0.self_attn.q_proj.bias", 64), "self_attn.q_proj.bias is no tensor"),
+    ("norms of keys", L, put("model.layers.1.self_attn.k_norm.weight", 16), "self_attn.k_norm.weight is no tensor"),
+    ("a layer too many", M, fields(num_hidden_layers=2), "model.layers.2."),
+    ("a classifier's head", L, put("score.weight", 2, 64), "score.weight is no tensor"),
+    ("frequencies", L, put("model.layers.0.self_attn.rotary_emb.inv_freq", 8), None),
+    ("a tensor is missing", L, take("model.norm.weight"), "there is no model.norm.weight"),
+    ("no head", M, base_model, "AutoModelForCausalLM"),
+    ("interleaved", L, fields(rope_interleaved=True), "rope_interleaved is true"),
+    # files
+    ("whole and old shards", M, old_shards, None),
+    ("pytorch_model.bin", M, as_bin, "save_pretrained"),
+    ("adapter", M, as_adapter, "merge_and_unload"),
+    ("an added token", M, add_token, None),
+]
+
+
+def run(command, **more):
+    return subprocess.run(command, capture_output=True, **more)
+
+
+def their_loss(folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:])))
+
+
+def our_loss(folder, ids):
+    out = run(["dev/test/logits", folder], input=" ".join(map(str, ids)).encode())
+    assert out.returncode == 0, out.stderr.decode()
+    logits = torch.tensor(np.frombuffer(out.stdout, "<f4").reshape(len(ids), -1).astype("f8"))
+    return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])))
+
+
+def bring_home(folder, home, data):
+    """./train_moe --init: one step with a learning rate of 0, whose checkpoint has the same weights."""
+    return run(["./train_moe", "--init", folder, "--data", data, "--out", home, "--steps", "1", "--lr", "0", "--warmup", "0",
+                "--batch", "1", "--seq", "64", "--eval-tokens", "64", "--tokens", "4"])
+
+
+def check_foreign(folder, data, ids, refusal):
+    """Returns what is wrong, or a line about what was found."""
+    home = folder + "-home"
+    out = bring_home(folder, home, data)
+    said = out.stderr.decode()
+    if refusal:
+        good = out.returncode == 1 and refusal in said
+        return good, f"refused: {said.strip()}" if good else f"should be refused with '{refusal}': {out.returncode} {said}"
+    if out.returncode:
+        return False, f"should load: {said}"
+    try:
+        theirs, ours, again = their_loss(folder, ids), our_loss(folder, ids), our_loss(os.path.join(home, "latest"), ids)
+    except Exception as error:  # transformers refuses it
+        return False, f"{type(error).__name__}: {str(error)[:300]}"
+    good = abs(theirs - ours) < 1e-4 and abs(theirs - again) < 1e-4
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != AutoTokenizer.from_pretrained(os.path.join(home, "latest")).get_vocab():
+        return False, "the tokenizer that comes home has other tokens"
+    return good, f"loss {theirs:.6f}, ours {ours:.6f}, brought home {again:.6f}  {said.strip()}"
+
+
+def change_ours(kind, model):
+    """What other tools do to a checkpoint of ours, by transformers."""
+    config = model.config
+    with torch.no_grad():
+        if kind == "untied":
+            config.tie_word_embeddings = False
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.1 * torch.randn_like(model.lm_head.weight))
+        if kind == "pruned by a layer":
+            model.model.layers = model.model.layers[:-1]
+            config.num_hidden_layers -= 1
+        if kind == "more experts":
+            for layer in model.model.layers:
+                experts, gate = layer.mlp.experts, layer.mlp.gate
+                for part in ("gate_up_proj", "down_proj"):
+                    old_ones = getattr(experts, part)
+                    setattr(experts, part, torch.nn.Parameter(torch.cat([old_ones, old_ones[:1] * 1.1])))
+                gate.weight = torch.nn.Parameter(torch.cat([gate.weight, gate.weight[:1] * 1.1]))
+                experts.num_experts = gate.num_experts = experts.num_experts + 1
+            config.num_local_experts += 1
+        if kind == "more tokens":
+            model.resize_token_embeddings(config.vocab_size + 8)
+    return model.to(torch.bfloat16) if kind == "bfloat16" else model
+
+
+def check_there_and_back(scratch, data, ids):
+    """Our run, opened and saved by transformers in many ways, and brought home."""
+    for recipe in ("mixtral", "dense"):
+        out = os.path.join(scratch, "our-" + recipe)
+        experts = ["--experts", "4"] if recipe == "mixtral" else []
+        made = run(["./train_moe", "--recipe", recipe, "--data", data, "--out", out, "--layers", "3", "--dim", "64", "--heads", "4",
+                    "--kv-heads", "2", *experts, "--ffn", "48", "--seq", "64", "--batch", "1", "--steps", "20", "--warmup", "2",
+                    "--eval-tokens", "64", "--tokens", "4"])
+        assert made.returncode == 0, made.stderr.decode()
+        kinds = ["whole", "shards", "bfloat16", "untied", "pruned by a layer", "more tokens"]
+        for kind in kinds + (["fused", "more experts"] if recipe == "mixtral" else []):
+            folder = os.path.join(scratch, f"our-{recipe}-{kind}".replace(" ", "-"))
+            model = change_ours(kind, AutoModelForCausalLM.from_pretrained(os.path.join(out, "latest"), dtype=torch.float32))
+            how = {"max_shard_size": "60KB"} if kind == "shards" else {}
+            if kind == "fused":
+                how["save_original_format"] = False
+            model.save_pretrained(folder, **how)
+            AutoTokenizer.from_pretrained(os.path.join(out, "latest")).save_pretrained(folder)
+            with open(os.path.join(folder, "config.json")) as file:
+                assert "train_moe" in json.load(file)
+            yield f"our {recipe}, {kind}", folder
+
+
+def check_padding(folder):
+    """Batches of texts of different lengths, as pipelines make them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(["Once upon a time", "The boat"], padding=True, return_tensors="pt")
+    assert batch["input_ids"].shape[0] == 2 and tokenizer.pad_token == END
+    generator = transformers.pipeline("text-generation", model=folder, tokenizer=folder)
+    told = generator(["Once upon a time", "The boat"], max_new_tokens=4, batch_size=2, do_sample=False)
+    assert len(told) == 2
+
+
+def foreign(args):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        print(f"check_hf.py: not run: --foreign needs transformers 5, this is {transformers.__version__}")
+        return
+    transformers.logging.set_verbosity_error()
+    scratch, failed, count = tempfile.mkdtemp(prefix="check_hf-"), 0, 0
+    only = os.environ.get("ONLY", "")
+    try:
+        # The data: STORY again and again, in the tokens of make_tokenizer().
+        first = os.path.join(scratch, "first")
+        make(first, args)
+        for name in ("train.txt", "valid.txt"):
+            with open(os.path.join(scratch, name), "w") as file:
+                file.write(END.join([STORY] * 40))
+        data = os.path.join(scratch, "data")
+        out = run(["data/tokenize", "--tokenizer", os.path.join(first, "tokenizer.json"), os.path.join(scratch, "train.txt"),
+                   os.path.join(scratch, "valid.txt"), "--out", data])
+        assert out.returncode == 0, out.stderr.decode()
+        ids = AutoTokenizer.from_pretrained(first)(STORY)["input_ids"][:64]
+
+        def report(name, good, line):
+            nonlocal failed, count
+            count += 1
+            failed += not good
+            print("ok    " if good else "FAILED", f"{name}: {line}", flush=True)
+
+        for name, how, change, refusal in FOREIGN:
+            if only not in name:
+                continue
+            folder = os.path.join(scratch, name.replace(" ", "-").replace(",", ""))
+            made = argparse.Namespace(**vars(args))
+            more = {}
+            for key, value in how.items():
+                if hasattr(made, key):
+                    setattr(made, key, value)
+                else:
+                    more[key] = value
+            make(folder, made, **more)
+            if change:
+                change(folder)
+            report(name, *check_foreign(folder, data, ids, refusal))
+            shutil.rmtree(folder)
+        for name, folder in check_there_and_back(scratch, data, ids) if only in "our" else ():
+            report(name, *check_foreign(folder, data, ids, None))
+        if only in "our":
+            check_padding(os.path.join(scratch, "our-mixtral", "latest"))
+            report("padding", True, "a batch of two texts, and a pipeline of them")
+            home = bring_home(os.path.join(scratch, "our-mixtral"), os.path.join(scratch, "of-run"), data)
+            report("a run directory", home.returncode == 0, home.stderr.decode().strip())
+            hub = bring_home("someone/some-model", os.path.join(scratch, "of-hub"), data)
+            report("a hub's name", hub.returncode == 1 and b"hf download" in hub.stderr, hub.stderr.decode().strip())
+    finally:
+        shutil.rmtree(scratch)
+    print(f"{count} directories, {failed} failed; transformers {transformers.__version__}, torch {torch.__version__}")
+    sys.exit(failed != 0)
 
 
 def main():
@@ -150,15 +516,17 @@ def main():
     parser.add_argument("--logits", metavar="PROGRAM")
     parser.add_argument("--tokenize", metavar="PROGRAM")
     parser.add_argument("--make", metavar="DIR")
-    for option in ("llama", "untied", "bfloat16", "sharded", "fused"):
+    for option in ("llama", "untied", "bfloat16", "sharded", "fused", "foreign"):
         parser.add_argument("--" + option, action="store_true")
     args = parser.parse_args()
-    if not args.folder and not args.make:
-        parser.error("a checkpoint directory, or --make DIR")
+    if not args.folder and not args.make and not args.foreign:
+        parser.error("a checkpoint directory, --make DIR, or --foreign")
     if hasattr(transformers.logging, "disable_progress_bar"):
         transformers.logging.disable_progress_bar()
     if args.make:
         make(args.make, args)
+    if args.foreign:
+        foreign(args)
     if args.folder:
         if not os.path.isfile(os.path.join(args.folder, "config.json")):
             sys.exit(f"{args.folder}: holds no config.json")

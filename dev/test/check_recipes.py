@@ -17,7 +17,7 @@ import tempfile
 import numpy as np
 from safetensors.numpy import load_file
 
-TINY = ("--layers 4 --dim 32 --heads 2 --ffn 16 --seq 32 --batch 2 --steps 3 --warmup 2 --eval-batches 1 "
+TINY = ("--layers 4 --dim 32 --heads 2 --ffn 16 --seq 32 --batch 2 --steps 3 --warmup 2 --eval-tokens 64 "
         "--tokens 1").split()
 OF_A_CALL = {"out", "init", "tokenizer", "resume", "list-recipes", "threads", "prompt", "tokens", "temperature",
              "top-k", "top-p", "help"}  # options that belong to one call and to no checkpoint

@@ -1010,6 +1010,323 @@ void test_gpu_routers(void **state) {
     assert_true(otherwise <= 2);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Numbers at the edge: see dev/test/numbers.c. In the emulator a kernel that makes NaN out of numbers ends the program.
+
+template <class T> void assert_device_finite(const char *what, const T *device, size_t n) {
+    const T *found = take_back(device, n);
+    for (size_t i = 0; i < n; i++) {
+        if (!isfinite((double)found[i])) {
+            fail_msg("%s[%zu] of %zu is %g", what, i, n, (double)found[i]);
+        }
+    }
+}
+
+// Logits of four experts: large ones of both signs, equal ones, and some that sigmoid scores just do not survive.
+const double edge_rows[][4] = {
+    {200, -200, 200, -200},   {-200, -200, -200, -200}, {200, 200, 200, 200}, {1e4, -1e4, 0, 1},
+    {-1e4, -1e4, -1e4, -1e4}, {1e4, 1e4, 1e4, 1e4},     {0, 0, 0, 0},         {-90, -95, -200, -1e4},
+    {-60, -65, -70, -75},     {-68, -69, -69.2, -71},   {-88, -88, -88, -88},
+};
+
+// From such logits to scores, weights, losses and back, beside the C twin. worst: other experts are chosen than the scores say.
+void check_gpu_edge(int score, int gate, int worst) {
+    const int N = COUNT(edge_rows), E = 4, K = 2;
+    const size_t NE = (size_t)N * E, NK = (size_t)N * K;
+    real *logits = take_reals(NE), *p = take_reals(NE), *lse = take_reals(N), *weight = take_reals(NK);
+    for (int i = 0; i < N * E; i++) {
+        logits[i] = (real)edge_rows[i / E][i % E];
+    }
+    Model *m = bare_model(1);
+    Route *r = &m->acts.layer->route;
+    *r = take_route(N, E, K);
+    r->weight = weight;
+    r->p = p;
+    r->lse = lse;
+    r->count = (double *)take(E, sizeof(double));
+    r->slope = (double *)take(E, sizeof(double));
+    for (int e = 0; e < E; e++) {
+        r->slope[e] = 0.5 + 0.5 * e;
+    }
+    m->config.score = score;
+    m->config.experts = E;
+    scores_forward(p, lse, logits, N, E, score);
+    select_topk(r->expert, p, N, E, K);
+    for (int i = 0; worst && i < N * K; i++) {
+        r->expert[i] = 2 + i % 2;
+    }
+    memcpy(r->served, r->expert, NK * sizeof(int));
+    weights_forward(weight, p, r->expert, N, E, K, gate, 1.5);
+
+    gpu::Model *d = bare_twin(m);
+    Route *there = &d->acts.layer->route;
+    gpu::scores_forward(there->p, there->lse, on_the_device(logits, NE), N, E, score);
+    assert_device_alike("p", there->p, p, NE, CLOSE);
+    gpu::weights_forward(there->weight, there->p, there->expert, N, E, K, gate, 1.5);
+    assert_device_alike("weight", there->weight, weight, NK, CLOSE);
+    real *dweight = take_normal(NK, 3), *dp = take_reals(NE), *dlogits = take_reals(NE), *dp_d = on_the_device(dp, NE);
+    weights_backward(dp, dweight, weight, p, r->expert, N, E, K, gate, 1.5);
+    balance_backward(m, dp, r);
+    scores_backward(dlogits, dp, p, lse, N, E, score, 0.001);
+    gpu::weights_backward(dp_d, on_the_device(dweight, NK), there->weight, there->p, there->expert, N, E, K, gate, 1.5);
+    gpu::balance_backward(d, dp_d, there);
+    assert_device_finite("dp", dp_d, NE);
+    gpu::scores_backward(dp_d, dp_d, there->p, there->lse, N, E, score, 0.001);
+    assert_device_alike("dlogits", dp_d, dlogits, NE, 1e-5);
+    free_device();
+    free_taken();
+}
+
+void test_gpu_edge_scores(void **state) {
+    (void)state;
+    for (int i = 0; i < 8; i++) {
+        check_gpu_edge(i % 2 ? SIGMOID : SOFTMAX, i / 2 % 2 ? RENORMALIZED : PROBABILITY, i / 4);
+    }
+    double none[3] = {0, 0, 0}, tiny[3] = {1e-44, 2e-44, 0}, *loss = device_room<double>(1);
+    for (int i = 0; i < 2; i++) {
+        double *v = on_the_device(i ? tiny : none, 3), wanted[3];
+        double value = cv_squared(i ? tiny : none, wanted, 3, 0, 1);
+        gpu::cv_squared(loss, v, v, 3, 0, 1, 1);
+        assert_device_alike("cv^2", loss, &value, 1, 1e-12);
+        assert_device_alike("its slope", v, wanted, 3, 1e-12);
+    }
+    free_device();
+    free_taken();
+}
+
+// All layers of a model whose routers' logits are as large as `size`, of either sign, for all experts of a token at once. The
+// choices are the C twin's.
+void check_gpu_edge_router(const char *recipe, const char *text, double size) {
+    Config c = device_config(recipe);
+    set_options(&c, text);
+    int h = c.subtokens, N = c.batch * c.seq, n = N * h, T = c.seq * h, C = c.dim / h, E = c.experts;
+    Model *m = model_allocate(&c, N, 1, NULL);
+    gpu::Model *d = (gpu::Model *)gpu::model_allocate(&c, N, 1, NULL);
+    gpu::Decided *twin = (gpu::Decided *)take(c.layers, sizeof(gpu::Decided));
+    int *tokens = take_ints(N);
+    real *out = take_reals((size_t)n * C);
+    randomize_weights(m);
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        size_t W = (size_t)t->shape[2];
+        int router = !strcmp(t->kind, "router") || !strcmp(t->kind, "slow");
+        for (size_t j = 0; router && j < t->size; j++) {
+            m->memory[WEIGHTS][t->offset + j] = j % W ? 0 : (real)(size * (1 + 0.001 * (double)(j / W)));
+        }
+    }
+    store_weights(d, m);
+    random_tokens(tokens, N, c.vocab, 1);
+    CHECK(cudaMemcpy(d->tokens, tokens, (size_t)N * sizeof(int), cudaMemcpyHostToDevice));
+    clear_statistics(m);
+    gpu::clear_statistics(d);
+    m->batch = make_batch(tokens, NULL, c.batch, c.seq, TRAIN_MODE, 1, 1, 0);
+    d->batch = m->batch;
+    d->decided = twin;
+    for (int l = 0; l < c.layers; l++) {
+        if (!is_moe(&c, l)) {
+            continue;
+        }
+        RouterInput in = router_input(d, m, l, n, (uint64_t)l);
+        moe_forward(m, l, out, in.x, n, T);
+        twin[l] = layer_plan(m, l);
+        route_on_device(d, l, &in, n, T);
+        const Route *r = &m->acts.layer[l].route, *there = &d->acts.layer[l].route;
+        size_t choices = (size_t)n * r->K;
+        assert_device_finite("weight", there->weight, choices);
+        double *single = take_back(gpu::layer_stats(d, l) + 4 * E, gpu::SINGLE_STATS);
+        assert_near(single[gpu::AUX], r->aux, 1e-2);
+        assert_near(single[gpu::ENTROPY], m->stats[l].entropy, 1e-2);
+        real *dweight = take_normal(choices, 5), *dx_d = on_the_device(out, (size_t)n * C);
+        if (in.fused) {
+            const gpu::LayerActs *a = &d->layers[l];
+            gpu::NormBack norm = {dx_d, d->dx_low, a->partial[1], a->mid, a->rstd2, d->params.layer[l].norm2};
+            gpu::RouterBack back = {};
+            back.dweight = on_the_device(dweight, choices);
+            back.others = {on_the_device(out, (size_t)n * C), NULL, NULL, NULL, r->K};
+            gpu::scratch_reset(d);
+            gpu::losses_backward(d, l, NULL, (real *)back.dweight, NULL);
+            gpu::fused_router_backward(d, l, norm, back);
+            assert_device_finite("drouter", a->drouter, (size_t)E * C);
+        } else {
+            gpu::scratch_reset(d);
+            gpu::route_backward(d, l, dx_d, on_the_device(dweight, choices), in.x_d);
+        }
+        assert_device_finite("dx", dx_d, (size_t)n * C);
+    }
+    gpu::model_free(d);
+    model_free(m);
+    free_device();
+    free_taken();
+}
+
+void test_gpu_edge_routers(void **state) {
+    (void)state;
+    const char *const list[][2] = {
+        {"deepseek-v3", "--bias-rate 0 --aux-weight 0.1"},
+        {"mixtral", "--score sigmoid --z-weight 0"},
+        {"mixtral", "--score sigmoid --balance cv2 --gate probability --z-weight 0"},
+        {"mixtral", "--score sigmoid --balance unbiased --bias-rate 0.001 --z-weight 0"},
+        {"history", "--score sigmoid"},
+        {"threshold", "--score sigmoid --gate renormalized"},
+        {"base", ""},
+        {"quantile", ""},
+        {"multirouter", ""},
+        {"gshard", ""},
+        {"deepseek-v2", ""},
+        {"shazeer", ""},
+        {"hierarchical", ""},
+    };
+    for (int i = 0; i < COUNT(list); i++) {
+        if (has_kernels(list[i][0])) {
+            check_gpu_edge_router(list[i][0], list[i][1], 200);
+            check_gpu_edge_router(list[i][0], list[i][1], -1e4);
+        }
+    }
+}
+
+// Rows of zeros and of numbers whose squares are too large; gates far from 0; logits and scores far below 0.
+void test_gpu_edge_layers(void **state) {
+    (void)state;
+    enum { C = 40, ROWS = 5, V = 50, W = 64, F = 16, T = 5, D = 8 };
+    const double sizes[ROWS] = {0, 1, 1e30, 2e38, 3e19}, far[] = {-1e33, -1e33, 1e4, -1e4};
+    real *x = take_reals(ROWS * C), *w = take_filled(C, 1), *found, *out = device_room<real>(ROWS * C);
+    for (int i = 0; i < ROWS * C; i++) {
+        x[i] = (real)(sizes[i / C] * (i % 2 ? 1 : -1));
+    }
+    gpu::Sum from = {on_the_device(x, ROWS * C), NULL, NULL, NULL, 0};
+    gpu::rmsnorm_forward({NULL, NULL, out, device_room<real>(ROWS)}, from, on_the_device(w, C), ROWS, C, 1e-5);
+    found = take_back(out, ROWS * C);
+    for (int i = 0; i < ROWS * C; i++) {
+        assert_near((double)found[i], sizes[i / C] > 0 ? i % 2 ? 1 : -1 : 0, 1e-4);
+    }
+
+    // Cross-entropy: all words are alike but one.
+    real *logits = take_reals(4 * W), *nll = device_room<real>(4);
+    int targets[4] = {3, 0, 3, 3};
+    for (int i = 0; i < 4 * W; i++) {
+        logits[i] = (real)(far[i / W] * (i % W == 3 ? 1 : 1.5));
+    }
+    gpu::cross_entropy(nll, device_room<gpu::floatX>(4 * W), on_the_device(logits, 4 * W), on_the_device(targets, 4), 4, V, W, 1);
+    found = take_back(nll, 4);
+    const double wanted[4] = {0, 0.5e33, 0.5e4 + log(V - 1), 0};
+    for (int i = 0; i < 4; i++) {
+        assert_near((double)found[i], wanted[i], 1e-5);
+    }
+
+    // Activations: far from 0 they are straight lines.
+    const double gates[F] = {1e4, -1e4, 200, -200, 88, -88, 89, -89, 1e15, -1e15, 1000, -1000, 300, -300, 90, -90};
+    gpu::floatX hidden[2 * F];
+    for (int activation = SWIGLU; activation <= GELU; activation++) {
+        int gated = is_gated(activation);
+        for (int j = 0; j < F; j++) {
+            hidden[j] = rounded((real)gates[j]);
+            hidden[F + j] = rounded(1);
+        }
+        gpu::floatX *hidden_d = on_the_device(hidden, 2 * F), *act = device_room<gpu::floatX>(F);
+        gpu::activation_forward(act, hidden_d, 1, F, activation);
+        gpu::floatX *value = take_back(act, F), ones[F], *dhidden = device_room<gpu::floatX>(2 * F);
+        for (int j = 0; j < F; j++) {
+            assert_near((double)exact(value[j]), gates[j] > 0 ? (double)exact(hidden[j]) : 0, 1e-6);
+            ones[j] = rounded(1);
+        }
+        gpu::activation_backward(dhidden, on_the_device(ones, F), hidden_d, 1, F, activation);
+        value = take_back(dhidden, F * (1 + gated));
+        for (int j = 0; j < F; j++) {
+            assert_near((double)exact(value[j]), gates[j] > 0, 1e-6);
+        }
+    }
+
+    // Attention: all scores lie far below 0, and the first key's is the highest.
+    const double scales[] = {1e4, 1e15, 1e18};
+    gpu::floatX qkv[T * 3 * D];
+    real angles[T * D];
+    for (int i = 0; i < T * D; i++) {
+        angles[i] = i % 2 ? 0 : 1; // no turn
+    }
+    for (int i = 0; i < COUNT(scales); i++) {
+        for (int j = 0; j < T * D; j++) {
+            int t = j / D, at = t * 3 * D + j % D;
+            qkv[at] = rounded((real)scales[i]);
+            qkv[at + D] = rounded((real)(-scales[i] * (1 + t)));
+            qkv[at + 2 * D] = rounded((real)(t + j % D));
+        }
+        gpu::floatX *answer = device_room<gpu::floatX>(T * D);
+        gpu::attention_forward(answer, device_room<real>(T), on_the_device(qkv, T * 3 * D), on_the_device(angles, T * D), 1, T, 1, 1, D);
+        gpu::floatX *value = take_back(answer, T * D);
+        for (int j = 0; j < T * D; j++) {
+            assert_near((double)exact(value[j]), j % D, 1e-5);
+        }
+    }
+    free_device();
+    free_taken();
+}
+
+// An infinite logit, or one that is no number, is not passed over. The emulator ends the program where NaN is made of numbers.
+void run_gpu_infinite(void *arg) {
+    real logits[8] = {1, 2, (real)INFINITY, 3, 1, 2, (real)NAN, 3};
+    int score = *(int *)arg, first = score / 2 * 4;
+    real *p = device_room<real>(4), *lse = device_room<real>(1);
+    gpu::scores_forward(p, lse, on_the_device(logits + first, 4), 1, 4, score % 2 ? SIGMOID : SOFTMAX);
+    real *found = take_back(p, 4);
+    if (isnan(found[2])) {
+        fprintf(stderr, "NaN is there");
+        _exit(1);
+    }
+}
+
+void test_gpu_infinite_logits(void **state) {
+    (void)state;
+#ifndef CUDACPU // a process that has used a GPU cannot fork
+    skip();
+#endif
+    for (int i = 0; i < 4; i++) {
+        char message[8192];
+        int status = dies(run_gpu_infinite, &i, message, sizeof(message));
+        assert_true(status != 0);
+        assert_true(strstr(message, "NaN is there") || strstr(message, "invalid number"));
+    }
+}
+
+// What was not finite first is found among the device's weights and gradients, too.
+void run_gpu_step(void *arg) {
+    Run run;
+    memset(&run, 0, sizeof(run));
+    run.config = device_config("mixtral");
+    run.backend = &gpu::backend;
+    strcpy(run.out, "runs/case");
+    Model *m = run.model = gpu::model_allocate(&run.config, run.config.batch * run.config.seq, 1, NULL);
+    gpu::model_init(m, NULL);
+    int what = *(int *)arg, tensor = find_tensor(m, 1, what == GRADS ? "w_out" : "qkv");
+    real *numbers = allocate_tensor(m);
+    run.backend->read(m, what, tensor, numbers);
+    numbers[2 * 32 + 5] = (real)-INFINITY;
+    run.backend->write(m, what, tensor, numbers);
+    run.backend->update(m, 1, 0.01);
+    double loss, aux, norm;
+    run.backend->losses(m, &loss, &aux, &norm);
+    check_step(&run, 9, what == GRADS ? 5 : (double)NAN, aux, norm);
+}
+
+void test_gpu_what_was_first(void **state) {
+    (void)state;
+#ifndef CUDACPU // a process that has used a GPU cannot fork
+    skip();
+#endif
+    const char *const texts[] = {
+        "step 9: the loss is nan, the balance losses 0 and the gradient's norm 0; training stops here, and the last checkpoint in "
+        "runs/case is as it was. The weight layer1.qkv[2,5] is -inf (1 of 2048 there are not finite): an earlier step's update ",
+        "step 9: the loss is 5, the balance losses 0 and the gradient's norm inf; training stops here, and the last checkpoint in "
+        "runs/case is as it was. The first gradient that is not, from the last layer to the first: layer1.w_out[0,4,5] is -inf (1 of "
+        "2048 there are not finite); all weights are finite (the largest, in layer0.norm1, is 1); a lower --lr"};
+    for (int what = WEIGHTS; what <= GRADS; what++) {
+        char message[8192];
+        int status = dies(run_gpu_step, &what, message, sizeof(message));
+        if (status != 1 || !strstr(message, texts[what])) {
+            fail_msg("exit status %d; it said:\n%s", status, message);
+        }
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gpu_scores),
@@ -1025,6 +1342,11 @@ int main(void) {
         cmocka_unit_test(test_gpu_balance),
         cmocka_unit_test(test_gpu_smooth_load),
         cmocka_unit_test(test_gpu_routers),
+        cmocka_unit_test(test_gpu_edge_scores),
+        cmocka_unit_test(test_gpu_edge_routers),
+        cmocka_unit_test(test_gpu_edge_layers),
+        cmocka_unit_test(test_gpu_infinite_logits),
+        cmocka_unit_test(test_gpu_what_was_first),
     };
     begin_tests();
     return cmocka_run_group_tests_name("cuda_routers", tests, NULL, scratch_done);

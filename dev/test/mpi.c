@@ -3,12 +3,13 @@
 
 #include "dev/test/trainer.h"
 #include "dev/test/shell.h"
+#include "dev/test/broken.h"
 
 // Runs `mpirun -np ranks train_moe_mpi options` in a small size.
 int run_ranks(char *output, size_t size, int ranks, const char *options) {
     return shell(output, size,
                  "timeout 120 $MPIRUN -np %d sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
-                 "--eval-batches 1 --tokens 5 --threads 1 %s'",
+                 "--eval-tokens 64 --tokens 5 --threads 1 %s'",
                  ranks, options);
 }
 
@@ -87,7 +88,7 @@ void test_mpi_log(void **state) {
         snprintf(name, sizeof(name), "log%d", ranks);
         snprintf(options, sizeof(options),
                  "--batch %d --accum 2 --experts 6 --capacity-factor 0.6 --eval-capacity-factor 0.8 --jitter 0.9 --eval-every 3 "
-                 "--eval-batches 0 --save-every 0 --out %s",
+                 "--eval-tokens 0 --save-every 0 --out %s",
                  6 / ranks, scratch_file(name));
         assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
         shell(output, sizeof(output), "cat %s/log.jsonl", scratch_file(name));
@@ -104,6 +105,51 @@ void test_mpi_log(void **state) {
     }
 }
 
+// A trained model is evaluated by 1, 2 and 4 ranks, which divide a step in their ways, at a learning rate of 0: the line of the
+// log is the same to the last digit, also where full experts refuse choices, and where each rank has all experts.
+void test_mpi_evaluation(void **state) {
+    (void)state;
+    static const char *const divided[] = {"--batch 4", "--batch 2", "--batch 1", "--batch 1 --ep 1", "--batch 2 --accum 3 --ep 2"};
+    static const int ranks[] = {1, 2, 4, 4, 4};
+    char output[65536], options[600], name[16], wanted[512] = "";
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options), "--batch 4 --lr 0.01 --warmup 1 --steps 30 --log-every 0 --eval-capacity-factor 0.7 --out %s", scratch_file("learned"));
+    assert_int_equal(run_ranks(output, sizeof(output), 1, options), 0);
+    for (int i = 0; i < 5; i++) {
+        snprintf(name, sizeof(name), "judged%d", i);
+        snprintf(options, sizeof(options), "--init %s/latest --lr 0 --warmup 0 --steps 1 --eval-tokens 3000 --eval-capacity-factor 0.7 %s --out %s",
+                 scratch_file("learned"), divided[i], scratch_file(name));
+        if (run_ranks(output, sizeof(output), ranks[i], options) != 0)
+            fail_msg("%s: %s", options, output);
+        shell(output, sizeof(output), "grep eval.,.step %s/log.jsonl", scratch_file(name));
+        assert_non_null(strstr(output, "\"val_tokens\":3008,\"val_se\":0."));
+        if (!*wanted)
+            snprintf(wanted, sizeof(wanted), "%.500s", output);
+        if (strcmp(output, wanted))
+            fail_msg("%d ranks, %s: %s; one: %s", ranks[i], divided[i], output, wanted);
+    }
+}
+
+// An expert that has been idle for 60 steps on 2 ranks, and for 40 more on 1: all know it.
+void test_mpi_idle(void **state) {
+    (void)state;
+    char output[65536], options[600];
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options),
+             "--aux-weight 0 --experts 64 --topk 1 --gate probability --lr 0.02 --warmup 1 --eval-every 0 --sample-every 0 "
+             "--save-every 60 --log-every 10 --out %s", scratch_file("idle"));
+    char first[700], again[700];
+    snprintf(first, sizeof(first), "--batch 1 --steps 61 %s", options);
+    snprintf(again, sizeof(again), "--resume --steps 105");
+    snprintf(again + strlen(again), 600, " --out %s", scratch_file("idle"));
+    assert_int_equal(run_ranks(output, sizeof(output), 2, first), 0);
+    assert_null(strstr(output, "has had no token"));
+    assert_int_equal(shell(output, sizeof(output), "$TRAIN_MOE_MPI --threads 1 %s", again), 0);
+    assert_non_null(strstr(output, "warning: step 100: expert "));
+}
+
 void test_mpi_bad_options(void **state) {
     (void)state;
     static const char *const cases[][2] = {
@@ -112,8 +158,9 @@ void test_mpi_bad_options(void **state) {
         {"--ep 2 --recipe dense", "--ep 2: this model has no experts to divide"},
         {"--ep 1 --replicate 2", "there must be another rank to have it"},
         {"--replicate 9", "at most all 8 experts can have a copy"},
+        {"--replicate-every 2", "--replicate-every 2 would have no effect: it needs copies of experts: --replicate 1"},
         {"--prompt One", "one process goes on from a text"},
-        {"--data nowhere", "nowhere: no tokenizer.json there"},
+        {"--data nowhere", "nowhere: cannot open the data folder: No such file or directory"},
         {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
         {"--ep $((1 + $OMPI_COMM_WORLD_RANK))", "rank 1: this rank has other options"},
         {"--overlap $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
@@ -134,16 +181,57 @@ void test_mpi_bad_options(void **state) {
     assert_int_equal(shell(output, sizeof(output), "ls %s", scratch_file("refused")), 2);
 }
 
-// One rank is killed; or it hangs; or it is asked to stop; or it hangs while it writes. Each time the job ends with a message, and
+// Damage is named once, and all ranks go on from the same checkpoint where `latest` is missing, or is a text file.
+void test_mpi_files(void **state) {
+    (void)state;
+    char output[16384], options[512], program[1024];
+    const char *out = scratch_file("files");
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options), "--save-every 3 --out %s", out);
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    snprintf(options, sizeof(options), "--resume --steps 9 --save-every 3 --out %s", out);
+    static const char *const flip = "cd %s/latest && cp model.safetensors ../whole && n=$(wc -c < ../whole) && "
+                                    "printf x | dd of=model.safetensors bs=1 seek=$((n - 3)) conv=notrunc";
+    assert_int_equal(shell(output, sizeof(output), flip, out), 0);
+    assert_true(run_ranks(output, sizeof(output), 2, options) > 0);
+    if (times_in(output, "damaged: the numbers of model.norm.weight") != 1)
+        fail_msg("%s", output);
+    assert_int_equal(shell(output, sizeof(output), "cd %s && mv whole latest/model.safetensors && rm latest", out), 0);
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    if (times_in(output, "checkpoint-6 is taken, the newest whole one") != 1 || !strstr(output, "going on after step 6"))
+        fail_msg("%s", output);
+
+    // Without links and locks, and from a text file.
+    char *plain = strdup(getenv("TRAIN_MOE_MPI"));
+    snprintf(program, sizeof(program), "BREAK_SYMLINK=%d BREAK_FLOCK=%d", EPERM, ENOLCK);
+    const char *begin = broken(program);
+    snprintf(program, sizeof(program), "env %s %s", begin, plain);
+    setenv("TRAIN_MOE_MPI", program, 1);
+    shell(output, sizeof(output), "rm -r %s", out);
+    snprintf(options, sizeof(options), "--save-every 3 --out %s", out);
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_int_equal(times_in(output, "has no symbolic links there"), 1);
+    assert_int_equal(times_in(output, "has no locks there"), 1);
+    setenv("TRAIN_MOE_MPI", plain, 1);
+    free(plain);
+    shell(output, sizeof(output), "cat %s/latest", out);
+    assert_string_equal(output, "checkpoint-6\n");
+    snprintf(options, sizeof(options), "--resume --steps 7 --out %s", out);
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_non_null(strstr(output, "going on after step 6"));
+}
+
+// One rank is killed; or it hangs; or it is asked to stop, by SIGTERM or SIGHUP; or it hangs while it writes. Each time the job ends with a message, and
 // the run goes on from its last checkpoint.
 void test_mpi_crash(void **state) {
     (void)state;
-    static const char *const signals[] = {"KILL", "STOP", "TERM", "STOP"};
+    static const char *const signals[] = {"KILL", "STOP", "TERM", "STOP", "HUP"};
     char output[16384], options[512];
     const char *out = scratch_file("crash");
     if (!has_mpi())
         return;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         double start = seconds();
         int writing = i == 3;
         shell(output, sizeof(output),
@@ -163,7 +251,7 @@ void test_mpi_crash(void **state) {
             assert_non_null(strstr(output, "rank 2 of 4 does not answer"));
         if (writing)
             assert_non_null(strstr(output, "rank 0 of 4 does not answer"));
-        if (i == 2)
+        if (i == 2 || i == 4)
             assert_int_equal(times_in(output, "stopped after step"), 1);
         shell(output, sizeof(output), "basename $(readlink %s/latest) | tr -dc 0-9", out);
         snprintf(options, sizeof(options), "--resume --steps %d --out %s", atoi(output) + 1, out);
@@ -176,7 +264,10 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_mpi_program),
         cmocka_unit_test(test_mpi_log),
+        cmocka_unit_test(test_mpi_evaluation),
+        cmocka_unit_test(test_mpi_idle),
         cmocka_unit_test(test_mpi_bad_options),
+        cmocka_unit_test(test_mpi_files),
         cmocka_unit_test(test_mpi_crash),
     };
     begin_tests();

@@ -123,14 +123,14 @@ Model *train_curve(const Config *config, int steps, Curve *curve) {
         for (int micro = 0; micro < c.accum; micro++)
             run_share(m, 4 * micro, 4, TRAIN_MODE, 1.0 / c.accum / ranks.size, step, micro);
         trained->update(m, step, 3e-3);
-        trained->losses(m, &curve->loss[step - 1], &curve->aux[step - 1], &curve->norm[step - 1]);
+        sum_losses(trained, m, &curve->loss[step - 1], &curve->aux[step - 1], &curve->norm[step - 1]);
         free_taken();
     }
     curve->validation = 0;
     for (int sequences = 1; sequences <= 3; sequences += 2) { // some ranks have none
         double validation;
         run_share(m, 0, sequences, EVAL_MODE, 0, 999, 0);
-        trained->losses(m, &validation, &aux, &norm);
+        sum_losses(trained, m, &validation, &aux, &norm);
         curve->validation += validation;
     }
     free_taken();
@@ -318,7 +318,7 @@ void test_ranks_uneven(void **state) {
                 if (form && copies && step > 1) // two ranks have it now, and half of what the others send
                     assert_int_equal(ranks_came(m, 0), ranks.member < 2 ? 2 * c.seq : 0);
                 trained->update(m, step, 1e-2);
-                trained->losses(m, &curve->loss[step - 1], &aux, &curve->norm[step - 1]);
+                sum_losses(trained, m, &curve->loss[step - 1], &aux, &curve->norm[step - 1]);
                 curve->aux[step - 1] = 0;
                 free_taken();
             }
@@ -386,7 +386,7 @@ void test_ranks_checkpoints(void **state) {
             for (int step = 2 * half + 1; step <= 2 * half + 2; step++) {
                 run_share(m, 0, 4, TRAIN_MODE, 1.0 / ranks.size, step, 0);
                 trained->update(m, step, 3e-3);
-                trained->losses(m, &parts.loss[step - 1], &parts.aux[step - 1], &parts.norm[step - 1]);
+                sum_losses(trained, m, &parts.loss[step - 1], &parts.aux[step - 1], &parts.norm[step - 1]);
                 free_taken();
             }
             for (int what = WEIGHTS; what <= MOMENT2 && !half; what++)

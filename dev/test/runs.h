@@ -1,5 +1,5 @@
 // Tiny runs of ./train_moe (or of the program that TRAIN_MOE names): their data, their command line, their log and their
-// checkpoints. Gives: run_tiny, logged, assert_log, ... Needs: dev/test/model.h, shell.h, tokens.h.
+// checkpoints. Gives: run_tiny, start_tiny, wait_for, logged, assert_log, ... Needs: dev/test/model.h, shell.h, tokens.h.
 
 #pragma once
 #include "dev/test/model.h"
@@ -20,11 +20,9 @@ void put_tokens(const char *name, int count, int vocab, uint64_t seed) {
     free(bytes);
 }
 
-void make_data(void) { // scratch_file("data"), once
-    static int done = 0;
-    if (done++)
+void make_data(void) { // scratch_file("data"), once in each scratch folder
+    if (mkdir(scratch_file("data"), 0777) != 0)
         return;
-    assert_int_equal(mkdir(scratch_file("data"), 0777), 0);
     put_tokens("data/train_0.bin", 3000, 265, 1);
     put_tokens("data/train_1.bin", 777, 265, 2);
     put_tokens("data/val_0.bin", 30000, 265, 3);
@@ -57,11 +55,13 @@ const char *command_line(const char *out, const char *more) {
     }
     if (recipe)
         sscanf(recipe + 9, "%63s", name);
-    snprintf(
-        line, sizeof(line),
-        "%s --data %s --out %s --layers 2 --dim 32 --heads 2 --ffn 32 --experts 4 --seq 32 --batch 2 --eval-batches 1 "
-        "--tokens 8 --threads 1 --log-every 1 --warmup 2 --steps 12 --save-every 6 %s %s",
-        program ? program : "./train_moe", scratch_file("data"), scratch_file(out), small_sizes(name), more);
+    // A warm-up as long as the run is refused, and so are experts for a model that has none.
+    const char *steps = strstr(more, "--steps "), *experts = strcmp(name, "dense") ? "--experts 4" : "";
+    int warmup = steps && atoi(steps + 8) <= 2 ? 0 : 2;
+    snprintf(line, sizeof(line),
+             "%s --data %s --out %s --layers 2 --dim 32 --heads 2 --ffn 32 %s --seq 32 --batch 2 --eval-tokens 64 "
+             "--tokens 8 --threads 1 --log-every 1 --warmup %d --steps 12 --save-every 6 %s %s",
+             program ? program : "./train_moe", scratch_file("data"), scratch_file(out), experts, warmup, small_sizes(name), more);
     return line;
 }
 
@@ -147,4 +147,55 @@ void assert_latest(const char *out, const char *name) {
     assert_true(n > 0);
     link[n] = 0;
     assert_string_equal(link, name);
+}
+
+// ---- runs that are not waited for, and what they leave
+
+// Starts a tiny run and does not wait for it.
+pid_t start_tiny(const char *out, const char *more) {
+    char line[2100];
+    snprintf(line, sizeof(line), "exec %s", command_line(out, more));
+    fflush(NULL);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        int file = open(scratch_file("said"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        dup2(file, 1);
+        dup2(file, 2);
+        execl("/bin/sh", "sh", "-c", line, (char *)NULL);
+        _exit(127);
+    }
+    return child;
+}
+
+// Waits until the file contains this text, or the process has ended. Returns -1 if the process still runs, else its status as
+// waitpid() gives it.
+int wait_for(pid_t child, const char *path, const char *text) {
+    int status;
+    for (int found = 0; !found;) {
+        if (waitpid(child, &status, WNOHANG) == child)
+            return status;
+        usleep(500);
+        if (access(path, F_OK) == 0) {
+            size_t size;
+            char *now = read_file(path, &size);
+            found = strstr(now, text) != NULL;
+            free(now);
+        }
+    }
+    return -1;
+}
+
+int exists(const char *name) {
+    return access(scratch_file(name), F_OK) == 0;
+}
+
+void assert_same_weights(const char *a, const char *b) {
+    const char *const files[] = {"model.safetensors", "optimizer.safetensors"};
+    for (int i = 0; i < 2; i++) {
+        char x[200], y[200];
+        snprintf(x, sizeof(x), "%s/latest/%s", a, files[i]);
+        snprintf(y, sizeof(y), "%s/latest/%s", b, files[i]);
+        assert_same_file(scratch_file(x), scratch_file(y));
+    }
 }

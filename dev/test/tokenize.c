@@ -1,8 +1,10 @@
 // data/tokenize, the program (or the one that TOKENIZE names): the merges it learns, the token files it writes, and what it
 // says of bad input.
 
+#include "data/checksum.h"
 #include "data/tokenizer.h"
 #include "dev/test/shell.h"
+#include <sys/socket.h>
 #include "dev/test/tokens.h"
 
 // Byte-pair encoding by its definition: look at all pairs, merge the first pair of the lowest rank, and begin again.
@@ -43,10 +45,22 @@ uint16_t *read_shard(const char *path, size_t *count) { // to be freed; checks t
     assert_int_equal(header[1], 1);
     *count = (size_t)header[2];
     assert_int_equal(size, 1024 + 2 * *count);
-    for (int i = 3; i < 256; i++)
+    uint64_t sum = checksum_of(bytes + 1024, size - 1024);
+    assert_int_equal(header[3], 0x6d757363);
+    assert_int_equal((uint32_t)header[4], (uint32_t)sum);
+    assert_int_equal((uint32_t)header[5], (uint32_t)(sum >> 32));
+    for (int i = 6; i < 256; i++)
         assert_int_equal(header[i], 0);
     memmove(bytes, bytes + 1024, size - 1024);
     return (uint16_t *)bytes;
+}
+
+void assert_shard(const char *name, const uint16_t *expected, size_t count) {
+    size_t n;
+    uint16_t *ids = read_shard(scratch_file(name), &n);
+    assert_int_equal(n, count);
+    assert_memory_equal(ids, expected, 2 * count);
+    free(ids);
 }
 
 // Writes many short documents of invented words, some of them followed by a comma.
@@ -311,6 +325,9 @@ void test_tokenize_bad_options(void **state) {
                                            {"--vocab 70000 x.txt --out d", "--vocab 70000"},
                                            {"--vocab 300x x.txt --out d", "300x"},
                                            {"--vocab", "--vocab"},
+                                           {"--vocab 400 -x.txt --out d", "data/tokenize: -x.txt: "},
+                                           {"--vocab 400 x.txt -y --out d", "data/tokenize: -y: "},
+                                           {"--vocab 400 x.txt --outt d", "data/tokenize: --outt: "},
                                            {"--frob x.txt --out d", "--frob"},
                                            {"--vocab 300 --tokenizer t.json x.txt --out d", "one of the two"},
                                            {"--ids x.txt", "--tokenizer"},
@@ -369,6 +386,8 @@ void test_tokenize_only_validation(void **state) {
     (void)state;
     put_text("my-valid.txt", "A story.");
     assert_refused("only validation", "", "my-valid.txt");
+    put_text("my-val.txt", "A story.");
+    assert_refused("only validation", "", "my-val.txt");
 }
 
 void test_tokenize_empty_validation(void **state) {
@@ -376,6 +395,59 @@ void test_tokenize_empty_validation(void **state) {
     put_text("one.txt", "A single story.");
     put_text("none-valid.txt", "\n");
     assert_refused("no document for validation", "", "one.txt none-valid.txt");
+}
+
+void test_tokenize_both_roles(void **state) { // a name that says both
+    (void)state;
+    put_text("a.txt", "A story.");
+    put_text("train-and-val.txt", "A story.");
+    assert_refused("train-and-val.txt: the name has a word for training", "", "a.txt train-and-val.txt");
+}
+
+void test_tokenize_roles(void **state) { // "medieval" and "invalid" are no words for validation
+    (void)state;
+    char output[4096];
+    const char *json = small_tokenizer("t.json", NULL, NULL), *names[] = {"medieval.txt", "invalid_text.txt", "pretrain_val.txt"};
+    char *program = realpath(getenv("TOKENIZE"), NULL);
+    for (int i = 0; i < 3; i++)
+        put_text(names[i], i < 2 ? "hello hello" : "aaaa");
+    assert_int_equal(shell(output, sizeof(output), "cd %s && %s --tokenizer %s medieval.txt invalid_text.txt "
+                           "pretrain_val.txt --out roles", scratch_file(""), program, json), 0);
+    const uint16_t train[] = {0, 260, 262, 0, 260, 262}, val[] = {0, 264};
+    assert_shard("roles/train_000000.bin", train, 6);
+    assert_shard("roles/val_000000.bin", val, 2);
+    free(program);
+}
+
+void test_tokenize_set_aside(void **state) { // the vocabulary is learned without the documents of validation
+    (void)state;
+    char output[4096], text[4096] = "";
+    for (int i = 0; i < 20; i++)
+        strcat(text, "abab abab<|endoftext|>");
+    strcat(text, "xyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxy xyxyxy");
+    const char *path = put_text("one.txt", text);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --vocab 300 %s --out %s", path, scratch_file("aside")), 0);
+    assert_non_null(strstr(output, "last 1 of 21 documents"));
+    Tokenizer *t = tokenizer_load(scratch_file("aside/tokenizer.json"));
+    for (int id = 257; id < t->vocab; id++)
+        assert_null(memchr(t->text[id], 'x', (size_t)t->length[id]));
+    assert_true(t->vocab > 257); // ab
+    tokenizer_free(t);
+}
+
+void test_tokenize_long_run(void **state) { // without a break: once it took a minute for 8 MB
+    (void)state;
+    char output[4096];
+    size_t n = 8000000, count;
+    char *text = (char *)allocate(n, 1);
+    const char *path = put_file("zeros.txt", text, n), *valid = put_text("zeros-valid.txt", "A story.");
+    double start = seconds();
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --vocab 257 %s %s --out %s", path, valid, scratch_file("run")), 0);
+    assert_true(seconds() - start < 10);
+    uint16_t *ids = read_shard(scratch_file("run/train_000000.bin"), &count);
+    assert_int_equal(count, n + 1);
+    free(ids);
+    free(text);
 }
 
 void test_tokenize_bad_tokenizer(void **state) {
@@ -405,7 +477,9 @@ void test_tokenize_large_tokenizer(void **state) { // 65537 tokens do not fit 16
 void test_tokenize_no_room(void **state) { // a limit on file sizes stands for a full disk
     (void)state;
     write_documents("many.txt", 3000, 6);
-    assert_refused("cannot write", "trap '' XFSZ; ulimit -f 8;", "--vocab 300 many.txt");
+    assert_refused("unfinished-tokens/train_000000.bin: cannot write: File too large", "ulimit -f 16;",
+                   "--vocab 300 many.txt"); // SIGXFSZ would end it without a word
+    assert_refused("unfinished-tokens/tokenizer.json: cannot write: File too large", "ulimit -f 2;", "--vocab 300 many.txt");
     char output[256];
     if (access("/dev/full", W_OK) == 0)
         assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids %s > /dev/full",
@@ -428,6 +502,274 @@ void test_tokenize_no_permission(void **state) {
     assert_non_null(strstr(output, "Permission denied"));
 }
 
+// Starts the program on a text that keeps it busy for long, and sends it a signal after so many seconds.
+int stop_after(double wait, int number, const char *options, const char *text, double *took) {
+    char *arguments[16] = {getenv("TOKENIZE")}, line[256], *rest = line;
+    int count = 1, status;
+    snprintf(line, sizeof(line), "%s", options);
+    for (char *word = strsep(&rest, " "); word; word = strsep(&rest, " "))
+        arguments[count++] = word;
+    char path[256], out[256];
+    snprintf(arguments[count++] = path, sizeof(path), "%s", scratch_file(text));
+    arguments[count++] = (char *)"--out";
+    snprintf(arguments[count++] = out, sizeof(out), "%s", scratch_file("stopped"));
+    fflush(NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        freopen(scratch_file("said"), "w", stderr);
+        freopen("/dev/null", "w", stdout);
+        execv(arguments[0], arguments);
+        _exit(127);
+    }
+    usleep((unsigned)(wait * 1e6));
+    double start = seconds();
+    kill(child, number);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    *took = seconds() - start;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+void test_tokenize_signals(void **state) { // end any phase within a second, and nothing has changed
+    (void)state;
+    if (is_slow())
+        skip();
+    size_t n = 30000000, size;
+    char *text = (char *)allocate(n, 1), output[4096];
+    const char *json = small_tokenizer("t.json", NULL, NULL);
+    memset(text, 'a', n);
+    memcpy(text + 20, "<|endoftext|>", 13);
+    put_file("busy.txt", text, n); // one word of 30 MB
+    for (size_t i = 0; i < n; i++)
+        text[i] = (char)('a' + hash64(i) % 26);
+    memcpy(text + 20, "<|endoftext|>", 13);
+    put_file("letters.txt", text, n);
+    free(text);
+    write_documents("many.txt", 10, 5);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, scratch_file("many.txt"),
+                           scratch_file("stopped")), 0);
+    assert_int_equal(shell(output, sizeof(output), "cd %s && cat *", scratch_file("stopped")), 0);
+    uint64_t before = checksum_of(output, said_size);
+    char encode[300];
+    snprintf(encode, sizeof(encode), "--tokenizer %s", json);
+    const struct {
+        double wait;
+        int number;
+        const char *options, *text;
+    } cases[] = {{0.02, SIGTERM, "--vocab 400", "letters.txt"}, {1.5, SIGINT, "--vocab 400", "letters.txt"},
+                 {1, SIGTERM, encode, "busy.txt"}, {0.3, SIGHUP, encode, "busy.txt"}};
+    for (int i = 0; i < COUNT(cases); i++) {
+        double took;
+        int status = stop_after(cases[i].wait, cases[i].number, cases[i].options, cases[i].text, &took);
+        char *message = read_file(scratch_file("said"), &size);
+        if (took > 1 || (i > 0 && (status != 1 || !strstr(message, "interrupted; nothing was changed"))))
+            fail_msg("case %d: exit %d after %.1f s: %s", i, status, took, message);
+        free(message);
+        remove_tree(scratch_file("stopped/unfinished-tokens")); // the first signal may come before there is a thread for it
+        assert_int_equal(shell(output, sizeof(output), "cd %s && cat *", scratch_file("stopped")), 0);
+        assert_true(checksum_of(output, said_size) == before);
+    }
+}
+
+void test_tokenize_descriptors(void **state) { // standard input that has no name, output that is closed or full
+    (void)state;
+    char output[4096];
+    const char *json = small_tokenizer("t.json", NULL, NULL), *path = put_text("x.txt", " hello");
+    write_documents("many.txt", 10, 5);
+    int ends[2];
+    assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM, 0, ends), 0); // /dev/stdin cannot be opened where it is a socket
+    assert_int_equal(write(ends[1], " hello", 6), 6);
+    close(ends[1]);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids - <&%d", json, ends[0]), 0);
+    assert_string_equal(output, "262\n");
+    close(ends[0]);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids - <&-", json), 1);
+    assert_non_null(strstr(output, "standard input: "));
+
+    // A closed descriptor is not that of a token file, and what was not printed is an error.
+    assert_int_equal(shell(output, sizeof(output), "($TOKENIZE --tokenizer %s %s --out %s >&- 2>&-)", json, scratch_file("many.txt"),
+                           scratch_file("closed")), 1);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, scratch_file("many.txt"),
+                           scratch_file("open")), 0);
+    const char *names[] = {"tokenizer.json", "train_000000.bin", "val_000000.bin"};
+    for (int i = 0; i < 3; i++) {
+        char a[64], b[64];
+        snprintf(a, sizeof(a), "closed/%s", names[i]);
+        snprintf(b, sizeof(b), "open/%s", names[i]);
+        assert_same_file(scratch_file(a), scratch_file(b));
+    }
+    assert_int_equal(shell(output, sizeof(output), "($TOKENIZE --tokenizer %s --ids %s >&-)", json, path), 1);
+    if (access("/dev/full", W_OK) == 0) {
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE -h > /dev/full"), 1);
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s > /dev/full", json,
+                               scratch_file("many.txt"), scratch_file("closed")), 1);
+    }
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --vocab 300 - --out %s < %s", scratch_file("closed"), path), 1);
+    assert_non_null(strstr(output, "more than once"));
+}
+
+// A library that makes calls fail: opendir of names with FAIL_OPENDIR in them, and rename, the FAIL_RENAME-th (FAIL_MORE: and
+// all that follow; FAIL_KILL: it ends the program). Returns the beginning of a command, or null where it cannot be built.
+const char *failing_calls(void) {
+    static char prefix[400];
+    char output[4096];
+    const char *source = put_text("fail.c",
+        "#define _GNU_SOURCE\n#include <dirent.h>\n#include <dlfcn.h>\n#include <errno.h>\n#include <signal.h>\n#include <stdio.h>\n#include <stdlib.h>\n"
+        "#include <string.h>\n"
+        "DIR *opendir(const char *path) {\n"
+        "    DIR *(*real)(const char *) = (DIR *(*)(const char *))dlsym(RTLD_NEXT, \"opendir\");\n"
+        "    const char *part = getenv(\"FAIL_OPENDIR\");\n"
+        "    if (part && strstr(path, part)) { errno = ENOMEM; return NULL; }\n"
+        "    return real(path);\n}\n"
+        "int rename(const char *a, const char *b) {\n"
+        "    int (*real)(const char *, const char *) = (int (*)(const char *, const char *))dlsym(RTLD_NEXT, \"rename\");\n"
+        "    static int calls;\n"
+        "    int which = getenv(\"FAIL_RENAME\") ? atoi(getenv(\"FAIL_RENAME\")) : 0;\n"
+        "    calls++;\n"
+        "    if (which == calls && getenv(\"FAIL_KILL\")) raise(SIGKILL);\n"
+        "    if (which && (calls == which || (getenv(\"FAIL_MORE\") && calls > which))) { errno = EIO; return -1; }\n"
+        "    return real(a, b);\n}\n");
+    if (is_slow() || shell(output, sizeof(output), "cc -shared -fPIC -o %s %s -ldl", scratch_file("fail.so"), source) != 0)
+        return NULL;
+    snprintf(prefix, sizeof(prefix), "ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 LD_PRELOAD=%s", scratch_file("fail.so"));
+    return prefix;
+}
+
+void test_tokenize_replacing(void **state) { // all old files or all new ones, or a message that says what is where
+    (void)state;
+    char output[4096];
+    const char *prefix = failing_calls();
+    if (!prefix)
+        skip();
+    char old[256], fresh[256];
+    snprintf(old, sizeof(old), "%s", write_documents("old.txt", 10, 5));
+    snprintf(fresh, sizeof(fresh), "%s", write_documents("new.txt", 10, 6));
+    char json[256], out[256], blank[256];
+    snprintf(json, sizeof(json), "%s", small_tokenizer("t.json", NULL, NULL));
+    snprintf(out, sizeof(out), "%s", scratch_file("swap"));
+    snprintf(blank, sizeof(blank), "%s", put_text("blank.txt", "\n"));
+
+    // The folder of new files cannot be listed: once, nothing was moved then, and all was said to be well.
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, old, out), 0);
+    assert_int_equal(shell(output, sizeof(output), "cd %s && cat *.bin", out), 0);
+    uint64_t before = checksum_of(output, said_size);
+    assert_int_equal(shell(output, sizeof(output), "%s FAIL_OPENDIR=unfinished $TOKENIZE --vocab 300 %s --out %s", prefix, fresh,
+                           out), 0);
+    assert_int_equal(shell(output, sizeof(output), "cd %s && cat *.bin", out), 0);
+    uint64_t after = checksum_of(output, said_size);
+    assert_true(after != before);
+    assert_int_equal(shell(output, sizeof(output), "rm -r %s; $TOKENIZE --tokenizer %s %s --out %s", out, json, old, out), 0);
+
+    // The output folder cannot be listed: nobody knows what there is to be replaced.
+    assert_int_equal(shell(output, sizeof(output), "%s FAIL_OPENDIR=swap $TOKENIZE --vocab 300 %s --out %s", prefix, fresh, out), 1);
+
+    // Each call of rename fails: three move old files, three new ones.
+    for (int call = 1; call <= 6; call++) {
+        int status = shell(output, sizeof(output), "%s FAIL_RENAME=%d $TOKENIZE --vocab 300 %s --out %s", prefix, call, fresh, out);
+        expect(status, 1, NULL);
+        assert_true(strstr(output, "swap: cannot move") && strstr(output, "nothing was changed"));
+        assert_int_equal(shell(output, sizeof(output), "cd %s && cat *.bin", out), 0);
+        assert_true(checksum_of(output, said_size) == before);
+        assert_int_equal(shell(output, sizeof(output), "ls %s", out), 0);
+        assert_string_equal(output, "tokenizer.json\ntrain_000000.bin\nval_000000.bin\n");
+    }
+
+    // All calls from then on fail, so nothing can be moved back, but nothing is lost.
+    for (int call = 2; call <= 6; call++) {
+        assert_int_equal(shell(output, sizeof(output), "%s FAIL_RENAME=%d FAIL_MORE=1 $TOKENIZE --vocab 300 %s --out %s", prefix,
+                               call, fresh, out), 1);
+        assert_non_null(strstr(output, call == 2 ? "of these tokenizer.json to tokenizer.json are in" : call == 3 ?
+            "of these tokenizer.json to train_000000.bin are in" : call == 4 ? "of these tokenizer.json to val_000000.bin" :
+            call == 5 ? "train_000000.bin to train_000000.bin are there" : "train_000000.bin to val_000000.bin are there"));
+        assert_int_equal(shell(output, sizeof(output), "find %s -type f | wc -l; test ! -e %s/tokenizer.json", out, out), 0);
+        assert_int_equal(atoi(output), 6);
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s; ls %s | wc -l", json, old, out, out), 0);
+        assert_true(strcmp(output + strlen(output) - 2, "3\n") == 0); // the same command again
+    }
+
+    // A kill at each of them: either nothing has changed, or there is no tokenizer.json. The command again makes all well.
+    for (int call = 1; call <= 6; call++) {
+        shell(output, sizeof(output), "exec env %s FAIL_RENAME=%d FAIL_KILL=1 $TOKENIZE --vocab 300 %s --out %s", prefix, call, fresh,
+              out);
+        assert_int_equal(access(scratch_file("swap/tokenizer.json"), F_OK), call == 1 ? 0 : -1);
+
+        // Even where it then fails, all old files are back, and a line says so.
+        if (call % 2) {
+            assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, blank, out), 1);
+            assert_true(call == 1 || strstr(output, "swap: an earlier run was ended while it replaced the files there"));
+            assert_int_equal(shell(output, sizeof(output), "cd %s && cat *.bin", out), 0);
+            assert_true(checksum_of(output, said_size) == before);
+            assert_same_file(json, scratch_file("swap/tokenizer.json"));
+        }
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, old, out), 0);
+        assert_int_equal(shell(output, sizeof(output), "ls %s", out), 0);
+        assert_string_equal(output, "tokenizer.json\ntrain_000000.bin\nval_000000.bin\n");
+    }
+}
+
+void test_tokenize_restoring(void **state) { // what a kill left is put back, also where there are more new files than old ones
+    (void)state;
+    char output[4096];
+    char json[256], out[256], blank[256];
+    const char *text = write_documents("old.txt", 10, 5);
+    snprintf(json, sizeof(json), "%s", small_tokenizer("t.json", NULL, NULL));
+    snprintf(out, sizeof(out), "%s", scratch_file("half"));
+    snprintf(blank, sizeof(blank), "%s", put_text("blank.txt", "\n"));
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s; cd %s && cat *.bin", json, text, out, out), 0);
+    assert_int_equal(shell(output, sizeof(output), "cd %s && cat *.bin", out), 0);
+    uint64_t before = checksum_of(output, said_size);
+    static const char *const left[] = {
+        "mv tokenizer.json replaced-tokens", "mv tokenizer.json train_000000.bin replaced-tokens",
+        "mv *.json *.bin replaced-tokens", "mv *.json *.bin replaced-tokens; echo new > train_000000.bin",
+        "mv *.json *.bin replaced-tokens; for i in 0 1 2; do echo new > train_00000$i.bin; done",
+        "mv *.json *.bin replaced-tokens; for i in 0 1 2; do echo new > train_00000$i.bin; done; echo new > val_000000.bin"};
+    for (int i = 0; i < COUNT(left); i++) {
+        assert_int_equal(shell(output, sizeof(output), "cd %s && mkdir replaced-tokens && %s", out, left[i]), 0);
+        assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, blank, out), 1);
+        assert_non_null(strstr(output, "half: an earlier run was ended while it replaced the files there; the old ones are back"));
+        assert_int_equal(shell(output, sizeof(output), "cd %s && cat *.bin", out), 0);
+        assert_true(checksum_of(output, said_size) == before);
+        assert_same_file(json, scratch_file("half/tokenizer.json"));
+        assert_int_equal(shell(output, sizeof(output), "ls %s", out), 0);
+        assert_string_equal(output, "tokenizer.json\ntrain_000000.bin\nval_000000.bin\n");
+    }
+}
+
+void test_tokenize_no_reader(void **state) { // data/tokenize | head: once a signal ended it, and unfinished-tokens stayed
+    (void)state;
+    char output[4096];
+    const char *json = small_tokenizer("t.json", NULL, NULL), *text = write_documents("many.txt", 10, 5), *out = scratch_file("pipe");
+    int ends[2];
+    assert_int_equal(pipe(ends), 0);
+    close(ends[0]);
+    int status = shell(output, sizeof(output), "($TOKENIZE --tokenizer %s %s --out %s >&%d)", json, text, out, ends[1]);
+    close(ends[1]);
+    if (status != 1 || !strstr(output, "standard output: cannot write"))
+        fail_msg("exit %d: %s", status, output);
+    assert_int_equal(shell(output, sizeof(output), "ls %s", out), 0);
+    assert_string_equal(output, "tokenizer.json\ntrain_000000.bin\nval_000000.bin\n");
+}
+
+void test_tokenize_stories(void **state) { // data/make_stories, where its output cannot be written
+    (void)state;
+    char output[4096];
+    if (is_slow() || access("data/make_stories", X_OK) != 0)
+        skip();
+    assert_int_equal(shell(output, sizeof(output), "(data/make_stories >&-)"), 1);
+    assert_non_null(strstr(output, "cannot write"));
+    assert_int_equal(shell(output, sizeof(output), "(ulimit -f 8; data/make_stories --count 1000 > %s)", scratch_file("s.txt")), 1);
+    assert_non_null(strstr(output, "cannot write"));
+}
+
+void test_tokenize_in_the_way(void **state) { // a folder with the name of a token file is no old token file
+    (void)state;
+    char output[4096];
+    const char *text = write_documents("many.txt", 10, 5), *json = small_tokenizer("t.json", NULL, NULL);
+    assert_int_equal(shell(output, sizeof(output), "mkdir -p %s/val_000003.bin/mine", scratch_file("way")), 0);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", json, text, scratch_file("way")), 1);
+    assert_non_null(strstr(output, "val_000003.bin: not a file"));
+    assert_int_equal(access(scratch_file("way/val_000003.bin/mine"), F_OK), 0);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_tokenize_trains_by_definition),
@@ -446,10 +788,21 @@ int main(void) {
         cmocka_unit_test(test_tokenize_one_document),
         cmocka_unit_test(test_tokenize_only_validation),
         cmocka_unit_test(test_tokenize_empty_validation),
+        cmocka_unit_test(test_tokenize_both_roles),
+        cmocka_unit_test(test_tokenize_roles),
+        cmocka_unit_test(test_tokenize_set_aside),
+        cmocka_unit_test(test_tokenize_long_run),
         cmocka_unit_test(test_tokenize_bad_tokenizer),
         cmocka_unit_test(test_tokenize_large_tokenizer),
         cmocka_unit_test(test_tokenize_no_room),
         cmocka_unit_test(test_tokenize_no_permission),
+        cmocka_unit_test(test_tokenize_signals),
+        cmocka_unit_test(test_tokenize_descriptors),
+        cmocka_unit_test(test_tokenize_replacing),
+        cmocka_unit_test(test_tokenize_in_the_way),
+        cmocka_unit_test(test_tokenize_restoring),
+        cmocka_unit_test(test_tokenize_no_reader),
+        cmocka_unit_test(test_tokenize_stories),
     };
     setenv("TOKENIZE", "data/tokenize", 0);
     begin_tests();

@@ -173,6 +173,27 @@ void test_tokenizer_words(void **state) { // how text is cut; the words are sepa
     free(class_of);
 }
 
+// data/tokenize counts a word of more than 1000 bytes in pieces, and looks at 1008 bytes of it only: the same pieces.
+void test_tokenizer_pieces(void **state) {
+    (void)state;
+    static const char *const bits[] = {"a", "\xe4\xb8\xad", "\xf0\x9f\x98\x80", "\xf0\x9f\x98", " ", "\xc2\xa0", "7", "!", "\xff", "'s"};
+    unsigned char *class_of = character_classes();
+    for (int round = 0; round < 3000; round++) {
+        char text[1100];
+        size_t n = 0, most = 990 + (size_t)round % 100;
+        uint64_t state_of = (uint64_t)round;
+        int kind = round / 100 % 10, other = (int)(hash64((uint64_t)round) % 10);
+        for (size_t turn = 985 + hash64((uint64_t)round + 7) % 20; n < most;) { // one kind, but another from the turn on
+            const char *bit = bits[n < turn || draw(&state_of, 0, 2) ? kind : other];
+            memcpy(text + n, bit, strlen(bit));
+            n += strlen(bit);
+        }
+        size_t whole = first_word(class_of, text, n), part = first_word(class_of, text, n < 1008 ? n : 1008);
+        assert_int_equal(whole < 1000 ? whole : 1000, part < 1000 ? part : 1000);
+    }
+    free(class_of);
+}
+
 void test_tokenizer_round_trip(void **state) {
     (void)state;
     Tokenizer *t = tokenizer_load(small_tokenizer("t.json", NULL, NULL));
@@ -233,6 +254,7 @@ int main(void) {
         cmocka_unit_test(test_tokenizer_bad),
         cmocka_unit_test(test_tokenizer_no_endoftext),
         cmocka_unit_test(test_tokenizer_words),
+        cmocka_unit_test(test_tokenizer_pieces),
         cmocka_unit_test(test_tokenizer_round_trip),
         cmocka_unit_test(test_tokenizer_long_word),
         cmocka_unit_test(test_tokenizer_share),

@@ -254,7 +254,7 @@ __device__ double cv_squared_of(const double *v, double *slope, int n, double me
         variance += (v[i] - average) * (v[i] - average) / n;
     }
     variance = block_sum(variance);
-    double by = mean > 0 ? mean : average, moved = mean > 0 ? 0 : variance / by;
+    double by = mean > 0 ? mean : fmax(average, 1e-30), moved = mean > 0 ? 0 : variance / by;
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         slope[i] = weight * 2 / (n * by * by) * (v[i] - average - moved);
     }

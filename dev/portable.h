@@ -1,0 +1,102 @@
+// What differs between compilers, C libraries and systems, in one place.
+// Gives: large files on 32 bits; a refusal of compilers and flags that compute something else; file_time,
+// ask_large_pages, begin_again, name_of_processor. Needs: nothing. dev/util.h includes it before all else.
+// The rest of the C sources is C11 and POSIX 2008 with GCC's and Clang's extensions, and a few calls that
+// glibc, musl and macOS have besides: flock, getopt_long, memmem, TIOCGWINSZ. `make test_posix` holds them to it.
+#pragma once
+#if !defined(_GNU_SOURCE) && !defined(STRICT_POSIX)
+#define _GNU_SOURCE
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64
+#endif
+#include <float.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+#include <sys/sysctl.h>
+#endif
+
+// ---- what is refused, since it would compute something else
+
+#if defined(__TINYC__) || !defined(__GNUC__)
+#error "This needs GCC or Clang, for vector types and functions that run before main: make CC=gcc"
+#endif
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "Not with -Ofast, -ffast-math and their parts: exp would be wrong by 41%, and NaN would go unnoticed. Build with -O3"
+#endif
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 // 16: only half precision is computed in another type
+#error "Here float is computed in another type (x87?), and exp would be wrong. Build with -msse2 -mfpmath=sse"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "Token files and checkpoints are written in this processor's order of bytes, which must be little-endian"
+#endif
+typedef char files_may_be_large[sizeof(off_t) >= 8 ? 1 : -1]; // a system header came before this file
+
+// Marks a function that runs before main, and before those of the kind that come later in the program. Apple's linker
+// keeps their order by itself.
+#ifdef __APPLE__
+#define BEFORE_ALL __attribute__((constructor))
+#else
+#define BEFORE_ALL __attribute__((constructor(101)))
+#endif
+
+#ifdef STRICT_POSIX
+void *memmem(const void *text, size_t size, const void *part, size_t part_size);
+#endif
+
+// ---- what has another name elsewhere
+
+// When a file was last written to.
+struct timespec file_time(const struct stat *info) {
+#ifdef __APPLE__
+    return info->st_mtimespec;
+#else
+    return info->st_mtim;
+#endif
+}
+
+// With large pages the processor finds the memory behind an address faster. The advice must begin at a page
+// boundary, and a system without them ignores it.
+void ask_large_pages(void *p, size_t size) {
+#ifdef MADV_HUGEPAGE
+    size_t page = 4096, skip = (page - (size_t)p % page) % page;
+    if (size >= 1 << 22) {
+        madvise((char *)p + skip, (size - skip) / page * page, MADV_HUGEPAGE);
+    }
+#else
+    (void)p, (void)size;
+#endif
+}
+
+// Starts this program once more in this process, with another environment. It returns where that is impossible.
+// `self` is where Linux has the program, whatever became of its file; elsewhere the system or argv[0] tells.
+void begin_again(const char *self, char **argv) {
+    execv(self, argv);
+#ifdef __APPLE__
+    char path[4096];
+    uint32_t size = sizeof(path);
+    if (_NSGetExecutablePath(path, &size) == 0) {
+        execv(path, argv);
+    }
+#endif
+    if (argv[0]) {
+        execvp(argv[0], argv);
+    }
+}
+
+// The processor's name, where a call tells it; else name stays as it is, and /proc/cpuinfo may have it.
+void name_of_processor(char name[128]) {
+#ifdef __APPLE__
+    size_t size = 128;
+    sysctlbyname("machdep.cpu.brand_string", name, &size, NULL, 0);
+#else
+    (void)name;
+#endif
+}
