@@ -2,8 +2,8 @@
 //
 // This file is the lesson. It has the whole model and its training: every layer, forward and
 // backward, written out by hand; the mixture of experts; AdamW; and the loop. There is no framework
-// and no automatic differentiation. Read it from top to bottom: each function stands before its
-// first use, and each chapter begins with what it is about. What every trainer needs besides
+// and no automatic differentiation. Read it from top to bottom: nearly each function stands before
+// its first use, and each chapter begins with what it is about. What every trainer needs besides
 // (files, options, log, several processes, fast kernels, the routers of single papers) stands in
 // data/ and dev/, and each #include below says what it brings.
 //
@@ -47,8 +47,8 @@
 // short "by x". A backward function adds to the gradients that it is given, unless its comment says
 // that it writes them.
 //
-// The file is C11, and with GCC's and Clang's extensions C++17, because its CUDA twin,
-// train_moe.cu, includes it and replaces what computes.
+// The file is C11. It also compiles as C++17, because its CUDA twin, train_moe.cu, includes it and
+// replaces the functions that compute.
 
 #include "dev/util.h"        // errors, memory, random numbers; the type `real`: float, or double for exact checks
 #include "data/tokenizer.h"  // text to tokens and back
@@ -356,11 +356,10 @@ void matmul_dw(real *dw, const real *dout, const real *x, int N, int I, int O) {
     }
 }
 
-// Grouped products are the same for all experts at once, each with its own rows and its own matrix:
-// see the example before sort_by_expert(). Expert e has the rows offset[e] ..
-// offset[e+1] and its own matrix (O[e],I[e]); the experts' blocks stand one after the other, in w
-// as in the arrays of rows. An array can also be read by token: with `token`, row r of the sorted
-// order is row token[r] of the array, so nothing has to be copied.
+// A grouped product does the same for all experts: expert e multiplies its rows, offset[e] ..
+// offset[e+1], by its own matrix (O[e],I[e]). Rows and matrices stand in the order of the experts;
+// an example stands before sort_by_expert(). The input may also be in the order of tokens: then
+// token[r] says which row of it is row r, so nothing has to be copied.
 
 // Row r of x, which is I wide. With `token` it is the row of its token. Else x is sorted itself,
 // and the row begins at number `from`.
@@ -447,7 +446,7 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N,
     }
 }
 
-// With y = x * rstd, the row before it is multiplied by w: dw += dout * y, and dx += rstd * (dout*w
+// Let y = x * rstd, the normalised row before the multiplication by w. Then dw += dout * y, and dx += rstd * (dout*w
 // - y * mean(dout*w*y)). The second term is there because rstd depends on x, too: d rstd / d x_j =
 // -rstd^3 x_j / C.
 void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *rstd, const real *w, int N, int C) {
@@ -480,7 +479,7 @@ void rope_angles(real *angles, int first, int count, int D, double theta) {
 }
 
 // Turns the pair (i, i + D/2) of each head by the angle of its token's position, so that the
-// product of a query and a key depends on their distance. `heads` heads of D stand first in each
+// product of a query and a key depends on their positions only by the distance. `heads` heads of D stand first in each
 // row of qkv (N rows, `width` numbers each). direction 1 turns; -1 turns back, which is the
 // backward pass: a rotation's transpose is its inverse. Su et al. 2021, RoFormer; the pairs are
 // those of Hugging Face's models.
@@ -626,7 +625,7 @@ void activation_forward(real *act, const real *hidden, int rows, int F, int acti
 //   the gradient by act                    weight * (dout W_out)
 //   the gradient by W_out                  dout^T (weight * act)
 // The first one needs no copy of the answer. What the arrays hold (row r has the choice choice[r]):
-//   dact (rows,F)                comes in as dout W_out, and leaves as weight * act, which W_out's gradient needs
+//   dact (rows,F)                on entry dout W_out; on return weight * act, for the gradient by W_out
 //   dhidden (rows,2F or F)       is written: the gradient by hidden, by the product rule for act = f(gate) * up
 //   weight, dweight (choices)    dweight is written; weight NULL: all weights are 1, and there is no dweight
 void activation_backward(real *dhidden, real *dweight, real *dact, const real *hidden, const real *weight,
@@ -829,7 +828,7 @@ int run_parts(Model *m, int l, const real *x, int place) {
 // ---- scores
 
 // p (rows,E) = softmax of each row of the logits, or sigmoid of each number; lse (rows): see
-// softmax(). An infinite logit makes NaN of both (hence 0 * it), so that it is noticed.
+// softmax(), which makes NaN of a logit of +infinity. 0 * logit does so for sigmoid: it is noticed.
 void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int score) {
     memcpy(p, logits, (size_t)rows * E * sizeof(real));
 #pragma omp parallel for if (rows > 64)
@@ -892,9 +891,9 @@ void select_topk(int *expert, const real *p, int N, int E, int K) {
 
 // ---- weight
 
-// A score, where scores are divided by their sum: 1e-30 at least. Sigmoid scores can all underflow,
-// and then they share evenly, and the sum is not 0. What is below 1e-30 has no derivative.
-BOTH real counted(real p) {
+// Scores that are divided by their sum count as 1e-30 at least. So if all sigmoid scores underflow,
+// they share evenly, and the sum is not 0. A score that is raised has the derivative 0.
+BOTH real at_least_tiny(real p) {
     return p < (real)1e-30 ? (real)1e-30 : p;
 }
 
@@ -904,7 +903,7 @@ void weights_forward(real *weight, const real *p, const int *expert, int N, int 
         real sum = 0;
         for (int k = 0; k < K; k++) {
             int e = expert[(size_t)n * K + k];
-            real score = e < 0 ? 0 : counted(p[(size_t)n * E + e]);
+            real score = e < 0 ? 0 : at_least_tiny(p[(size_t)n * E + e]);
             weight[(size_t)n * K + k] = (real)scale * score;
             sum += score;
         }
@@ -923,14 +922,14 @@ void weights_backward(real *dp, const real *dweight, const real *weight, const r
         real sum = 0, dot = 0;
         for (int k = 0; k < K; k++) {
             size_t choice = (size_t)n * K + k;
-            sum += expert[choice] < 0 ? 0 : counted(p[(size_t)n * E + expert[choice]]);
+            sum += expert[choice] < 0 ? 0 : at_least_tiny(p[(size_t)n * E + expert[choice]]);
             dot += dweight[choice] * weight[choice];
         }
         for (int k = 0; k < K; k++) {
             size_t choice = (size_t)n * K + k;
             real d = (real)scale * dweight[choice];
             size_t at = (size_t)n * E + expert[choice];
-            if (expert[choice] >= 0 && !(p[at] < counted(p[at]))) {
+            if (expert[choice] >= 0 && !(p[at] < at_least_tiny(p[at]))) {
                 dp[at] += gate == RENORMALIZED ? (d - dot) / sum : d;
             }
         }
@@ -988,8 +987,8 @@ double mean_of_slopes(const Route *r, int score) {
         const real *p = r->p + (size_t)n * r->E;
         double dot = 0, sum = 0;
         for (int e = 0; e < r->E; e++) {
-            dot += slope[e] * (double)counted(p[e]);
-            sum += (double)counted(p[e]);
+            dot += slope[e] * (double)at_least_tiny(p[e]);
+            sum += (double)at_least_tiny(p[e]);
         }
         loss += score == SIGMOID ? dot / sum : dot;
     }
@@ -1011,13 +1010,13 @@ void balance_forward(Model *m, int l, const real *x) {
     if (r->slope) {
         // Count the choices of each group of tokens. DeepSeek-V3 counts what the scores would
         // choose without the bias.
-        const int *counted = r->served;
+        const int *balanced = r->served;
         if (c->balance == UNBIASED) {
             int *unbiased = (int *)arena_take(&m->scratch, (size_t)N * K, sizeof(int));
             select_topk(unbiased, r->p, N, E, K);
-            counted = unbiased;
+            balanced = unbiased;
         }
-        count_choices(r->count, counted, N, E, K, r->group);
+        count_choices(r->count, balanced, N, E, K, r->group);
 
         // A group may be all tokens of a step (Qiu et al. 2025, Demons in the Detail). Its later
         // micro-steps have not come yet, so the counts are those of the micro-steps up to this one.
@@ -1053,11 +1052,11 @@ void balance_backward(Model *m, real *dp, const Route *r) {
         const real *p = r->p + (size_t)n * E;
         double dot = 0, sum = sigmoid ? 0 : 1;
         for (int e = 0; sigmoid && e < E; e++) {
-            dot += slope[e] * (double)counted(p[e]);
-            sum += (double)counted(p[e]);
+            dot += slope[e] * (double)at_least_tiny(p[e]);
+            sum += (double)at_least_tiny(p[e]);
         }
         for (int e = 0; e < E; e++) { // with softmax, dot is 0 and sum is 1
-            dp[(size_t)n * E + e] += p[e] < counted(p[e]) ? 0 : (real)(scale * (slope[e] - dot / sum) / sum);
+            dp[(size_t)n * E + e] += p[e] < at_least_tiny(p[e]) ? 0 : (real)(scale * (slope[e] - dot / sum) / sum);
         }
     }
 }
@@ -1114,8 +1113,8 @@ const Router topk_router = {.place = CHOICE, .forward = topk_forward, .backward 
 // later are refused. A token keeps its other experts, and what it is on the residual stream. In
 // training all first choices are served before all second ones (Lepikhin et al. 2020, GShard,
 // algorithm 1). At evaluation the tokens are served one after the other, so that no later token can
-// decide what becomes of an earlier one. topk is --topk, which is K, but for routers that may
-// choose more.
+// decide what becomes of an earlier one. topk is the option --topk; it is less than K with routers
+// that may choose more experts (dev/routers/threshold.h).
 void drop_overflow(Route *r, double factor, int topk, int train) {
     int E = r->E, K = r->K, choices = r->group * K;
     int capacity = (int)fmin(ceil(factor * topk * r->group / E - 1e-9), (double)choices); // 1e-9: against rounding
@@ -1192,13 +1191,20 @@ size_t sorted_size(const int *offset, int E, const int *width) {
     return size;
 }
 
+// The first expert after e that is not like e, in width and activation; E: all are.
+int next_kind(const Experts *s, int e) {
+    int next = e + 1;
+    while (next < s->E && s->F[next] == s->F[e] && s->activation[next] == s->activation[e]) {
+        next++;
+    }
+    return next;
+}
+
 // The activation of all experts. Neighbours that are alike are done together; in most recipes all
 // experts are.
 void experts_activation_forward(real *act, const real *hidden, const int *offset, const Experts *s) {
     for (int e = 0, next; e < s->E; e = next) {
-        for (next = e + 1; next < s->E && s->F[next] == s->F[e] && s->activation[next] == s->activation[e];) {
-            next++;
-        }
+        next = next_kind(s, e);
         int rows = offset[next] - offset[e];
         activation_forward(act, hidden, rows, s->F[e], s->activation[e]);
         act += (size_t)rows * s->F[e];
@@ -1209,9 +1215,7 @@ void experts_activation_forward(real *act, const real *hidden, const int *offset
 void experts_activation_backward(real *dhidden, real *dweight, real *dact, const real *hidden, const real *weight,
                                  const int *choice, const int *offset, const Experts *s) {
     for (int e = 0, next; e < s->E; e = next) {
-        for (next = e + 1; next < s->E && s->F[next] == s->F[e] && s->activation[next] == s->activation[e];) {
-            next++;
-        }
+        next = next_kind(s, e);
         int rows = offset[next] - offset[e];
         activation_backward(dhidden, dweight, dact, hidden, weight, choice, rows, s->F[e], s->activation[e]);
         dact += (size_t)rows * s->F[e];
@@ -1280,8 +1284,8 @@ void moe_forward(Model *m, int l, real *out, const real *x, int N, int T) {
     r->aux = 0;
     m->router->forward(m, l, x);
 
-    // Some routers decline choices by chance. The other choices are counted, for the log and for
-    // the balance losses.
+    // Some routers decline choices by chance. Only those that remain are counted, for the log and
+    // for the balance losses.
     memcpy(r->served, r->expert, (size_t)N * r->K * sizeof(int));
     run_parts(m, l, x, DECLINE);
     if (train) {
@@ -1313,7 +1317,7 @@ void moe_forward(Model *m, int l, real *out, const real *x, int N, int T) {
     combine(out, answer, r->weight, r->row, N, r->K, C);
 }
 
-// Given dout (N,C): dx (N,C) += , and the weights' gradients += .
+// Given dout (N,C): adds to dx (N,C) and to the gradients of the layer's weights.
 void moe_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
     Route *r = &m->acts.layer[l].route;
@@ -1449,11 +1453,11 @@ real *layer_tensor(const Model *m, int l, const char *kind, int what) {
 #define IN_LAYER(name) #name, offsetof(LayerParams, name)
 #define IN_MODEL(name) #name, offsetof(Params, name)
 
-// The table of all weights. list has room for tensor_limit(c) rows.
-int tensor_limit(const Config *c) {
+int tensor_limit(const Config *c) { // more rows than any model's table has
     return 20 * c->layers + 20;
 }
 
+// Writes the table of all weights into list, which must hold tensor_limit(c) rows; returns their number.
 int model_tensors(const Config *c, Tensor *list) {
     int count = 0, C = c->dim, D = C / c->heads, narrow = C / c->subtokens;
     add_tensor(list, &count, -1, IN_MODEL(embed), 2, 1, c->vocab, C, INIT_NORMAL);
@@ -1462,7 +1466,7 @@ int model_tensors(const Config *c, Tensor *list) {
         for (int e = 0; e < E; e++) {
             rows += expert_hidden(c, e);
         }
-        int matrices = c->mixed ? 1 : E; // experts that differ stand one after the other in one matrix; F is their mean
+        int matrices = c->mixed ? 1 : E; // --mixed: w_in is one block after the other; c->ffn is the mean width
         add_tensor(list, &count, l, IN_LAYER(norm1), 1, 1, 1, C, INIT_ONE);
         add_tensor(list, &count, l, IN_LAYER(qkv), 2, 1, (c->heads + 2 * c->kv_heads) * D, C, INIT_NORMAL);
         add_tensor(list, &count, l, IN_LAYER(proj), 2, 1, C, C, INIT_RESIDUAL);
@@ -1636,9 +1640,9 @@ void attend_forward(Model *m, int l) {
     m->at_hand = l;
 }
 
-// Its way back. dx (N,C) comes in as the gradient by the layer's output, and dh2 (N,C) as that by
-// a->h2. With what the second norm adds, dx is the gradient by a->mid; with what the first one
-// adds, that by a->x. dh2 is overwritten.
+// The backward pass of attend_forward(). dx (N,C) comes in as the gradient by the layer's output,
+// and dh2 (N,C) as that by a->h2. With what the second norm adds, dx is the gradient by a->mid;
+// with what the first one adds, that by a->x. dh2 is overwritten.
 void attend_backward(Model *m, int l, real *dx, real *dh2) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
@@ -1674,7 +1678,7 @@ void feed_forward(Model *m, int l, real *out) {
     }
 }
 
-// Its way back: given dout (N,C), dh2 (N,C) is written.
+// The backward pass of feed_forward(): given dout (N,C), dh2 (N,C) is written.
 void feed_backward(Model *m, int l, real *dh2, const real *dout) {
     LayerActs *a = &m->acts.layer[l];
     memset(dh2, 0, (size_t)m->batch.B * m->batch.T * m->config.dim * sizeof(real));
@@ -1755,7 +1759,7 @@ double model_forward(Model *m, const Batch *batch) {
     return loss;
 }
 
-// Adds the other gradients of the last batch: of scale * (loss + balance losses).
+// Adds all gradients of the last batch but the head's: of batch.scale * (loss + balance losses).
 void model_backward(Model *m) {
     const Config *c = &m->config;
     Acts *a = &m->acts;
@@ -1932,7 +1936,7 @@ int train_moe(int argc, char **argv, const Backend *backend) {
 
         // A step's batch comes in --accum pieces, whose gradients add up.
         for (int micro = 0; micro < c->accum; micro++) {
-            Batch batch = next_batch(&run, micro); // its scale is 1 / --accum; several processes: each has its own sequences
+            Batch batch = next_batch(&run, micro); // each of several processes has its own sequences
             backend->forward(m, &batch);
             backend->backward(m);
         }

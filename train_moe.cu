@@ -687,11 +687,11 @@ __device__ void weights_of_row(float *weight, const float *p, const int *expert,
     int lane = threadIdx.x % 32;
     float sum = 0;
     for (int k = lane; k < K; k += 32) {
-        sum += expert[k] < 0 ? 0 : counted(p[expert[k]]);
+        sum += expert[k] < 0 ? 0 : at_least_tiny(p[expert[k]]);
     }
     sum = warp_sum(sum);
     for (int k = lane; k < K; k += 32) {
-        float w = expert[k] < 0 ? 0 : scale * counted(p[expert[k]]);
+        float w = expert[k] < 0 ? 0 : scale * at_least_tiny(p[expert[k]]);
         weight[k] = gate == RENORMALIZED && expert[k] >= 0 ? w / sum : w;
     }
     __syncwarp();
@@ -705,7 +705,7 @@ __device__ void weights_back_row(float *dp, const float *dweight, const float *w
 
     // Sums over the choices, for the quotient rule.
     for (int k = lane; k < K; k += 32) {
-        sum += expert[k] < 0 ? 0 : counted(p[expert[k]]);
+        sum += expert[k] < 0 ? 0 : at_least_tiny(p[expert[k]]);
         dot += dweight[k] * weight[k];
     }
     sum = warp_sum(sum);
@@ -713,7 +713,7 @@ __device__ void weights_back_row(float *dp, const float *dweight, const float *w
 
     for (int k = lane; k < K; k += 32) { // a token chooses an expert once, so no two lanes add to the same number
         float d = scale * dweight[k];
-        if (expert[k] >= 0 && !(p[expert[k]] < counted(p[expert[k]]))) {
+        if (expert[k] >= 0 && !(p[expert[k]] < at_least_tiny(p[expert[k]]))) {
             dp[expert[k]] += gate == RENORMALIZED ? (d - dot) / sum : d;
         }
     }
@@ -729,14 +729,14 @@ __device__ void balance_back_row(float *dp, const float *p, const double *slope,
     if (score == SIGMOID) {
         sum = 0;
         for (int e = lane; e < E; e += 32) {
-            dot += slope[e] * (double)counted(p[e]);
-            sum += (double)counted(p[e]);
+            dot += slope[e] * (double)at_least_tiny(p[e]);
+            sum += (double)at_least_tiny(p[e]);
         }
         dot = warp_sum(dot);
         sum = warp_sum(sum);
     }
     for (int e = lane; e < E; e += 32) {
-        dp[e] += p[e] < counted(p[e]) ? 0 : (float)(scale * (slope[e] - dot / sum) / sum);
+        dp[e] += p[e] < at_least_tiny(p[e]) ? 0 : (float)(scale * (slope[e] - dot / sum) / sum);
     }
     __syncwarp();
 }

@@ -30,7 +30,7 @@ typedef struct Field {
     const char *name;
     int rule;
     const char *what;              // FIELD_TAKEN: the option; else why another value is refused
-    const char *standard[CLASSES]; // FIELD_TAKEN: where a file lacks it; "": as it was; NULL: no field of this class
+    const char *if_missing[CLASSES]; // FIELD_TAKEN: its value where a file lacks it; "": as it was; NULL: no field of this class
 } Field;
 
 const Field config_fields[] = {
@@ -216,7 +216,7 @@ void check_rope_fields(const ConfigReader *r, const char *name) {
 const char *field_text(const ConfigReader *r, const Config *c, const Field *f, char number[64]) {
     int is_theta = !strcmp(f->name, "rope_theta"), is_tied = !strcmp(f->name, "tie_word_embeddings");
     const Json *raw = json_get(r->json, f->name), *m = is_theta ? rope_member(r->json, f->name) : raw;
-    const char *text = r->kind < 0 ? "" : f->standard[r->kind];
+    const char *text = r->kind < 0 ? "" : f->if_missing[r->kind];
     int heads = !strcmp(f->name, "num_key_value_heads");
     if (!text) {
         return NULL;
@@ -225,8 +225,9 @@ const char *field_text(const ConfigReader *r, const Config *c, const Field *f, c
         if (is_tied ? m->type != 't' && m->type != 'f' : m->type != 'n') {
             refuse_field(r, f->name, m, is_tied ? "expected true or false" : "expected a number");
         }
-        text = m->type == 't' ? "0" : "1"; // of tie_word_embeddings, whose option says the contrary
-        if (!is_tied) {
+        if (is_tied) {
+            text = m->type == 't' ? "0" : "1"; // the option --untied says the contrary
+        } else {
             int is_seq = !strcmp(f->name, "max_position_embeddings");
             text = number_text(is_seq ? fmin(m->number, 1 << 20) : m->number, number);
         }
@@ -336,7 +337,7 @@ void check_rules(ConfigReader *r) {
         if (m->type == '0') {
             continue;
         }
-        if (!f || (f->rule == FIELD_TAKEN && r->kind >= 0 && !f->standard[r->kind])) {
+        if (!f || (f->rule == FIELD_TAKEN && r->kind >= 0 && !f->if_missing[r->kind])) {
             list_word(r->unknown, sizeof(r->unknown), "%s", m->key);
             continue;
         }
@@ -402,13 +403,13 @@ int config_from_hugging_face(Config *c, const Json *json, const char *type, cons
     }
     int window = read_window(&r, c);
     if (r.changed[0]) {
-        remark("%s: changed since this program wrote it: %s; this is what counts", path, r.changed);
+        remark("%s: changed since this program wrote it: %s; the changed values are used", path, r.changed);
     }
     if (r.unknown[0]) {
-        remark("%s: not known here, and passed over: %s", path, r.unknown);
+        remark("%s: these fields are unknown, and ignored: %s", path, r.unknown);
     }
     if (r.training[0]) {
-        remark("%s: acts in training only, and not at all here: %s", path, r.training);
+        remark("%s: these fields act in training only, and this program has nothing like them: %s", path, r.training);
     }
     return window;
 }

@@ -1,8 +1,8 @@
 // The data loader: token files as batches of windows.
-// Gives: data_open, data_unchanged, data_batch, data_window, data_frequency, data_close.
+// Gives: data_open, refuse_changed_data, data_batch, data_window, data_frequency, data_close.
 // Needs: dev/util.h, data/token_file.h, data/roles.h, data/checksum.h.
 // Token files (data/token_file.h) are mapped, so they may be larger than memory. When a file is opened,
-// it is read once, to check its tokens. It may not change later, and data_unchanged() looks whether it
+// it is read once, to check its tokens. It may not change later, and refuse_changed_data() looks whether it
 // did.
 //
 // A file is cut into windows of T tokens; the token behind a window is its last target. An epoch
@@ -187,7 +187,7 @@ void shard_open(Shard *s, const char *path, int T, int vocab, int check) {
 }
 
 // The names, in order, of all files of `dir` that end in .bin and are for `kind` ("train" or "val"), to
-// be freed like the list itself; *count is their number. No such file ends the program with a message.
+// be freed like the list itself; *count is their number. If there is no such file, the program ends with a message.
 char **list_shards(const char *dir, const char *kind, int *count) {
     DIR *folder = open_folder(dir);
     int wanted = strcmp(kind, "train") == 0 ? TRAINING : VALIDATION;
@@ -204,7 +204,7 @@ char **list_shards(const char *dir, const char *kind, int *count) {
             names[*count] = copy_text(name);
             *count += 1;
         } else if (is_bin_name(name) && !role) {
-            snprintf(other, sizeof(other), "%s, for one, says neither; ", name);
+            snprintf(other, sizeof(other), "%s, for example, says neither; ", name);
         }
     }
     closedir(folder);
@@ -315,7 +315,7 @@ Data *data_open(const char *dir, const char *kind, int T, int vocab, uint64_t se
 
 // Ends the program where an open file has changed: its map may have other tokens now, and zeros behind
 // a new end within the last page. A file that was removed does no harm, since its map stays.
-void data_unchanged(void) {
+void refuse_changed_data(void) {
     for (const Data *d = data_list; d; d = d->next) {
         for (int i = 0; i < d->shard_count; i++) {
             const Shard *s = &d->shards[i];
@@ -418,7 +418,7 @@ void data_batch(Data *d, long first, int B, int *inputs, int *targets) {
     for (int b = 0; b < B; b++) {
         long epoch = (first + b) / d->windows;
         if (epoch != d->epoch) {
-            data_unchanged();
+            refuse_changed_data();
             shuffle_windows(d, epoch);
         }
 

@@ -118,7 +118,8 @@ static size_t move_back(const char *from, const char *to, const Names *names, si
     return count;
 }
 
-// What could not be moved is moved back. Either all is as it was, or the message says where everything is.
+// Not all files could be moved, so those that were moved are moved back. After that, either everything is as
+// it was, or the message says where each file is.
 __attribute__((noreturn)) static void undo_replacing(const char *out, const char *aside, const Names *old,
                                                      size_t gone, const Names *fresh, size_t came) {
     int error = errno;

@@ -96,7 +96,7 @@ FILE *start_safetensors(const char *dir, const char *name, const Part *parts, in
     for (int i = 0; i < count; i++) {
         bytes += (size_t)copies * part_size(&parts[i]) * sizeof(real);
     }
-    begin_sums(sums, name, bytes, header, size);
+    begin_checksums(sums, name, bytes, header, size);
     fwrite(&length, 8, 1, file);
     fwrite(header, 1, size, file);
     free(header);
@@ -153,7 +153,7 @@ void safetensors_open(Safetensors *s, const char *path, int compared) {
              s->size);
     }
     s->header = json_parse(s->map + 8, (size_t)length, path);
-    s->sums = compared ? open_sums(path, s->size, s->map + 8, (size_t)length) : NULL;
+    s->sums = compared ? open_checksums(path, s->size, s->map + 8, (size_t)length) : NULL;
     s->data = s->map + 8 + length;
     s->data_size = s->size - 8 - (size_t)length;
 }
@@ -161,7 +161,7 @@ void safetensors_open(Safetensors *s, const char *path, int compared) {
 void safetensors_close(Safetensors *s) {
     munmap((void *)s->map, s->size);
     json_free(s->header);
-    close_sums(s->sums);
+    close_checksums(s->sums);
 }
 
 // The types of numbers that model files use.

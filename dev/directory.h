@@ -52,7 +52,7 @@ int is_whole(const char *dir, int moments) {
     return 1;
 }
 
-// Where out/latest leads to, a link or a text file: the folder itself, since `latest` may be turned while that is read.
+// Where out/latest leads to, a link or a text file: the folder itself, since `latest` may point elsewhere a moment later.
 // Returns 0 where it leads nowhere, and then path is out/latest.
 int find_latest(const char *out, char path[4096]) {
     char name[256] = "";
@@ -146,7 +146,7 @@ const char *model_directory(const char *name) {
              name, name);
     }
     if (!found) {
-        fail("%s/config.json: there is no such folder; give that of a checkpoint, of a run, or of a Hugging Face model",
+        fail("%s: there is no such folder; --init takes the folder of a checkpoint, of a run, or of a Hugging Face model",
              name);
     }
     if (!S_ISDIR(info.st_mode)) {
@@ -192,7 +192,7 @@ int has_links(const char *out) {
     struct stat info;
     snprintf(path, sizeof(path), "%s/latest", out);
     if (lstat(path, &info) == 0 && S_ISDIR(info.st_mode)) {
-        fail("%s: it is a folder, where a link to the newest checkpoint has to be; call it checkpoint-STEP", path);
+        fail("%s: it is a folder, but must be a link to the newest checkpoint; rename the folder to checkpoint-STEP, with its step", path);
     }
     strcat(path, ".new");
     unlink(path);

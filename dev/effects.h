@@ -5,7 +5,7 @@
 // What an option needs is one row of a table: its name, a function that says whether it can have an effect with a
 // configuration, and the option that would give it one. Below are the rows of the lesson's options; those of a router's
 // options stand in its file. Only what the command line gave is looked at: a recipe or a checkpoint may say more than
-// is used. A value that would be there anyway is never refused, nor is a default, which turns most options off.
+// is used. An option is not refused where its value would be the same without the command line, or is its default.
 #pragma once
 
 typedef struct Effect {
@@ -14,7 +14,7 @@ typedef struct Effect {
     const char *needs;
 } Effect;
 
-// ---- words that are none
+// ---- misspelt options and recipes
 
 // How many letters must be inserted, removed or replaced to make b of a.
 int edit_distance(const char *a, const char *b) {

@@ -4,7 +4,7 @@
 
 // ---- validation
 //
-// An evaluation is a number of tokens, and its figure does not depend on how the training is divided: the model reads
+// An evaluation reads a fixed number of tokens, and its figure does not depend on how the training is divided: the model reads
 // one window after the other, each as a batch of its own. So no router and no capacity sees more than one window, the
 // kernels always work on the same shapes, and the losses are added in the order of the windows. What several processes
 // add in another order differs in digits that are not printed.
@@ -137,7 +137,7 @@ const char *error_text(double error, char text[32]) {
 void report_evaluation(Run *run) {
     char changed[48] = "", errors[80] = "", loss_error[32], bpb_error[32];
     int last = run->step == run->config.steps;
-    data_unchanged();
+    refuse_changed_data();
     double fluctuation = routing_fluctuation(run, last);
     Evaluation e = evaluate(run, evaluation_windows(run, last));
     error_text(e.loss_error, loss_error);
@@ -214,7 +214,7 @@ void tell_story(Run *run) {
     fprintf(run->log, "{\"type\":\"sample\",\"step\":%d,\"text\":", run->step);
     json_write_string(run->log, story, size);
     fprintf(run->log, "}\n");
-    check_log(run);
+    flush_log(run);
     printf("\n");
     print_text(story, (int)size, 0);
     printf("\n\n");

@@ -52,7 +52,7 @@ void check_read(const char *path, const char *prefix, const Part *p, const real 
     if (p->rows) {
         snprintf(row, sizeof(row), "%zu,", i / (size_t)p->cols);
     }
-    fail("%s: damaged: number [%s%zu] of %s%s is %g, and all numbers must be finite; of a run, "
+    fail("%s: damaged: number [%s%zu] of %s%s is %g, and all numbers must be finite. If it is a checkpoint of a run: "
          OLDER_CHECKPOINT, path, row, i % (size_t)p->cols, prefix, p->name, shown((double)x[i]));
 }
 
@@ -229,9 +229,9 @@ void name_largest_weight(Run *run, char *text, size_t size) {
     double largest = 0;
     real *numbers = allocate_tensor(m);
     for (int i = 0; i < m->tensor_count; i++) {
-        size_t size = ranks.rank ? m->tensors[i].size : m->tensors[i].whole;
+        size_t count = ranks.rank ? m->tensors[i].size : m->tensors[i].whole;
         run->backend->read(run->model, WEIGHTS, i, numbers);
-        for (size_t j = 0; j < size && strcmp(m->tensors[i].kind, "table"); j++) {
+        for (size_t j = 0; j < count && strcmp(m->tensors[i].kind, "table"); j++) {
             if (fabs((double)numbers[j]) > largest) {
                 largest = fabs((double)numbers[j]);
                 where = &m->tensors[i];
@@ -262,8 +262,9 @@ void explain(Run *run, Find (*activations)(Run *run), int gradients, char *text,
     }
     find = first_of_all(&gradient);
     if (find.order) {
-        snprintf(text, size, "The first gradient that is not, from the last layer to the first: %s; %s%s; %s",
-                 find.text, weights, run->backend == &cpu_backend ? ", and all activations are" : "", hint);
+        snprintf(text, size, "Searching the gradients from the last layer to the first, the first one that is not finite: "
+                 "%s; %s%s; %s",
+                 find.text, weights, run->backend == &cpu_backend ? ", and so are all activations" : "", hint);
         return;
     }
     snprintf(text, size, "%c%s; %s", toupper(weights[0]), weights + 1, hint);

@@ -25,7 +25,8 @@ void write_finite(FILE *to, const char *text, size_t size) {
     }
 }
 
-void check_log(Run *run) { // and sends it on its way
+// Writes the lines that are new to log.jsonl, and ends the program if that fails.
+void flush_log(Run *run) {
     if (ftell(run->log) == 0) { // nothing is new, and not every C library says so by log_size
         return;
     }
@@ -38,7 +39,7 @@ void check_log(Run *run) { // and sends it on its way
 }
 
 void close_log(Run *run) {
-    check_log(run);
+    flush_log(run);
     fclose(run->log);
     fclose(run->log_file);
     free(run->log_text);
@@ -52,7 +53,7 @@ __attribute__((format(printf, 3, 4))) void log_line(Run *run, const char *type, 
     vfprintf(run->log, format, args);
     va_end(args);
     fprintf(run->log, "}\n");
-    check_log(run);
+    flush_log(run);
 }
 
 // The last layer that has experts; -1: none has.
@@ -99,7 +100,7 @@ void log_router(Run *run) {
                 top, s->entropy / s->tokens, s->dropped / fmax(s->active, 1), s->active / s->tokens, dead);
     }
     free(share);
-    check_log(run);
+    flush_log(run);
 }
 
 // A line on the terminal, once for each layer, where an expert has had no token for IDLE_STEPS steps, or where the load
@@ -136,7 +137,7 @@ void warn_of_routing(Run *run) {
 
 // ---- a step
 
-// What share of the possible a training of so many operations per second is.
+// Says as text which share of the peak `rate` operations per second are.
 void describe_share(const Run *run, double rate, char text[96]) {
     if (run->sheet > 0) {
         snprintf(text, 96, "%.0f%% of the data sheet's peak, %.0f%% of the measured one", 100 * rate / run->sheet,
@@ -151,10 +152,13 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
     const Config *c = &run->config;
     char time_left[32], bars[256] = "";
     long rest = (long)fmin(left, 1e9);
-    snprintf(time_left, sizeof(time_left), rest >= 3600 ? "%ld:%02ld:%02ld" : "%.0ld%ld:%02ld", rest / 3600,
-             rest / 60 % 60, rest % 60);
+    if (rest >= 3600) {
+        snprintf(time_left, sizeof(time_left), "%ld:%02ld:%02ld", rest / 3600, rest / 60 % 60, rest % 60);
+    } else {
+        snprintf(time_left, sizeof(time_left), "%ld:%02ld", rest / 60, rest % 60);
+    }
 
-    // The last layer's load, as bars: full height is twice the fair share.
+    // The last layer's load, as bars: full height is nearly twice the fair share.
     int l = last_moe_layer(c);
     if (l >= 0) {
         double *share = (double *)allocate(c->experts, sizeof(double));
@@ -184,7 +188,7 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
 }
 
 // For the log: what a step's time went into, the mean of all processes; and the bytes that all of them sent in a step.
-// Then begins anew.
+// Then the counters are set to 0.
 void describe_traffic(int steps, double ms, char text[256]) {
     Traffic *t = &ranks.traffic, none = {0, 0, 0};
     double all[3] = {t->waited * 1000 / ranks.size, t->sent, t->reduced};
@@ -262,8 +266,8 @@ double recompute_flops(const Model *m) {
     return again;
 }
 
-// Where the memory goes, and what --recompute does about it: of all layers' activations that it need not keep, it keeps
-// one layer's.
+// Where the memory goes, and what --recompute does about it: with it, one layer's activations stay in memory instead of
+// all layers'.
 void print_memory(Run *run) {
     static const char *const names[] = {"weights", "gradients", "moments", "activations", "buffers"};
     const Config *c = &run->config;
@@ -345,7 +349,7 @@ void announce(Run *run) {
     fprintf(run->log, "\"device\":");
     json_write_string(run->log, device, strlen(device));
     fprintf(run->log, "}\n");
-    check_log(run);
+    flush_log(run);
     if (run->step) {
         printf("going on after step %d\n", run->step);
     }

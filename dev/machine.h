@@ -14,8 +14,9 @@
 #define OLD_INSTRUCTIONS
 #endif
 
-// Says which program must be built anew, and ends: a sentence in three literals. Nothing is allocated.
-OLD_INSTRUCTIONS __attribute__((noreturn)) void end_here(const char *first, const char *second, const char *third) {
+// Writes one message in three parts, and ends the program. It allocates nothing, since it may run before main or where
+// a signal came.
+OLD_INSTRUCTIONS __attribute__((noreturn)) void exit_with_message(const char *first, const char *second, const char *third) {
     const char *const parts[] = {first, second, third};
     for (int i = 0; i < 3; i++) {
         size_t size = 0;
@@ -30,13 +31,13 @@ OLD_INSTRUCTIONS __attribute__((noreturn)) void end_here(const char *first, cons
 }
 
 OLD_INSTRUCTIONS __attribute__((noreturn)) void end_on_other_processor(const char *instructions) {
-    end_here(PROGRAM ": built for a processor that has ", instructions,
+    exit_with_message(PROGRAM ": built for a processor that has ", instructions,
              ", and this one does not: run make clean " PROGRAM " here\n");
 }
 
 OLD_INSTRUCTIONS void on_illegal_instruction(int number) {
     (void)number;
-    end_here(PROGRAM ": an illegal instruction: ", "perhaps it was built for another processor; ",
+    exit_with_message(PROGRAM ": an illegal instruction: ", "perhaps it was built for another processor; ",
              "run make clean " PROGRAM " here\n");
 }
 
@@ -120,7 +121,7 @@ int job_processors(void) {
     return machine.processes > 1 ? (int)sysconf(_SC_NPROCESSORS_ONLN) : processor_count();
 }
 
-// The first numbers of a file; returns how many were read. It begins with "max" where there is no limit.
+// The first numbers of a file; returns how many were read. The file begins with "max" where there is no limit.
 int read_two(const char *folder, const char *name, double *first, double *second) {
     char path[4200];
     snprintf(path, sizeof(path), "%s/%s", folder, name);

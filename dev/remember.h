@@ -1,5 +1,6 @@
-// What a run remembers of its routers beyond a checkpoint: how long each expert has had no token, its recent load, and
-// what a warning was printed of. So a run that goes on warns of the same experts as one that was never stopped.
+// What a checkpoint keeps of the routers besides their weights: how long each expert has had no token, its recent
+// load, and what a warning was printed of. So a run that goes on warns of the same experts as one that was never
+// stopped.
 // Gives: write_router_state, read_router_state. Needs: Run of dev/run.h, which includes it; dev/statistics.h.
 #pragma once
 

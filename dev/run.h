@@ -13,7 +13,7 @@ typedef struct Run {
     Data *train, *val;
     int *inputs, *targets; // (B,T)
     char out[2048];        // the run directory
-    FILE *log;             // lines for the log, in memory: check_log() writes them to the file
+    FILE *log;             // lines for the log, in memory: flush_log() writes them to the file
     char *log_text;
     size_t log_size;
     FILE *log_file, *trace;
@@ -412,7 +412,7 @@ void answer_prompt(Run *run, const Config *asked) {
     if (!strcmp(prompt, "-")) {
         prompt = text = read_stream(stdin, "standard input", &size);
     }
-    while (size && (prompt[size - 1] == '\n' || prompt[size - 1] == '\r')) { // however it came
+    while (size && (prompt[size - 1] == '\n' || prompt[size - 1] == '\r')) { // as an editor or a shell leaves them there
         size--;
     }
     fwrite(prompt, 1, size, stdout);
@@ -487,7 +487,7 @@ int asked_to_stop(const Run *run) {
     return run->stop || (ranks.size == 1 && stop_asked);
 }
 
-// What came between two steps, evaluation, stories and saving, is not counted in the steps' time and messages.
+// The time and the messages between two steps (evaluation, stories, saving) are not counted as the steps'.
 void begin_step(Run *run) {
     run->timed += seconds() - run->paused;
     ranks.traffic = run->traffic;

@@ -35,11 +35,11 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
                  run->train->fingerprint);
     write_text(dir, "trainer_state.json", text, (size_t)n);
     write_router_state(run, dir);
-    sum_small_files(sums, dir);
+    write_small_checksums(sums, dir);
 }
 
-// Turns `latest` to the checkpoint of this name: a link, or a text file where the file system has no links.
-void turn_latest(const Run *run, const char *name) {
+// Points `latest` to the checkpoint of this name: a link, or a text file where the file system has no links.
+void point_latest(const Run *run, const char *name) {
     char latest[4200], next[4200];
     snprintf(latest, sizeof(latest), "%s/latest", run->out);
     snprintf(next, sizeof(next), "%s/latest.new", run->out);
@@ -54,35 +54,37 @@ void turn_latest(const Run *run, const char *name) {
     if (rename(next, latest) != 0) {
         int error = errno;
         unlink(next);
-        fail("%s: cannot turn it to %s: %s", latest, name, strerror(error));
+        fail("%s: cannot point it to %s: %s", latest, name, strerror(error));
     }
     sync_directory(run->out);
 }
 
-// Takes its name from a checkpoint that is to go, so that half of it never bears that name. Returns 0 where it keeps it.
+// Renames a checkpoint before it is removed, so that a half-removed folder never has a checkpoint's name. Returns 0 if it
+// could not be renamed.
 int set_aside(const Run *run, const char *path, char aside[4200]) {
     snprintf(aside, 4200, "%s/removed-checkpoint", run->out);
     remove_tree(aside); // of a run that was killed
     return rename(path, aside) == 0;
 }
 
-// Gives the finished folder `dir` its name and turns `latest` to it. One that has that name already goes afterwards.
+// Gives the finished folder `dir` its name and points `latest` to it. If a folder has that name already, it is removed
+// afterwards.
 void publish_checkpoint(const Run *run, const char *dir, const char *name) {
     char final[4200], aside[4200];
     sync_directory(dir);
     snprintf(final, sizeof(final), "%s/%s", run->out, name);
-    int again = set_aside(run, final, aside);
+    int replaced = set_aside(run, final, aside);
     if (rename(dir, final) != 0) {
         int error = errno;
-        if (again) {
+        if (replaced) {
             rename(aside, final);
         }
         fail("%s: cannot rename to %s: %s", dir, final, strerror(error));
     }
     unfinished_path[0] = 0;
     sync_directory(run->out);
-    turn_latest(run, name);
-    if (again) {
+    point_latest(run, name);
+    if (replaced) {
         clear_away(aside);
     }
 }
@@ -106,6 +108,16 @@ void remove_old_checkpoints(const Run *run) {
     }
 }
 
+// Ends the program where a weight is not finite.
+void refuse_to_save(const Run *run, int what, int tensor, const real *numbers) {
+    const Tensor *t = &run->model->tensors[tensor];
+    size_t i = what == WEIGHTS ? first_not_finite(numbers, t->whole) : t->whole;
+    if (i < t->whole) {
+        fail("step %d: a weight of %s is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
+             t->name, shown((double)numbers[i]), run->out);
+    }
+}
+
 // One file of a checkpoint: all tensors of each of the arrays that `what` lists, under the prefix of that array. The
 // first of several processes writes what all have, and never has more than one whole tensor besides its own part. The
 // checksums of the tensors go to `sums`.
@@ -115,29 +127,25 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
     Part *parts = model_parts(m, &count);
     const char *dir = unfinished_path;
     FILE *file = ranks.rank ? NULL : start_safetensors(dir, name, parts, count, prefix, arrays, sums);
-    const Part *p = parts;
     real *tensor = allocate_tensor(m);
-    for (int i = 0; i < arrays * m->tensor_count; i++) {
-        int array = what[i / m->tensor_count];
-        size_t size = m->tensors[i % m->tensor_count].whole;
-        run->backend->read(m, array, i % m->tensor_count, tensor);
-        for (size_t j = 0; file && array == WEIGHTS && j < size; j++) {
-            if (!isfinite(tensor[j])) {
-                fail("step %d: a weight of %s is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
-                     m->tensors[i % m->tensor_count].name, shown((double)tensor[j]), run->out);
+    for (int a = 0; a < arrays; a++) {
+        const Part *p = parts;
+        for (int i = 0; i < m->tensor_count; i++) {
+            size_t size = m->tensors[i].whole;
+            run->backend->read(m, what[a], i, tensor); // all processes; the first one writes
+            if (!file) {
+                continue;
             }
-        }
-        if (file) {
+            refuse_to_save(run, what[a], i, tensor);
             write_numbers(file, dir, name, tensor, size);
-        }
-        p = i % m->tensor_count ? p : parts;
-        for (; file && p < parts + count && p->tensor == i % m->tensor_count; p++) {
-            sum_tensor(sums, i == 0 && p == parts, prefix[i / m->tensor_count], p->name, tensor + p->offset,
-                       part_size(p) * sizeof(real));
+            for (; p < parts + count && p->tensor == i; p++) {
+                write_tensor_checksum(sums, a == 0 && p == parts, prefix[a], p->name, tensor + p->offset,
+                                      part_size(p) * sizeof(real));
+            }
         }
     }
     if (file) {
-        end_sums(sums);
+        end_checksums(sums);
         close_written(file, dir, name);
     }
     free(tensor);
@@ -149,7 +157,7 @@ void save_checkpoint(Run *run) {
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
     char name[64], *list = NULL;
     size_t size = 0;
-    data_unchanged();                       // nothing that was learned from other tokens is saved
+    refuse_changed_data();                       // nothing that was learned from other tokens is saved
     FILE *sums = open_memory(&list, &size); // checksums.json
     snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     if (first) {

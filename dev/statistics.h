@@ -14,7 +14,7 @@ typedef struct Statistics { // of one layer, in training, since the step began
 } Statistics;
 
 void *own(Model *m, size_t count, size_t size);
-BOTH real counted(real p);
+BOTH real at_least_tiny(real p);
 
 void allocate_statistics(Model *m, int l) {
     Statistics *s = &m->stats[l];
@@ -54,10 +54,10 @@ void count_routing(Statistics *s, const Route *r, int score) {
             const real *p = r->p + (size_t)row * E;
             double sum = 0;
             for (int e = 0; e < E && score == SIGMOID; e++) {
-                sum += (double)counted(p[e]);
+                sum += (double)at_least_tiny(p[e]);
             }
             for (int e = 0; e < E; e++) {
-                double share = score == SIGMOID ? (double)counted(p[e]) / sum : (double)p[e];
+                double share = score == SIGMOID ? (double)at_least_tiny(p[e]) / sum : (double)p[e];
                 part[chunk] -= share > 0 ? share * log(share) : 0;
             }
         }

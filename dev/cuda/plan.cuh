@@ -22,11 +22,11 @@ __device__ void sums_of_chunk(const Routing &q, int chunk, int first, int end) {
         const float *p = r.p + (size_t)row * E;
         float all = 0, sum = 0;
         for (int e = lane; q.score == SIGMOID && e < E; e += 32) {
-            all += counted(p[e]);
+            all += at_least_tiny(p[e]);
         }
         all = q.score == SIGMOID ? warp_sum(all) : 1;
         for (int e = lane; e < E; e += 32) {
-            float share = q.score == SIGMOID ? counted(p[e]) / all : p[e];
+            float share = q.score == SIGMOID ? at_least_tiny(p[e]) / all : p[e];
             sum -= share > 0 ? share * logf(share) : 0;
         }
         entropy += (double)warp_sum(sum) / per;
@@ -50,7 +50,7 @@ __device__ void sums_of_chunk(const Routing &q, int chunk, int first, int end) {
         }
         for (int n = first; n < end && per == 1; n++) {
             float own = r.p[(size_t)n * E + e];
-            p += q.score == SIGMOID ? counted(own) / row_sum[n - first] : own;
+            p += q.score == SIGMOID ? at_least_tiny(own) / row_sum[n - first] : own;
         }
         q.s.count[(size_t)e * q.chunks + chunk] = count;
         if (per == 1) {

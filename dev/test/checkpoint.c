@@ -203,9 +203,9 @@ void test_foreign_fields(void **state) {
     };
     check_fields_of("mixtral-foreign", cases, COUNT(cases));
     make_case("mixtral-foreign", "case", ADD("\"attention_dropout\": 0.1"));
-    expect(start_from("case", ""), 0, "acts in training only, and not at all here: attention_dropout");
+    expect(start_from("case", ""), 0, "these fields act in training only, and this program has nothing like them: attention_dropout");
     make_case("mixtral-foreign", "case", ADD("\"some_new_thing\": 7, \"another\": null"));
-    expect(start_from("case", ""), 0, "not known here, and passed over: some_new_thing\n");
+    expect(start_from("case", ""), 0, "these fields are unknown, and ignored: some_new_thing\n");
 
     // The options of the command line do not slip into what the file does not say.
     expect(start_from("mixtral-foreign", "--score sigmoid"), 2, "--score sigmoid");
@@ -418,7 +418,7 @@ void test_foreign_shards(void **state) {
     FILE *file = fopen(path, "r+b");
     assert_true(file && fseek(file, at, SEEK_SET) == 0 && fwrite(&none, 4, 1, file) == 1 && fclose(file) == 0);
     expect(start_from("both", ""), 1, "/1.safetensors: damaged: number [0] of model.layers.0.input_layernorm.weight is nan");
-    expect(1, 1, "of a run, remove that checkpoint's folder");
+    expect(1, 1, "If it is a checkpoint of a run: remove that checkpoint's folder");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -473,7 +473,7 @@ void test_init_folders(void **state) {
     check_leaks(0);
     make_base("mixtral", "");
     assert_true(loss_from("mixtral-run") == loss_from("mixtral"));
-    expect(start_from("/nowhere/model", ""), 1, "/nowhere/model/config.json: there is no such folder");
+    expect(start_from("/nowhere/model", ""), 1, "/nowhere/model: there is no such folder");
     make_case("mixtral-run/latest", "case", ":"); // as it was written
     assert_true(loss_from("case") == loss_from("mixtral"));
     expect(start_from("mixtral/model.safetensors", ""), 1, "a file; give the folder");

@@ -1316,7 +1316,7 @@ void test_gpu_what_was_first(void **state) {
         "step 9: the loss is nan, the balance losses 0 and the gradient's norm 0; training stops here, and the last checkpoint in "
         "runs/case is as it was. The weight layer1.qkv[2,5] is -inf (1 of 2048 there are not finite): an earlier step's update ",
         "step 9: the loss is 5, the balance losses 0 and the gradient's norm inf; training stops here, and the last checkpoint in "
-        "runs/case is as it was. The first gradient that is not, from the last layer to the first: layer1.w_out[0,4,5] is -inf (1 of "
+        "runs/case is as it was. Searching the gradients from the last layer to the first, the first one that is not finite: layer1.w_out[0,4,5] is -inf (1 of "
         "2048 there are not finite); all weights are finite (the largest, in layer0.norm1, is 1); a lower --lr"};
     for (int what = WEIGHTS; what <= GRADS; what++) {
         char message[8192];

@@ -306,7 +306,7 @@ void test_no_links(void **state) {
 
     // A copied folder in place of the link is found before the first step.
     shell(said, sizeof(said), "cd %s && cp -rL latest copied && rm latest && mv copied latest", scratch_file("unlinked"));
-    expect(run_tiny("unlinked", "--steps 9 --resume"), 1, "latest: it is a folder, where a link to the newest checkpoint has to be");
+    expect(run_tiny("unlinked", "--steps 9 --resume"), 1, "latest: it is a folder, but must be a link to the newest checkpoint");
     snprintf(options, sizeof(options), "--init %s --steps 1", scratch_file("unlinked/latest"));
     expect(run_tiny("from-copy", options), 0, "What next");
 }

@@ -349,7 +349,7 @@ void change_data(void *arg) {
     Data *d = data_open(scratch_file("new"), "train", 10, 65536, 1);
     data_open(scratch_file("new"), "val", 10, 65536, 1);
     data_batch(d, 0, 1, inputs, targets);
-    data_unchanged();
+    refuse_changed_data();
     if (what == 's')
         assert_int_equal(truncate(scratch_file("new/train_1.bin"), 4200), 0);
     if (what == 'l')
@@ -366,7 +366,7 @@ void change_data(void *arg) {
         data_batch(d, d->windows, 1, inputs, targets);
         fprintf(stderr, "not noticed");
     } else {
-        data_unchanged();
+        refuse_changed_data();
     }
 }
 

@@ -692,7 +692,7 @@ void test_bad_options(void **state) {
         {NULL, "--batch 1048576 --seq 2999", 2, "--batch"},
         {NULL, "--data /nowhere", 1, "/nowhere: cannot open the data folder: No such file"},
         {NULL, "--tokenizer /nowhere/tokenizer.json", 1, "/nowhere/tokenizer.json"},
-        {NULL, "--init /nowhere", 1, "/nowhere/config.json"},
+        {NULL, "--init /nowhere", 1, "/nowhere: there is no such folder"},
         {NULL, "--seq 4000", 1, "too short: the longest train file has 3000 tokens, but a window takes 4001"},
         {NULL, "--prompt hello", 1, "no checkpoint"},
     };
