@@ -30,7 +30,7 @@ typedef struct Field {
     const char *name;
     int rule;
     const char *what;              // FIELD_TAKEN: the option; else why another value is refused
-    const char *if_missing[CLASSES]; // FIELD_TAKEN: its value where a file lacks it; "": as it was; NULL: no field of this class
+    const char *if_missing[CLASSES]; // FIELD_TAKEN: its value where a file lacks it; "": as it was; NULL: not of this class
 } Field;
 
 const Field config_fields[] = {

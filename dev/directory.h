@@ -192,7 +192,9 @@ int has_links(const char *out) {
     struct stat info;
     snprintf(path, sizeof(path), "%s/latest", out);
     if (lstat(path, &info) == 0 && S_ISDIR(info.st_mode)) {
-        fail("%s: it is a folder, but must be a link to the newest checkpoint; rename the folder to checkpoint-STEP, with its step", path);
+        fail("%s: it is a folder, but must be a link to the newest checkpoint; rename the folder to checkpoint-STEP, with "
+             "its step",
+             path);
     }
     strcat(path, ".new");
     unlink(path);

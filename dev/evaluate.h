@@ -4,10 +4,10 @@
 
 // ---- validation
 //
-// An evaluation reads a fixed number of tokens, and its figure does not depend on how the training is divided: the model reads
-// one window after the other, each as a batch of its own. So no router and no capacity sees more than one window, the
-// kernels always work on the same shapes, and the losses are added in the order of the windows. What several processes
-// add in another order differs in digits that are not printed.
+// An evaluation reads a fixed number of tokens, and its figure does not depend on how the training is divided: the
+// model reads one window after the other, each as a batch of its own. So no router and no capacity sees more than one
+// window, the kernels always work on the same shapes, and the losses are added in the order of the windows. What
+// several processes add in another order differs in digits that are not printed.
 
 typedef struct Evaluation {
     long windows;       // read

@@ -16,7 +16,8 @@
 
 // Writes one message in three parts, and ends the program. It allocates nothing, since it may run before main or where
 // a signal came.
-OLD_INSTRUCTIONS __attribute__((noreturn)) void exit_with_message(const char *first, const char *second, const char *third) {
+OLD_INSTRUCTIONS __attribute__((noreturn)) void exit_with_message(const char *first, const char *second,
+                                                                  const char *third) {
     const char *const parts[] = {first, second, third};
     for (int i = 0; i < 3; i++) {
         size_t size = 0;
