@@ -25,6 +25,7 @@ typedef struct Run {
     double peak;           // operations per second, measured
     double sheet;          // the same by the data sheet; 0: unknown
     double flops;          // of a token
+    double val_before;     // fingerprint of the validation tokens of a run that goes on; 0: unknown
     double before;         // bytes of memory that the process held before it had data and a model
     unsigned char *warned; // (L) what a warning was printed of: 1 a dead expert, 2 an uneven load
     uint64_t *probe;       // (windows, L, tokens) the sets of experts that a few windows had at the last evaluation
@@ -220,8 +221,8 @@ void share_batch(Config *c, const Config *asked, const char *checkpoint) {
         c->batch = asked->batch;
         c->accum = asked->given[find_option("accum")] ? asked->accum : (int)(all / c->batch / ranks.size);
         if ((long)c->batch * c->accum * ranks.size != all) {
-            usage_fail("%s: a step there has %ld sequences, and cannot have --batch %d times --accum %d on %d ranks",
-                       checkpoint, all, c->batch, c->accum, ranks.size);
+            usage_fail("%s: a step there has %ld sequences, which must be --batch times --accum times %d rank%s", checkpoint,
+                       all, ranks.size, ranks.size > 1 ? "s" : "");
         }
     } else if (c->batch % ranks.size) {
         usage_fail("%s: a micro-step there has %d sequences, which %d ranks cannot share evenly; --batch makes other "
@@ -256,6 +257,8 @@ int resume_run(Run *run, const Config *asked, const char *checkpoint) {
         printf("%s is finished: %d steps of %d. To go on, give more --steps\n", run->out, run->step, c->steps);
     } else {
         double fingerprint = expect_member(state, "data_fingerprint", 'n', path)->number;
+        const Json *val = json_get(state, "val_fingerprint"); // not in checkpoints of earlier days
+        run->val_before = val ? val->number : 0;
         config_check(c);
         refuse_idle_options(c, &before);
         check_warmup(c, &before);
@@ -325,8 +328,15 @@ int prepare_run(Run *run, const Config *asked) {
         fail("%s/latest leads to no checkpoint, and none is beside it: put them back, or begin anew with another --out",
              run->out);
     }
-    if (!asked->resume && (has_file(run->out, "log.jsonl") || left >= 0)) {
+    int logged = has_file(run->out, "log.jsonl");
+    if (!asked->resume && left >= 0) {
         usage_fail("%s holds a run already: go on with it by --resume, or choose another --out", run->out);
+    }
+    if (!asked->resume && logged) {
+        usage_fail("%s holds the log of a run that has saved nothing: remove that folder, or choose another --out", run->out);
+    }
+    if (!resumed && logged) {
+        remark("%s: nothing was saved there, so the run begins anew, with the options of this command line", run->out);
     }
     if (!resumed) {
         start_run(run, asked);
@@ -335,6 +345,9 @@ int prepare_run(Run *run, const Config *asked) {
     }
     compare_tokenizers(run, c->data);
     run->val = data_open(c->data, "val", c->seq, c->vocab, (uint64_t)c->seed);
+    if (resumed && run->val_before && run->val_before != run->val->fingerprint) {
+        remark("%s: these are not the validation tokens of the steps before, so their losses cannot be compared", c->data);
+    }
     run->inputs = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
     run->targets = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
     compare_ranks(run);

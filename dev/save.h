@@ -31,8 +31,8 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
     n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
                  t->eot, t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
-    n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f}\n", run->step,
-                 run->train->fingerprint);
+    n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f,\"val_fingerprint\":%.0f}\n", run->step,
+                 run->train->fingerprint, run->val->fingerprint);
     write_text(dir, "trainer_state.json", text, (size_t)n);
     write_router_state(run, dir);
     write_small_checksums(sums, dir);

@@ -642,6 +642,34 @@ void test_printed_commands(void **state) {
     free(word);
 }
 
+// A run that was ended before it saved anything: the user reads that nothing is there to go on with.
+void test_unsaved_run(void **state) {
+    (void)state;
+    need_program();
+    check_leaks(0);
+    assert_int_equal(mkdir(scratch_file("unsaved"), 0777), 0);
+    put_text("unsaved/log.jsonl", "{\"type\":\"run\"}\n{\"type\":\"step\",\"step\":1}\n");
+    expect(run_tiny("unsaved", "--steps 2"), 2, "the log of a run that has saved nothing");
+    expect(run_tiny("unsaved", "--steps 2 --resume"), 0, "nothing was saved there, so the run begins anew");
+    assert_log("unsaved", 2, 2);
+}
+
+// Training goes on with another validation text, and says so.
+void test_other_validation(void **state) {
+    (void)state;
+    char options[512];
+    need_program();
+    check_leaks(0);
+    expect(run_tiny("validated", "--steps 2"), 0, NULL);
+    expect(shell(said, sizeof(said), "cp -a %s %s", scratch_file("data"), scratch_file("otherwise")), 0, NULL);
+    snprintf(options, sizeof(options), "--resume --steps 3 --data %s", scratch_file("otherwise"));
+    expect(run_tiny("validated", options), 0, NULL);
+    assert_null(strstr(said, "validation tokens"));
+    put_tokens("otherwise/val_0.bin", 30000, 265, 4);
+    snprintf(options, sizeof(options), "--resume --steps 4 --data %s", scratch_file("otherwise"));
+    expect(run_tiny("validated", options), 0, "these are not the validation tokens of the steps before");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_flipped_bits),      cmocka_unit_test(test_flipped_digits),  cmocka_unit_test(test_replaced_weights),
@@ -650,7 +678,9 @@ int main(void) {
         cmocka_unit_test(test_closed_descriptors), cmocka_unit_test(test_file_size_limit), cmocka_unit_test(test_signals),
         cmocka_unit_test(test_more_signals),      cmocka_unit_test(test_clocks),          cmocka_unit_test(test_finite_log),
         cmocka_unit_test(test_mapped_memory),     cmocka_unit_test(test_prompt_input),    cmocka_unit_test(test_quoted_words),
-        cmocka_unit_test(test_printed_commands),  cmocka_unit_test(test_unseen_checkpoints),
+        cmocka_unit_test(test_printed_commands),  cmocka_unit_test(test_unsaved_run),
+        cmocka_unit_test(test_other_validation),
+        cmocka_unit_test(test_unseen_checkpoints),
     };
     begin_tests();
     return cmocka_run_group_tests_name("files", tests, NULL, scratch_done);

@@ -124,13 +124,13 @@ void test_resume_pieces(void **state) {
     check_leaks(0);
     char options[128], name[32];
     expect(run_tiny("pieces", "--group sequence --batch 4"), 0, "What next");
-    expect(run_tiny("pieces", "--resume --steps 14 --batch 2 --accum 3"), 2, "has 4 sequences, and cannot have --batch 2 times --accum 3");
+    expect(run_tiny("pieces", "--resume --steps 14 --batch 2 --accum 3"), 2, "has 4 sequences, which must be --batch times --accum times 1 rank");
     for (int batch = 1; batch <= 4; batch++) {
         snprintf(name, sizeof(name), "pieces%d", batch);
         shell(said, sizeof(said), "cp -a %s %s; ln -sfn checkpoint-6 %s/latest", scratch_file("pieces"), scratch_file(name), scratch_file(name));
         snprintf(options, sizeof(options), "--group sequence --resume --batch %d", batch);
         if (batch == 3) {
-            expect(run_tiny(name, options), 2, "a step there has 4 sequences, and cannot have --batch 3 times --accum 1");
+            expect(run_tiny(name, options), 2, "a step there has 4 sequences, which must be --batch times");
             continue;
         }
         expect(run_tiny(name, options), 0, "What next");
