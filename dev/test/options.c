@@ -106,6 +106,9 @@ void test_options_idle(void **state) {
 // Every command of the texts is accepted.
 void test_options_documented(void **state) {
     (void)state;
+    if (access("README.md", R_OK) != 0) { // other builds run elsewhere
+        skip();
+    }
     static const char *const texts[] = {"README.md", "doc/recipes.md"};
     int count = 0;
     for (int i = 0; i < 2; i++) {
