@@ -47,13 +47,19 @@ void peak_work(int threads, double stretch, int stretches, double *work) {
 // Operations per second that no program can exceed on this machine today: those of the best stretch, of what the quota
 // leaves of them.
 double measured_peak(void) {
-    enum { STRETCHES = 14 };
+    enum { STRETCHES = 8, TURNS = 5 };
     const double stretch = 3e-3;
-    double work[STRETCHES], best = 0;
+    double work[STRETCHES], best = 0, before = 0;
     int team = team_size();
-    peak_work(team, stretch, STRETCHES, work);
-    for (int i = 0; i < STRETCHES; i++) {
-        best = fmax(best, work[i] / stretch);
+
+    // The system may have put two threads on one processor. Each turn wakes them anew, and the last one is that which finds
+    // no more than those before it.
+    for (int turn = 0; turn < TURNS && (turn < 2 || best > 1.03 * before); turn++) {
+        before = best;
+        peak_work(team, stretch, STRETCHES, work);
+        for (int i = 0; i < STRETCHES; i++) {
+            best = fmax(best, work[i] / stretch);
+        }
     }
     return best * quota_share(team);
 }
