@@ -438,14 +438,7 @@ void test_more_signals(void **state) {
     int status;
     char line[2200];
     snprintf(line, sizeof(line), "trap '' HUP; exec %s", command_line("nohup", "--steps 1000000 --save-every 3"));
-    pid_t child = fork();
-    if (child == 0) {
-        int file = open(scratch_file("said"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
-        dup2(file, 1);
-        dup2(file, 2);
-        execl("/bin/sh", "sh", "-c", line, (char *)NULL);
-        _exit(127);
-    }
+    pid_t child = start_line(line);
     assert_int_equal(wait_for(child, scratch_file("nohup/latest/config.json"), "{"), -1);
     kill(child, SIGHUP);
     usleep(300000);

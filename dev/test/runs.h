@@ -152,9 +152,7 @@ void assert_latest(const char *out, const char *name) {
 // ---- runs that are not waited for, and what they leave
 
 // Starts a tiny run and does not wait for it.
-pid_t start_tiny(const char *out, const char *more) {
-    char line[2100];
-    snprintf(line, sizeof(line), "exec %s", command_line(out, more));
+pid_t start_line(const char *line) {
     fflush(NULL);
     pid_t child = fork();
     assert_true(child >= 0);
@@ -166,6 +164,12 @@ pid_t start_tiny(const char *out, const char *more) {
         _exit(127);
     }
     return child;
+}
+
+pid_t start_tiny(const char *out, const char *more) {
+    char line[2100];
+    snprintf(line, sizeof(line), "exec %s", command_line(out, more));
+    return start_line(line);
 }
 
 // Waits until the file contains this text, or the process has ended. Returns -1 if the process still runs, else its status as
