@@ -151,7 +151,7 @@ void assert_latest(const char *out, const char *name) {
 
 // ---- runs that are not waited for, and what they leave
 
-// Starts a tiny run and does not wait for it.
+// Starts a command line and does not wait for it; what it says goes to scratch_file("said").
 pid_t start_line(const char *line) {
     fflush(NULL);
     pid_t child = fork();
@@ -166,6 +166,7 @@ pid_t start_line(const char *line) {
     return child;
 }
 
+// The same for a tiny run.
 pid_t start_tiny(const char *out, const char *more) {
     char line[2100];
     snprintf(line, sizeof(line), "exec %s", command_line(out, more));
