@@ -82,6 +82,8 @@ typedef struct Config {
     int seq, vocab;                      // T; V, which the tokenizer decides
     int untied;                          // 1: the output has a matrix of its own, else it uses the embedding's
     double norm_eps, rope_theta;
+    int qk_norm;                         // see dev/qk_norm.h
+    int ngrams, value_embedding;         // tables that are looked up, see dev/lookup.h
     // The experts.
     int experts, topk, ffn, shared;      // E, K, F; experts that every token passes
     int moe_every, dense_first;          // which layers have experts: see is_moe()
@@ -104,6 +106,7 @@ typedef struct Config {
     double lr, min_lr;
     int warmup, schedule;
     double weight_decay, beta1, beta2, clip;
+    int optimizer;                       // ADAMW or MUON, see dev/muon.h
     int moments;                         // MOMENTS_FP32 or MOMENTS_BF16, see dev/moments.h
     int seed, recompute, threads;
     // Several processes.
@@ -155,6 +158,9 @@ int moe_layers(const Config *c) {
 typedef struct LayerParams {
     real *norm1;     // (C)
     real *qkv;       // ((H+2KV)*D, C)  rows of all query heads, then of the keys, then of the values
+    real *q_norm;    // (D)             with --qk-norm
+    real *k_norm;    // (D)
+    real *value_embed; // (V, KV*D)    with --value-embedding
     real *proj;      // (C, H*D)
     real *norm2;     // (C)
     real *router;    // (E, C)
@@ -167,6 +173,7 @@ typedef struct LayerParams {
 
 typedef struct Params {
     real *embed;        // (V, C)
+    real *ngrams;       // (--ngrams, C)
     LayerParams *layer; // (L)
     real *norm;         // (C)
     real *head;         // (V, C)  the same memory as embed, unless untied
@@ -183,6 +190,7 @@ typedef struct Tensor {
     int init;              // how it begins
     int trained;           // 0: a buffer, which is saved but has no gradient
     int of_experts;        // 1: in the experts' arena
+    int looked_up;         // 1: AdamW moves only the rows that the step has read
     size_t field;          // where LayerParams or Params has its pointer; NO_FIELD: a router's own, see layer_tensor()
     size_t offset, size;   // in the memory of this process, in numbers
     size_t first, whole;   // several processes: this one has numbers first .. first+size of `whole`
@@ -220,6 +228,7 @@ typedef struct LayerActs {
     real *x;             // (N,C)  the layer's input
     real *h1, *rstd1;    // (N,C), (N)  its norm
     real *qkv, *att;     // (N,(H+2KV)*D), (N,H*D)
+    real *raw_qk, *rstd_qk; // (N,(H+KV)*D), (N,H+KV)  with --qk-norm: queries and keys before their norm
     real *lse;           // (B,H,T)
     real *mid;           // (N,C)  after attention
     real *h2, *rstd2;    // (N,C), (N)  its norm
@@ -279,6 +288,7 @@ typedef struct Model {
     size_t size, common;
     real *memory[4];
     real *dx;                           // (N,C)  the gradient that flows back through the residual stream
+    int *ngram_row;                     // (N)  with --ngrams: the row of each token's pair of words
     real *angles;                       // (T, D/2, 2)  cosines and sines of the rotary positions
     Arena scratch;                      // what one part of a layer needs while it works
     double loss, aux;                   // of the step so far, each batch's times its scale
@@ -1422,7 +1432,7 @@ Tensor *add_tensor(Tensor *list, int *count, int layer, const char *kind, size_t
                    int init) {
     Tensor *t = &list[*count];
     size_t size = (size_t)a * (size_t)b * (size_t)c;
-    Tensor fresh = {"", kind, layer, dims, {a, b, c}, init, 1, 0, field, 0, size, 0, size};
+    Tensor fresh = {"", kind, layer, dims, {a, b, c}, init, 1, 0, 0, field, 0, size, 0, size};
     *t = fresh;
     if (layer < 0) {
         snprintf(t->name, sizeof(t->name), "%s", kind);
@@ -1461,6 +1471,7 @@ int tensor_limit(const Config *c) { // more rows than any model's table has
 int model_tensors(const Config *c, Tensor *list) {
     int count = 0, C = c->dim, D = C / c->heads, narrow = C / c->subtokens;
     add_tensor(list, &count, -1, IN_MODEL(embed), 2, 1, c->vocab, C, INIT_NORMAL);
+    add_tensor(list, &count, -1, IN_MODEL(ngrams), 2, 1, c->ngrams, C, INIT_ZERO)->looked_up = 1;
     for (int l = 0; l < c->layers; l++) {
         int E = is_moe(c, l) ? c->experts : 0, F = dense_width(c, l), gated = is_gated(dense_activation(c, l)), rows = 0;
         for (int e = 0; e < E; e++) {
@@ -1469,6 +1480,10 @@ int model_tensors(const Config *c, Tensor *list) {
         int matrices = c->mixed ? 1 : E; // --mixed: w_in is one block after the other; c->ffn is the mean width
         add_tensor(list, &count, l, IN_LAYER(norm1), 1, 1, 1, C, INIT_ONE);
         add_tensor(list, &count, l, IN_LAYER(qkv), 2, 1, (c->heads + 2 * c->kv_heads) * D, C, INIT_NORMAL);
+        add_tensor(list, &count, l, IN_LAYER(q_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
+        add_tensor(list, &count, l, IN_LAYER(k_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
+        add_tensor(list, &count, l, IN_LAYER(value_embed), 2, 1, c->value_embedding ? c->vocab : 0, c->kv_heads * D,
+                   INIT_ZERO)->looked_up = 1;
         add_tensor(list, &count, l, IN_LAYER(proj), 2, 1, C, C, INIT_RESIDUAL);
         add_tensor(list, &count, l, IN_LAYER(norm2), 1, 1, 1, C, INIT_ONE);
         if (E) {
@@ -1622,6 +1637,9 @@ void model_free(Model *m) {
 // layer's x = mid + feed-forward layers(rmsnorm(mid)). So its backward pass has the gradient by the
 // residual stream in one array, dx, and each of the two norms adds its part to it.
 
+#include "dev/qk_norm.h" // --qk-norm: queries and keys with a norm of their own
+#include "dev/lookup.h"  // tables of which each token looks up a row: --ngrams, --value-embedding
+
 // The first half of layer l, from a->x to a->h2: x + attention(rmsnorm(x)), and the norm of that.
 void attend_forward(Model *m, int l) {
     const Config *c = &m->config;
@@ -1632,6 +1650,8 @@ void attend_forward(Model *m, int l) {
 
     rmsnorm_forward(a->h1, a->rstd1, a->x, w->norm1, N, C, c->norm_eps);
     matmul(a->qkv, a->h1, w->qkv, N, C, Q, SET);
+    qk_norm_forward(m, l, a->qkv);
+    value_embedding_forward(m, l, a->qkv);
     rope(a->qkv, Q, N, T, H + KV, D, m->angles, 1);
     attention_forward(a->att, a->lse, a->qkv, B, T, H, KV, D);
     copy_rows(a->mid, a->x, N, C);
@@ -1657,6 +1677,8 @@ void attend_backward(Model *m, int l, real *dx, real *dh2) {
     matmul_dw(dw->proj, dx, a->att, N, C, C);
     attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
     rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
+    value_embedding_backward(m, l, dqkv);
+    qk_norm_backward(m, l, dqkv);
     matmul_dx(dh1, dqkv, w->qkv, N, C, Q, SET);
     matmul_dw(dw->qkv, dqkv, a->h1, N, C, Q);
     rmsnorm_backward(dx, dw->norm1, dh1, a->x, a->rstd1, w->norm1, N, C);
@@ -1737,6 +1759,7 @@ double model_forward(Model *m, const Batch *batch) {
 
     // From tokens to the last layer's output. Each layer adds to the residual stream.
     embedding_forward(a->layer[0].x, m->params.embed, batch->inputs, N, C);
+    ngrams_forward(m, a->layer[0].x, -1);
     for (int l = 0; l < c->layers; l++) {
         real *out = l + 1 < c->layers ? a->layer[l + 1].x : a->x;
         attend_forward(m, l);
@@ -1777,6 +1800,7 @@ void model_backward(Model *m) {
         ranks_layer_done(m, l); // several processes: this layer's gradients can be summed
     }
     embedding_backward(m->grads.embed, dx, m->batch.inputs, N, C);
+    ngrams_backward(m, dx);
     ranks_layer_done(m, -1);
 }
 
@@ -1787,6 +1811,7 @@ void model_backward(Model *m) {
 // weights against them.
 
 #include "dev/moments.h" // --moments bf16: AdamW's moments in bfloat16
+#include "dev/muon.h"    // --optimizer muon: another step for the matrices of the layers
 
 // The learning rate of step 1, 2, ..., steps: a straight line up over the warm-up, then, unless it
 // stays constant, down to --min-lr, by default a tenth of --lr.
@@ -1814,32 +1839,54 @@ double gradient_norm(Model *m) {
     return sqrt(ranks_sum_of_squares(m)); // one process: sum_of_squares(m->memory[GRADS], m->size)
 }
 
+// What AdamW needs to know of a step and a tensor.
+typedef struct Adam {
+    real scale;              // of the gradients: 1, or what clipping makes of it
+    real b1, b2;             // memory of the two averages
+    real correct1, correct2; // for having begun at 0
+    real rate, keep;         // learning rate; what weight decay leaves of a weight
+} Adam;
+
 // AdamW: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization. m1 and m2 are moving
 // averages of each gradient and of its square; a weight moves against m1 / sqrt(m2), both corrected
-// for having begun at 0. Matrices decay, vectors do not. If the norm of all gradients is above
-// --clip, they are scaled down to it. step counts from 1.
+// for having begun at 0. All arrays have n numbers; the gradients are cleared for the next step.
+void adamw(real *w, real *g, real *m1, real *m2, size_t n, Adam a) {
+    real eps = (real)1e-8;
+#pragma omp parallel for if (n > 16384)
+    for (size_t j = 0; j < n; j++) {
+        real grad = g[j] * a.scale;
+        m1[j] = a.b1 * m1[j] + (1 - a.b1) * grad;
+        m2[j] = a.b2 * m2[j] + (1 - a.b2) * grad * grad;
+        w[j] = a.keep * w[j] - a.rate * (m1[j] * a.correct1) / ((real)sqrt(m2[j] * a.correct2) + eps);
+        g[j] = 0;
+    }
+}
+
+#include "dev/read_rows.h" // tables that are looked up: only the rows that the step has read
+
+// Moves all weights. Matrices decay, vectors do not, nor do tables that are looked up. If the norm of
+// all gradients is above --clip, they are scaled down to it. step counts from 1.
 void model_update(Model *m, int step, double lr, double norm) {
     const Config *c = &m->config;
-    real scale = (real)(c->clip > 0 && norm > c->clip ? c->clip / norm : 1);
-    real b1 = (real)c->beta1, b2 = (real)c->beta2, eps = (real)1e-8, rate = (real)lr;
-    real correct1 = (real)(1 / (1 - pow(c->beta1, step))), correct2 = (real)(1 / (1 - pow(c->beta2, step)));
+    Adam a = {1, (real)c->beta1, (real)c->beta2, 0, 0, (real)lr, 1};
+    a.scale = (real)(c->clip > 0 && norm > c->clip ? c->clip / norm : 1);
+    a.correct1 = (real)(1 / (1 - pow(c->beta1, step)));
+    a.correct2 = (real)(1 / (1 - pow(c->beta2, step)));
+    muon_update(m, step, lr, a.scale);
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         size_t at = t->offset, size = t->size;
         ranks_own_range(m, t, &at, &size); // several processes: each updates its share of what all have
-        if (!t->trained || !size) {
+        if (!t->trained || !size || takes_muon(c, t)) {
             continue;
         }
         real *w = m->memory[WEIGHTS] + at, *g = m->memory[GRADS] + at;
         real *m1 = m->memory[MOMENT1] + moment_offset(m, at), *m2 = m->memory[MOMENT2] + moment_offset(m, at);
-        real keep = (real)(t->dims == 1 ? 1 : 1 - lr * c->weight_decay);
-#pragma omp parallel for if (size > 16384)
-        for (size_t j = 0; j < size; j++) {
-            real grad = g[j] * scale;
-            m1[j] = b1 * m1[j] + (1 - b1) * grad;
-            m2[j] = b2 * m2[j] + (1 - b2) * grad * grad;
-            w[j] = keep * w[j] - rate * (m1[j] * correct1) / ((real)sqrt(m2[j] * correct2) + eps);
-            g[j] = 0; // for the next step
+        a.keep = (real)(t->dims == 1 || t->looked_up ? 1 : 1 - lr * c->weight_decay);
+        if (t->looked_up) {
+            adamw_of_read_rows(w, g, m1, m2, at - t->offset, size, t->shape[2], a);
+        } else {
+            adamw(w, g, m1, m2, size, a);
         }
         round_moments(m, i, at, size, step); // to bfloat16, if --moments asks for it
     }

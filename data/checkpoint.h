@@ -17,8 +17,12 @@ const struct {
     const char *kind, *names[3];
 } file_names[] = {
     {"embed", {"model.embed_tokens.weight"}},
+    {"ngrams", {"model.embed_ngrams.weight"}},
     {"norm1", {"input_layernorm.weight"}},
     {"qkv", {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}},
+    {"q_norm", {"self_attn.q_norm.weight"}},
+    {"k_norm", {"self_attn.k_norm.weight"}},
+    {"value_embed", {"self_attn.value_embedding.weight"}},
     {"proj", {"self_attn.o_proj.weight"}},
     {"norm2", {"post_attention_layernorm.weight"}},
     {"router", {"block_sparse_moe.gate.weight"}},
@@ -230,6 +234,9 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
 // The class of transformers that computes what this configuration does, or "" where there is none.
 const char *matching_class(const Config *c) {
     int moe = moe_layers(c);
+    if (c->qk_norm || c->ngrams || c->value_embedding) {
+        return "";
+    }
     if (moe == 0) {
         return dense_activation(c, 0) == SWIGLU ? "LlamaForCausalLM" : "";
     }
@@ -273,7 +280,7 @@ void write_config(const char *dir, const Config *c, int eot) {
     fprintf(f, "{\n  \"architectures\": [\"%s\"],\n", *name ? name : "TrainMoeForCausalLM");
     fprintf(f, "  \"model_type\": \"%s\",\n", model_type);
     if (!*name) {
-        fprintf(f, "  \"comment\": \"no class of transformers has this router; the object train_moe says what it "
+        fprintf(f, "  \"comment\": \"no class of transformers computes this model; the object train_moe says what it "
                    "computes\",\n");
     }
     fprintf(f, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n", c->vocab, c->dim);

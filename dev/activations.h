@@ -13,6 +13,7 @@ size_t lay_activations(Model *m, int l, int N, real *memory) {
     for (int e = 0; is_moe(c, l) && e < c->experts; e++) {
         hidden = max_int(hidden, expert_hidden(c, e));
     }
+    size_t norms = c->qk_norm ? (size_t)(c->heads + c->kv_heads) : 0; // of a token
     size_t rows = ranks.ep == 1 ? (size_t)N * c->subtokens * most_choices(c) : 0; // several processes: see ranks_allocate
     struct {
         real **array;
@@ -20,6 +21,7 @@ size_t lay_activations(Model *m, int l, int N, real *memory) {
     } list[] = {
         {&a->h1, (size_t)N * C},          {&a->rstd1, (size_t)N},
         {&a->qkv, (size_t)N * Q},         {&a->att, (size_t)N * C},
+        {&a->raw_qk, N * norms * (C / c->heads)}, {&a->rstd_qk, N * norms},
         {&a->lse, (size_t)N * c->heads},  {&a->mid, (size_t)N * C},
         {&a->h2, (size_t)N * C},          {&a->rstd2, (size_t)N},
         {&a->dense_hidden, N * dense},    {&a->hidden, rows * hidden},
@@ -139,6 +141,7 @@ void allocate_activations(Model *m, int N, int train) {
 
     // What is needed only while something works.
     m->purpose = FOR_BUFFERS;
+    m->ngram_row = (int *)own(m, c->ngrams ? N : 0, sizeof(int));
     m->angles = own_reals(m, (size_t)c->seq * (C / c->heads));
     rope_angles(m->angles, 0, c->seq, C / c->heads, c->rope_theta);
     if (train) {

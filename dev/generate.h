@@ -8,6 +8,7 @@
 
 typedef struct Generation {
     Model *one;  // a model for one token, with the weights of the trained one
+    int before;  // the token before this one; -1: the text begins
     real *cache; // (L, seq, 2*KV*D)  keys, then values; those of position p are in row p % seq
 } Generation;
 
@@ -55,12 +56,16 @@ void model_generate(Model *m, int token, int position, real *logits) {
     // The same layers as in model_forward, but for attention, which looks into the cache.
     rope_angles(one->angles, position, 1, D, c->rope_theta);
     embedding_forward(acts->x, one->params.embed, &token, 1, C);
+    ngrams_forward(one, acts->x, position ? m->generation->before : -1);
+    m->generation->before = token;
     for (int l = 0; l < c->layers; l++) {
         const LayerParams *w = &one->params.layer[l];
         LayerActs *a = &acts->layer[l];
         real *cache = m->generation->cache + (size_t)l * c->seq * width;
         rmsnorm_forward(a->h1, a->rstd1, acts->x, w->norm1, 1, C, c->norm_eps);
         matmul(a->qkv, a->h1, w->qkv, 1, C, Q, SET);
+        qk_norm_forward(one, l, a->qkv);
+        value_embedding_forward(one, l, a->qkv);
         rope(a->qkv, Q, 1, 1, H + KV, D, one->angles, 1);
         memcpy(cache + (size_t)(position % c->seq) * width, a->qkv + H * D, (size_t)width * sizeof(real));
 

@@ -15,6 +15,7 @@ const char *const gate_names[] = {"probability", "renormalized", NULL};
 const char *const balance_names[] = {"switch", "gshard", "unbiased", "width", "cv2", "variance", NULL};
 const char *const group_names[] = {"sequence", "batch", "step", NULL};
 const char *const schedule_names[] = {"cosine", "wsd", "constant", NULL};
+const char *const optimizer_names[] = {"adamw", "muon", NULL};
 const char *const moments_names[] = {"fp32", "bf16", NULL};
 
 // MODEL says what the model computes, ORDER which data it sees when; a resumed run may change neither, but for the
@@ -75,6 +76,11 @@ const Option base_options[] = {
     FLAG("untied", untied, MODEL, "Model", "give the output its own matrix instead of the embedding's"),
     NUMBER("norm-eps", norm_eps, "1e-5", 0, 1, MODEL, "Model", "epsilon inside RMSNorm's root"),
     NUMBER("rope-theta", rope_theta, "10000", 1, 1e12, MODEL, "Model", "base of the rotary position frequencies"),
+    FLAG("qk-norm", qk_norm, MODEL, "Model", "queries and keys have an RMSNorm of their own in each head"),
+    INTEGER("ngrams", ngrams, "0", 0, 1 << 26, MODEL, "Model",
+            "rows of a table of word pairs, found by a hash and added to the embedding; 0: no table"),
+    FLAG("value-embedding", value_embedding, MODEL, "Model",
+         "in each layer every word has a vector that is added to its values in attention"),
     INTEGER("experts", experts, "8", 1, 4096, MODEL, "Experts", "routed experts (E)"),
     INTEGER("topk", topk, "2", 1, 256, MODEL, "Experts", "routed experts chosen for each token (K)"),
     INTEGER("shared", shared, "0", 0, 256, MODEL, "Experts", "shared experts, which see every token (S)"),
@@ -116,6 +122,8 @@ const Option base_options[] = {
     NUMBER("weight-decay", weight_decay, "0.1", 0, 100, TRAIN, "Training", "AdamW's decay of the matrices"),
     NUMBER("beta1", beta1, "0.9", 0, 0.999999, TRAIN, "Training", "AdamW: memory of the mean gradient"),
     NUMBER("beta2", beta2, "0.95", 0, 0.999999, TRAIN, "Training", "AdamW: memory of the mean squared gradient"),
+    WORD("optimizer", optimizer, "adamw", optimizer_names, TRAIN, "Training",
+         "muon: the matrices of the layers move in all directions alike; the rest keeps AdamW"),
     WORD("moments", moments, "fp32", moments_names, TRAIN, "Training",
          "how AdamW stores its moments; bf16: half the memory on a GPU; a CPU rounds them alike and saves none"),
     NUMBER("clip", clip, "1", 0, 1e30, TRAIN, "Training", "largest gradient norm; 0: no clipping"),
@@ -171,6 +179,9 @@ const Recipe base_recipes[] = {
     {"qwen3", 2025, 3.5, "top-8 of 64 narrow experts, renormalised; balanced over the whole step",
      "--experts 64 --topk 8 --ffn 64 --group step --aux-weight 0.008",
      "Qwen team, Qwen3; Qiu et al., Demons in the Detail"},
+    {"fast", 0, 2.5, "the mixture that learns most by the clock: mixtral's router, Muon, and tables that are looked up",
+     "--qk-norm 1 --value-embedding 1 --ngrams 16384 --optimizer muon --beta2 0.99",
+     "doc/clock.md tells what was tried"},
 };
 
 // All options and recipes: those above, and what each router adds. collect_options() fills the lists before main.
@@ -453,6 +464,9 @@ void config_check(Config *c) {
         usage_fail("--batch %d times --seq %d tokens at once is too much for this width; take a smaller batch and "
                    "--accum",
                    c->batch, c->seq);
+    }
+    if (c->optimizer && c->mixed) {
+        usage_fail("--optimizer muon goes with experts of one width, not with --mixed");
     }
     if (c->min_lr > c->lr) {
         usage_fail("--min-lr %g is more than --lr %g", c->min_lr, c->lr);

@@ -129,6 +129,8 @@ void count_parameters(const Config *c, double *total, double *active) {
             uses = moe_layers(c);
         } else if (t->layer < 0 && !strcmp(t->kind, "head")) {
             uses = 0;
+        } else if (t->looked_up) {
+            uses = 1.0 / t->shape[1]; // one row, which is added
         }
         if (t->trained) {
             *total += (double)t->whole;

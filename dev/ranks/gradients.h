@@ -153,6 +153,15 @@ void ranks_own_range(const Model *m, const Tensor *t, size_t *at, size_t *size) 
     }
 }
 
+// --optimizer muon: each process has turned the gradients of its slice into directions; all get those of the others.
+void ranks_share_directions(Model *m) {
+    if (MANY) {
+        size_t slice = m->crossing->slice_end - m->crossing->slice;
+        ranks.traffic.reduced += (double)(slice * sizeof(real)) * (ranks.size - 1);
+        gather_slices(m->memory[GRADS], slice / 16);
+    }
+}
+
 // Each process has updated its slice: all get the slices of the others, and clear the gradients of these.
 void ranks_share_weights(Model *m) {
     if (MANY) {

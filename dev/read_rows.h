@@ -1,0 +1,31 @@
+// AdamW for tables that are looked up (dev/lookup.h): it moves only the rows that a step has read.
+// Gives: adamw_of_read_rows. Needs: adamw() of train_moe.c, which includes it.
+//
+// A row that no token of a step has looked up has no gradient. Let alone, it keeps its moments until it is read again. If
+// they faded at each step, the next step of a rare word would be too long; and a large table would cost as much time as
+// all other weights.
+#pragma once
+
+// Has this row, of C numbers, a gradient?
+int was_read(const real *g, int C) {
+    int read = 0;
+    for (int c = 0; c < C; c++) {
+        read |= g[c] != 0;
+    }
+    return read;
+}
+
+// AdamW for `size` numbers, from number `first` of a table with rows of C on. All gradients of the table are in memory,
+// since the numbers of one process need not begin or end with a row.
+void adamw_of_read_rows(real *w, real *g, real *m1, real *m2, size_t first, size_t size, int C, Adam a) {
+    size_t width = (size_t)C, from = first / width, until = (first + size + width - 1) / width;
+    const real *table = g - first;
+#pragma omp parallel for schedule(static) if (size > 16384)
+    for (size_t row = from; row < until; row++) {
+        if (was_read(table + row * width, C)) {
+            size_t begin = row * width > first ? row * width - first : 0;
+            size_t end = (row + 1) * width - first < size ? (row + 1) * width - first : size;
+            adamw(w + begin, g + begin, m1 + begin, m2 + begin, end - begin, a);
+        }
+    }
+}
