@@ -107,7 +107,8 @@ const char *small_sizes(const char *recipe) {
                                            {"qwen3", "--experts 9 --topk 3"},
                                            {"hash", "--topk 1"},
                                            {"base", "--topk 1"},
-                                           {"rmoe", "--recurrent 6"}};
+                                           {"rmoe", "--recurrent 6"},
+                                           {"fast", "--ngrams 20"}};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         if (!strcmp(sizes[i][0], recipe))
             return sizes[i][1];
