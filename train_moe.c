@@ -1868,7 +1868,7 @@ void adamw(real *w, real *g, real *m1, real *m2, size_t n, Adam a) {
 // all gradients is above --clip, they are scaled down to it. step counts from 1.
 void model_update(Model *m, int step, double lr, double norm) {
     const Config *c = &m->config;
-    Adam a = {1, (real)c->beta1, (real)c->beta2, 0, 0, (real)lr, 1};
+    Adam a = {1, (real)c->beta1, (real)c->beta2, 0, 0, 0, 0};
     a.scale = (real)(c->clip > 0 && norm > c->clip ? c->clip / norm : 1);
     a.correct1 = (real)(1 / (1 - pow(c->beta1, step)));
     a.correct2 = (real)(1 / (1 - pow(c->beta2, step)));
@@ -1883,6 +1883,7 @@ void model_update(Model *m, int step, double lr, double norm) {
         real *w = m->memory[WEIGHTS] + at, *g = m->memory[GRADS] + at;
         real *m1 = m->memory[MOMENT1] + moment_offset(m, at), *m2 = m->memory[MOMENT2] + moment_offset(m, at);
         a.keep = (real)(t->dims == 1 || t->looked_up ? 1 : 1 - lr * c->weight_decay);
+        a.rate = (real)(t->looked_up ? TABLE_RATE * lr : lr);
         if (t->looked_up) {
             adamw_of_read_rows(w, g, m1, m2, at - t->offset, size, t->shape[2], a);
         } else {

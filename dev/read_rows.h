@@ -1,10 +1,14 @@
 // AdamW for tables that are looked up (dev/lookup.h): it moves only the rows that a step has read.
-// Gives: adamw_of_read_rows. Needs: adamw() of train_moe.c, which includes it.
+// Gives: TABLE_RATE, adamw_of_read_rows. Needs: adamw() of train_moe.c, which includes it.
 //
 // A row that no token of a step has looked up has no gradient. Let alone, it keeps its moments until it is read again. If
 // they faded at each step, the next step of a rare word would be too long; and a large table would cost as much time as
 // all other weights.
+//
+// A row is read now and then, so it learns little at each --lr; three times that was best (doc/clock.md).
 #pragma once
+
+#define TABLE_RATE 3 // times the learning rate
 
 // Has this row, of C numbers, a gradient?
 int was_read(const real *g, int C) {
