@@ -21,6 +21,7 @@
 
 enum { ADAMW, MUON };
 #define MUON_MOMENTUM 0.95 // memory of the mean gradient
+#define MUON_STEP     0.2  // times the root of the larger side: the scale of a step
 #define MUON_ROUNDS   3
 const double muon_polynomial[MUON_ROUNDS][3] = {{7.711, -22.1138, 16.2487}, {3.2153, -2.4112, 0.5013}, {2.2183, -1.594, 0.4107}};
 
@@ -128,7 +129,7 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
         int R = t->shape[1], C = t->shape[2], E = (int)(t->size / ((size_t)R * (size_t)C));
         real *w = m->memory[WEIGHTS] + at, *direction = m->memory[GRADS] + at;
         orthogonalize(m, m->memory[GRADS] + t->offset, E, R, C);
-        blend(w, direction, 1 - lr * c->weight_decay, -lr * 0.2 * sqrt(fmax(R, C)), size);
+        blend(w, direction, 1 - lr * c->weight_decay, -lr * MUON_STEP * sqrt(max_int(R, C)), size);
         memset(m->memory[GRADS] + t->offset, 0, t->size * sizeof(real)); // for the next step
     }
 }
