@@ -420,6 +420,14 @@ void grouped_matmul_dw(real *dw, const real *dout, const int *dout_token, const 
     }
 }
 
+// Products between these two calls do not need each other's results. The fast functions do them
+// together, so that the threads wait for each other only once; these here do them one by one.
+void begin_products(void) {
+}
+
+void end_products(void) {
+}
+
 // ---- softmax and RMSNorm
 
 // row (n) becomes softmax(row); returns log(sum(exp(row))). The largest number is taken off first,
@@ -437,6 +445,14 @@ real softmax(real *row, int n) {
         row[i] /= sum;
     }
     return top + (real)log((double)sum);
+}
+
+// Each row of p (rows,n) becomes its softmax; lse (rows) is what softmax() returns.
+void softmax_rows(real *p, real *lse, int rows, int n) {
+#pragma omp parallel for
+    for (int row = 0; row < rows; row++) {
+        lse[row] = softmax(p + (size_t)row * n, n);
+    }
 }
 
 // out (N,C) = x / rms(x) * w with w (C) and rms(x) = sqrt(mean(x^2) + eps); rstd (N) keeps 1 /
@@ -677,7 +693,7 @@ double sum_of_squares(const real *x, size_t n) {
 // ---- rows, embedding and loss
 
 void copy_rows(real *to, const real *from, int N, int C) { // (N,C)
-#pragma omp parallel for if (N > 16)
+#pragma omp parallel for if (is_worth_threads(N, C))
     for (int n = 0; n < N; n++) {
         memcpy(to + (size_t)n * C, from + (size_t)n * C, (size_t)C * sizeof(real));
     }
@@ -685,7 +701,7 @@ void copy_rows(real *to, const real *from, int N, int C) { // (N,C)
 
 // x (N,C): each token's row of embedding (V,C)
 void embedding_forward(real *x, const real *embedding, const int *tokens, int N, int C) {
-#pragma omp parallel for if (N > 16)
+#pragma omp parallel for if (is_worth_threads(N, C))
     for (int n = 0; n < N; n++) {
         memcpy(x + (size_t)n * C, embedding + (size_t)tokens[n] * C, (size_t)C * sizeof(real));
     }
@@ -695,7 +711,7 @@ void embedding_forward(real *x, const real *embedding, const int *tokens, int N,
 // number.
 void embedding_backward(real *dembedding, const real *dx, const int *tokens, int N, int C) {
     int width = 32; // columns of a task
-#pragma omp parallel for
+#pragma omp parallel for if (is_worth_threads(N, C))
     for (int first = 0; first < C; first += width) {
         int end = min_int(C, first + width);
         for (int n = 0; n < N; n++) {
@@ -736,8 +752,10 @@ void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head
             }
         }
         if (dh) {
+            begin_products();
             matmul_dx(dh + (size_t)first * C, logits, head, count, C, V, SET);
             matmul_dw(dhead, logits, h_rows, count, C, V);
+            end_products();
         }
     }
 }
@@ -841,15 +859,15 @@ int run_parts(Model *m, int l, const real *x, int place) {
 // softmax(), which makes NaN of a logit of +infinity. 0 * logit does so for sigmoid: it is noticed.
 void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int score) {
     memcpy(p, logits, (size_t)rows * E * sizeof(real));
-#pragma omp parallel for if (rows > 64)
+    if (score == SOFTMAX) {
+        softmax_rows(p, lse, rows, E);
+        return;
+    }
+#pragma omp parallel for if (is_worth_threads(rows, 16 * E))
     for (int row = 0; row < rows; row++) {
         real *own = p + (size_t)row * E;
-        if (score == SOFTMAX) {
-            lse[row] = softmax(own, E);
-        } else {
-            for (int e = 0; e < E; e++) {
-                own[e] = (real)(1 / (1 + exp(-(double)own[e])) + 0 * (double)own[e]);
-            }
+        for (int e = 0; e < E; e++) {
+            own[e] = (real)(1 / (1 + exp(-(double)own[e])) + 0 * (double)own[e]);
         }
     }
 }
@@ -858,7 +876,7 @@ void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int
 // dp_e * p_e * (1 - p_e). The z-loss is z * lse^2 for each row, and the derivative of lse by a
 // logit is that logit's p.
 void scores_backward(real *dlogits, const real *dp, const real *p, const real *lse, int rows, int E, int score, double z) {
-#pragma omp parallel for if (rows > 64)
+#pragma omp parallel for if (is_worth_threads(rows, 4 * E))
     for (int row = 0; row < rows; row++) {
         size_t at = (size_t)row * E;
         real sum = 0;
@@ -880,7 +898,7 @@ void scores_backward(real *dlogits, const real *dp, const real *p, const real *l
 // expert (N,K): the K largest numbers of each row of p (N,E), largest first; of equal ones the
 // lower index comes first.
 void select_topk(int *expert, const real *p, int N, int E, int K) {
-#pragma omp parallel for if (N > 64)
+#pragma omp parallel for if (is_worth_threads(N, K * E))
     for (int n = 0; n < N; n++) {
         const real *row = p + (size_t)n * E;
         int last = -1; // the expert that was chosen before
@@ -898,6 +916,10 @@ void select_topk(int *expert, const real *p, int N, int E, int K) {
         }
     }
 }
+
+#ifndef PLAIN
+#include "dev/cpu/choice.h" // from here on, select_topk means that of dev/cpu
+#endif
 
 // ---- weight
 
@@ -998,6 +1020,8 @@ double mean_of_slopes(const Route *r, int score) {
         double dot = 0, sum = 0;
         for (int e = 0; e < r->E; e++) {
             dot += slope[e] * (double)at_least_tiny(p[e]);
+        }
+        for (int e = 0; e < r->E && score == SIGMOID; e++) {
             sum += (double)at_least_tiny(p[e]);
         }
         loss += score == SIGMOID ? dot / sum : dot;
@@ -1056,7 +1080,7 @@ void balance_forward(Model *m, int l, const real *x) {
 void balance_backward(Model *m, real *dp, const Route *r) {
     int E = r->E, sigmoid = m->config.score == SIGMOID;
     double scale = m->batch.scale / r->N;
-#pragma omp parallel for if (r->N > 16)
+#pragma omp parallel for if (is_worth_threads(r->N, 4 * E))
     for (int n = 0; n < r->N; n++) {
         const double *slope = r->slope + (size_t)(n / r->group) * E;
         const real *p = r->p + (size_t)n * E;
@@ -1111,8 +1135,10 @@ void topk_backward(Model *m, int l, real *dx, real *dweight, const real *x) {
     balance_backward(m, dp, r);
     scores_backward(dlogits, dp, r->p, r->lse, N, E, c->score, c->z_weight * m->batch.scale / N);
 
+    begin_products();
     matmul_dw(dw->router, dlogits, x, N, C, E);
     matmul_dx(dx, dlogits, w->router, N, C, E, ADD);
+    end_products();
 }
 
 const Router topk_router = {.place = CHOICE, .forward = topk_forward, .backward = topk_backward};
@@ -1253,9 +1279,11 @@ void experts_backward(Model *m, real *dx, real *dweight, real *dw_in, real *dw_o
     real *dact = scratch(m, sorted_size(offset, s->E, s->F)), *dhidden = scratch(m, sorted_size(offset, s->E, s->hidden));
     grouped_matmul_dx(dact, dout, token, w_out, offset, s->E, s->F, s->out);
     experts_activation_backward(dhidden, dweight, dact, hidden, weight, choice, offset, s);
+    begin_products();
     grouped_matmul_dw(dw_out, dout, token, dact, NULL, offset, s->E, s->F, s->out); // dact is weight * act by now
     grouped_matmul_dw(dw_in, dhidden, NULL, x, token, offset, s->E, s->in, s->hidden);
     grouped_matmul_dx(dx, dhidden, NULL, w_in, offset, s->E, s->in, s->hidden);
+    end_products();
 }
 
 // out (N,C) += the sum of each token's rows, times their weights; weight NULL: all weights are 1.
@@ -1407,9 +1435,11 @@ void dense_backward(Model *m, int l, real *dx, const real *dout) {
     real *dact = scratch(m, (size_t)N * F), *dhidden = scratch(m, (size_t)N * hidden);
     matmul_dx(dact, dout, w->dense_out, N, F, c->dim, SET);
     activation_backward(dhidden, NULL, dact, a->dense_hidden, NULL, NULL, N, F, kind);
+    begin_products();
     matmul_dw(dw->dense_out, dout, dact, N, F, c->dim); // dact is act by now
     matmul_dw(dw->dense_in, dhidden, a->h2, N, c->dim, hidden);
     matmul_dx(dx, dhidden, w->dense_in, N, c->dim, hidden, ADD);
+    end_products();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1673,14 +1703,18 @@ void attend_backward(Model *m, int l, real *dx, real *dh2) {
     real *datt = scratch(m, (size_t)N * C), *dqkv = scratch(m, (size_t)N * Q), *dh1 = dh2;
 
     rmsnorm_backward(dx, dw->norm2, dh2, a->mid, a->rstd2, w->norm2, N, C);
+    begin_products();
     matmul_dx(datt, dx, w->proj, N, C, C, SET);
     matmul_dw(dw->proj, dx, a->att, N, C, C);
+    end_products();
     attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
     rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
     value_embedding_backward(m, l, dqkv);
     qk_norm_backward(m, l, dqkv);
+    begin_products();
     matmul_dx(dh1, dqkv, w->qkv, N, C, Q, SET);
     matmul_dw(dw->qkv, dqkv, a->h1, N, C, Q);
+    end_products();
     rmsnorm_backward(dx, dw->norm1, dh1, a->x, a->rstd1, w->norm1, N, C);
 }
 
@@ -1851,13 +1885,11 @@ typedef struct Adam {
 // averages of each gradient and of its square; a weight moves against m1 / sqrt(m2), both corrected
 // for having begun at 0. All arrays have n numbers; the gradients are cleared for the next step.
 void adamw(real *w, real *g, real *m1, real *m2, size_t n, Adam a) {
-    real eps = (real)1e-8;
-#pragma omp parallel for if (n > 16384)
     for (size_t j = 0; j < n; j++) {
         real grad = g[j] * a.scale;
         m1[j] = a.b1 * m1[j] + (1 - a.b1) * grad;
         m2[j] = a.b2 * m2[j] + (1 - a.b2) * grad * grad;
-        w[j] = a.keep * w[j] - a.rate * (m1[j] * a.correct1) / ((real)sqrt(m2[j] * a.correct2) + eps);
+        w[j] = a.keep * w[j] - a.rate * (m1[j] * a.correct1) / ((real)sqrt(m2[j] * a.correct2) + (real)1e-8);
         g[j] = 0;
     }
 }
@@ -1868,11 +1900,10 @@ void adamw(real *w, real *g, real *m1, real *m2, size_t n, Adam a) {
 // all gradients is above --clip, they are scaled down to it. step counts from 1.
 void model_update(Model *m, int step, double lr, double norm) {
     const Config *c = &m->config;
-    Adam a = {1, (real)c->beta1, (real)c->beta2, 0, 0, 0, 0};
-    a.scale = (real)(c->clip > 0 && norm > c->clip ? c->clip / norm : 1);
-    a.correct1 = (real)(1 / (1 - pow(c->beta1, step)));
-    a.correct2 = (real)(1 / (1 - pow(c->beta2, step)));
-    muon_update(m, step, lr, a.scale);
+    real scale = (real)(c->clip > 0 && norm > c->clip ? c->clip / norm : 1);
+    real correct1 = (real)(1 / (1 - pow(c->beta1, step))), correct2 = (real)(1 / (1 - pow(c->beta2, step)));
+    muon_update(m, step, lr, scale);
+#pragma omp parallel // each thread does its part of every tensor, and does not wait for the others between two
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         size_t at = t->offset, size = t->size;
@@ -1882,12 +1913,17 @@ void model_update(Model *m, int step, double lr, double norm) {
         }
         real *w = m->memory[WEIGHTS] + at, *g = m->memory[GRADS] + at;
         real *m1 = m->memory[MOMENT1] + moment_offset(m, at), *m2 = m->memory[MOMENT2] + moment_offset(m, at);
-        a.keep = (real)(t->dims == 1 || t->looked_up ? 1 : 1 - lr * c->weight_decay);
-        a.rate = (real)(t->looked_up ? TABLE_RATE * lr : lr);
+        double decay = t->dims == 1 || t->looked_up ? 0 : c->weight_decay;
+        Adam a = {scale, (real)c->beta1, (real)c->beta2, correct1, correct2, (real)lr, (real)(1 - lr * decay)};
         if (t->looked_up) {
+            a.rate *= TABLE_RATE;
             adamw_of_read_rows(w, g, m1, m2, at - t->offset, size, t->shape[2], a);
         } else {
-            adamw(w, g, m1, m2, size, a);
+            size_t piece = 1024;
+#pragma omp for schedule(static) nowait
+            for (size_t j = 0; j < size; j += piece) {
+                adamw(w + j, g + j, m1 + j, m2 + j, size - j < piece ? size - j : piece, a);
+            }
         }
         round_moments(m, i, at, size, step); // to bfloat16, if --moments asks for it
     }

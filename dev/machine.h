@@ -1,5 +1,5 @@
 // What the processor and the system give this program: instructions, processors, threads.
-// Gives: ask_processor, which runs before all else; let_threads_sleep, share_processors, team_size,
+// Gives: ask_processor, which runs before all else; choose_waiting, share_processors, team_size,
 // describe_threads, quota_share. Needs: dev/util.h, which includes it.
 #pragma once
 
@@ -200,11 +200,44 @@ double quota_share(int threads) {
 
 // ---- threads
 
-// Waiting threads should sleep. OpenMP's default is to spin, which on a machine with anything else to do makes a step
-// ten times slower. Its runtime reads this before main, so the program begins once more.
-void let_threads_sleep(char **argv) {
+// How long a thread that waits for the others stays awake, in seconds: about as long as it takes to fall asleep and to
+// be woken. So waiting never costs more than twice what it must (Karlin et al. 1991, Empirical Studies of Competitive
+// Spinning). Most waits between the parallel loops of a step are shorter, and a program that wants the processor gets
+// it after this time.
+#define AWAKE 50e-6
+
+// How often a waiting thread can look in so many seconds, in the manner of GCC's libgomp: a look, then a pause of the
+// processor, which is 10 to 150 clock cycles long. The best of a few tries counts, as this thread may be interrupted.
+long looks_in(double time) {
+    enum { LOOKS = 200, TRIES = 20 };
+    static volatile int never = 0;
+    double best = 1;
+    for (int i = 0; i < TRIES; i++) {
+        double start = seconds();
+        for (int k = 0; k < LOOKS && !never; k++) {
+#if defined(__x86_64__) || defined(__i386__)
+            __builtin_ia32_pause();
+#endif
+        }
+        best = fmin(best, seconds() - start);
+    }
+    return (long)(time / fmax(best, 1e-8) * LOOKS);
+}
+
+// Waiting threads should stay awake for a moment, and then sleep. OpenMP has only the two extremes: "active", its
+// default, where a step becomes ten times slower on a machine with anything else to do; and "passive", where two
+// threads lose a quarter of their time, because they fall asleep and are woken a hundred times in a short step. GCC's
+// libgomp has the middle as GOMP_SPINCOUNT. It holds only where no more threads than processors wait: with more, they
+// sleep at once. LLVM's libomp knows whole milliseconds, which are too long, so there waiting threads sleep. The runtimes
+// read this before main, so the program begins once more; what the user has set stays.
+void choose_waiting(char **argv) {
 #ifdef _OPENMP
-    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) {
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME")) {
+        return;
+    }
+    char looks[32];
+    snprintf(looks, sizeof(looks), "%ld", looks_in(AWAKE));
+    if (setenv("GOMP_SPINCOUNT", looks, 1) == 0 && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) {
         begin_again("/proc/self/exe", argv);
     }
 #else

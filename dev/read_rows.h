@@ -20,11 +20,11 @@ int was_read(const real *g, int C) {
 }
 
 // AdamW for `size` numbers, from number `first` of a table with rows of C on. All gradients of the table are in memory,
-// since the numbers of one process need not begin or end with a row.
+// since the numbers of one process need not begin or end with a row. Inside of a parallel region, each thread does its part.
 void adamw_of_read_rows(real *w, real *g, real *m1, real *m2, size_t first, size_t size, int C, Adam a) {
     size_t width = (size_t)C, from = first / width, until = (first + size + width - 1) / width;
     const real *table = g - first;
-#pragma omp parallel for schedule(static) if (size > 16384)
+#pragma omp for schedule(static) nowait
     for (size_t row = from; row < until; row++) {
         if (was_read(table + row * width, C)) {
             size_t begin = row * width > first ? row * width - first : 0;

@@ -599,7 +599,7 @@ int close_run(Run *run) {
 int run_program(int argc, char **argv, const Backend *backend, int (*program)(int, char **, const Backend *)) {
     open_standard_files();
     signal(SIGXFSZ, SIG_IGN); // a file that may not grow is an error like a full disk
-    let_threads_sleep(argv);
+    choose_waiting(argv);
     check_exp();
 #ifdef USE_MPI
     int provided;

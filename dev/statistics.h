@@ -3,6 +3,7 @@
 // Needs: Config, Route and Model of train_moe.c, which includes it.
 #ifndef STATISTICS_H
 #define STATISTICS_H
+#include "cpu/vector.h"
 
 typedef struct Statistics { // of one layer, in training, since the step began
     double *count;          // (E) choices that went to each expert, before any was refused for want of capacity
@@ -35,6 +36,22 @@ void clear_statistics(Model *m) {
     }
 }
 
+// Minus the sum of p log(p) over n numbers p; of numbers that are not above 0, nothing.
+double entropy_of(const real *p, int n) {
+    enum { BLOCK = 1024 }; // numbers that are added up as a real
+    double total = 0;
+    vec zero = {0}, tiny = zero + (real)1e-37;
+    for (int first = 0; first < n; first += BLOCK) {
+        vec sum = zero;
+        for (int i = first; i < min_int(n, first + BLOCK); i += LANES) {
+            vec x = vec_load(p + i, n - i);
+            sum += CHOOSE(x > zero, x, zero) * vec_log(CHOOSE(x > tiny, x, tiny));
+        }
+        total -= (double)vec_sum(sum);
+    }
+    return total;
+}
+
 // Adds a batch's routing. Each token's entropy is the mean of its rows; sigmoid scores are divided by their sum first.
 void count_routing(Statistics *s, const Route *r, int score) {
     enum { CHUNK = 128 }; // rows; chunks are added in order, so the sum does not depend on the number of threads
@@ -48,16 +65,20 @@ void count_routing(Statistics *s, const Route *r, int score) {
     s->tokens += r->N;
 
     double *part = (double *)allocate(chunks, sizeof(double));
-#pragma omp parallel for
+#pragma omp parallel for if (is_worth_threads(rows, 4 * E))
     for (int chunk = 0; chunk < chunks; chunk++) {
-        for (int row = chunk * CHUNK; row < min_int(rows, (chunk + 1) * CHUNK); row++) {
+        int first = chunk * CHUNK, end = min_int(rows, first + CHUNK);
+        if (score != SIGMOID) {
+            part[chunk] = entropy_of(r->p + (size_t)first * E, (end - first) * E);
+        }
+        for (int row = first; row < end && score == SIGMOID; row++) {
             const real *p = r->p + (size_t)row * E;
             double sum = 0;
-            for (int e = 0; e < E && score == SIGMOID; e++) {
+            for (int e = 0; e < E; e++) {
                 sum += (double)at_least_tiny(p[e]);
             }
             for (int e = 0; e < E; e++) {
-                double share = score == SIGMOID ? (double)at_least_tiny(p[e]) / sum : (double)p[e];
+                double share = (double)at_least_tiny(p[e]) / sum;
                 part[chunk] -= share > 0 ? share * log(share) : 0;
             }
         }

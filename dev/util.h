@@ -451,6 +451,12 @@ int thread_number(void) {
 #endif
 }
 
+// Is a loop over so many rows, with so many numbers each, long enough for several threads? To begin and end a parallel
+// loop takes microseconds, and one thread alone does a few of these numbers in a nanosecond.
+int is_worth_threads(int rows, int width) {
+    return (size_t)rows * (size_t)width > 1 << 16;
+}
+
 #include "terminal.h" // what is written over, and how wide it may be
 #include "machine.h"  // what the processor and the system give: instructions, processors, threads
 

@@ -1,6 +1,6 @@
 // The matrix product, near the processor's limit: nine tenths of the training time go here.
 // Gives: fast_matmul, fast_matmul_dx, fast_matmul_dw, fast_grouped_matmul, fast_grouped_matmul_dx,
-// fast_grouped_matmul_dw; and what attention takes from it: Operand, pack_a, pack_b, product_panel. Needs:
+// fast_grouped_matmul_dw, fast_begin_products, fast_end_products; and what attention takes from it: Operand, pack_a, pack_b, product_panel. Needs:
 // dev/cpu/vector.h; dev/ranks/comm.h, because between two tasks it answers other processes (ranks_tick).
 //
 // Why are the lesson's three loops slow? A core can do dozens of multiply-adds in the time in which one
@@ -364,14 +364,62 @@ void product_of_few_rows(const Product *p, int first, int cols, int add) {
     }
 }
 
-// All products of the list, by all threads. There are about four tasks of equal work for each thread: with
+// Few results a row, such as a router's, would fill a small part of a panel: a vector holds them all. For these, a is
+// read as it is, and only b is packed: a vector for each k.
+int few_columns(const Product *p) {
+    return p->n <= LANES && !p->a.row_is_k && !p->b.row_is_k && p->k * LANES <= PACKED_B;
+}
+
+// Rows first .. first+rows of such a product. The sums of eight rows are under way at the same time.
+void product_of_few_columns(const Product *p, int first, int rows, int add) {
+    enum { ROWS = 8 };
+    real *b = packing_memory + (size_t)thread_number() * (PACKED_A + PACKED_B) + PACKED_A;
+    for (int j = 0; j < LANES; j++) {
+        const real *from = j < p->n ? operand_row(&p->b, j) : NULL;
+        for (int k = 0; k < p->k; k++) {
+            b[k * LANES + j] = from ? from[k] : 0;
+        }
+    }
+    for (int i0 = first; i0 < first + rows; i0 += ROWS) {
+        const real *a[ROWS];
+        vec sum[ROWS] = {{0}};
+        for (int i = 0; i < ROWS; i++) {
+            a[i] = operand_row(&p->a, min_int(i0 + i, first + rows - 1));
+        }
+        for (int k = 0; k < p->k; k++) {
+            vec of_b = *(const vec_in_memory *)(b + k * LANES);
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) {
+                sum[i] += a[i][k] * of_b;
+            }
+        }
+        for (int i = 0; i < min_int(ROWS, first + rows - i0); i++) {
+            real *out = p->out + (size_t)(i0 + i) * p->ld;
+            for (int j = 0; j < p->n; j++) {
+                out[j] = sum[i][j] + (add ? out[j] : 0);
+            }
+        }
+    }
+}
+
+// Products that will be done: each alone, or those between begin_products() and end_products() together.
+struct {
+    Product *list;
+    char *add;           // of each: 1 to add to what is there
+    int count, most, together;
+} planned;
+
+// All planned products, by all threads. There are about four tasks of equal work for each thread: with
 // fewer tasks one thread would wait for another, and with more b would be packed too often. Most experts are
 // one task each.
-void products(const Product *list, int count, int add) {
+void do_products(void) {
     typedef struct Task {
         const Product *p;
         int first, count; // rows; of a product of few rows: columns
+        int add;
     } Task;
+    const Product *list = planned.list;
+    int count = planned.count;
     double work = 0;
     for (int i = 0; i < count; i++) {
         work += (double)list[i].m * list[i].n * list[i].k;
@@ -391,7 +439,7 @@ void products(const Product *list, int count, int add) {
                 most = 2 * most + 64;
                 task = (Task *)reallocate(task, (size_t)most, sizeof(Task));
             }
-            Task t = {p, first, min_int(step, total - first)};
+            Task t = {p, first, min_int(step, total - first), planned.add[i]};
             task[tasks++] = t;
         }
     }
@@ -400,13 +448,41 @@ void products(const Product *list, int count, int add) {
 #pragma omp parallel for schedule(dynamic) if (work > 20000)
     for (int t = 0; t < tasks; t++) {
         if (few_rows(task[t].p)) {
-            product_of_few_rows(task[t].p, task[t].first, task[t].count, add);
+            product_of_few_rows(task[t].p, task[t].first, task[t].count, task[t].add);
+        } else if (few_columns(task[t].p)) {
+            product_of_few_columns(task[t].p, task[t].first, task[t].count, task[t].add);
         } else {
-            product_rows(task[t].p, task[t].first, task[t].count, add);
+            product_rows(task[t].p, task[t].first, task[t].count, task[t].add);
         }
         ranks_tick();
     }
     free(task);
+    planned.count = 0;
+}
+
+// Does all products of the list, or plans them for end_products().
+void products(const Product *list, int count, int add) {
+    if (planned.count + count > planned.most) {
+        planned.most = 2 * (planned.count + count);
+        planned.list = (Product *)reallocate(planned.list, (size_t)planned.most, sizeof(Product));
+        planned.add = (char *)reallocate(planned.add, (size_t)planned.most, 1);
+    }
+    for (int i = 0; i < count; i++) {
+        planned.list[planned.count] = list[i];
+        planned.add[planned.count++] = (char)add;
+    }
+    if (!planned.together) {
+        do_products();
+    }
+}
+
+void fast_begin_products(void) {
+    planned.together = 1;
+}
+
+void fast_end_products(void) {
+    planned.together = 0;
+    do_products();
 }
 
 // ---- the lesson's functions

@@ -6,7 +6,11 @@
 #undef grouped_matmul
 #undef grouped_matmul_dx
 #undef grouped_matmul_dw
+#undef begin_products
+#undef end_products
 #undef softmax
+#undef softmax_rows
+#undef select_topk
 #undef rmsnorm_forward
 #undef rmsnorm_backward
 #undef attention_forward

@@ -1,5 +1,5 @@
 // The lesson's functions that work row by row, a vector at a time: softmax, RMSNorm, activation, sum of squares.
-// Gives: fast_softmax, fast_rmsnorm_forward, fast_rmsnorm_backward, fast_activation_forward,
+// Gives: fast_softmax, fast_softmax_rows, load_rows, fast_rmsnorm_forward, fast_rmsnorm_backward, fast_activation_forward,
 // fast_activation_backward, fast_sum_of_squares. Needs: dev/cpu/vector.h; the activations' names and
 // is_gated() of train_moe.c, which includes it.
 //
@@ -41,11 +41,61 @@ real fast_softmax(real *row, int n) {
     return top + (real)log((double)total);
 }
 
+// ---- many short rows
+//
+// A router's rows have as many numbers as there are experts, often fewer than a vector has lanes. There it is the rows
+// that stand side by side in the lanes of a vector: a block of LANES rows is transposed, so that block[j] has number j
+// of each.
+
+enum { SHORT = 128 }; // numbers in a row, at most
+
+// x (rows,n), rows first .. first+LANES. Behind the last row it stands once more.
+void load_rows(vec *block, const real *x, int first, int rows, int n) {
+    for (int lane = 0; lane < LANES; lane++) {
+        const real *row = x + (size_t)min_int(first + lane, rows - 1) * n;
+        for (int j = 0; j < n; j++) {
+            block[j][lane] = row[j];
+        }
+    }
+}
+
+// Each row of p (rows,n) becomes its softmax; lse (rows): log(sum(exp(row))). A sum that is no number stays none.
+void fast_softmax_rows(real *p, real *lse, int rows, int n) {
+    if (n > SHORT) {
+#pragma omp parallel for if (is_worth_threads(rows, 4 * n))
+        for (int row = 0; row < rows; row++) {
+            lse[row] = fast_softmax(p + (size_t)row * n, n);
+        }
+        return;
+    }
+#pragma omp parallel for if (is_worth_threads(rows, 4 * n))
+    for (int first = 0; first < rows; first += LANES) {
+        vec block[SHORT], sum = {0}, top = {0};
+        load_rows(block, p, first, rows, n);
+        top -= (real)INFINITY;
+        for (int j = 0; j < n; j++) {
+            top = vec_max(block[j], top);
+        }
+        for (int j = 0; j < n; j++) {
+            block[j] = vec_exp(block[j] - top);
+            sum += block[j];
+        }
+        vec logs = top + vec_log(sum) + sum * 0, scale = (real)1 / sum;
+        for (int lane = 0; lane < min_int(LANES, rows - first); lane++) {
+            real *row = p + (size_t)(first + lane) * n;
+            for (int j = 0; j < n; j++) {
+                row[j] = block[j][lane] * scale[lane];
+            }
+            lse[first + lane] = logs[lane];
+        }
+    }
+}
+
 // ---- RMSNorm
 
 // out (N,C) = x / rms(x) * w, w (C); rstd (N) keeps 1 / rms(x)
 void fast_rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N, int C, double eps) {
-#pragma omp parallel for if (N > 16)
+#pragma omp parallel for if (is_worth_threads(N, C))
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * C;
         double sum = (double)dot(row, row, C);

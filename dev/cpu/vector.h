@@ -1,5 +1,5 @@
 // Vectors of the processor: 2 to 16 numbers with which one instruction computes at once.
-// Gives: vec, LANES, vec_load, vec_store, vec_sum, vec_max, vec_exp, check_exp; and of rows of numbers: dot, row_max, row_exp.
+// Gives: vec, LANES, vec_load, vec_store, vec_sum, vec_max, vec_exp, vec_log, check_exp; and of rows of numbers: dot, row_max, row_exp.
 // Needs: dev/util.h; gcc or clang, whose vector extensions these are: a * b + c with vectors works on all
 // lanes, a number beside a vector counts for every lane, v[i] is one lane, and the compiler takes the
 // instructions that the processor has.
@@ -95,6 +95,38 @@ vec vec_exp(vec x) {
     // Times 2^n: n is added to the exponent, which begins at bit 23.
     e = (floats)((bits)e + ((bits)shifted << 23));
     memcpy(&x, &e, sizeof(x));
+    return x;
+}
+
+// log(x) in every lane, for x from 1e-37 on, to 2 units in the last digit. In double, the C library does it.
+vec vec_log(vec x) {
+    if (sizeof(real) == 8) {
+        for (int i = 0; i < LANES; i++) {
+            x[i] = (real)log((double)x[i]);
+        }
+        return x;
+    }
+    typedef int32_t bits __attribute__((vector_size(VECTOR_BYTES)));
+    typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
+    floats v;
+    memcpy(&v, &x, sizeof(v));
+
+    // x = m 2^n with m between 3/4 and 3/2: the exponent begins at bit 23, and 0x3f400000 are the bits of 3/4.
+    bits n = ((bits)v - 0x3f400000) >> 23;
+    floats m = (floats)((bits)v - (n << 23)), exponent;
+    for (int i = 0; i < (int)(VECTOR_BYTES / sizeof(float)); i++) {
+        exponent[i] = (float)n[i];
+    }
+
+    // log(m) = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 + ...) with s = (m - 1) / (m + 1), which is at most 1/5.
+    floats s = (m - 1.0f) / (m + 1.0f), q = s * s;
+    floats sum = q * (1.0f / 11) + (1.0f / 9);
+    sum = sum * q + (1.0f / 7);
+    sum = sum * q + (1.0f / 5);
+    sum = sum * q + (1.0f / 3);
+    s = s + s * q * sum;
+    s = exponent * 0.693147182f + (s + s);
+    memcpy(&x, &s, sizeof(x));
     return x;
 }
 
