@@ -206,7 +206,8 @@ static void make_story(Story *s, int cast, uint64_t seed, uint64_t index) {
 
     // Shuffle the rows of every table, so that {toy} and {toy2} are two different ones.
     for (int t = 0; t < TABLES; t++) {
-        s->rows[t] = s->world->rows[t][0] ? s->world->rows[t] : everywhere.rows[t];
+        const World *shared = cast == SMALL_CAST && small_cast.rows[t][0] ? &small_cast : &everywhere;
+        s->rows[t] = s->world->rows[t][0] ? s->world->rows[t] : shared->rows[t];
         int n = 0;
         for (; n < MAX_ROWS && s->rows[t][n]; n++) {
             int j = below(&s->rng, n + 1);

@@ -60,7 +60,7 @@ static const struct {
     [SHELTER] = {"shelter", 0},                    // hid {shelter}
     [CRY] = {"cry", 0},                            // what one calls out for joy here
     [TRAIT] = {"trait", 0}, [COLOUR] = {"colour", 0}, [BUILDING] = {"building", 0}, [DAY] = {"day", 0},
-    [OPENING] = {"opening", 0}, [JOY] = {"joy", 0}, [CLOSING] = {"closing", 0},
+    [OPENING] = {"opening boast", 0}, [JOY] = {"joy", 0}, [CLOSING] = {"closing", 0},
 };
 
 typedef struct {
@@ -435,11 +435,13 @@ static const World everywhere = {"everywhere", {
     [COLOUR] = {"red", "blue", "green", "yellow", "pink", "purple", "orange", "white"},
     [BUILDING] = {"little house", "tall tower", "round fort", "play house"},
     [DAY] = {"One day", "One morning", "One fine day"},
-    [OPENING] = {
-        "[Once upon a time|Long ago], there was @ {trait} little {kind} named {name}. {He} lived {home} and loved to "
-        "{hobby}.",
-        "{Name} was @ {trait} little {kind}. {He} lived {home}. Every day {he} {hobbied}.",
-        "{Home} lived @ little {kind} named {name}. {He} was very {trait} and {he} loved to {hobby}.",
+    [OPENING] = { // after a space, and twice, so that a small model learns soon whom a story is about
+        "[Once upon a time|Long ago], there was @ {trait} little {kind} named {name}. {Name} lived {home}, and {he} loved "
+        "to {hobby}./[Once upon a time|Long ago], there was @ little {kind} named {name}. {Name} lived {home}.",
+        "This is the story of {name}, @ {trait} little {kind}. {Name} lived {home}. Every day {he} {hobbied}./This is "
+        "the story of {name}, @ little {kind}. {Name} lived {home}.",
+        "{Home} lived @ little {kind} named {name}. {Name} was very {trait}, and {he} loved to {hobby}./{Home} lived @ "
+        "little {kind} named {name}.",
     },
     [JOY] = {
         "\"{Cry}!\" [cried|shouted] {name2}.",
@@ -451,6 +453,18 @@ static const World everywhere = {"everywhere", {
         "That night, the {trait} little {kind} [slept well|went to bed with a smile].",
         "{Name} went home with a [big smile|happy heart].",
         "The next day, {name} {hobbied} again.",
+    },
+}};
+
+// What differs from it where every world has one hero, who is met sooner or later by any name.
+static const World small_cast = {"small cast", {
+    [OPENING] = {
+        "[Once upon a time|Long ago], there was @ {trait} little {kind} named {name}. {He} lived {home} and loved to "
+        "{hobby}./{Name} was @ little {kind}. {He} lived {home}.",
+        "{Name} was @ {trait} little {kind}. {He} lived {home}. Every day {he} {hobbied}./{Name} was @ little {kind}. {He} "
+        "lived {home}.",
+        "{Home} lived @ little {kind} named {name}. {He} was very {trait} and {he} loved to {hobby}./{Name} was @ little "
+        "{kind}. {He} lived {home}.",
     },
 }};
 
@@ -583,7 +597,7 @@ static const char *const plots[] = {
     "{name}.|\"You have a little house but a big heart,\" said {elder3}.]",
 
     // The race: the fast one sleeps.
-    "{Name} was @ little {kind}. {He} lived {home}. \"I am the fastest of all!\" {he} always said. {Name2} the "
+    "{boast} \"I am the fastest of all!\" {he} always said. {Name2} the "
     "{kind2} was slow, but {he2} never gave up.\n\n"
     "{day}, {name2} said, \"Let us race to the {mark}.\" {Name} laughed. \"One, two, three, go!\" called {elder3}. "
     "{Name} {went} very fast. At the {mark2}, {he} could not see {name2} any more. So {he} sat down, ate some {food} "
