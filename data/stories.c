@@ -180,8 +180,9 @@ static void expand(Story *s, const char *t, const char *end) {
 }
 
 // The hero and the friend are a boy and a girl, so that "he" and "she" say who is meant. In the large cast, they have
-// any two of all worlds' names; in the small one, every world has one hero and one friend, as picture books have.
-// Names have random numbers of their own: the rest of a story is the same with either cast.
+// any two of all worlds' names: a name says nothing of the world, so a model has to look back to know it. In the small
+// one, every world has one hero and one friend, as picture books have. Names have random numbers of their own, so that
+// the rest of a story is the same with either cast, but for its opening.
 static void name_hero_and_friend(Story *s, int cast, int world) {
     uint64_t rng = mix(s->rng);
     s->girl[0] = cast == LARGE_CAST ? below(&rng, 2) : world % 2;
@@ -190,7 +191,7 @@ static void name_hero_and_friend(Story *s, int cast, int world) {
     s->order[NAME][1] = 1;
     if (cast == LARGE_CAST) {
         for (int i = 0; i < 2; i++) {
-            s->cast[i] = worlds[getenv("OWN") ? world : below(&rng, WORLDS)].rows[NAME][below(&rng, NAMES)];
+            s->cast[i] = worlds[below(&rng, WORLDS)].rows[NAME][below(&rng, NAMES)];
         }
         s->rows[NAME] = s->cast;
         s->count[NAME] = 2;

@@ -60,7 +60,8 @@ static const struct {
     [SHELTER] = {"shelter", 0},                    // hid {shelter}
     [CRY] = {"cry", 0},                            // what one calls out for joy here
     [TRAIT] = {"trait", 0}, [COLOUR] = {"colour", 0}, [BUILDING] = {"building", 0}, [DAY] = {"day", 0},
-    [OPENING] = {"opening boast", 0}, [JOY] = {"joy", 0}, [CLOSING] = {"closing", 0},
+    [OPENING] = {"opening boast", 0},              // boast: the opening for those who brag of themselves
+    [JOY] = {"joy", 0}, [CLOSING] = {"closing", 0},
 };
 
 typedef struct {
@@ -435,7 +436,7 @@ static const World everywhere = {"everywhere", {
     [COLOUR] = {"red", "blue", "green", "yellow", "pink", "purple", "orange", "white"},
     [BUILDING] = {"little house", "tall tower", "round fort", "play house"},
     [DAY] = {"One day", "One morning", "One fine day"},
-    [OPENING] = { // after a space, and twice, so that a small model learns soon whom a story is about
+    [OPENING] = { // each says the name twice, and after a space, so that a small model soon learns to look for it
         "[Once upon a time|Long ago], there was @ {trait} little {kind} named {name}. {Name} lived {home}, and {he} loved "
         "to {hobby}./[Once upon a time|Long ago], there was @ little {kind} named {name}. {Name} lived {home}.",
         "This is the story of {name}, @ {trait} little {kind}. {Name} lived {home}. Every day {he} {hobbied}./This is "
@@ -456,7 +457,10 @@ static const World everywhere = {"everywhere", {
     },
 }};
 
-// What differs from it where every world has one hero, who is met sooner or later by any name.
+// ---------------------------------------------------------------------------------------------------------------
+// What differs from that in the stories of the small cast, where every world has one hero and one friend
+// ---------------------------------------------------------------------------------------------------------------
+
 static const World small_cast = {"small cast", {
     [OPENING] = {
         "[Once upon a time|Long ago], there was @ {trait} little {kind} named {name}. {He} lived {home} and loved to "

@@ -72,7 +72,7 @@ void test_stories_agree(void **state) { // all of them, in both casts
 // The same bytes on every machine: their number and FNV-1a hash.
 void test_stories_same(void **state) {
     (void)state;
-    const uint64_t wanted[] = {0, 0};
+    const uint64_t wanted[] = {0x217386e9e1566c06, 0x0113bf20e0e2001e};
     if (!stories_can_be_checked())
         skip();
     for (int i = 0; i < 2; i++) {
@@ -98,7 +98,7 @@ void test_stories_cast(void **state) { // every name is a hero's and a friend's;
         shell(said, sizeof(said), "data/make_stories --count 4000 --cast %s > %s", story_cast[i], scratch_file("cast.txt"));
         shell(said, sizeof(said), "grep -oE 'named [A-Z][a-z]+' %s | sort -u | wc -l", scratch_file("cast.txt"));
         assert_int_equal(atoi(said), heroes[i]);
-        shell(said, sizeof(said), "grep -oE '[A-Z][a-z]+ the [a-z]+ (came|saw|was slow|gave|sat|found|played|heard)' %s | sed 's/ .*//' | "
+        shell(said, sizeof(said), "grep -oE '[A-Z][a-z]+ the [a-z]+ (came|was slow|gave|sat down)' %s | sed 's/ .*//' | "
               "sort -u | wc -l", scratch_file("cast.txt"));
         assert_int_equal(atoi(said), heroes[i]);
     }
