@@ -5,17 +5,17 @@ set -eu
 export LC_ALL=C
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
-if [ $# -lt 1 ] || [ $# -gt 2 ] || [[ ! ${2-200} =~ ^[1-9][0-9]*$ ]]; then
-    echo "usage: dev/test/stories.sh RUN_DIR [COUNT, 200 by default]; STORIES=FILE keeps what was told" >&2
+if [ $# -lt 1 ] || [[ ! ${2-200} =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: dev/test/stories.sh RUN_DIR [COUNT [OPTIONS of train_moe]]; STORIES=FILE keeps what was told" >&2
     exit 2
 fi
-export RUN=$1 TRAIN_MOE=${TRAIN_MOE:-$root/train_moe}
+export RUN=$1 TRAIN_MOE=${TRAIN_MOE:-$root/train_moe} OPTIONS="${*:3}"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export WORK=$work
 
 # A process tells one story; there are as many at a time as there are processors. 600 tokens are more than any story has.
-tell='"$TRAIN_MOE" --out "$RUN" --prompt "" --tokens 600 --threads 1 --seed "$1" > "$WORK/$1" 2> "$WORK/$1.err" ||
+tell='"$TRAIN_MOE" --out "$RUN" --prompt "" --tokens 600 --threads 1 --seed "$1" $OPTIONS > "$WORK/$1" 2> "$WORK/$1.err" ||
     { cat "$WORK/$1.err" >&2; exit 255; }; echo "<|endoftext|>" >> "$WORK/$1"'
 start=$SECONDS
 seq "${2-200}" | xargs -P "$(getconf _NPROCESSORS_ONLN)" -I{} sh -c "$tell" sh {}
