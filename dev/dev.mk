@@ -1,13 +1,13 @@
 # The workshop's part of the Makefile: the tests of dev/test, sanitizers, valgrind, other processors, the CUDA twin's emulator,
 # benchmarks. What is built lies in dev/build, benchmarks beside their sources.
 
-.PHONY: test_rest test_builds test_posix check_hf test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl \
+.PHONY: test_rest test_builds test_posix check_hf check_stories test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl \
     faults kills fuzz test_in test_sse2 test_avx2 test_arm64 sanitize sanitize_double sanitize_emulated race_emulated \
     count_emulated sanitize_cu gate_cu gpu_check tsan valgrind bench bench_all bench_mpi bench_cu format
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning)
+TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories)
 TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double numbers_double learning_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
@@ -18,10 +18,18 @@ $(TESTS_DOUBLE): dev/build/%_double: dev/test/%.c $(CHOICE) | cmocka
 
 ##test_rest: the tests of dev/test: layers, routers, recipes, training in float and double; files, data and the program; the CUDA twin
 test_rest:
-	@$(PAIR) $(TESTS) $(TESTS_DOUBLE) train_moe train_moe_double data/tokenize
+	@$(PAIR) $(TESTS) $(TESTS_DOUBLE) train_moe train_moe_double data/tokenize data/make_stories dev/build/check_stories
 	@for test in $(TESTS) $(TESTS_DOUBLE); do echo $$test; $$test || exit 1; done
 	@if command -v $(CXX) >/dev/null; then $(PAIR) test_emulated; \
 	else echo "the CUDA twin's tests are not run: they need a C++ compiler"; fi
+
+dev/build/check_stories: dev/test/check_stories.c $(CHOICE)
+	$(TEST_BUILD) $(DEPS) $< -o $@
+
+##check_stories: lets the run RUN tell 200 stories, and says in how many the hero, the lost thing and the places agree to the end
+RUN ?= runs/mixtral
+check_stories: train_moe dev/build/check_stories
+	dev/test/stories.sh $(RUN)
 
 ##check_hf: directories that Hugging Face's transformers makes, read by --init with the loss that it gives them; needs Python with it
 PYTHON ?= python3

@@ -106,7 +106,7 @@ fi
 # The built-in stories stay as they are until new ones are whole.
 mkdir -p "$work/copy/data/stories" "$work/copy/dev/build"
 cp Makefile "$work/copy"
-cp data/stories.c data/tokenize.c "$work/copy/data"
+cp data/stories.c data/worlds.h data/tokenize.c "$work/copy/data"
 touch "$work/copy/data/stories/tokenizer.json" "$work/copy/dev/build/plain_0"
 sleep 1
 for program in make_stories tokenize; do
@@ -118,7 +118,7 @@ if make -s -C "$work/copy" data/stories/tokenizer.json > "$work/said" 2>&1; then
 printf '#!/bin/sh\nwhile [ "$1" != --out ]; do shift; done\necho new > "$2/tokenizer.json"\n' > "$work/copy/data/tokenize"
 make -s -C "$work/copy" data/stories/tokenizer.json > "$work/said" 2>&1 || fail "the stories were not made again"
 [ "$(cat "$work/copy/data/stories/tokenizer.json")" = new ] || fail "the new stories did not replace the old ones"
-[ "$(ls "$work/copy/data" | tr '\n' ' ')" = "make_stories stories stories.c tokenize tokenize.c " ] || fail "something was left: $(ls "$work/copy/data")"
+[ "$(ls "$work/copy/data" | tr '\n' ' ')" = "make_stories stories stories.c tokenize tokenize.c worlds.h " ] || fail "something was left: $(ls "$work/copy/data")"
 echo "the built-in stories are replaced by whole ones"
 
 # ---- POSIX
