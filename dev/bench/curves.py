@@ -116,8 +116,8 @@ def draw(groups, title):
         out.append(f'<g clip-path="url(#plot)"><path fill="{color}" fill-opacity="0.2" d="{path(band)}Z"/>'
                    f'<path fill="none" stroke="{color}" stroke-width="2" d="{path([r[:2] for r in rows])}"/></g>')
         at = TOP + 18 + 20 * i
-        out.append(f'<path stroke="{color}" stroke-width="2" d="M{LEFT + WIDTH - 190} {at - 4}h24"/>'
-                   f'<text x="{LEFT + WIDTH - 160}" y="{at}">{escape(name)}, {rows[-1][1]:.4f}</text>')
+        out.append(f'<path stroke="{color}" stroke-width="2" d="M{LEFT + WIDTH - 240} {at - 4}h24"/>'
+                   f'<text x="{LEFT + WIDTH - 210}" y="{at}">{escape(name)}, {rows[-1][1]:.4f}</text>')
     return "\n".join(out) + "\n</svg>\n"
 
 
