@@ -132,7 +132,7 @@ table() {
             if (k > 1) t = at["fast", k - 1] + (t - at["fast", k - 1]) * (bpb["fast", k - 1] - goal) / \
                 (bpb["fast", k - 1] - bpb["fast", k])
             printf "- `fast` had what %s ends with, %.4f, after %s%.1f s, %.2f of its time.\n", title[r], goal,
-                k > 1 ? "" : "at most ", t, t / seconds[r]
+                (k > 1 ? "" : "at most "), t, t / seconds[r]
         }
     }' "${logs[@]}"
     for entrant in $entrants; do
