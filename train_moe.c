@@ -103,6 +103,7 @@ typedef struct Config {
 #undef CONFIG_FIELDS
     // Training.
     int batch, accum, steps;             // B; micro-steps in a step; steps
+    double minutes;                      // the time that sets steps; 0: none, see dev/minutes.h
     double lr, min_lr;
     int warmup, schedule;
     double weight_decay, beta1, beta2, clip;

@@ -3,11 +3,11 @@
 
 .PHONY: test_rest test_builds test_posix check_hf check_stories test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl \
     faults kills fuzz test_in test_sse2 test_avx2 test_arm64 sanitize sanitize_double sanitize_emulated race_emulated \
-    count_emulated sanitize_cu gate_cu gpu_check tsan valgrind bench bench_all bench_mpi bench_cu format
+    count_emulated sanitize_cu gate_cu gpu_check tsan valgrind bench bench_all contest bench_mpi bench_cu format
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories)
+TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes)
 TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double numbers_double learning_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
@@ -341,6 +341,10 @@ dev/bench/llmc_step: dev/bench/llmc_step.c | $(CHOICE)
 bench bench_all: dev/bench/bench dev/bench/llmc_step
 	export OPENBLAS_THREAD_TIMEOUT=20; ! grep -qsw avx512f /proc/cpuinfo || export OPENBLAS_CORETYPE=SkylakeX; \
 	dev/bench/bench $(if $(filter bench_all,$@),--all) $(BENCH)
+
+##contest: what learns most in ten minutes (MINUTES=10): ours or PyTorch's (PYTHON names one that has it); CONTEST: dev/bench/contest.sh -h
+contest: train_moe
+	MINUTES=$(or $(MINUTES),10) PYTHON=$(PYTHON) dev/bench/contest.sh $(CONTEST)
 
 ##bench_mpi: a step on one process and on two, with and without overlap; the bytes sent against what they should be
 bench_mpi: train_moe_mpi

@@ -121,6 +121,10 @@ int rate_falls(const Config *c) {
     return c->schedule != CONSTANT;
 }
 
+int sets_steps(const Config *c) {
+    return !c->given[find_option("steps")];
+}
+
 int asks_for_copies(const Config *c) {
     return c->replicate > 0;
 }
@@ -143,6 +147,7 @@ const Effect base_effects[] = {
     {"score", has_scores, "scores, which --select hash does not have: --select topk"},
     {"balance", has_balance_loss, "a balance loss: --aux-weight 0.01"},
     {"group", looks_at_groups, "a loss or a capacity that looks at many tokens: --aux-weight or --capacity-factor"},
+    {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},
     {"trust-weights", reads_weights, "weights to read: --resume, --init or --prompt"},

@@ -5,6 +5,13 @@
 // The training loop itself is in train_moe.c. Nothing is written before all is checked.
 #pragma once
 
+// What the trial of --minutes measured, in seconds; all 0 where there was none.
+typedef struct Pace {
+    double step, window, token, save; // a training step, a window of validation for each process, ...
+    double planned;                   // the whole run, from its beginning to its end
+    int tried;                        // steps that were timed
+} Pace;
+
 typedef struct Run {
     Config config;
     const Backend *backend;
@@ -32,16 +39,20 @@ typedef struct Run {
     double timed;          // when the steps began that the log has not yet shown
     int timed_step;        // and the step before them
     double paused;         // when the last step ended
+    double began;          // when the run was opened
+    Pace pace;
     Traffic traffic;       // messages since the log's last line, by then
 } Run;
 
 Batch next_batch(Run *run, int micro);
+void first_model(Run *run);
 #include "quote.h"    // words as a shell takes them
 #include "finite.h"   // NaN and infinities, and where they come from
 #include "remember.h" // what a checkpoint remembers of the routers
 #include "save.h"     // the checkpoints of a run
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
+#include "minutes.h"  // --minutes
 
 volatile sig_atomic_t stop_asked = 0;
 
@@ -262,6 +273,7 @@ int resume_run(Run *run, const Config *asked, const char *checkpoint) {
         config_check(c);
         refuse_idle_options(c, &before);
         check_warmup(c, &before);
+        refuse_other_minutes(run, asked, &before);
         load_tokenizer(run, checkpoint);
         run->before = memory_now();
         run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
@@ -296,7 +308,9 @@ void start_run(Run *run, const Config *asked) {
     }
     config_check(c);
     refuse_idle_options(c, NULL);
-    check_warmup(c, NULL);
+    if (!c->minutes) { // with it, the number of steps is not known yet
+        check_warmup(c, NULL);
+    }
     if (!c->data[0]) {
         c->data = has_file("data/tinystories", "tokenizer.json") ? "data/tinystories" : "data/stories";
     }
@@ -308,6 +322,19 @@ void start_run(Run *run, const Config *asked) {
         c->vocab = run->tokenizer->vocab;
     }
     run->train = data_open(c->data, "train", c->seq, c->vocab, (uint64_t)c->seed);
+}
+
+// The model of a run that begins, with new weights or those of --init.
+void first_model(Run *run) {
+    Config *c = &run->config;
+    run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
+    if (c->init[0]) {
+        load_weights(run, c->init, 0);
+    } else {
+        double *frequency = data_frequency(run->train, c->vocab);
+        run->backend->init(run->model, frequency);
+        free(frequency);
+    }
 }
 
 // Everything that is read before the first step: options, data, model. Returns 0 where there is nothing left to do.
@@ -354,15 +381,11 @@ int prepare_run(Run *run, const Config *asked) {
 
     // The model: AdamW's moments are read where the run goes on, the weights also where it starts from others.
     divide_experts(c);
-    run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
     if (resumed) {
+        run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
         load_weights(run, checkpoint, 1);
-    } else if (c->init[0]) {
-        load_weights(run, c->init, 0);
     } else {
-        double *frequency = data_frequency(run->train, c->vocab);
-        run->backend->init(run->model, frequency);
-        free(frequency);
+        first_model(run);
     }
     run->warned = (unsigned char *)allocate(c->layers, 1);
     if (resumed) {
@@ -441,6 +464,7 @@ void answer_prompt(Run *run, const Config *asked) {
 int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     Config asked;
     memset(run, 0, sizeof(*run));
+    run->began = seconds();
     parse_command_line(&asked, argc, argv);
     if (asked.help || asked.list_recipes) {
         asked.help ? print_options() : print_recipes();
@@ -479,7 +503,9 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     }
     open_log(run);
     ranks.watchdog = asked.watchdog;
+    decide_steps(run);
     announce(run);
+    report_decision(run);
     catch_signals();
     const Traffic none = {0, 0, 0};
     ranks.traffic = none;
@@ -580,6 +606,7 @@ int close_run(Run *run) {
                c->steps * 2, begin, name);
     }
     free(out);
+    report_minutes(run);
     close_log(run);
     if (run->trace) {
         fclose(run->trace);

@@ -1,5 +1,5 @@
 // The checkpoints of a run: written, found again, read.
-// Gives: save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which includes it.
+// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
 // move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
@@ -152,14 +152,14 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
     free(parts);
 }
 
-void save_checkpoint(Run *run) {
+// Writes a checkpoint into the folder unfinished_path, which has no name of a checkpoint yet.
+void write_checkpoint(Run *run) {
     int first = ranks.rank == 0, weights[] = {WEIGHTS}, moments[] = {MOMENT1, MOMENT2};
     const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
-    char name[64], *list = NULL;
+    char *list = NULL;
     size_t size = 0;
     refuse_changed_data();                       // nothing that was learned from other tokens is saved
     FILE *sums = open_memory(&list, &size); // checksums.json
-    snprintf(name, sizeof(name), "checkpoint-%d", run->step);
     if (first) {
         snprintf(unfinished_path, sizeof(unfinished_path), "%s/unfinished-checkpoint", run->out);
         if (remove_tree(unfinished_path) != 0) { // of a run that was killed
@@ -179,10 +179,18 @@ void save_checkpoint(Run *run) {
     close_memory(sums, &list);
     if (first) {
         write_text(unfinished_path, "checksums.json", list, size);
+    }
+    free(list);
+}
+
+void save_checkpoint(Run *run) {
+    char name[64];
+    write_checkpoint(run);
+    if (ranks.rank == 0) {
+        snprintf(name, sizeof(name), "checkpoint-%d", run->step);
         publish_checkpoint(run, unfinished_path, name);
         remove_old_checkpoints(run);
     }
-    free(list);
     run->saved = run->step;
     ranks_meet();
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains dense and a mixture of equal active size at the same time, one thread each, and prints Markdown tables of
-# val_bpb against time: when does the mixture reach the value that dense ends with?
+# val_bpb against time: when does the mixture reach the value that dense ends with? --also adds more models.
 # What is finished is not trained again and what was cut off goes on: after Ctrl-C, type the same command again.
 set -eu
 export LC_ALL=C
@@ -20,12 +20,13 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 train=${TRAIN_MOE:-$root/train_moe}
 called="dev/bench/clock.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/clock data='' from='' only_table=''
+sides=(dense mixture)
 while [ $# -gt 0 ]; do
     case $1 in
     -h | --help)
         cat << END
 usage: dev/bench/clock.sh [--data DIR | --from DIR] [--out DIR] [--seeds "1 2 3"] [--steps N] [--mixture-steps N]
-                    [--common OPTIONS] [--dense OPTIONS] [--mixture OPTIONS] [--table]
+                    [--common OPTIONS] [--dense OPTIONS] [--mixture OPTIONS] [--also NAME OPTIONS]... [--table]
 
   --data DIR          tokens to train on (default: OUT/data if it is there, else data/tinystories, else data/stories)
   --from DIR          make OUT/data, unless it is there, of DIR/*train*.txt and DIR/*valid*.txt: 4096 tokens
@@ -36,16 +37,24 @@ usage: dev/bench/clock.sh [--data DIR | --from DIR] [--out DIR] [--seeds "1 2 3"
   --common OPTIONS    of train_moe, for both ($common)
   --dense OPTIONS     for dense alone ($dense)
   --mixture OPTIONS   for the mixture alone ($mixture)
+  --also NAME OPTIONS one more model beside dense, with tables of its own, and as many steps as the mixture
   --table             train nothing, print the tables of what is finished
 
-The tables go to standard output, progress to standard error. The variable TRAIN_MOE names another train_moe. Both runs
+The tables go to standard output, progress to standard error. The variable TRAIN_MOE names another train_moe. All runs
 of a seed start together, one thread each, each on a core of its own where taskset exists, so that they suffer the same
-noise. Time is that of the steps alone: no evaluation, no checkpoint.
+noise. Where there are fewer cores than models, the others of a seed follow when the first ones have ended. Time is that of the steps alone: no evaluation, no checkpoint.
 END
         exit ;;
     --table)
         only_table=1
         shift ;;
+    --also)
+        [ $# -ge 3 ] || fail "$1 needs a name and options" 2
+        [[ $2 =~ ^[a-z][a-z0-9_]*$ ]] || fail "--also $2: a name has small letters, digits and _" 2
+        [[ " ${sides[*]} data from out steps mixture_steps seeds common " != *" $2 "* ]] || fail "--also $2: this name is taken" 2
+        sides+=("$2")
+        printf -v "also_$2" %s "$3"
+        shift 3 ;;
     --data | --from | --out | --steps | --mixture-steps | --seeds | --common | --dense | --mixture)
         [ $# -ge 2 ] || fail "$1 needs a value" 2
         name=${1#--}
@@ -66,24 +75,32 @@ finished() { # $1: log.jsonl; is its last step evaluated?
         END { exit !(steps && steps == done) }' "$1"
 }
 
-table() {
-    local logs=() unfinished='' dir pair
+tables() {
+    local side
+    for side in "${sides[@]:1}"; do
+        [ "$side" = mixture ] || echo
+        table "$side"
+    done
+}
+
+table() { # $1: what is compared with dense
+    local other=$1 logs=() unfinished='' dir pair
     for dir in "$out"/dense-seed*; do
-        pair=$out/mixture-${dir##*/dense-}
+        pair=$out/$other-${dir##*/dense-}
         if finished "$dir/log.jsonl" && finished "$pair/log.jsonl"; then
             logs+=("$dir/log.jsonl" "$pair/log.jsonl")
         elif [ -d "$dir" ]; then
             unfinished="$unfinished ${dir##*/dense-}"
         fi
     done
-    [ ${#logs[@]} -gt 0 ] || fail "$out: no pair of runs there is finished"
+    [ ${#logs[@]} -gt 0 ] || fail "$out: no pair of runs of dense and $other there is finished"
     echo "Printed on $(date +%Y-%m-%d) by \`$called\` from pairs of runs on"
     echo
     sort -u "$out"/*-seed*/where.txt | sed 's/^/- /'
     echo
     echo "- dense: \`./train_moe $(cat "$out/dense.txt") --seed SEED\`"
-    echo "- mixture: \`./train_moe $(cat "$out/mixture.txt") --seed SEED\`"
-    awk '
+    echo "- $other: \`./train_moe $(cat "$out/$other.txt") --seed SEED\`"
+    awk -v other="$other" '
     function number(name) { # what this line gives for that name, "" where it does not
         if (!match($0, "\"" name "\":-?[0-9][-+.0-9e]*"))
             return ""
@@ -132,9 +149,10 @@ table() {
         if (v > high[name]) high[name] = v
     }
     FNR == 1 {
-        match(FILENAME, /(dense|mixture)-seed[^\/]*\/log.jsonl$/)
+        match(FILENAME, /[^\/]*-seed[^\/]*\/log.jsonl$/)
         name = substr(FILENAME, RSTART, RLENGTH - 10)
         side = name; sub(/-.*/, "", side)
+        if (side != "dense") side = "mixture" # whatever its name is
         sub(/.*-seed/, "", name)
         run = side name
         if (side == "dense") seed[++seeds] = name
@@ -159,9 +177,9 @@ table() {
     }
     END {
         printf "\nWeights, active / all: dense %.2f / %.2f million, ", active["dense"], all["dense"]
-        printf "mixture %.2f / %.2f million.\n\n", active["mixture"], all["mixture"]
-        print "| time, dense = 1 | seconds | dense: tokens, million | dense: val_bpb | mixture: tokens, million |" \
-            " mixture: val_bpb |"
+        printf "%s %.2f / %.2f million.\n\n", other, active["mixture"], all["mixture"]
+        print "| time, dense = 1 | seconds | dense: tokens, million | dense: val_bpb | " other ": tokens, million |" \
+            " " other ": val_bpb |"
         print "| --- | --- | --- | --- | --- | --- |"
         longest = 1
         for (i = 1; i <= seeds; i++) {
@@ -175,8 +193,8 @@ table() {
             printf "| %.2f | %.0f | %s | %s", part, part * mean, mean_tokens("dense", part), spread(bpb, "dense", part)
             printf " | %s | %s |\n", mean_tokens("mixture", part), spread(bpb, "mixture", part)
         }
-        print "\n| seed | dense: val_bpb at its end | mixture: val_bpb at its end | its time | mixture reaches the end" \
-            " of dense: time | tokens | a token of the mixture takes |"
+        print "\n| seed | dense: val_bpb at its end | " other ": val_bpb at its end | its time | " other " reaches the end" \
+            " of dense: time | tokens | a token of it takes |"
         print "| --- | --- | --- | --- | --- | --- | --- |"
         for (i = 1; i <= seeds; i++) {
             d = "dense" seed[i]; m = "mixture" seed[i]
@@ -207,7 +225,7 @@ table() {
 
 Of several seeds the mean, the lowest and the highest. Time is that of the steps alone, without evaluations and
 checkpoints, and between evaluations curves are straight. Times and tokens are shares of those of the dense run of the same
-seed; the last column compares the time of a token, mixture over dense, as long as both ran.
+seed; the last column compares the time of a token with that of dense, as long as both ran.
 END
     [ -z "$unfinished" ] || printf '\nNot finished:%s\n' "$unfinished"
 }
@@ -216,7 +234,7 @@ END
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 if [ -n "$only_table" ]; then
-    table
+    tables
     exit
 fi
 
@@ -244,7 +262,9 @@ data=$(cd "$data" 2> /dev/null && pwd) || fail "--data: no such folder"
 options() { # $1: side, $2: steps; some 25 evaluations, each behind a step that is logged
     local every=$(($2 / 250 * 10))
     [ $every -gt 0 ] || every=10
-    echo "--data $(printf %q "$data") $common --steps $2 ${!1} --threads 1 --log-every 10 --eval-every $every" \
+    local own=$1
+    [ "$1" = dense ] || [ "$1" = mixture ] || own=also_$1
+    echo "--data $(printf %q "$data") $common --steps $2 ${!own} --threads 1 --log-every 10 --eval-every $every" \
         "--eval-tokens 0 --sample-every 0 --tokens 1 --save-every $every --keep 1"
 }
 remember() { # $1: file, $2: the options of the runs there; fails where they were others
@@ -253,9 +273,11 @@ remember() { # $1: file, $2: the options of the runs there; fails where they wer
 $(cat "$1")" 2
 }
 remember "$out/dense.txt" "$(options dense "$steps")"
-remember "$out/mixture.txt" "$(options mixture "$mixture_steps")"
+for side in "${sides[@]:1}"; do
+    remember "$out/$side.txt" "$(options "$side" "$mixture_steps")"
+done
 
-# Two cores, where this system lets a program choose: "0-3,8" becomes 0 1 2 3 8, of which the first two serve.
+# Two cores, where this system lets a program choose: "0-3,8" becomes 0 1 2 3 8, one for each run that starts.
 cores=()
 if command -v taskset > /dev/null && mine=$(taskset -cp $$ 2> /dev/null); then
     for range in $(echo "${mine##*: }" | tr , ' '); do
@@ -280,7 +302,7 @@ stop() { # train_moe saves, and goes on next time
     exit 130
 }
 trap stop INT TERM HUP
-start() { # $1: side, $2: seed, $3: which of the two cores
+start() { # $1: side, $2: seed, $3: which of the cores
     local dir=$out/$1-seed$2 pin=()
     mkdir -p "$dir"
     ! finished "$dir/log.jsonl" || return 0
@@ -293,21 +315,27 @@ start() { # $1: side, $2: seed, $3: which of the two cores
     children+=($!)
 }
 read -r -a list <<< "$seeds"
-echo "${#list[@]} pairs of runs; what train_moe says goes to train.txt in each one's folder in $out" >&2
+together=${#cores[@]} # runs at a time
+[ $together -ge 2 ] || together=2
+echo "${#list[@]} seeds of ${sides[*]}; what train_moe says goes to train.txt in each one's folder in $out" >&2
 failed='' i=0
 for seed in "${list[@]}"; do
     printf '[%d/%d] seed %s:' $((i + 1)) ${#list[@]} "$seed" >&2
     children=()
-    start dense "$seed" $((i % 2)) # the two change cores from seed to seed
-    start mixture "$seed" $((1 - i % 2))
-    i=$((i + 1))
-    for child in ${children[@]+"${children[@]}"}; do
-        rc=0
-        wait "$child" || rc=$?
-        [ $rc -ne 130 ] || stop
+    for ((first = 0; first < ${#sides[@]}; first += together)); do
+        some=("${sides[@]:first:together}")
+        for k in "${!some[@]}"; do
+            start "${some[k]}" "$seed" $(((k + i) % ${#some[@]})) # they change cores from seed to seed
+        done
+        for child in ${children[@]+"${children[@]}"}; do
+            rc=0
+            wait "$child" || rc=$?
+            [ $rc -ne 130 ] || stop
+        done
+        children=()
     done
-    children=()
-    for side in dense mixture; do
+    i=$((i + 1))
+    for side in "${sides[@]}"; do
         dir=$out/$side-seed$seed
         if finished "$dir/log.jsonl"; then
             sed -n "s/^.\"type\":\"eval\",.*\"val_bpb\":\([0-9.]*\).*/ $side \1/p" "$dir/log.jsonl" | tail -n 1 | tr -d '\n' >&2
@@ -319,6 +347,6 @@ for seed in "${list[@]}"; do
     echo >&2
 done
 rc=0
-(table) || rc=1
+(tables) || rc=1
 [ -z "$failed" ] || fail "failed:$failed; the reason is at the end of train.txt in each one's folder in $out"
 exit $rc

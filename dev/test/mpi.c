@@ -260,6 +260,33 @@ void test_mpi_crash(void **state) {
     }
 }
 
+// With --minutes all ranks take the number of steps that the first one decides, and the trial leaves nothing behind.
+void test_mpi_minutes(void **state) {
+    (void)state;
+    char output[65536], options[512], number[32] = "--minutes 0.03";
+    if (!has_mpi())
+        return;
+    for (int i = 0; i < 2; i++) {
+        snprintf(options, sizeof(options),
+                 "timeout 120 $MPIRUN -np 2 $TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --batch 1 --log-every 1 --warmup 0 "
+                 "--eval-tokens 64 --tokens 5 --threads 1 --replicate 2 --replicate-every 2 %s --out %s",
+                 number, scratch_file(i ? "counted_minutes" : "timed_minutes"));
+        if (shell(output, sizeof(output), "%s", options) != 0)
+            fail_msg("%s: %s", options, output);
+        assert_int_equal(times_in(output, "--minutes 0.03: "), 1 - i);
+        assert_int_equal(times_in(output, "of the 0.03 minutes."), 1 - i);
+        const char *at = strstr(output, " steps of ");
+        while (!i && at && at[-1] != ' ')
+            at--;
+        if (!i && at)
+            snprintf(number, sizeof(number), "--steps %d", atoi(at));
+    }
+    shell(output, sizeof(output), "sha256sum %s/latest/*.safetensors | cut -c1-64", scratch_file("timed_minutes"));
+    snprintf(options, sizeof(options), "%.500s", output);
+    shell(output, sizeof(output), "sha256sum %s/latest/*.safetensors | cut -c1-64", scratch_file("counted_minutes"));
+    assert_string_equal(output, options);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_mpi_program),
@@ -269,6 +296,7 @@ int main(void) {
         cmocka_unit_test(test_mpi_bad_options),
         cmocka_unit_test(test_mpi_files),
         cmocka_unit_test(test_mpi_crash),
+        cmocka_unit_test(test_mpi_minutes),
     };
     begin_tests();
     return cmocka_run_group_tests_name("mpi", tests, NULL, scratch_done);
