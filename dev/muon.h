@@ -1,5 +1,5 @@
 // Muon, another optimizer for the matrices of the layers (--optimizer muon).
-// Gives: ADAMW, MUON, muon_polynomial, takes_muon, orthogonalize, muon_update. Needs: Model, the grouped products, moments.h,
+// Gives: ADAMW, MUON, muon_polynomial, takes_muon, prepare_matrices, orthogonalize, muon_update. Needs: Model, the grouped products, moments.h,
 // ranks/gradients.h; train_moe.c includes it.
 //
 // AdamW divides each number of a gradient by its own usual size. Muon (Jordan et al. 2024, "Muon: An optimizer for hidden
@@ -30,18 +30,6 @@ int takes_muon(const Config *c, const Tensor *t) {
     return c->optimizer == MUON && t->trained && t->layer >= 0 && t->dims > 1 && !t->looked_up && strcmp(t->kind, "router");
 }
 
-// Divides each of the E matrices of x, of `size` numbers each, by the root of the sum of its squares. Then no singular
-// value is above 1.
-void divide_by_norm(real *x, int E, size_t size) {
-    for (int e = 0; e < E; e++) {
-        double sum = sum_of_squares(x + (size_t)e * size, size);
-        real scale = (real)(sum > 0 ? 1 / sqrt(sum) : 0);
-        for (size_t j = 0; j < size; j++) {
-            x[(size_t)e * size + j] *= scale;
-        }
-    }
-}
-
 // to = a * to + b * from, for n numbers
 void blend(real *to, const real *from, double a, double b, size_t n) {
 #pragma omp parallel for if (n > 16384)
@@ -50,44 +38,91 @@ void blend(real *to, const real *from, double a, double b, size_t n) {
     }
 }
 
-// Each of the E matrices x (R,C) becomes U V^T, nearly. The products run over all matrices at once, as if each were an
-// expert. Of X X^T and X^T X the smaller one is taken: X S with S made of X^T X is the same as S X with S made of X X^T.
-void orthogonalize(Model *m, real *x, int E, int R, int C) {
-    int small = min_int(R, C), tall = R > C;
-    size_t squares = (size_t)E * (size_t)small * (size_t)small, size = (size_t)E * (size_t)R * (size_t)C;
-    scratch_reset(m);
-    real *gram = scratch(m, squares), *square = scratch(m, squares), *moved = scratch(m, size);
+// E matrices x (R,C) that will become U V^T, and what that needs. Of X X^T and X^T X the smaller one is taken: X S with S
+// made of X^T X is the same as S X with S made of X X^T.
+typedef struct Matrices {
+    real *x;
+    int E, R, C, small;
+    real *gram, *square, *moved;         // (E,small,small) twice, (E,R,C)
+    int *row, *small_row;                // (E+1)  where the rows of each x and of each gram begin
+    int *rows, *columns, *smalls;        // (E)  R, C and small, as the grouped products want them
+} Matrices;
 
-    // The grouped products ask where each matrix's rows begin, and how wide they are.
-    int *row = (int *)allocate(2 * (E + 1) + 3 * E, sizeof(int)), *small_row = row + E + 1;
-    int *rows = small_row + E + 1, *columns = rows + E, *smalls = columns + E;
+// Prepares E matrices x (R,C), in scratch memory. Each is divided by the root of the sum of its squares; then no singular
+// value is above 1.
+Matrices prepare_matrices(Model *m, real *x, int E, int R, int C) {
+    int small = min_int(R, C);
+    size_t squares = (size_t)E * (size_t)small * (size_t)small, each = (size_t)R * (size_t)C;
+    int *integers = (int *)arena_take(&m->scratch, 5 * (size_t)E + 2, sizeof(int));
+    Matrices list = {x, E, R, C, small, scratch(m, squares), scratch(m, squares), scratch(m, (size_t)E * each),
+                     integers, integers + E + 1, integers + 2 * E + 2, integers + 3 * E + 2, integers + 4 * E + 2};
+    list.row[0] = list.small_row[0] = 0;
     for (int e = 0; e < E; e++) {
-        row[e + 1] = (e + 1) * R;
-        small_row[e + 1] = (e + 1) * small;
-        rows[e] = R;
-        columns[e] = C;
-        smalls[e] = small;
+        list.row[e + 1] = (e + 1) * R;
+        list.small_row[e + 1] = (e + 1) * small;
+        list.rows[e] = R;
+        list.columns[e] = C;
+        list.smalls[e] = small;
     }
+#pragma omp parallel for if (E > 1)
+    for (int e = 0; e < E; e++) {
+        double sum = 0;
+        for (size_t j = e * each; j < (e + 1) * each; j++) {
+            sum += (double)x[j] * (double)x[j];
+        }
+        real scale = (real)(sum > 0 ? 1 / sqrt(sum) : 0);
+        for (size_t j = e * each; j < (e + 1) * each; j++) {
+            x[j] *= scale;
+        }
+    }
+    return list;
+}
 
-    divide_by_norm(x, E, (size_t)R * (size_t)C);
+// Each matrix of the list becomes U V^T, nearly. The products run over all of them together, as if each were an expert.
+void orthogonalize(Matrices *list, int count) {
     for (int round = 0; round < MUON_ROUNDS; round++) {
         const double *p = muon_polynomial[round];
-        if (tall) {
-            memset(gram, 0, squares * sizeof(real));
-            grouped_matmul_dw(gram, x, NULL, x, NULL, row, E, columns, columns); // X^T X
-        } else {
-            grouped_matmul(gram, x, NULL, x, row, E, columns, rows); // X X^T
+
+        // gram = X^T X, or X X^T
+        begin_products();
+        for (int i = 0; i < count; i++) {
+            Matrices *a = &list[i];
+            if (a->R > a->C) {
+                memset(a->gram, 0, (size_t)a->E * (size_t)a->small * (size_t)a->small * sizeof(real));
+                grouped_matmul_dw(a->gram, a->x, NULL, a->x, NULL, a->row, a->E, a->columns, a->columns);
+            } else {
+                grouped_matmul(a->gram, a->x, NULL, a->x, a->row, a->E, a->columns, a->rows);
+            }
         }
-        grouped_matmul(square, gram, NULL, gram, small_row, E, smalls, smalls); // its square, since it is symmetric
-        blend(square, gram, p[2], p[1], squares);
-        if (tall) {
-            grouped_matmul(moved, x, NULL, square, row, E, columns, columns);
-        } else {
-            grouped_matmul_dx(moved, square, NULL, x, small_row, E, columns, rows);
+        end_products();
+
+        // square = b gram + c gram gram, where gram is its own transpose
+        begin_products();
+        for (int i = 0; i < count; i++) {
+            Matrices *a = &list[i];
+            grouped_matmul(a->square, a->gram, NULL, a->gram, a->small_row, a->E, a->smalls, a->smalls);
         }
-        blend(x, moved, p[0], 1, size);
+        end_products();
+        for (int i = 0; i < count; i++) {
+            size_t squares = (size_t)list[i].E * (size_t)list[i].small * (size_t)list[i].small;
+            blend(list[i].square, list[i].gram, p[2], p[1], squares);
+        }
+
+        // X = a X + X square, or a X + square X
+        begin_products();
+        for (int i = 0; i < count; i++) {
+            Matrices *a = &list[i];
+            if (a->R > a->C) {
+                grouped_matmul(a->moved, a->x, NULL, a->square, a->row, a->E, a->columns, a->columns);
+            } else {
+                grouped_matmul_dx(a->moved, a->square, NULL, a->x, a->small_row, a->E, a->columns, a->rows);
+            }
+        }
+        end_products();
+        for (int i = 0; i < count; i++) {
+            blend(list[i].x, list[i].moved, p[0], 1, (size_t)list[i].E * (size_t)list[i].R * (size_t)list[i].C);
+        }
     }
-    free(row);
 }
 
 // A step of Muon for all its tensors; their gradients are cleared. gradient_scale: what clipping multiplies them by.
@@ -118,18 +153,30 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
     }
     ranks_share_directions(m); // several processes: a matrix may have slices in two of them
 
-    // The step itself.
+    // The step itself, layer by layer. A process works out all of a matrix, also where it updates only a part of it.
+    for (int l = 0; l < c->layers; l++) {
+        Matrices list[16];
+        int count = 0;
+        scratch_reset(m);
+        for (int i = 0; i < m->tensor_count; i++) {
+            const Tensor *t = &m->tensors[i];
+            size_t at = t->offset, size = t->size;
+            ranks_own_range(m, t, &at, &size);
+            if (t->layer == l && takes_muon(c, t) && size) {
+                int R = t->shape[1], C = t->shape[2], E = (int)(t->size / ((size_t)R * (size_t)C));
+                list[count++] = prepare_matrices(m, m->memory[GRADS] + t->offset, E, R, C);
+            }
+        }
+        orthogonalize(list, count);
+    }
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         size_t at = t->offset, size = t->size;
         ranks_own_range(m, t, &at, &size);
-        if (!takes_muon(c, t) || !size) {
-            continue;
+        if (takes_muon(c, t) && size) {
+            double rate = lr * MUON_STEP * sqrt(max_int(t->shape[1], t->shape[2]));
+            blend(m->memory[WEIGHTS] + at, m->memory[GRADS] + at, 1 - lr * c->weight_decay, -rate, size);
+            memset(m->memory[GRADS] + t->offset, 0, t->size * sizeof(real)); // for the next step
         }
-        int R = t->shape[1], C = t->shape[2], E = (int)(t->size / ((size_t)R * (size_t)C));
-        real *w = m->memory[WEIGHTS] + at, *direction = m->memory[GRADS] + at;
-        orthogonalize(m, m->memory[GRADS] + t->offset, E, R, C);
-        blend(w, direction, 1 - lr * c->weight_decay, -lr * MUON_STEP * sqrt(max_int(R, C)), size);
-        memset(m->memory[GRADS] + t->offset, 0, t->size * sizeof(real)); // for the next step
     }
 }

@@ -32,7 +32,8 @@ void check_orthogonal(int E, int R, int C) {
     size_t size = (size_t)R * C;
     real *x = take_normal(E * size, 1), *o = take_reals(E * size);
     memcpy(o, x, E * size * sizeof(real));
-    orthogonalize(m, o, E, R, C);
+    Matrices list = prepare_matrices(m, o, E, R, C);
+    orthogonalize(&list, 1);
     int small = min_int(R, C), row = R > C ? 1 : C, column = R > C ? C : 1; // steps through what is transposed if it is tall
     int large = R + C - small;
     double rounding = sizeof(real) == 8 ? 1e-12 : 1e-4;
@@ -74,13 +75,15 @@ void test_muon_small(void **state) {
     (void)state;
     Model *m = only_scratch();
     real x[24] = {0};
-    orthogonalize(m, x, 2, 3, 4);
+    Matrices list = prepare_matrices(m, x, 2, 3, 4);
+    orthogonalize(&list, 1);
     for (int i = 0; i < 24; i++) {
         assert_true(x[i] == 0);
     }
     x[0] = (real)1e-30;
     x[5] = (real)-1e-30;
-    orthogonalize(m, x, 2, 3, 4);
+    list = prepare_matrices(m, x, 2, 3, 4);
+    orthogonalize(&list, 1);
     assert_true(fabs((double)x[0] - 1) < 0.1 && fabs((double)x[5] + 1) < 0.1);
     arena_free(&m->scratch);
     free(m);
@@ -108,7 +111,9 @@ void test_muon_step(void **state) {
             mean[j] = (real)0.95 * mean[j] + (real)0.05 * g[j];
             direction[j] = (real)0.95 * mean[j] + (real)0.05 * g[j];
         }
-        orthogonalize(m, direction, E, R, C);
+        scratch_reset(m);
+        Matrices list = prepare_matrices(m, direction, E, R, C);
+        orthogonalize(&list, 1);
         for (size_t j = 0; j < t->size; j++) {
             wanted[j] = (real)((1 - 0.5 * lr) * (double)wanted[j] - lr * MUON_STEP * sqrt(max_int(R, C)) * (double)direction[j]);
         }
