@@ -18,7 +18,7 @@ FAST="--recipe mixtral --experts 8 --lr 8e-3"
 DENSE="--recipe dense --lr 8e-3"
 TORCH="--batch 16 --lr 8e-3"
 TORCH_DENSE="$TORCH --compile"
-TORCH_MIXTURE="$TORCH --experts 8 --by sorted"
+TORCH_MIXTURE="$TORCH --experts 8 --by all --compile"
 entrants="fast dense torch-dense torch-mixture"
 
 fail() {
