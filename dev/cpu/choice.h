@@ -10,7 +10,7 @@
 
 // The K best of LANES tokens, first .. first+LANES; score (E): see load_rows(). Numbers of experts are kept as reals,
 // because then they can be chosen as the scores are.
-void choose_experts(int *expert, const vec *score, int first, int N, int E, int K) {
+void choose_experts(int *expert, vec *score, int first, int N, int E, int K) {
     vec zero = {0}, last = zero - 1, limit = zero; // the expert that was chosen before, and its score
     for (int k = 0; k < K; k++) {
         // The best of those that come after the last one in the order of their scores.
