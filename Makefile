@@ -116,7 +116,7 @@ data/stories/tokenizer.json: data/make_stories data/tokenize
 	rm -rf data/stories.old && if [ -d data/stories ]; then mv data/stories data/stories.old; fi
 	mv data/stories.new data/stories && rm -rf data/stories.old
 
-# Tests and benchmarks do not spin while they wait; train_moe sees to that by itself.
+# Tests and benchmarks sleep while they wait; how long train_moe stays awake it sees to by itself (dev/machine.h).
 export OMP_WAIT_POLICY ?= passive
 TEST_FLAGS = -std=gnu11 -O2 -g $(WARN) $(ARCH) $(FLOATS) -I.
 TEST_BUILD = $(CC) $(TEST_FLAGS)

@@ -202,9 +202,9 @@ double quota_share(int threads) {
 
 // How long a thread that waits for the others stays awake, in seconds: about as long as it takes to fall asleep and to
 // be woken. So waiting never costs more than twice what it must (Karlin et al. 1991, Empirical Studies of Competitive
-// Spinning). Most waits between the parallel loops of a step are shorter, and a program that wants the processor gets
-// it after this time.
-#define AWAKE 50e-6
+// Spinning). Many waits between the parallel loops of a step are shorter, and a program that wants the processor gets
+// it after this time. doc/measured.md has what 10 to 50 us gain on a quiet machine and lose on a busy one.
+#define AWAKE 20e-6
 
 // How often a waiting thread can look in so many seconds, in the manner of GCC's libgomp: a look, then a pause of the
 // processor, which is 10 to 150 clock cycles long. The best of a few tries counts, as this thread may be interrupted.

@@ -453,8 +453,9 @@ int thread_number(void) {
 
 // Is a loop over so many rows, with so many numbers each, long enough for several threads? To begin and end a parallel
 // loop takes microseconds, and one thread alone does a few of these numbers in a nanosecond.
+size_t not_worth_threads = 1 << 16; // tests take 0, so that small models have parallel loops, too
 int is_worth_threads(int rows, int width) {
-    return (size_t)rows * (size_t)width > 1 << 16;
+    return (size_t)rows * (size_t)width > not_worth_threads;
 }
 
 #include "terminal.h" // what is written over, and how wide it may be

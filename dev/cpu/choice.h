@@ -10,13 +10,13 @@
 
 // The K best of LANES tokens, first .. first+LANES; score (E): see load_rows(). Numbers of experts are kept as reals,
 // because then they can be chosen as the scores are.
-void choose_experts(int *expert, const vec *score, int first, int N, int E, int K) {
-    vec zero = {0}, last = zero - 1, limit = zero + (real)INFINITY; // the expert that was chosen before, and its score
+void choose_experts(int *expert, vec *score, int first, int N, int E, int K) {
+    vec zero = {0}, last = zero - 1, limit = zero; // the expert that was chosen before, and its score
     for (int k = 0; k < K; k++) {
         // The best of those that come after the last one in the order of their scores.
         vec best = zero - 1, top = zero, index = zero;
         for (int e = 0; e < E; e++, index += 1) {
-            __typeof__(zero < zero) after = (score[e] < limit) | ((score[e] == limit) & (index > last));
+            __typeof__(zero < zero) after = (last < zero) | (score[e] < limit) | ((score[e] == limit) & (index > last));
             __typeof__(zero < zero) better = after & ((best < zero) | (score[e] > top));
             best = CHOOSE(better, index, best);
             top = CHOOSE(better, score[e], top);

@@ -4,6 +4,7 @@
 
 #pragma once
 #include "dev/cpu/fast.h"
+#include "dev/cpu/choice.h"
 #include "dev/cpu/plain_names.h"
 
 // The experts, row after row, by the lesson's plain loops: for each row of its own or, with `token`, for that token's row of

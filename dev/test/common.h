@@ -155,6 +155,7 @@ int dies(void (*fn)(void *), void *arg, char *message, size_t size) {
 // The beginning of every main: TEST=pattern runs only the tests whose names match; * and ? stand for anything.
 void begin_tests(void) {
     set_threads(1); // small models are slower with more
+    not_worth_threads = 0;
     if (getenv("TEST"))
         cmocka_set_test_filter(getenv("TEST"));
 }

@@ -1094,6 +1094,99 @@ void test_softmax(void **state) {
     assert_true(isnan(softmax(worse, 5)) && isnan(worse[0]));
 }
 
+// Rows of 1 to 300 numbers, fewer and more than a vector has lanes; some of them have a number that is none.
+void test_softmax_rows(void **state) {
+    (void)state;
+    const int widths[] = {1, 2, 3, 5, 8, 16, 17, 64, 128, 129, 300};
+    for (int i = 0; i < COUNT(widths) * 4; i++) {
+        int n = widths[i / 4], rows = i % 4 * 15 + 1; // 1, 16, 31, 46
+        size_t size = (size_t)rows * n;
+        real *x = take_normal(size, (uint64_t)i), *p = take_reals(size), *plain = take_reals(size);
+        real *lse = take_filled(rows, GUARD), *plain_lse = take_reals(rows);
+        for (size_t j = 0; j < size; j++)
+            x[j] *= (real)(j / n % 3 == 2 ? 1e4 : 3);
+        if (rows > 1)
+            x[size / 2] = (real)(i % 2 ? NAN : INFINITY);
+        int bad = rows > 1 ? (int)(size / 2) / n : -1;
+        memcpy(plain, x, size * sizeof(real));
+        softmax_rows(plain, plain_lse, rows, n);
+        for (int team = 0; team < TEAMS; team++) {
+            set_threads(teams[team]);
+            memcpy(p, x, size * sizeof(real));
+            fast_softmax_rows(p, lse, rows, n);
+            assert_same_bits("softmax_rows", team, bits_of(p, size, bits_of(lse, rows, 0)));
+        }
+        for (int row = 0; row < rows; row++) {
+            if (row == bad) {
+                assert_true(isnan(lse[row]) && isnan(p[(size_t)row * n]) && isnan(plain_lse[row]));
+                continue;
+            }
+            assert_close("log of the sum", lse + row, plain_lse + row, 1, 1 + fabs((double)plain_lse[row]), 4 * EPSILON);
+            assert_close("softmax", p + (size_t)row * n, plain + (size_t)row * n, n, rms(plain + (size_t)row * n, n),
+                         (16 + 2 * sqrt(n)) * EPSILON);
+        }
+        free_taken();
+    }
+    set_threads(1);
+}
+
+// The same experts as the plain loop finds, where many scores are equal and some are no numbers.
+void test_select_topk(void **state) {
+    (void)state;
+    const int counts[] = {1, 2, 3, 8, 16, 31, 128, 129};
+    uint64_t random = 1;
+    for (int i = 0; i < COUNT(counts) * 8; i++) {
+        int E = counts[i / 8], K = draw(&random, 1, E < 6 ? E : 6), N = draw(&random, 1, 70);
+        real *p = take_reals((size_t)N * E);
+        int *found = take_ints((size_t)N * K), *wanted = take_ints((size_t)N * K);
+        for (int j = 0; j < N * E; j++)
+            p[j] = (real)(i % 2 ? draw(&random, -2, 2) : draw(&random, 0, 1000000) * 1e-6);
+        for (int j = 0; j < N * E && i % 4 == 3; j += 7)
+            p[j] = (real)(j % 3 ? NAN : j % 2 ? INFINITY : -INFINITY);
+        select_topk(wanted, p, N, E, K);
+        fast_select_topk(found, p, N, E, K);
+        assert_memory_equal(found, wanted, (size_t)N * K * sizeof(int));
+        free_taken();
+    }
+}
+
+// Products that are planned together: nothing is done before the end, each sets or adds as it was asked to, and the bits are
+// those of the same products one by one.
+void test_planned_products(void **state) {
+    (void)state;
+    enum { N = 70, I = 40, O = 90, E = 3 };
+    const int offset[E + 1] = {0, 30, 30, 70}, in[E] = {I, I, I}, out[E] = {O, O, O};
+    real *x = take_normal(N * I, 1), *dout = take_normal(N * O, 2), *w = take_normal(E * O * I, 3);
+    real *dx[2], *dw[2], *rows[2], *few[2];
+    for (int together = 0; together < 2; together++) {
+        dx[together] = take_normal(N * I, 4);
+        dw[together] = take_normal(E * O * I, 5);
+        rows[together] = take_normal(N * I, 6);
+        few[together] = take_normal(N * 5, 7);
+        set_threads(together ? 3 : 1);
+        if (together)
+            fast_begin_products();
+        fast_matmul_dx(dx[together], dout, w, N, I, O, ADD);
+        fast_grouped_matmul_dw(dw[together], dout, NULL, x, NULL, offset, E, in, out);
+        fast_grouped_matmul_dx(rows[together], dout, NULL, w, offset, E, in, out);
+        fast_matmul(few[together], x, w, N, I, 5, SET);
+        if (together) {
+            real *before = take_normal(N * I, 4);
+            assert_memory_equal(dx[1], before, N * I * sizeof(real));
+            fast_end_products();
+        }
+    }
+    set_threads(1);
+    assert_memory_equal(dx[0], dx[1], N * I * sizeof(real));
+    assert_memory_equal(dw[0], dw[1], E * O * I * sizeof(real));
+    assert_memory_equal(rows[0], rows[1], N * I * sizeof(real));
+    assert_memory_equal(few[0], few[1], N * 5 * sizeof(real));
+    fast_matmul(dx[0], dout, w, 4, O, 2, SET); // and after the end, each is done at once again
+    fast_matmul(dx[1], dout, w, 4, O, 2, SET);
+    assert_memory_equal(dx[0], dx[1], 8 * sizeof(real));
+    free_taken();
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rmsnorm),
@@ -1114,6 +1207,9 @@ int main(void) {
         cmocka_unit_test(test_sum_of_squares),
         cmocka_unit_test(test_exp),
         cmocka_unit_test(test_softmax),
+        cmocka_unit_test(test_softmax_rows),
+        cmocka_unit_test(test_select_topk),
+        cmocka_unit_test(test_planned_products),
     };
     begin_tests();
     return cmocka_run_group_tests_name("layers", tests, NULL, scratch_done);

@@ -4,6 +4,7 @@
 #include "dev/test/trainer.h"
 #include "dev/test/model.h"
 #include "dev/test/runs.h"
+#include <dlfcn.h>
 #include <poll.h>
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -95,6 +96,104 @@ void test_team(void **state) {
         expect(0, 0, "they will wait for each other; --threads ");
 #endif
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// How threads wait
+
+// A number that libgomp says of its settings; -1: it says nothing of it. The last start of the program counts.
+long shown_setting(const char *name) {
+    long value = -1;
+    for (const char *at = said; (at = strstr(at, name)) != NULL; at++)
+        sscanf(at + strlen(name), " = '%ld'", &value);
+    return value;
+}
+
+// Where the user has set nothing, waiting threads stay awake for a moment and then sleep; what the user has set stays.
+void test_waiting(void **state) {
+    (void)state;
+    need_program();
+#ifndef _OPENMP
+    skip();
+#endif
+    long looks = looks_in(1e-3);
+    double best = 1;
+    for (int i = 0; i < 20 && !(best < 1.5e-3); i++) {
+        double start = seconds();
+        looks_in(0);
+        best = fmin(best, (seconds() - start) / 4000 * (double)looks); // it looks 4000 times
+    }
+    if (!(looks >= 1 && best < 4e-3))
+        fail_msg("%ld looks should take a millisecond, and take %g s", looks, best);
+    assert_int_equal(shell(said, sizeof(said), "unset OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME; OMP_DISPLAY_ENV=verbose "
+                           "%s -h", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe"), 0);
+    long turns = shown_setting("GOMP_SPINCOUNT");
+    if (turns >= 0 && (turns < 50 || turns > 1000000 || turns == 300000)) // 300000 is libgomp's own default
+        fail_msg("a waiting thread looks %ld times", turns);
+    assert_int_equal(shell(said, sizeof(said), "unset OMP_WAIT_POLICY KMP_BLOCKTIME; GOMP_SPINCOUNT=77 OMP_DISPLAY_ENV=verbose "
+                           "%s -h", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe"), 0);
+    turns = shown_setting("GOMP_SPINCOUNT");
+    assert_true(turns == 77 || turns == -1);
+}
+
+// The parallel loops of a step of the default job. Each costs microseconds, and where threads sleep, tens of them.
+#if defined(_OPENMP) && defined(__GNUC__) && !defined(__clang__) && defined(RTLD_NEXT)
+long parallel_loops;
+
+// libgomp begins every parallel region by one of these two calls. A team of one thread is none.
+void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags) {
+    static void (*real_call)(void (*)(void *), void *, unsigned, unsigned);
+    if (!real_call)
+        *(void **)&real_call = dlsym(RTLD_NEXT, "GOMP_parallel");
+    parallel_loops += threads != 1;
+    real_call(body, data, threads, flags);
+}
+
+void GOMP_parallel_loop_nonmonotonic_dynamic(void (*body)(void *), void *data, unsigned threads, long start, long end, long step,
+                                             long chunk, unsigned flags) {
+    static void (*real_call)(void (*)(void *), void *, unsigned, long, long, long, long, unsigned);
+    if (!real_call)
+        *(void **)&real_call = dlsym(RTLD_NEXT, "GOMP_parallel_loop_nonmonotonic_dynamic");
+    parallel_loops += threads != 1;
+    real_call(body, data, threads, start, end, step, chunk, flags);
+}
+
+void test_parallel_loops(void **state) {
+    (void)state;
+    if (is_slow() || IS_DOUBLE)
+        skip();
+    Config c;
+    config_defaults(&c);
+    config_recipe(&c, "mixtral");
+    config_check(&c);
+    c.vocab = 500;
+    size_t before = not_worth_threads;
+    not_worth_threads = 1 << 16;
+    set_threads(2);
+    int N = c.batch * c.seq, *tokens = take_ints(N);
+    Model *m = model_allocate(&c, N, 1, NULL);
+    model_init(m, NULL);
+    random_tokens(tokens, N, c.vocab, 1);
+    Batch batch = make_batch(tokens, tokens, c.batch, c.seq, TRAIN_MODE, 1, 1, 0);
+    parallel_loops = 0;
+    model_forward(m, &batch);
+    model_backward(m);
+    model_update(m, 1, 1e-3, gradient_norm(m));
+    long found = parallel_loops;
+    set_threads(1);
+    model_free(m);
+    free_taken();
+    not_worth_threads = before;
+#ifndef PLAIN
+    if (found < 10 || found > 46)
+        fail_msg("a step has %ld parallel loops; it had 46", found);
+#endif
+}
+#else
+void test_parallel_loops(void **state) {
+    (void)state;
+    skip();
+}
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Quotas of control groups
@@ -436,6 +535,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_peak_work), cmocka_unit_test(test_peak),
         cmocka_unit_test(test_team),          cmocka_unit_test(test_quota),
+        cmocka_unit_test(test_waiting),       cmocka_unit_test(test_parallel_loops),
         cmocka_unit_test(test_quota_of_run), cmocka_unit_test(test_processor),  cmocka_unit_test(test_older_processor),
         cmocka_unit_test(test_terminal),  cmocka_unit_test(test_width),         cmocka_unit_test(test_stack),
         cmocka_unit_test(test_packing),
