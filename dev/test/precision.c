@@ -141,6 +141,14 @@ void test_rounded_nan(void **state) {
             assert_int_equal(!isnan(out[i]), row != 3);
             assert_int_equal(!isfinite(out[i]), row == 3 || row == 5 || row == 6);
         }
+
+        // An odd number of terms: what the memory behind the last one has, from the product before, is no part of it.
+        real *few = take_normal(N * (I - 1), 4);
+        product_precision = PRODUCTS_BF16;
+        fast_matmul(out, few, w, N, I - 1, O, SET);
+        product_precision = PRODUCTS_FP32;
+        for (int i = 0; i < N * O; i++)
+            assert_true(isfinite(out[i]));
     }
     pairs_pay = 0;
     free_taken();
