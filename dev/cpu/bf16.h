@@ -23,6 +23,11 @@
 
 typedef uint32_t pair __attribute__((may_alias)); // two bfloat16 numbers
 
+// Where pack_a puts number (i,k) of a, if each row of a belongs to one k: GROUP numbers of the same k stand together, and
+// behind them those of the next k; the next GROUP rows i begin TILE_K times as far on.
+#define GROUP       TILE_M
+#define ROW_OF_A(i) ((i) / GROUP * GROUP * TILE_K + (i) % GROUP)
+
 int pairs_pay;            // 1: vdpbf16ps is taken; ready_products decides
 double products_gain = 1; // operations a second of what multiplies, over those of float32 multiply-adds
 
@@ -58,17 +63,16 @@ void pair_along(real *row, int nk) {
 
 // A block that pack_a has made.
 void round_a(real *a, int row_is_k, int rows, int nk) {
-    if (row_is_k) {
-        round_numbers(a, (size_t)nk * TILE_M);
+    for (int i = 0; row_is_k && i < rows; i += GROUP) {
+        round_numbers(a + ROW_OF_A(i), (size_t)nk * GROUP);
         if (pairs_pay) {
-            pair_rows(a, TILE_M, nk);
+            pair_rows(a + ROW_OF_A(i), GROUP, nk);
         }
-        return;
     }
-    for (int i = 0; i < rows; i++, a += ROW) {
-        round_numbers(a, (size_t)nk);
+    for (int i = 0; !row_is_k && i < rows; i++) {
+        round_numbers(a + i * ROW, (size_t)nk);
         if (pairs_pay) {
-            pair_along(a, nk);
+            pair_along(a + i * ROW, nk);
         }
     }
 }
@@ -131,11 +135,11 @@ WITH_PAIRS void panel_of_pairs(real *out, size_t ld, const real *block, int row_
     float tile[MR * NV * 16];
     for (int first = 0; first < rows; first += high) {
         if (wide && row_is_k) {
-            kernel_of_pairs(tile, MR, NV, 1, TILE_M, a + first, b, pairs);
+            kernel_of_pairs(tile, MR, NV, 1, GROUP, a + ROW_OF_A(first), b, pairs);
         } else if (wide) {
             kernel_of_pairs(tile, MR, NV, ROW, 2, a + first * ROW, b, pairs);
         } else if (row_is_k) {
-            kernel_of_pairs(tile, 2 * MR, NV / 2, 1, TILE_M, a + first, b, pairs);
+            kernel_of_pairs(tile, 2 * MR, NV / 2, 1, GROUP, a + ROW_OF_A(first), b, pairs);
         } else {
             kernel_of_pairs(tile, 2 * MR, NV / 2, ROW, 2, a + first * ROW, b, pairs);
         }
@@ -172,7 +176,7 @@ WITH_PAIRS double time_of_products(int by_pairs) {
     }
     double time = seconds() - start;
     for (int i = 0; i < SUMS; i++) {
-        one += _mm512_reduce_add_ps(sum[i]);
+        one += sum[i][0];
     }
     return time;
 }
@@ -205,7 +209,7 @@ const char *ready_products(int precision) {
     pairs_pay = best[1] < 0.95 * best[0];
     products_gain = pairs_pay ? best[0] / best[1] : 1;
 #endif
-    return pairs_pay ? " in bfloat16" : " in float32, which multiplies numbers rounded to bfloat16, too: nothing here is faster";
+    return pairs_pay ? " in bfloat16" : " in float32, which also multiplies what is rounded to bfloat16: no instruction here is faster";
 }
 
 // ---- what matmul.h calls
@@ -235,7 +239,7 @@ void bf16_product_rows(const Product *p, int first, int rows, int add) {
                         continue;
                     }
 #endif
-                    product_panel(out, p->ld, a, p->a.row_is_k, TILE_M, b + j * nk, nk, height, used, more);
+                    product_panel(out, p->ld, a, p->a.row_is_k, GROUP, b + j * nk, nk, height, used, more);
                 }
             }
         }
