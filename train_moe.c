@@ -1278,8 +1278,8 @@ void moe_forward(Model *m, int l, real *out, const real *x, int N, int T) {
     int train = m->batch.mode == TRAIN_MODE, C = m->experts.C;
     scratch_reset(m);
 
-    // Which experts does each token choose, and with which weights? A router is never rounded: to
-    // another expert is a large step.
+    // Which experts does each token choose, and with which weights? Here --precision bf16 does not
+    // hold, because a small change of a score can choose another expert.
     multiply_in(PRODUCTS_FP32);
     r->N = N;
     r->rows = N;

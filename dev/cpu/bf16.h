@@ -33,7 +33,7 @@ double products_gain = 1; // operations a second of what multiplies, over those 
 
 // ---- rounding what is packed
 
-void round_numbers(real *p, size_t n) {
+void round_to_bf16(real *p, size_t n) {
     for (size_t i = 0; i < n; i++) {
         p[i] = (real)nearest_bf16((float)p[i]);
     }
@@ -64,13 +64,13 @@ void pair_along(real *row, int nk) {
 // A block that pack_a has made.
 void round_a(real *a, int row_is_k, int rows, int nk) {
     for (int i = 0; row_is_k && i < rows; i += GROUP) {
-        round_numbers(a + ROW_OF_A(i), (size_t)nk * GROUP);
+        round_to_bf16(a + ROW_OF_A(i), (size_t)nk * GROUP);
         if (pairs_pay) {
             pair_rows(a + ROW_OF_A(i), GROUP, nk);
         }
     }
     for (int i = 0; !row_is_k && i < rows; i++) {
-        round_numbers(a + i * ROW, (size_t)nk);
+        round_to_bf16(a + i * ROW, (size_t)nk);
         if (pairs_pay) {
             pair_along(a + i * ROW, nk);
         }
@@ -79,7 +79,7 @@ void round_a(real *a, int row_is_k, int rows, int nk) {
 
 // A panel that pack_b has made.
 void round_panel(real *panel, int width, int nk) {
-    round_numbers(panel, (size_t)width * nk);
+    round_to_bf16(panel, (size_t)width * nk);
     if (pairs_pay) {
         pair_rows(panel, width, nk);
     }
@@ -254,8 +254,8 @@ real bf16_dot(const real *a, const real *b, int n) {
         int count = min_int(PART, n - i);
         memcpy(rounded[0], a + i, (size_t)count * sizeof(real));
         memcpy(rounded[1], b + i, (size_t)count * sizeof(real));
-        round_numbers(rounded[0], (size_t)count);
-        round_numbers(rounded[1], (size_t)count);
+        round_to_bf16(rounded[0], (size_t)count);
+        round_to_bf16(rounded[1], (size_t)count);
         total += dot(rounded[0], rounded[1], count);
     }
     return total;
