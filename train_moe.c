@@ -109,6 +109,7 @@ typedef struct Config {
     double weight_decay, beta1, beta2, clip;
     int optimizer;                       // ADAMW or MUON, see dev/muon.h
     int moments;                         // MOMENTS_FP32 or MOMENTS_BF16, see dev/moments.h
+    int precision;                       // PRODUCTS_FP32 or PRODUCTS_BF16, see dev/precision.h
     int seed, recompute, threads;
     // Several processes.
     int ep, overlap, replicate, replicate_every, watchdog, trace;
@@ -1316,7 +1317,9 @@ void moe_forward(Model *m, int l, real *out, const real *x, int N, int T) {
     int train = m->batch.mode == TRAIN_MODE, C = m->experts.C;
     scratch_reset(m);
 
-    // Which experts does each token choose, and with which weights?
+    // Which experts does each token choose, and with which weights? Here --precision bf16 does not
+    // hold, because a small change of a score can choose another expert.
+    multiply_in(PRODUCTS_FP32);
     r->N = N;
     r->rows = N;
     r->group = c->group == SEQUENCE ? T : N;
@@ -1341,6 +1344,7 @@ void moe_forward(Model *m, int l, real *out, const real *x, int N, int T) {
         drop_overflow(r, factor, c->topk, train);
     }
     m->stats[l].dropped += train ? r->dropped : 0;
+    multiply_in(c->precision);
 
     // With several processes the rows go to where their experts are.
     if (ranks.ep > 1) {
@@ -1378,12 +1382,14 @@ void moe_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
 
     // Through the router: from the weights, and from the balance losses, to its matrix and once
     // more to x.
+    multiply_in(PRODUCTS_FP32);
     for (int i = 0; m->parts[i]; i++) {
         if (m->parts[i]->place == LOSS && m->parts[i]->backward) {
             m->parts[i]->backward(m, l, dx, dweight, x);
         }
     }
     m->router->backward(m, l, dx, dweight, x);
+    multiply_in(m->config.precision);
 }
 
 // After a step: what changes without a gradient. The selection bias of each expert moves by a fixed
@@ -1787,6 +1793,7 @@ double model_forward(Model *m, const Batch *batch) {
     Acts *a = &m->acts;
     int N = batch->B * batch->T, C = c->dim, gradients = batch->mode != EVAL_MODE;
     m->batch = *batch;
+    multiply_in(c->precision);
     ranks_begin_batch(m);
     if (batch->mode == TRAIN_MODE && batch->first) {
         clear_statistics(m);
@@ -1824,6 +1831,7 @@ void model_backward(Model *m) {
     int N = m->batch.B * m->batch.T, C = c->dim;
     real *dx = m->dx, *dh2 = a->dh; // after the last norm dh is not needed any more
 
+    multiply_in(c->precision);
     memset(dx, 0, (size_t)N * C * sizeof(real));
     rmsnorm_backward(dx, m->grads.norm, a->dh, a->x, a->rstd, m->params.norm, N, C);
     for (int l = c->layers - 1; l >= 0; l--) {

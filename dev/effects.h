@@ -172,7 +172,7 @@ void add_effects(const Effect *list, int count) {
 // Does the option belong to the training alone? Then --prompt has no use for it.
 int is_of_training(const Option *o) {
     const char *const of_generation[] = {"data", "seed", "seq", "eval-capacity-factor", "capacity-unit", "overflow",
-                                         NULL};
+                                         "precision", NULL};
     int of_run = o->when == TRAIN || o->when == ORDER;
     return !strcmp(o->name, "recompute") || (of_run && find_word(of_generation, o->name) < 0);
 }

@@ -51,6 +51,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
     Acts *acts = &one->acts;
     Batch batch = {&token, NULL, 1, 1, EVAL_MODE, 1, 0, 0, 1, 1};
     one->batch = batch;
+    multiply_in(c->precision);
     ranks_begin_batch(one);
 
     // The same layers as in model_forward, but for attention, which looks into the cache.

@@ -309,6 +309,7 @@ void announce(Run *run) {
     run->backend->device(device);
     run->flops = flops_per_token(c);
     ranks_meet();
+    const char *products = ready_products(c->precision);
     double peak[3] = {run->backend->peak(), run->backend->sheet_peak(), 0};
     peak[2] = peak[1] > 0; // of how many ranks' devices it is known
     sum_over_ranks(peak, 3);
@@ -338,8 +339,8 @@ void announce(Run *run) {
     if (run->backend->memory() == 0) { // it is the processor that computes
         describe_threads(advice, thread_count(), team, job_processors());
     }
-    printf("%s%s%s, %d thread%s, peak %.0f GFLOP/s", advice, advice[0] ? "\n" : "", device, team, team > 1 ? "s" : "",
-           run->peak / 1e9);
+    printf("%s%s%s, %d thread%s, peak %.0f GFLOP/s%s", advice, advice[0] ? "\n" : "", device, team, team > 1 ? "s" : "",
+           run->peak / 1e9, products);
     fprintf(run->log, "\"start_step\":%d,\"peak_gflops\":%.4g,", run->step, run->peak / 1e9);
     if (run->sheet > 0) {
         printf(" measured, %.0f by the data sheet", run->sheet / 1e9);

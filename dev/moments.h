@@ -1,5 +1,5 @@
 // AdamW's moments in bfloat16, rounded at random (--moments bf16).
-// Gives: MOMENTS_FP32, MOMENTS_BF16, round_stochastically, nearest_bf16, moment_stream, moment_draw, round_moments.
+// Gives: MOMENTS_FP32, MOMENTS_BF16, round_stochastically, moment_stream, moment_draw, round_moments.
 // Needs: util.h; for round_moments the table of weights of train_moe.c, and ranks/gradients.h.
 //
 // A bfloat16 is the upper half of a float: 1 bit of sign, 8 of exponent, 7 of mantissa. Neighbours differ by 0.4 to
@@ -26,13 +26,6 @@ BOTH float round_stochastically(float x, unsigned random16) {
     bits &= 0xffff0000u;
     memcpy(&x, &bits, sizeof(bits));
     return x;
-}
-
-// The bfloat16 number nearest to x; of two that are equally near, the one whose last bit is 0.
-BOTH float nearest_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    return round_stochastically(x, 0x7fff + (bits >> 16 & 1));
 }
 
 // The random numbers of one step and one row of the table of weights.

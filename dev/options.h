@@ -5,6 +5,7 @@
 // and in checkpoints. A recipe is a router of the literature, as a row of options, which the command line overrides.
 #pragma once
 #include "util.h"
+#include "precision.h"
 
 const char *const activation_names[] = {"swiglu", "geglu", "relu", "gelu", NULL};
 const char *const dense_names[] = {"swiglu", "geglu", "relu", "gelu", "same", NULL};
@@ -128,6 +129,8 @@ const Option base_options[] = {
          "muon: the matrices of the layers move in all directions alike; the rest keeps AdamW"),
     WORD("moments", moments, "fp32", moments_names, TRAIN, "Training",
          "how AdamW stores its moments; bf16: half the memory on a GPU; a CPU rounds them alike and saves none"),
+    WORD("precision", precision, PRECISION_STANDARD, precision_names, TRAIN, "Training",
+         "in which matrices are multiplied; bf16: rounded to bfloat16, with sums in float32, as on a GPU"),
     NUMBER("clip", clip, "1", 0, 1e30, TRAIN, "Training", "largest gradient norm; 0: no clipping"),
     INTEGER("seed", seed, "1", 0, 2147483647, ORDER, "Training", "of weights, data order and sampling"),
     FLAG("recompute", recompute, RUN, "Training", "keep fewer activations, and work them out again on the way back"),
@@ -452,6 +455,7 @@ void config_check(Config *c) {
     if (c->moe_every) {
         config_check_router(c);
     }
+    check_precision(c);
 
     // Rows of a batch are counted by int, and so are their numbers.
     double tokens = (double)c->batch * c->seq, widest = fmax(3.0 * c->dim, 2.0 * (c->topk + c->shared) * c->ffn);

@@ -410,6 +410,7 @@ void train_step(Trainee *t, int round) {
         t->possible[round] += time * (before + after) / 2;
         before = after;
     }
+    multiply_in(PRODUCTS_FP32); // what follows outside of a model
     use(threads);
     rest();
 }
@@ -461,9 +462,17 @@ void bench_parts(Trainee *t) {
 // The step of a model with all threads and with one, and beside dense models of equal active size.
 void bench_model(const char *letter, const char *options, const char *fine, int step, int tax, double time) {
     printf("\na training step of model %s: %s\n", letter, options);
-    Trainee *list[4], *mixture = new_trainee("mixture", "mixtral", options), single, *alone = NULL, *dense = NULL, *narrow = NULL;
+    Trainee *list[5], *mixture = new_trainee("mixture", "mixtral", options), single, *alone = NULL, *dense = NULL, *narrow = NULL;
+    Trainee *low = NULL;
     int count = 0;
     list[count++] = mixture;
+    const char *products = ready_products(PRODUCTS_BF16); // with PLAIN=1 it has none
+    if (step && *products) {
+        char rounded[512];
+        snprintf(rounded, sizeof(rounded), "%s --precision bf16", options);
+        printf("  (products of --precision bf16%s)\n", products);
+        list[count++] = low = new_trainee("mixture, bf16", "mixtral", rounded);
+    }
     if (step && thread_count() > 1) {
         single = *mixture;
         single.threads = 1;
@@ -479,6 +488,8 @@ void bench_model(const char *letter, const char *options, const char *fine, int 
         if (i == 0 && step)
             bench_parts(mixture);
     }
+    if (low)
+        printf("  bf16 takes %.2f times the time of fp32\n", median(low->total, mixture->total, n));
     if (alone) {
         double speed[MAX_ROUNDS]; // what the peak loop gained
         for (int i = 0; i < n; i++)
@@ -491,6 +502,8 @@ void bench_model(const char *letter, const char *options, const char *fine, int 
         printf("  tax: %s takes %.2f times the time of dense (by the peak loop's clock %.2f)\n", with_experts[i]->name,
                median(with_experts[i]->total, dense->total, n), median(with_experts[i]->possible, dense->possible, n));
     free_trainee(mixture);
+    if (low)
+        free_trainee(low);
     if (dense)
         free_trainee(dense);
     if (narrow)

@@ -8,6 +8,7 @@
 // file is not included, and the plain functions train the model.
 #pragma once
 #include "matmul.h"    // products of matrices, and grouped ones of experts
+#include "bf16.h"      // products of rounded numbers
 #include "attention.h" // attention in tiles
 #include "rows.h"      // softmax, RMSNorm, activation, sum of squares
 

@@ -24,6 +24,7 @@
 //    one order, so the bits do not depend on the number of threads.
 #pragma once
 #include "vector.h"
+#include "../precision.h"
 #include "../ranks/comm.h"
 
 // ---- sizes
@@ -327,8 +328,15 @@ void reserve_packing(void) {
     }
 }
 
+void bf16_product_rows(const Product *p, int first, int rows, int add); // bf16.h: the same of rounded numbers
+real bf16_dot(const real *a, const real *b, int n);
+
 // Rows first .. first+rows of a product, by one thread. A block of b is packed once for all these rows.
 void product_rows(const Product *p, int first, int rows, int add) {
+    if (product_precision == PRODUCTS_BF16) {
+        bf16_product_rows(p, first, rows, add);
+        return;
+    }
     real *a = packing_memory + (size_t)thread_number() * (PACKED_A + PACKED_B), *b = a + PACKED_A;
     for (int j0 = 0; j0 < p->n; j0 += TILE_N) {
         int cols = min_int(TILE_N, p->n - j0);
@@ -357,7 +365,8 @@ int few_rows(const Product *p) {
 void product_of_few_rows(const Product *p, int first, int cols, int add) {
     for (int i = 0; i < p->m; i++) {
         for (int j = first; j < first + cols; j++) {
-            real total = dot(operand_row(&p->a, i), operand_row(&p->b, j), p->k);
+            const real *a = operand_row(&p->a, i), *b = operand_row(&p->b, j);
+            real total = product_precision == PRODUCTS_BF16 ? bf16_dot(a, b, p->k) : dot(a, b, p->k);
             real *out = p->out + (size_t)i * p->ld + (size_t)j;
             *out = add ? *out + total : total;
         }

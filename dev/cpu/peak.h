@@ -1,7 +1,8 @@
 // The processor's name, and how fast it could compute at most: what the log compares the training with.
-// Gives: peak_work, measured_peak, no_sheet, cpu_name. Needs: dev/cpu/vector.h.
+// Gives: peak_work, measured_peak, no_sheet, cpu_name. Needs: dev/cpu/vector.h; of bf16.h, how fast products are.
 #pragma once
 #include "vector.h"
+#include "bf16.h"
 
 volatile real peak_result[64]; // the results are written here, or the compiler would leave the work out
 volatile real peak_one = 1;    // the compiler cannot know that it stays so
@@ -61,7 +62,7 @@ double measured_peak(void) {
             best = fmax(best, work[i] / stretch);
         }
     }
-    return best * quota_share(team);
+    return best * quota_share(team) * products_gain;
 }
 
 // The peak by the data sheet. A processor's has none that would hold for its clock today.

@@ -933,6 +933,20 @@ void check_exchange(const char *recipe, int twin, const char *more) {
     assert_string_equal(keys[1], keys[0]);
 }
 
+// The twin has the precision that it was built with. It refuses the other one, and says so where a checkpoint has it.
+void test_gpu_precision(void **state) {
+    (void)state;
+    if (access(twin_program(), X_OK) != 0)
+        skip();
+    need_program();
+    expect(run_either(1, "asked", "--precision fp32"), 2,
+           "--precision fp32: this program multiplies in bf16; make train_moe_cu PRECISION=fp32");
+    expect(run_either(1, "asked", "--precision bf16 --steps 2"), 0, "What next");
+    expect(run_either(0, "built", "--steps 2 --save-every 2"), 0, "What next");
+    expect(run_either(1, "built", "--resume --steps 3"), 0, "the run has multiplied in fp32 until now; this program multiplies in bf16");
+    expect(run_either(0, "built", "--resume --steps 4"), 0, "bfloat16"); // as the checkpoint says
+}
+
 void test_gpu_files(void **state) {
     (void)state;
     if (access(twin_program(), X_OK) != 0)
@@ -1097,6 +1111,7 @@ int main(void) {
         cmocka_unit_test(test_gpu_accumulation),
         cmocka_unit_test(test_gpu_same_bits),
         cmocka_unit_test(test_gpu_files),
+        cmocka_unit_test(test_gpu_precision),
         cmocka_unit_test(test_gpu_init),
         cmocka_unit_test(test_gpu_memory),
         cmocka_unit_test(test_gpu_peak),

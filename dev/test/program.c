@@ -89,6 +89,41 @@ void test_moments_of_runs(void **state) {
     }
 }
 
+// --precision bf16 trains another model than float32, though one as good; gives the same bits with any number of threads and after
+// a checkpoint, whose files say so: a resumed run keeps it unless the command line asks for something else.
+void test_precision_of_runs(void **state) {
+    (void)state;
+    need_program();
+    check_leaks(0);
+    static const char *const runs[][2] = {
+        {"products-1", "--precision bf16"}, {"products-2", "--precision bf16 --threads 2"}, {"products-32", ""}};
+#ifdef PLAIN
+    expect(run_tiny(runs[0][0], runs[0][1]), 2, "--precision bf16: this program multiplies in fp32; make train_moe, without PLAIN=1");
+    skip();
+#endif
+    for (int i = 0; i < 3; i++) {
+        expect(run_tiny(runs[i][0], runs[i][1]), 0, "What next");
+        shell(said, sizeof(said), "grep '\"precision\":\"%s\"' %s/log.jsonl", i < 2 ? "bf16" : "fp32", scratch_file(runs[i][0]));
+        expect(0, 0, "\"type\":\"run\"");
+    }
+    assert_same_weights("products-1", "products-2");
+    for (int step = 1; step <= 12; step++) {
+        double bf16 = logged("products-1", "step", step, "loss"), fp32 = logged("products-32", "step", step, "loss");
+        assert_true(bf16 != fp32);
+        assert_near(bf16, fp32, 1e-2);
+    }
+    const char *const folders[] = {"products-kept", "products-now-32"};
+    for (int i = 0; i < 2; i++) {
+        shell(said, sizeof(said), "cp -a %s %s; ln -sfn checkpoint-6 %s/latest", scratch_file("products-1"), scratch_file(folders[i]),
+              scratch_file(folders[i]));
+    }
+    expect(run_tiny("products-kept", "--resume"), 0, "bfloat16");
+    assert_same_weights("products-1", "products-kept");
+    expect(run_tiny("products-now-32", "--resume --precision fp32"), 0, "going on after step 6");
+    assert_true(logged("products-now-32", "step", 7, "loss") != logged("products-1", "step", 7, "loss"));
+    expect(run_tiny("products-1", "--prompt hello --temperature 0 --precision fp32"), 0, "hello");
+}
+
 // Which options may change with --resume, and which may not.
 void test_resume_options(void **state) {
     (void)state;
@@ -678,6 +713,7 @@ void test_bad_options(void **state) {
         {NULL, "--min-lr 1", 2, "--min-lr 1 is more than --lr"},
         {NULL, "--jitter 1", 2, "--jitter"},
         {NULL, "--beta2 1", 2, "--beta2"},
+        {NULL, "--precision fp16", 2, "--precision: 'fp16' is not one of: fp32, bf16"},
         {NULL, "--moments fp16", 2, "--moments: 'fp16' is not one of: fp32, bf16"},
         {NULL, "--top-p 1.1", 2, "--top-p"},
         {NULL, "--dim 33", 2, "not divisible by --heads 2"},
@@ -959,6 +995,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_resume),
         cmocka_unit_test(test_moments_of_runs),
+        cmocka_unit_test(test_precision_of_runs),
         cmocka_unit_test(test_resume_options),
         cmocka_unit_test(test_resume_pieces),
         cmocka_unit_test(test_run_directory),
