@@ -185,7 +185,7 @@ const Recipe base_recipes[] = {
      "--experts 64 --topk 8 --ffn 64 --group step --aux-weight 0.008",
      "Qwen team, Qwen3; Qiu et al., Demons in the Detail"},
     {"fast", 0, 2.5, "the mixture that learns most by the clock: mixtral's router, Muon, and tables that are looked up",
-     "--qk-norm 1 --value-embedding 1 --ngrams 16384 --optimizer muon --beta2 0.99",
+     "--qk-norm --value-embedding --ngrams 16384 --optimizer muon --beta2 0.99",
      "doc/clock.md tells what was tried"},
 };
 
@@ -356,7 +356,7 @@ void config_recipe(Config *config, const char *name) {
     char *text = copy_text(recipe->choices), *rest = NULL;
     for (char *word = strtok_r(text, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
         int o = find_option(word + 2);
-        const char *value = strtok_r(NULL, " ", &rest);
+        const char *value = options[o].kind == 'f' ? "1" : strtok_r(NULL, " ", &rest);
         if (!config->given[o]) {
             set_option(config, &options[o], value, NULL);
         }
