@@ -23,10 +23,12 @@
 
 typedef uint32_t pair __attribute__((may_alias)); // two bfloat16 numbers
 
-// Where pack_a puts number (i,k) of a, if each row of a belongs to one k: GROUP numbers of the same k stand together, and
-// behind them those of the next k; the next GROUP rows i begin TILE_K times as far on.
-#define GROUP       TILE_M
-#define ROW_OF_A(i) ((i) / GROUP * GROUP * TILE_K + (i) % GROUP)
+// Where pack_a puts row i of a, if each row of the matrix belongs to one k: TALL numbers of the same k stand together, and
+// behind them those of the next k; the next TALL rows begin TALL*ROW further.
+#ifndef TALL
+#define TALL TILE_M
+#endif
+#define ROW_OF_A(i) ((i) / TALL * TALL * ROW + (i) % TALL)
 
 int pairs_pay;            // 1: vdpbf16ps is taken; ready_products decides
 double products_gain = 1; // operations a second of what multiplies, over those of float32 multiply-adds
@@ -63,10 +65,14 @@ void pair_along(real *row, int nk) {
 
 // A block that pack_a has made.
 void round_a(real *a, int row_is_k, int rows, int nk) {
-    for (int i = 0; row_is_k && i < rows; i += GROUP) {
-        round_to_bf16(a + ROW_OF_A(i), (size_t)nk * GROUP);
+    for (int i = 0; row_is_k && i < rows; i += TALL) {
+        real *block = a + ROW_OF_A(i);
+        int filled = min_int(TALL, div_up(rows - i, 2 * MR) * 2 * MR);
+        for (int k = 0; k < nk; k++) {
+            round_to_bf16(block + k * TALL, (size_t)filled);
+        }
         if (pairs_pay) {
-            pair_rows(a + ROW_OF_A(i), GROUP, nk);
+            pair_rows(block, TALL, nk);
         }
     }
     for (int i = 0; !row_is_k && i < rows; i++) {
@@ -135,11 +141,11 @@ WITH_PAIRS void panel_of_pairs(real *out, size_t ld, const real *block, int row_
     float tile[MR * NV * 16];
     for (int first = 0; first < rows; first += high) {
         if (wide && row_is_k) {
-            kernel_of_pairs(tile, MR, NV, 1, GROUP, a + ROW_OF_A(first), b, pairs);
+            kernel_of_pairs(tile, MR, NV, 1, TALL, a + ROW_OF_A(first), b, pairs);
         } else if (wide) {
             kernel_of_pairs(tile, MR, NV, ROW, 2, a + first * ROW, b, pairs);
         } else if (row_is_k) {
-            kernel_of_pairs(tile, 2 * MR, NV / 2, 1, GROUP, a + ROW_OF_A(first), b, pairs);
+            kernel_of_pairs(tile, 2 * MR, NV / 2, 1, TALL, a + ROW_OF_A(first), b, pairs);
         } else {
             kernel_of_pairs(tile, 2 * MR, NV / 2, ROW, 2, a + first * ROW, b, pairs);
         }
@@ -239,7 +245,7 @@ void bf16_product_rows(const Product *p, int first, int rows, int add) {
                         continue;
                     }
 #endif
-                    product_panel(out, p->ld, a, p->a.row_is_k, GROUP, b + j * nk, nk, height, used, more);
+                    product_panel(out, p->ld, a, p->a.row_is_k, TALL, b + j * nk, nk, height, used, more);
                 }
             }
         }
