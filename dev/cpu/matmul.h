@@ -43,11 +43,6 @@
 #define TILE_K 256                          // and k
 #define ROW    (TILE_K + 16)                // from one packed row of a to the next
 
-// Where each row of a belongs to one k, TALL numbers of it are packed together. A kernel's run along k then leaves little
-// of what it fetches unused: with 16 registers a tile's a and b have to share 32 KiB of first-level cache. With 32
-// registers the b of a tile is larger than that cache, and longer pieces are copied faster.
-#define TALL (NV == 4 ? TILE_M : 2 * MR)
-
 // ---- products
 
 // A matrix in memory: row r begins at p + index[r]*ld, or at p + r*ld where index is NULL. A product sums
@@ -147,21 +142,20 @@ int panel_width(int cols) {
 }
 
 // out (rows,cols) = or += a packed block of a times a panel of b (nk,panel_width(cols)). Number (i,k) of a is
-// a[i*ROW + k], or, where row_is_k, a[k*step + i] for i < TALL; the next TALL rows begin TALL*ROW further. The
-// last tile is MR/2 or MR rows high if that is enough. A tile reads all its rows of a, so there must be rows in
-// memory up to the next multiple of 2*MR, with any numbers in them.
+// a[i*ROW + k], or, where row_is_k, a[k*step + i]. The last tile is MR/2 or MR rows high if that is enough. A
+// tile reads all its rows of a, so there must be rows in memory up to the next multiple of 2*MR, with any
+// numbers in them.
 void product_panel(real *out, size_t ld, const real *a, int row_is_k, int step, const real *b, int nk, int rows,
                    int cols, int add) {
     int high = panel_width(cols) == NR ? MR : 2 * MR;
-    for (int i = 0; i < rows; i += high, out += (size_t)high * ld) {
-        const real *of_a = a + (row_is_k ? i / TALL * TALL * ROW + i % TALL : i * ROW);
-        int n = min_int(rows - i, high), low = n <= high / 2;
+    for (int left = rows; left > 0; left -= high, out += (size_t)high * ld, a += row_is_k ? high : high * ROW) {
+        int n = min_int(left, high), low = n <= high / 2;
 #define KERNEL(height, width)                                                                                  \
     do {                                                                                                       \
         if (row_is_k)                                                                                          \
-            kernel(height, width, 1, step, out, ld, of_a, b, nk, n, cols, add);                                \
+            kernel(height, width, 1, step, out, ld, a, b, nk, n, cols, add);                                   \
         else                                                                                                   \
-            kernel(height, width, ROW, 1, out, ld, of_a, b, nk, n, cols, add);                                    \
+            kernel(height, width, ROW, 1, out, ld, a, b, nk, n, cols, add);                                    \
     } while (0)
         if (high == MR && !low) {
             KERNEL(MR, NV);
@@ -179,8 +173,8 @@ void product_panel(real *out, size_t ld, const real *a, int row_is_k, int step, 
 // ---- 2. packing
 
 // Packs `rows` rows of a from `first` on, and nk of k from k0 on. Where k runs along the rows, packed rows
-// stand ROW apart; else TALL numbers of one k stand together, and behind them those of the next k; the next TALL
-// rows begin TALL*ROW behind these. Behind the last row, up to the next multiple of 2*MR, are zeros.
+// stand ROW apart; else the packed numbers of one k stand together, and those of the next k TILE_M behind
+// them. Behind the last row, up to the next multiple of 2*MR, are zeros.
 void pack_a(real *packed, const Operand *o, int first, int rows, int k0, int nk) {
     int filled = div_up(rows, 2 * MR) * 2 * MR;
     for (int i = 0; !o->row_is_k && i < filled; i++) {
@@ -192,14 +186,12 @@ void pack_a(real *packed, const Operand *o, int first, int rows, int k0, int nk)
     }
     for (int k = 0; o->row_is_k && k < nk; k++) {
         const real *from = operand_row(o, k0 + k) + first;
-        for (int i = 0; i < filled; i += TALL) {
-            real *to = packed + i * ROW + k * TALL;
-            if (rows - i >= TALL) {
-                memcpy(to, from + i, TALL * sizeof(real)); // of a constant size, which is faster
-            } else {
-                for (int j = 0; j < min_int(TALL, filled - i); j++) {
-                    to[j] = i + j < rows ? from[i + j] : 0;
-                }
+        real *to = packed + k * TILE_M;
+        if (rows == TILE_M) {
+            memcpy(to, from, TILE_M * sizeof(real)); // of a constant size, which is faster
+        } else {
+            for (int i = 0; i < filled; i++) {
+                to[i] = i < rows ? from[i] : 0;
             }
         }
     }
@@ -348,7 +340,7 @@ void product_rows(const Product *p, int first, int rows, int add) {
                 pack_a(a, &p->a, i0, height, k0, nk);
                 for (int j = 0; j < cols; j += NR) {
                     product_panel(p->out + (size_t)i0 * p->ld + (size_t)(j0 + j), p->ld, a, p->a.row_is_k,
-                                  TALL, b + j * nk, nk, height, min_int(NR, cols - j), add || k0 > 0);
+                                  TILE_M, b + j * nk, nk, height, min_int(NR, cols - j), add || k0 > 0);
                 }
             }
         }
