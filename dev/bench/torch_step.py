@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""The yardstick of speed: a training step of the same model in eager PyTorch on the CPU, in float32.
+"""The yardstick of speed: a training step of the same model in eager PyTorch on the CPU, in float32 or bfloat16.
 
     pip install torch                       (the newest)
     python dev/bench/torch_step.py --layers 4 --dim 256 --heads 8 --experts 8 --topk 2 --ffn 512 --seq 256 --batch 16
     python dev/bench/torch_step.py ... --dense    no experts, but an FFN of the width that a token sees, topk*ffn
     python dev/bench/torch_step.py ... --compile  under torch.compile: for information
+    python dev/bench/torch_step.py ... --bf16     under autocast: products in bfloat16, weights and moments in float32
     python dev/bench/torch_step.py ... --turns    a step for each line that it reads, which it answers: dev/bench/bench uses it
 
 Plain PyTorch as a careful user writes it, the experts in Mixtral's reference loop, everything else by PyTorch's own
@@ -77,7 +78,8 @@ class Mixture(nn.Module):
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             token, k = torch.where(chosen == e)
-            y.index_add_(0, token, expert(x.index_select(0, token)) * weight[token, k, None])
+            answer = expert(x.index_select(0, token)) * weight[token, k, None]
+            y.index_add_(0, token, answer.to(y.dtype))  # under autocast it is in bfloat16
         return y, E * (load * p.mean(0)).sum()
 
 
@@ -124,6 +126,7 @@ def main():
         parser.add_argument("--" + name, type=int, default=value)
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--turns", action="store_true")
     c = parser.parse_args()
     c.out_std = 0.02 / (2 * c.layers) ** 0.5
@@ -140,7 +143,8 @@ def main():
     def seconds():  # of a step
         tokens, targets = torch.randint(c.vocab, (2, c.batch, c.seq))
         start = time.perf_counter()
-        loss = forward(tokens, targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
+            loss = forward(tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
@@ -153,8 +157,8 @@ def main():
     active = sum(p.numel() for p in parameters) - idle
     flops = 6 * active + 6 * c.layers * c.seq * c.dim  # per token; dev/bench/bench counts the same
     N = c.batch * c.seq
-    name = (f"PyTorch {torch.__version__}{', compiled' if c.compile else ''}, {'dense' if c.dense else 'mixtral'}, "
-            f"{torch.get_num_threads()} threads")
+    name = (f"PyTorch {torch.__version__}{', compiled' if c.compile else ''}{', bfloat16' if c.bf16 else ''}, "
+            f"{'dense' if c.dense else 'mixtral'}, {torch.get_num_threads()} threads")
     seconds(), seconds()  # warms up
     if c.turns:
         print("ready:", name, flush=True)

@@ -21,6 +21,7 @@
 
 #define QUERIES 96       // rows of a tile of scores
 #define STRIP   (2 * MR) // rows of a tile that are computed up to the same key, the last that any of them sees
+#define NEAR    24       // rows whose scores stay in the first-level cache until the softmax has read them
 
 // ---- buffers
 
@@ -206,8 +207,8 @@ void fast_attention_forward(real *out, real *lse, const real *qkv, int B, int T,
         // Keys and values are packed once for all queries.
         pack_over_D(x.keys, k, ld, T, D);
         pack_over_T(x.over_keys, v, ld, T, D, 1);
-        for (int first = 0; first < T; first += QUERIES) {
-            int rows = min_int(QUERIES, T - first);
+        for (int first = 0; first < T; first += NEAR) {
+            int rows = min_int(NEAR, T - first);
             pack_queries(x.queries, q + (size_t)first * ld, ld, rows, D, scale);
             for (int key = 0; key < first + rows; key += TILE_K) {
                 int n = min_int(TILE_K, T - key);
@@ -236,14 +237,16 @@ void fast_attention_forward(real *out, real *lse, const real *qkv, int B, int T,
 // those by the scores: P * (dP - delta), where delta (rows) is each query's dout . out.
 void softmax_backward_of_tile(real *P, real *dP, const real *lse, const real *delta, int first, int rows,
                               int key, int n) {
+    vec zero = {0};
+    int end = min_int(n, first + rows + STRIP - key); // attention_give may read so far
     for (int i = 0; i < rows; i++) {
         real *p = P + i * ROW, *dp = dP + i * ROW;
-        int seen = max_int(0, min_int(n, first + i + 1 - key)), end = min_int(n, first + rows - key);
+        int seen = max_int(0, min_int(n, first + i + 1 - key));
         row_exp(p, seen, end, lse[i]);
-        for (int j = 0; j < seen; j++) {
-            dp[j] = p[j] * (dp[j] - delta[i]);
+        for (int j = 0; j < end; j += LANES) {
+            vec_in_memory *to = (vec_in_memory *)(dp + j);
+            *to = vec_first(*(vec_in_memory *)(p + j) * (*to - delta[i]), seen - j, zero); // 0 in the future
         }
-        memset(dp + seen, 0, (size_t)(end - seen) * sizeof(real)); // the future
     }
 }
 
@@ -268,9 +271,13 @@ void query_head_backward(real *dq, real *dk, real *dv, const real *q, const real
             size_t at = (size_t)key * (size_t)D;
 
             // P = e^(Q K^T - lse), dP = dout V^T; then dP becomes dS, the gradient by the scores.
-            attention_scores(x->P, x->queries, x->keys + at, first, rows, key, n, D);
-            attention_scores(x->dP, x->douts, x->values + at, first, rows, key, n, D);
-            softmax_backward_of_tile(x->P, x->dP, lse + first, delta, first, rows, key, n);
+            for (int i = 0; i < rows; i += NEAR) {
+                int near = min_int(NEAR, rows - i);
+                real *P = x->P + i * ROW, *dP = x->dP + i * ROW;
+                attention_scores(P, x->queries + i * ROW, x->keys + at, first + i, near, key, n, D);
+                attention_scores(dP, x->douts + i * ROW, x->values + at, first + i, near, key, n, D);
+                softmax_backward_of_tile(P, dP, lse + first + i, delta + i, first + i, near, key, n);
+            }
 
             // dV += P^T dout, dK += dS^T Q, dQ += dS K
             attention_give(dv + (size_t)key * ld, ld, x->P, x->douts_b, first, rows, key, n, D);
