@@ -40,7 +40,7 @@ BOTH uint64_t moment_draw(uint64_t stream, uint64_t index) {
 }
 
 // After AdamW has moved the weights `at` .. at+size of the tensor in this row of the table: rounds their new moments,
-// as --moments says. Inside of a parallel region, each thread rounds those that it has moved.
+// as --moments says. Inside of a parallel region, the threads share them, once all have moved theirs.
 void round_moments(Model *m, int row, size_t at, size_t size, int step) {
     if (m->config.moments != MOMENTS_BF16) {
         return;
@@ -49,6 +49,7 @@ void round_moments(Model *m, int row, size_t at, size_t size, int step) {
     real *m1 = m->memory[MOMENT1] + moment_offset(m, at), *m2 = m->memory[MOMENT2] + moment_offset(m, at);
     size_t first = t->first + (at - t->offset); // several processes: this one's first number in the whole tensor
     uint64_t stream = moment_stream((uint64_t)m->config.seed, step, row);
+#pragma omp barrier
 #pragma omp for schedule(static) nowait
     for (size_t j = 0; j < size; j++) {
         uint64_t draw = moment_draw(stream, first + j);
