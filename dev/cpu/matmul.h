@@ -376,7 +376,7 @@ void product_of_few_rows(const Product *p, int first, int cols, int add) {
 // Few results a row, such as a router's, would fill a small part of a panel: a vector holds them all. For these, a is
 // read as it is, and only b is packed: a vector for each k.
 int few_columns(const Product *p) {
-    return p->n <= LANES && !p->a.row_is_k && !p->b.row_is_k && p->k * LANES <= PACKED_B;
+    return p->n <= LANES && product_precision == PRODUCTS_FP32 && !p->a.row_is_k && !p->b.row_is_k && p->k * LANES <= PACKED_B;
 }
 
 // Rows first .. first+rows of such a product. The sums of eight rows are under way at the same time.
