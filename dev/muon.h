@@ -1,5 +1,6 @@
 // Muon, another optimizer for the matrices of the layers (--optimizer muon).
-// Gives: ADAMW, MUON, muon_polynomial, takes_muon, prepare_matrices, orthogonalize, muon_update. Needs: Model, the grouped products, moments.h,
+// Gives: ADAMW, MUON, muon_polynomial, takes_muon, prepare_matrix, orthogonalize, has_turn,
+// muon_update. Needs: Model, the grouped products, moments.h,
 // ranks/gradients.h; train_moe.c includes it.
 //
 // AdamW divides each number of a gradient by its own usual size. Muon (Jordan et al. 2024, "Muon: An optimizer for hidden
@@ -14,14 +15,19 @@
 // nearest to 1 over the range that the round before has left, which for the first is 0.02 .. 1 (Amsel et al. 2025, The Polar
 // Express; Jordan's five rounds with one polynomial cost two thirds more, and reach 0.7 .. 1.2).
 //
-// The step is scaled by 0.2 sqrt(max(R, C)), with which its numbers are about as large as those of AdamW's steps, so that
-// one --lr and one --weight-decay serve both (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2).
+// A matrix moves in every eighth step, eight times as far; the others wait for their turn, and only their means go on. For
+// a mixture this is what makes Muon cheap: an expert sees few of a step's tokens, so to orthogonalise all experts each time
+// would cost more than to train them. No loss was seen by it (doc/clock.md).
+//
+// The step is scaled by 0.1 sqrt(max(R, C)), with which its numbers are about half as large as those of AdamW's steps, so
+// that one --lr and one --weight-decay serve both (after Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2).
 #pragma once
 #include "moments.h"
 
 enum { ADAMW, MUON };
 #define MUON_MOMENTUM 0.95 // memory of the mean gradient
-#define MUON_STEP     0.2  // times the root of the larger side: the scale of a step
+#define MUON_TURNS    8    // steps in which each matrix moves once
+#define MUON_STEP     0.1  // times the root of the larger side: the scale of a step
 #define MUON_ROUNDS   3
 const double muon_polynomial[MUON_ROUNDS][3] = {{7.711, -22.1138, 16.2487}, {3.2153, -2.4112, 0.5013}, {2.2183, -1.594, 0.4107}};
 
@@ -38,60 +44,42 @@ void blend(real *to, const real *from, double a, double b, size_t n) {
     }
 }
 
-// E matrices x (R,C) that will become U V^T, and what that needs. Of X X^T and X^T X the smaller one is taken: X S with S
+// A matrix x (R,C) that will become U V^T, and what that needs. Of X X^T and X^T X the smaller one is taken: X S with S
 // made of X^T X is the same as S X with S made of X X^T.
-typedef struct Matrices {
+typedef struct Matrix {
     real *x;
-    int E, R, C, small;
-    real *gram, *square, *moved;         // (E,small,small) twice, (E,R,C)
-    int *row, *small_row;                // (E+1)  where the rows of each x and of each gram begin
-    int *rows, *columns, *smalls;        // (E)  R, C and small, as the grouped products want them
-} Matrices;
+    int R, C, small;
+    real *gram, *square, *moved; // (small,small) twice, (R,C)
+} Matrix;
 
-// Prepares E matrices x (R,C), in scratch memory. Each is divided by the root of the sum of its squares; then no singular
-// value is above 1.
-Matrices prepare_matrices(Model *m, real *x, int E, int R, int C) {
+// Prepares x, in scratch memory. It is divided by the root of the sum of its squares; then no singular value is above 1.
+Matrix prepare_matrix(Model *m, real *x, int R, int C) {
     int small = min_int(R, C);
-    size_t squares = (size_t)E * (size_t)small * (size_t)small, each = (size_t)R * (size_t)C;
-    int *integers = (int *)arena_take(&m->scratch, 5 * (size_t)E + 2, sizeof(int));
-    Matrices list = {x, E, R, C, small, scratch(m, squares), scratch(m, squares), scratch(m, (size_t)E * each),
-                     integers, integers + E + 1, integers + 2 * E + 2, integers + 3 * E + 2, integers + 4 * E + 2};
-    list.row[0] = list.small_row[0] = 0;
-    for (int e = 0; e < E; e++) {
-        list.row[e + 1] = (e + 1) * R;
-        list.small_row[e + 1] = (e + 1) * small;
-        list.rows[e] = R;
-        list.columns[e] = C;
-        list.smalls[e] = small;
+    size_t squares = (size_t)small * (size_t)small, size = (size_t)R * (size_t)C;
+    real *memory = scratch(m, 2 * squares + size);
+    Matrix matrix = {x, R, C, small, memory, memory + squares, memory + 2 * squares};
+    double sum = sum_of_squares(x, size);
+    real scale = (real)(sum > 0 ? 1 / sqrt(sum) : 0);
+    for (size_t j = 0; j < size; j++) {
+        x[j] *= scale;
     }
-#pragma omp parallel for if (E > 1)
-    for (int e = 0; e < E; e++) {
-        double sum = 0;
-        for (size_t j = e * each; j < (e + 1) * each; j++) {
-            sum += (double)x[j] * (double)x[j];
-        }
-        real scale = (real)(sum > 0 ? 1 / sqrt(sum) : 0);
-        for (size_t j = e * each; j < (e + 1) * each; j++) {
-            x[j] *= scale;
-        }
-    }
-    return list;
+    return matrix;
 }
 
-// Each matrix of the list becomes U V^T, nearly. The products run over all of them together, as if each were an expert.
-void orthogonalize(Matrices *list, int count) {
+// Each matrix of the list becomes U V^T, nearly.
+void orthogonalize(Matrix *list, int count) {
     for (int round = 0; round < MUON_ROUNDS; round++) {
         const double *p = muon_polynomial[round];
 
         // gram = X^T X, or X X^T
         begin_products();
         for (int i = 0; i < count; i++) {
-            Matrices *a = &list[i];
+            Matrix *a = &list[i];
             if (a->R > a->C) {
-                memset(a->gram, 0, (size_t)a->E * (size_t)a->small * (size_t)a->small * sizeof(real));
-                grouped_matmul_dw(a->gram, a->x, NULL, a->x, NULL, a->row, a->E, a->columns, a->columns);
+                memset(a->gram, 0, (size_t)a->small * (size_t)a->small * sizeof(real));
+                matmul_dw(a->gram, a->x, a->x, a->R, a->C, a->C);
             } else {
-                grouped_matmul(a->gram, a->x, NULL, a->x, a->row, a->E, a->columns, a->rows);
+                matmul(a->gram, a->x, a->x, a->R, a->C, a->R, SET);
             }
         }
         end_products();
@@ -99,30 +87,34 @@ void orthogonalize(Matrices *list, int count) {
         // square = b gram + c gram gram, where gram is its own transpose
         begin_products();
         for (int i = 0; i < count; i++) {
-            Matrices *a = &list[i];
-            grouped_matmul(a->square, a->gram, NULL, a->gram, a->small_row, a->E, a->smalls, a->smalls);
+            Matrix *a = &list[i];
+            matmul(a->square, a->gram, a->gram, a->small, a->small, a->small, SET);
         }
         end_products();
         for (int i = 0; i < count; i++) {
-            size_t squares = (size_t)list[i].E * (size_t)list[i].small * (size_t)list[i].small;
-            blend(list[i].square, list[i].gram, p[2], p[1], squares);
+            blend(list[i].square, list[i].gram, p[2], p[1], (size_t)list[i].small * (size_t)list[i].small);
         }
 
         // X = a X + X square, or a X + square X
         begin_products();
         for (int i = 0; i < count; i++) {
-            Matrices *a = &list[i];
+            Matrix *a = &list[i];
             if (a->R > a->C) {
-                grouped_matmul(a->moved, a->x, NULL, a->square, a->row, a->E, a->columns, a->columns);
+                matmul(a->moved, a->x, a->square, a->R, a->C, a->C, SET);
             } else {
-                grouped_matmul_dx(a->moved, a->square, NULL, a->x, a->small_row, a->E, a->columns, a->rows);
+                matmul_dx(a->moved, a->square, a->x, a->R, a->C, a->R, SET);
             }
         }
         end_products();
         for (int i = 0; i < count; i++) {
-            blend(list[i].x, list[i].moved, p[0], 1, (size_t)list[i].E * (size_t)list[i].R * (size_t)list[i].C);
+            blend(list[i].x, list[i].moved, p[0], 1, (size_t)list[i].R * (size_t)list[i].C);
         }
     }
+}
+
+// Is it the turn of matrix e of tensor i? e counts the experts of all processes.
+BOTH int has_turn(int i, int e, int step) {
+    return (i + e + step) % MUON_TURNS == 0;
 }
 
 // A step of Muon for all its tensors; their gradients are cleared. gradient_scale: what clipping multiplies them by.
@@ -153,30 +145,39 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
     }
     ranks_share_directions(m); // several processes: a matrix may have slices in two of them
 
-    // The step itself, layer by layer. A process works out all of a matrix, also where it updates only a part of it.
-    for (int l = 0; l < c->layers; l++) {
-        Matrices list[16];
-        int count = 0;
-        scratch_reset(m);
-        for (int i = 0; i < m->tensor_count; i++) {
-            const Tensor *t = &m->tensors[i];
-            size_t at = t->offset, size = t->size;
-            ranks_own_range(m, t, &at, &size);
-            if (t->layer == l && takes_muon(c, t) && size) {
-                int R = t->shape[1], C = t->shape[2], E = (int)(t->size / ((size_t)R * (size_t)C));
-                list[count++] = prepare_matrices(m, m->memory[GRADS] + t->offset, E, R, C);
-            }
-        }
-        orthogonalize(list, count);
-    }
+    // The matrices whose turn it is. A process works out all of a matrix, also where it updates only a part of it.
+    Matrix *list = (Matrix *)allocate(m->tensor_count + c->layers * c->experts * 2, sizeof(Matrix));
+    int count = 0;
+    scratch_reset(m);
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
-        size_t at = t->offset, size = t->size;
+        size_t at = t->offset, size = t->size, one = (size_t)t->shape[1] * (size_t)t->shape[2];
         ranks_own_range(m, t, &at, &size);
-        if (takes_muon(c, t) && size) {
-            double rate = lr * MUON_STEP * sqrt(max_int(t->shape[1], t->shape[2]));
-            blend(m->memory[WEIGHTS] + at, m->memory[GRADS] + at, 1 - lr * c->weight_decay, -rate, size);
-            memset(m->memory[GRADS] + t->offset, 0, t->size * sizeof(real)); // for the next step
+        for (size_t from = 0; takes_muon(c, t) && size && from < t->size; from += one) {
+            if (has_turn(i, (int)((t->first + from) / one), step)) {
+                list[count++] = prepare_matrix(m, m->memory[GRADS] + t->offset + from, t->shape[1], t->shape[2]);
+            }
         }
+    }
+    orthogonalize(list, count);
+    free(list);
+
+    // Their steps. All gradients are cleared for the next step.
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        size_t at = t->offset, size = t->size, one = (size_t)t->shape[1] * (size_t)t->shape[2];
+        ranks_own_range(m, t, &at, &size);
+        if (!takes_muon(c, t) || !size) {
+            continue;
+        }
+        double far = MUON_TURNS * lr, rate = far * MUON_STEP * sqrt(max_int(t->shape[1], t->shape[2]));
+        for (size_t from = at - t->offset, end = from + size, next; from < end; from = next) {
+            next = from / one * one + one < end ? from / one * one + one : end; // what is left of this matrix
+            if (has_turn(i, (int)((t->first + from) / one), step)) {
+                size_t j = t->offset + from;
+                blend(m->memory[WEIGHTS] + j, m->memory[GRADS] + j, 1 - far * c->weight_decay, -rate, next - from);
+            }
+        }
+        memset(m->memory[GRADS] + t->offset, 0, t->size * sizeof(real));
     }
 }
