@@ -1,5 +1,6 @@
 // Tables of which each token looks up one row: pairs of words (--ngrams), and values of words (--value-embedding).
-// Gives: find_ngrams, ngrams_forward, ngrams_backward, value_embedding_forward, value_embedding_backward.
+// Gives: find_ngrams, ngrams_forward, ngrams_backward, value_embedding_forward, value_embedding_backward,
+// has_gradient.
 // Needs: Model and the layers of train_moe.c, which includes it.
 //
 // A row is found by its number and added; no product is computed. So such a table holds many weights and costs little
@@ -93,6 +94,16 @@ void value_embedding_backward(Model *m, int l, const real *dqkv) {
             }
         }
     }
+}
+
+// Are any of these n gradients not 0? If all are, nothing that these weights belong to, a row of a table or an expert, had
+// a part in the step.
+int has_gradient(const real *g, size_t n) {
+    int any = 0;
+    for (size_t j = 0; j < n; j++) {
+        any |= g[j] != 0;
+    }
+    return any;
 }
 
 #endif

@@ -125,7 +125,8 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
     }
 
     // The mean of the gradients, and from it the direction, which takes the gradient's place: what the mean would be after
-    // one more gradient like this one (Nesterov).
+    // one more gradient like this one (Nesterov). An expert without tokens has no gradient and so no direction, and its
+    // mean waits: else it would move on for ever along what it saw last.
     real keep = (real)MUON_MOMENTUM, part = 1 - keep;
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
@@ -135,11 +136,17 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
             continue;
         }
         real *g = m->memory[GRADS] + at, *mean = m->memory[MOMENT1] + moment_offset(m, at);
-#pragma omp parallel for if (size > 16384)
-        for (size_t j = 0; j < size; j++) {
-            real fresh = part * g[j] * gradient_scale;
-            mean[j] = keep * mean[j] + fresh;
-            g[j] = keep * mean[j] + fresh;
+        size_t one = t->of_experts ? (size_t)t->shape[1] * (size_t)t->shape[2] : size;
+        for (size_t from = 0; from < size; from += one) {
+            if (t->of_experts && !has_gradient(g + from, one)) {
+                continue;
+            }
+#pragma omp parallel for if (one > 16384)
+            for (size_t j = from; j < from + one; j++) {
+                real fresh = part * g[j] * gradient_scale;
+                mean[j] = keep * mean[j] + fresh;
+                g[j] = keep * mean[j] + fresh;
+            }
         }
         round_moments(m, i, at, size, step);
     }

@@ -1,5 +1,5 @@
 // AdamW for tables that are looked up (dev/lookup.h): it moves only the rows that a step has read.
-// Gives: TABLE_RATE, adamw_of_read_rows. Needs: adamw() of train_moe.c, which includes it.
+// Gives: TABLE_RATE, adamw_of_read_rows. Needs: has_gradient() of lookup.h, adamw() of train_moe.c, which includes it.
 //
 // A row that no token of a step has looked up has no gradient. Let alone, it keeps its moments until it is read again. If
 // they faded at each step, the next step of a rare word would be too long; and a large table would cost as much time as
@@ -10,15 +10,6 @@
 
 #define TABLE_RATE 3 // times the learning rate
 
-// Has this row, of C numbers, a gradient?
-int was_read(const real *g, int C) {
-    int read = 0;
-    for (int c = 0; c < C; c++) {
-        read |= g[c] != 0;
-    }
-    return read;
-}
-
 // AdamW for `size` numbers, from number `first` of a table with rows of C on. All gradients of the table are in memory,
 // since the numbers of one process need not begin or end with a row. Inside of a parallel region, each thread does its part.
 void adamw_of_read_rows(real *w, real *g, real *m1, real *m2, size_t first, size_t size, int C, Adam a) {
@@ -26,7 +17,7 @@ void adamw_of_read_rows(real *w, real *g, real *m1, real *m2, size_t first, size
     const real *table = g - first;
 #pragma omp for schedule(static) nowait
     for (size_t row = from; row < until; row++) {
-        if (was_read(table + row * width, C)) {
+        if (has_gradient(table + row * width, width)) {
             size_t begin = row * width > first ? row * width - first : 0;
             size_t end = (row + 1) * width - first < size ? (row + 1) * width - first : size;
             adamw(w + begin, g + begin, m1 + begin, m2 + begin, end - begin, a);
