@@ -33,11 +33,11 @@ size_t muon_scratch(int E, int R, int C) {
 }
 
 // Divides each of the E matrices of x, of `size` numbers each, by the root of the sum of its squares. Then no singular
-// value is above 1.
+// value is above 1. What is nearly 0 becomes 0: the mean gradient of an expert that has been idle for a thousand steps.
 void divide_by_norm(real *x, int E, size_t size) {
     for (int e = 0; e < E; e++) {
         double sum = sum_of_squares(x + (size_t)e * size, size);
-        real scale = (real)(sum > 0 ? 1 / sqrt(sum) : 0);
+        real scale = (real)(sum > 1e-60 ? 1 / sqrt(sum) : 0);
         for (size_t j = 0; j < size; j++) {
             x[(size_t)e * size + j] *= scale;
         }

@@ -2,8 +2,8 @@
 // Gives: own_muon, orthogonalize, muon_update. Needs: dev/cuda/common.cuh, memory.cuh, ranks.cuh; products and clip_scale of
 // train_moe.cu, which includes it.
 //
-// The products are cuBLAS's, of all experts' matrices at once, and of floatX: rounding to bfloat16 disturbs a direction no
-// more than the noise of a batch does (Jordan et al. 2024 compute in bfloat16, too). The first term of
+// The products are cuBLAS's, of all experts' matrices at once, and of floatX: rounding to bfloat16 is what Jordan et
+// al. 2024 do, too; weak directions suffer from it most. The first term of
 //     a X + (b X X^T + c (X X^T)^2) X
 // needs no pass of its own: a is added on the diagonal of the matrix in the brackets. doc/cuda.md says what a step costs.
 #pragma once
@@ -102,15 +102,17 @@ __global__ void matrix_squares_kernel(double *part, const float *g, size_t size)
     }
 }
 
-// x (E,size) = g, each matrix divided by its norm, and rounded
-__global__ void divide_by_norm_kernel(floatX *x, const float *g, const double *part, int parts, size_t size) {
+// x (E,size) = g, each matrix divided by its norm, and rounded. As in the C twin, what is nearly 0 becomes 0; so does all
+// where the norm of all gradients is not finite, and no step follows.
+__global__ void divide_by_norm_kernel(floatX *x, const float *g, const double *part, int parts, size_t size,
+                                      const double *norm) {
     double sum = block_sum((int)threadIdx.x < parts ? part[blockIdx.y * parts + threadIdx.x] : 0);
-    float scale = (float)(sum > 0 ? 1 / sqrt(sum) : 0), a[4];
+    float scale = (float)(isfinite(*norm) && sum > 1e-60 ? 1 / sqrt(sum) : 0), a[4];
     size_t i = 4 * thread_of_grid(), at = blockIdx.y * size + i;
     if (i < size) {
         load_pack(a, g + at);
         for (int j = 0; j < 4; j++) {
-            a[j] *= scale;
+            a[j] = scale > 0 ? a[j] * scale : 0;
         }
         store_pack(x + at, a);
     }
@@ -125,7 +127,7 @@ __global__ void polynomial_kernel(floatX *to, const floatX *gram, const float *s
 }
 
 // Returns floatX (E,R,C): what becomes of the matrices g (E,R,C) is U V^T, nearly. E is at most muon_matrices().
-const floatX *orthogonalize(const MuonScratch *s, const float *g, int E, int R, int C) {
+const floatX *orthogonalize(const MuonScratch *s, const float *g, int E, int R, int C, const double *norm) {
     const float a = 3.4445f, b = -4.7750f, c = 2.0315f; // as in the C twin
     int S = min_int(R, C), tall = R > C;
     size_t size = (size_t)R * C;
@@ -133,7 +135,8 @@ const floatX *orthogonalize(const MuonScratch *s, const float *g, int E, int R, 
     floatX *x = s->x[0], *after = s->x[1];
     matrix_squares_kernel<<<dim3(parts, E), THREADS, 0, stream>>>(s->part, g, size);
     CHECK(cudaGetLastError());
-    divide_by_norm_kernel<<<dim3(blocks(size, 4 * THREADS), E), THREADS, 0, stream>>>(x, g, s->part, parts, size);
+    divide_by_norm_kernel<<<dim3(blocks(size, 4 * THREADS), E), THREADS, 0, stream>>>(x, g, s->part, parts, size,
+                                                                                    norm);
     CHECK(cudaGetLastError());
     for (int round = 0; round < MUON_ROUNDS; round++) {
         products(s->gram, x, tall, x, tall, S, S, tall ? R : C, E);
@@ -189,7 +192,7 @@ void muon_step(Model *m, const Tensor *t, size_t at, size_t size, double lr, con
         if (from >= until) {
             continue;
         }
-        const floatX *direction = gpu::orthogonalize(m->muon, m->memory[GRADS] + begin, count, R, C);
+        const floatX *direction = gpu::orthogonalize(m->muon, m->memory[GRADS] + begin, count, R, C, norm);
         float *w = m->memory[WEIGHTS] + from;
         floatX *low = (void *)m->low == (void *)m->memory[WEIGHTS] ? NULL : m->low + from;
         muon_step_kernel<<<blocks(until - from, 4 * THREADS), THREADS, 0, stream>>>(

@@ -662,6 +662,7 @@ void check_gpu_orthogonalize(int E, int R, int C) {
     Model *host = bare_model(1);
     real *x = draw_normal(size);
     gpu::MuonScratch s = {};
+    double norm = 1;
     for (size_t i = 0; i < size && R == C; i++) {
         x[i] = (real)(0.1 / sqrt(C)) * x[i] + (i / C % R == i % C);
     }
@@ -676,7 +677,7 @@ void check_gpu_orthogonalize(int E, int R, int C) {
     s.polynomial = (gpu::floatX *)device_poison((size_t)E * small * small * sizeof(gpu::floatX));
     s.square = (float *)device_poison((size_t)E * small * small * sizeof(float));
     s.part = (double *)device_poison((size_t)E * gpu::MUON_PARTS * sizeof(double));
-    real *found = fetch_low(gpu::orthogonalize(&s, device_reals(x, size), E, R, C), size);
+    real *found = fetch_low(gpu::orthogonalize(&s, device_reals(x, size), E, R, C, (double *)device_copy(&norm, 8)), size);
     orthogonalize(host, x, E, R, C);
     for (int e = 0; e < E; e++) {
         size_t at = (size_t)e * R * C;
