@@ -78,6 +78,8 @@ struct LayerActs {
     floatX *h1;        // (N,C)
     float *rstd1;      // (N)
     floatX *qkv, *att; // (N,(H+2KV)*D), (N,H*D). Not turned by the rotary positions: attention does that as it reads
+    floatX *raw_qk;    // (N,(H+KV)*D)  with --qk-norm: queries and keys before their norm
+    float *rstd_qk;    // (N,H+KV)
     float *lse;        // (B,H,T)
     float *mid;        // (N,C)
     floatX *h2;        // (N,C)
@@ -135,6 +137,7 @@ struct Model : ::Model {
     floatX *rows, *act, *dhidden;  // (N*K,C), (N*K,F), (N*K,2F)  of the experts; a dense layer uses act and dhidden
     floatX *datt, *dqkv;           // (N,C), (N,(H+2KV)*D)
     float *delta;                  // (B,H,T)  dout . out of attention
+    double *qk_part;               // with --qk-norm, sums for the gradients of its vectors: see dev/cuda/qk_norm.cuh
     float *dh;                     // (N,C)
     float *router_in;              // (N,C)  what routers read that are not fused: the norm, not rounded
     float *dweight, *dweight_part; // (N,K), (tiles of columns, N*K)
@@ -149,7 +152,9 @@ struct Model : ::Model {
     int head_rows;
     int *tokens, *targets; // (N), (N); in the same piece, for embedding_backward: order (N), words (N), offset (N+1)
     int word_count;        // distinct words of the batch
-    int *word_offset;      // (V+1)  of the host
+    int *pairs;            // (N)  with --ngrams: rows of its table, behind them the same three lists, of rows
+    int pair_count;        // distinct rows of the batch
+    int *word_offset;      // (V+1), (--ngrams+1) if that is more  of the host
     float *last_partial;   // (blocks of BLOCK_ROWS tokens, C)  as LayerActs.partial, of the last norm
     struct Gradient *gradients; // sums that finish the gradients of norms and routers: see finish_gradients
     int gradient_count;
@@ -164,10 +169,11 @@ struct Model : ::Model {
     char *arena;
     size_t arena_used;
     int dry;
-    // Generation: a model of one token, its cache (L,seq,2*KV*D), and the position of the token.
+    struct MuonScratch *muon; // --optimizer muon: see dev/cuda/muon.cuh
+    // Generation: a model of one token, its cache (L,seq,2*KV*D), the position of the token, and the token before it.
     Model *one;
     floatX *cache;
-    int position;
+    int position, before;
     Crossing *transit;      // several GPUs
     const Decided *decided; // (L) tests: choices that are taken over; NULL: none
     int *decided_expert;    // (N,K)
@@ -236,6 +242,16 @@ void product(Out *out, const In *a, int a_by_k, const In *b, int b_by_k, int M, 
                            &one, b, type_of(b), b_by_k ? N : K, a, type_of(a), a_by_k ? M : K, &beta, out,
                            type_of(out), N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
     }
+}
+
+// The same of `count` matrices each, which lie one behind the other: out (count,M,N) = a times b.
+template <class Out, class In>
+void products(Out *out, const In *a, int a_by_k, const In *b, int b_by_k, int M, int N, int K, int count) {
+    float one = 1, none = 0;
+    CHECK(cublasGemmStridedBatchedEx(
+        cublas, b_by_k ? CUBLAS_OP_N : CUBLAS_OP_T, a_by_k ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &one, b, type_of(b),
+        b_by_k ? N : K, (long long)N * K, a, type_of(a), a_by_k ? M : K, (long long)M * K, &none, out, type_of(out), N,
+        (long long)M * N, count, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // out (N,O) = or += x (N,I) times w (O,I) transposed
@@ -454,38 +470,50 @@ void rmsnorm_backward(NormBack b, const float *dh, int N, int C) {
 }
 
 #include "dev/cuda/attention.cuh" // attention, with the rotary positions in it, and that of one token in generation
+#include "dev/cuda/qk_norm.cuh"   // --qk-norm: queries and keys with a norm of their own
 
 // ---- embedding and loss
 
-__global__ void embedding_forward_kernel(float *x, const float *embedding, const int *tokens, size_t size, int C) {
+__global__ void embedding_forward_kernel(float *x, const float *embedding, const int *tokens, const float *ngrams,
+                                         const int *pairs, size_t size, int C) {
     size_t i = 4 * thread_of_grid();
-    float a[4];
+    float a[4], b[4];
     if (i < size) {
         load_pack(a, embedding + (size_t)tokens[i / C] * C + i % C);
+        if (ngrams) {
+            load_pack(b, ngrams + (size_t)pairs[i / C] * C + i % C);
+            for (int j = 0; j < 4; j++) {
+                a[j] += b[j];
+            }
+        }
         store_pack(x + i, a);
     }
 }
 
-void embedding_forward(float *x, const float *embedding, const int *tokens, int N, int C) {
+// x (N,C) = each token's row of the embedding, and with --ngrams row pairs[n] of its table.
+void embedding_forward(float *x, const float *embedding, const int *tokens, int N, int C, const float *ngrams = NULL,
+                       const int *pairs = NULL) {
     size_t size = (size_t)N * C;
     if (N > 0) {
-        embedding_forward_kernel<<<blocks(size, 4 * THREADS), THREADS, 0, stream>>>(x, embedding, tokens, size, C);
+        embedding_forward_kernel<<<blocks(size, 4 * THREADS), THREADS, 0, stream>>>(x, embedding, tokens, ngrams, pairs,
+                                                                                    size, C);
         CHECK(cudaGetLastError());
     }
 }
 
-// to (C) += factor times the sum of the rows order[from] .. order[until-1] of x (.,C); order NULL: rows from ..
-// until-1; factor (C) NULL: 1. By a block of SUM_WARPS warps, for columns 128*strip and the 127 after it: each warp
-// takes every so many-th row, then their sums are added.
+// to (C) += factor times the sum of the rows order[from] .. order[until-1] of x, ld numbers apart; order NULL: rows
+// from .. until-1; factor (C) NULL: 1. By a block of SUM_WARPS warps, for columns 128*strip and the 127 after it:
+// each warp takes every so many-th row, then their sums are added.
 const int SUM_WARPS = 8;
-__device__ void add_rows(float *to, const float *x, const int *order, const float *factor, int from, int until,
+template <class T>
+__device__ void add_rows(float *to, const T *x, int ld, const int *order, const float *factor, int from, int until,
                          int strip, int C) {
     __shared__ __align__(16) float part[SUM_WARPS][128];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = 128 * strip + 4 * lane;
     float a[4], f[4] = {1, 1, 1, 1}, sum[4] = {0, 0, 0, 0};
 #pragma unroll 4 // four reads on their way at once
     for (int i = from + warp; i < until && c < C; i += SUM_WARPS) {
-        load_pack(a, x + (size_t)(order ? order[i] : i) * C + c);
+        load_pack(a, x + (size_t)(order ? order[i] : i) * ld + c);
         for (int j = 0; j < 4; j++) {
             sum[j] += a[j];
         }
@@ -510,23 +538,28 @@ __device__ void add_rows(float *to, const float *x, const int *order, const floa
     store_pack(to + c, a);
 }
 
-__global__ void embedding_backward_kernel(float *dembedding, const float *dx, const int *order, const int *words,
+template <class T>
+__global__ void embedding_backward_kernel(float *dembedding, const T *dx, int ld, const int *order, const int *words,
                                           const int *offset, int C) {
     int from = offset[blockIdx.x], until = offset[blockIdx.x + 1];
-    add_rows(dembedding + (size_t)words[blockIdx.x] * C, dx, order, NULL, from, until, blockIdx.y, C);
+    add_rows(dembedding + (size_t)words[blockIdx.x] * C, dx, ld, order, NULL, from, until, blockIdx.y, C);
 }
 
 // dembedding (V,C) += . The host has sorted the tokens: order (N) lists them by word, words (count) are the words
 // that occur, offset (count+1) says where each begins in order. It has the tokens anyway, and so each strip of a row
-// of dembedding has one block that adds to it.
-void embedding_backward(float *dembedding, const float *dx, const int *order, const int *words, const int *offset,
-                        int count, int C) {
+// of dembedding has one block that adds to it. The rows of dx are C numbers, or ld numbers apart.
+template <class T>
+void embedding_backward(float *dembedding, const T *dx, const int *order, const int *words, const int *offset,
+                        int count, int C, int ld = 0) {
     if (count > 0) {
         dim3 grid(count, div_up(C, 128));
-        embedding_backward_kernel<<<grid, 32 * SUM_WARPS, 0, stream>>>(dembedding, dx, order, words, offset, C);
+        embedding_backward_kernel<T><<<grid, 32 * SUM_WARPS, 0, stream>>>(dembedding, dx, ld ? ld : C, order, words,
+                                                                          offset, C);
         CHECK(cudaGetLastError());
     }
 }
+
+#include "dev/cuda/lookup.cuh" // the other tables of which each token looks up a row: --ngrams, --value-embedding
 
 // A block has a row of logits, W numbers of which V are words. In the first pass each thread keeps the highest of its
 // logits and the sum of exp(logit - highest), so that the row is read once for both.
@@ -1662,6 +1695,8 @@ void attend_forward(Model *m, int l, Sum before) {
     // The sum and the first norm in one kernel.
     rmsnorm_forward({before.x == a->x ? NULL : a->x, a->h1, NULL, a->rstd1}, before, w->norm1, N, C, c->norm_eps);
     matmul(a->qkv, a->h1, low_of(m, w->qkv), N, C, Q, SET);
+    gpu::qk_norm_forward(m, l, a->qkv);
+    gpu::value_embedding_forward(m, l, a->qkv);
 
     // In generation there is one token, and its keys and values go to the cache.
     if (m->cache) {
@@ -1767,6 +1802,8 @@ void attend_backward(Model *m, int l) {
     matmul_dx(m->datt, m->dx_low, low_of(m, w->proj), N, C, C, SET);
     matmul_dw(dw->proj, m->dx_low, a->att, N, C, C);
     attention_backward(m->dqkv, m->datt, a->att, a->lse, a->qkv, m->angles, B, T, H, KV, D, m->delta);
+    gpu::value_embedding_backward(m, l, m->dqkv);
+    gpu::qk_norm_backward(m, l, m->dqkv);
     matmul_dx(m->dh, m->dqkv, low_of(m, w->qkv), N, C, Q, SET);
     matmul_dw(dw->qkv, m->dqkv, a->h1, N, C, Q);
     rmsnorm_backward({m->dx, m->dx_low, a->partial[0], a->x, a->rstd1, w->norm1}, m->dh, N, C);
@@ -1795,7 +1832,7 @@ void recompute_layer(Model *m, int l) {
 void layers_forward(Model *m) {
     const Config *c = &m->config;
     int N = m->batch.B * m->batch.T;
-    embedding_forward(m->layers[0].x, m->params.embed, m->tokens, N, c->dim);
+    embedding_forward(m->layers[0].x, m->params.embed, m->tokens, N, c->dim, m->params.ngrams, m->pairs);
     Sum sum = {m->layers[0].x, NULL, NULL, NULL, 0};
     for (int l = 0; l < c->layers; l++) {
         keep_pace(); // several GPUs: the host does not run far ahead, since the device's queue is limited (nccl.cuh)
@@ -1859,7 +1896,7 @@ struct Gradient {
 
 __global__ void finish_gradients_kernel(const Gradient *list, int rows, int C) {
     Gradient g = list[blockIdx.x];
-    add_rows(g.to, g.from, NULL, g.factor, 0, g.rows ? g.rows : rows, blockIdx.y, C);
+    add_rows(g.to, g.from, C, NULL, g.factor, 0, g.rows ? g.rows : rows, blockIdx.y, C);
 }
 
 // What is left to sum up: of each layer, from the last to the first, the two norms and the router's rows; before all,
@@ -1930,6 +1967,7 @@ void model_backward(::Model *base) {
     const int *order = m->tokens + 2 * m->max_tokens;
     embedding_backward(m->grads.embed, m->dx, order, order + m->max_tokens, order + 2 * m->max_tokens, m->word_count,
                        C);
+    gpu::ngrams_backward(m, m->dx);
     finish_gradients(m, 0, apart ? 1 : m->gradient_count);
     layer_done(m, -1);
 }
@@ -1982,18 +2020,20 @@ struct Adam { // one tensor's part of the update
     size_t size, first;                           // first: the part's first number in the whole tensor
     float rate, keep, b1, b2, correct1, correct2; // keep: 1 - lr * decay
     double clip;
+    int row;        // numbers in a row of a table that is looked up, see adamw_rows_kernel; 0: no such table
     int moments;    // MOMENTS_FP32 or MOMENTS_BF16
     uint64_t draws; // the stream of random numbers that round moments: see dev/moments.h
 };
 
-// Reads each number once and writes it once: weight, rounded weight, moments; and clears the gradient.
-template <class Moment> __global__ void adamw_kernel(Adam a, Moment *m1, Moment *m2, const double *norm) {
-    size_t i = 4 * thread_of_grid();
+// What clipping multiplies the gradients by.
+__device__ float clip_scale(double clip, double norm) {
+    return (float)(clip > 0 && norm > clip ? clip / norm : 1);
+}
+
+// Four weights, from number i on. Reads each number once and writes it once: weight, rounded weight, moments; and
+// clears the gradient.
+template <class Moment> __device__ void adamw_of_pack(const Adam &a, Moment *m1, Moment *m2, size_t i, float scale) {
     float w[4], grad[4], mean[4], square[4], zeros[4] = {0};
-    if (i >= a.size || !isfinite(*norm)) {
-        return;
-    }
-    float scale = (float)(a.clip > 0 && *norm > a.clip ? a.clip / *norm : 1);
     load_pack(w, a.w + i);
     load_pack(grad, a.g + i);
     load_pack(mean, m1 + i);
@@ -2021,10 +2061,46 @@ template <class Moment> __global__ void adamw_kernel(Adam a, Moment *m1, Moment 
     }
 }
 
+template <class Moment> __global__ void adamw_kernel(Adam a, Moment *m1, Moment *m2, const double *norm) {
+    size_t i = 4 * thread_of_grid();
+    if (i < a.size && isfinite(*norm)) {
+        adamw_of_pack(a, m1, m2, i, clip_scale(a.clip, *norm));
+    }
+}
+
+// A table that is looked up: a row that the step has not read has no gradient, and is left alone (dev/read_rows.h). A
+// warp has a row. It looks at all of the row's gradients, also where another process updates a part of it.
+template <class Moment> __global__ void adamw_rows_kernel(Adam a, Moment *m1, Moment *m2, const double *norm) {
+    size_t begin = (a.first / a.row + row_of_warp()) * a.row; // in the table
+    const float *table = a.g - a.first;
+    int read = 0;
+    float g[4];
+    if (begin >= a.first + a.size || !isfinite(*norm)) {
+        return;
+    }
+    for (int c = 4 * (threadIdx.x % 32); c < a.row; c += 128) {
+        load_pack(g, table + begin + c);
+        read |= g[0] != 0 || g[1] != 0 || g[2] != 0 || g[3] != 0;
+    }
+    if (!__ballot_sync(ALL_LANES, read)) {
+        return;
+    }
+    for (int c = 4 * (threadIdx.x % 32); c < a.row; c += 128) {
+        if (begin + c >= a.first && begin + c < a.first + a.size) {
+            adamw_of_pack(a, m1, m2, begin + c - a.first, clip_scale(a.clip, *norm));
+        }
+    }
+}
+
 template <class Moment> void start_adamw(Adam a, const double *norm) {
     a.low = (void *)a.low == (void *)a.w ? NULL : a.low; // in float32 there is no copy
     Moment *m1 = (Moment *)a.m1, *m2 = (Moment *)a.m2;
-    adamw_kernel<Moment><<<blocks(a.size, 4 * THREADS), THREADS, 0, stream>>>(a, m1, m2, norm);
+    if (a.row) {
+        size_t rows = (a.first + a.size + a.row - 1) / a.row - a.first / a.row;
+        adamw_rows_kernel<Moment><<<row_blocks(rows), THREADS, 0, stream>>>(a, m1, m2, norm);
+    } else {
+        adamw_kernel<Moment><<<blocks(a.size, 4 * THREADS), THREADS, 0, stream>>>(a, m1, m2, norm);
+    }
     CHECK(cudaGetLastError());
 }
 
@@ -2041,6 +2117,7 @@ void adamw(Adam a, const double *norm) {
 }
 
 #include "dev/cuda/ranks.cuh" // several GPUs: sums of gradients, shares of the update, second copies of busy experts
+#include "dev/cuda/muon.cuh"  // --optimizer muon: another step for the matrices of the layers
 
 // After a step: what routers do without gradients.
 void router_update(Model *m) {
@@ -2073,7 +2150,8 @@ void model_update(::Model *base, int step, double lr) {
         gpu::gradient_norm(norm, m->memory[GRADS], m->size, m->norm_part);
     }
 
-    // One kernel for each tensor: simple, and nearly all the time goes to the large ones.
+    // One kernel for each tensor that Muon leaves: simple, and nearly all the time goes to the large ones.
+    gpu::muon_update(m, step, lr, norm);
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         if (!i || t->layer != m->tensors[i - 1].layer) {
@@ -2081,7 +2159,7 @@ void model_update(::Model *base, int step, double lr) {
         }
         size_t at = t->offset, size = t->size;
         ranks_own_range(m, t, &at, &size); // several processes: each updates its share of what all have
-        if (!t->trained || !size) {
+        if (!t->trained || !size || takes_muon(c, t)) {
             continue;
         }
         Adam a = {};
@@ -2093,7 +2171,8 @@ void model_update(::Model *base, int step, double lr) {
         a.size = size;
         a.first = t->first + (at - t->offset);
         a.rate = (float)lr;
-        a.keep = (float)(t->dims == 1 ? 1 : 1 - lr * c->weight_decay);
+        a.keep = (float)(t->dims == 1 || t->looked_up ? 1 : 1 - lr * c->weight_decay);
+        a.row = t->looked_up ? t->shape[2] : 0;
         a.b1 = (float)c->beta1;
         a.b2 = (float)c->beta2;
         a.correct1 = (float)(1 / (1 - pow(c->beta1, step)));
@@ -2132,6 +2211,11 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     rope_angles(angles, position, 1, D, c->rope_theta);
     CHECK(cudaMemcpyAsync(one->angles, angles, (size_t)D * sizeof(float), cudaMemcpyHostToDevice, stream));
     CHECK(cudaMemcpyAsync(one->tokens, &token, sizeof(int), cudaMemcpyHostToDevice, stream));
+    if (c->ngrams) {
+        int pair = ngram_row(position ? one->before : -1, token, c->ngrams);
+        CHECK(cudaMemcpyAsync(one->pairs, &pair, sizeof(int), cudaMemcpyHostToDevice, stream));
+    }
+    one->before = token;
     layers_forward(one);
     matmul(one->word_logits, one->h, low_of(m, m->params.head), 1, c->dim, words_with_padding(c->vocab), SET);
     download(logits, one->word_logits, (size_t)c->vocab * sizeof(float));
@@ -2162,9 +2246,9 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     }
     round_weights(m, 0,
                   m->size); // to 0: the words that do not exist belong to no tensor, and nobody else writes them
-    CHECK(cudaMallocHost((void **)&m->staging, ((size_t)N * 5 + 1) * sizeof(int)));
+    CHECK(cudaMallocHost((void **)&m->staging, batch_ints(m) * sizeof(int)));
     CHECK(cudaEventCreateWithFlags(&m->staged, cudaEventDisableTiming));
-    m->word_offset = (int *)own_host(m, (size_t)config->vocab + 2, sizeof(int));
+    m->word_offset = (int *)own_host(m, (size_t)max_int(config->vocab, config->ngrams) + 2, sizeof(int));
     CHECK(cudaStreamSynchronize(stream)); // a plain cudaMemcpy does not wait for this stream
     return m;
 }

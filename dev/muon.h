@@ -53,13 +53,14 @@ typedef struct Matrix {
 } Matrix;
 
 // Prepares x, in scratch memory. It is divided by the root of the sum of its squares; then no singular value is above 1.
+// What is nearly 0 becomes 0, so that nothing overflows.
 Matrix prepare_matrix(Model *m, real *x, int R, int C) {
     int small = min_int(R, C);
     size_t squares = (size_t)small * (size_t)small, size = (size_t)R * (size_t)C;
     real *memory = scratch(m, 2 * squares + size);
     Matrix matrix = {x, R, C, small, memory, memory + squares, memory + 2 * squares};
     double sum = sum_of_squares(x, size);
-    real scale = (real)(sum > 0 ? 1 / sqrt(sum) : 0);
+    real scale = (real)(sum > 1e-60 ? 1 / sqrt(sum) : 0);
     for (size_t j = 0; j < size; j++) {
         x[j] *= scale;
     }

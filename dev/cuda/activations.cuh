@@ -16,6 +16,8 @@ size_t lay_activations(Model *m, int l, int N, char *memory) {
         {&a->rstd1, N * sizeof(float)},
         {&a->qkv, N * Q * low},
         {&a->att, N * C * low},
+        {&a->raw_qk, c->qk_norm ? N * (Q + C) / 2 * low : 0}, // (H+KV)*D is the mean of (H+2KV)*D and H*D
+        {&a->rstd_qk, c->qk_norm ? (size_t)N * (c->heads + c->kv_heads) * sizeof(float) : 0},
         {&a->lse, (size_t)N * c->heads * sizeof(float)},
         {&a->mid, N * C * sizeof(float)},
         {&a->h2, N * C * low},
@@ -39,6 +41,7 @@ int first_moe_layer(const Config *c) {
 }
 
 void list_gradients(Model *m); // chapter 5
+void own_muon(Model *m);       // dev/cuda/muon.cuh
 void model_free(::Model *base);
 
 // The experts' table of widths, activations and where their matrices begin: the same for all layers.
@@ -69,6 +72,13 @@ void allocate_experts(Model *m) {
     x->activation = ints + E;
     x->matrix = places;
     x->matrix_in = places + E + 1;
+}
+
+// Numbers that a batch sends: tokens, targets, and embedding_backward's three lists; with --ngrams the tokens' rows of that
+// table, and once more three lists.
+size_t batch_ints(const Model *m) {
+    size_t N = (size_t)m->max_tokens;
+    return N * 5 + 1 + (m->config.ngrams ? N * 4 + 1 : 0);
 }
 
 void allocate_route(Model *m, int l, int n) {
@@ -143,6 +153,7 @@ void allocate_backward(Model *m, int N) {
     m->datt = own_low(m, NC);
     m->dqkv = own_low(m, (size_t)N * Q);
     m->delta = own_floats(m, (size_t)N * c->heads);
+    m->qk_part = (double *)own(m, qk_sums(c, N), sizeof(double));
     for (int l = 0; l < L; l++) {
         LayerActs *a = &m->layers[l];
         size_t dense = (size_t)N * dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
@@ -160,6 +171,7 @@ void allocate_backward(Model *m, int N) {
     m->last_partial = own_floats(m, (size_t)div_up(N, BLOCK_ROWS) * C);
     m->norm_part = (double *)own(m, NORM_PARTS, sizeof(double));
     list_gradients(m);
+    own_muon(m);
 }
 
 // All memory for N tokens, as in the C twin. parent: the model whose weights it shares, or NULL.
@@ -220,8 +232,9 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
 
     // What is needed only while something works.
     m->purpose = FOR_BUFFERS;
-    m->tokens = own_ints(m, (size_t)N * 5 + 1); // then targets, and embedding_backward's three lists
+    m->tokens = own_ints(m, batch_ints(m));
     m->targets = m->tokens + N;
+    m->pairs = m->tokens + (size_t)N * 5 + 1;
     size_t of_experts = ranks.ep == 1 && moe ? choices * m->experts.widest : 0; // else see own_crossing
     m->rows = own_low(m, moe * choices * m->experts.C);
     m->act = own_low(m, of_experts > width ? of_experts : width);

@@ -1,6 +1,6 @@
 // Several GPUs: sums of gradients while backward still runs, shares of the update, and second copies of busy experts. See
 // dev/ranks of the C twin, whose functions have the same names.
-// Gives: layer_done, norm_over_ranks, share_weights, move_copies, sum_statistics.
+// Gives: layer_done, norm_over_ranks, share_directions, share_weights, move_copies, sum_statistics.
 // Needs: dev/cuda/nccl.cuh, crossing.cuh; sum_of_squares of train_moe.cu, which includes it.
 #ifndef CUDA_RANKS_CUH
 #define CUDA_RANKS_CUH
@@ -104,6 +104,18 @@ void norm_over_ranks(Model *m, double *norm) {
     sum_over_ranks(norm, 1);
     root_of_sum_kernel<<<1, 32, 0, stream>>>(norm, norm, 1);
     CHECK(cudaGetLastError());
+}
+
+// --optimizer muon: as ranks_share_directions of the C twin.
+void share_directions(Model *m) {
+    if (!MANY) {
+        return;
+    }
+    size_t slice = slice_of(m);
+    ranks.traffic.reduced += (double)(slice * sizeof(float)) * (ranks.size - 1);
+    follow(network, stream);
+    nccl_gather(m->memory[GRADS], m->crossing->slice, slice);
+    wait_for_network();
 }
 
 // Each process has updated its slice: all get the slices of the others.

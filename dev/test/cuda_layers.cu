@@ -159,6 +159,125 @@ void check_gpu_embedding(int N, int C, int V) {
     end_layers();
 }
 
+// A row of a second table beside the embedding's: what both twins make of it, and of its way back.
+void check_gpu_ngrams(int N, int T, int C, int V, int rows) {
+    size_t size = (size_t)N * C;
+    real *embed = draw_normal((size_t)V * C), *table = draw_normal((size_t)rows * C), *x = take_reals(size);
+    int *tokens = take_ints(N), *row = take_ints(N);
+    for (int n = 0; n < N; n++) {
+        tokens[n] = draw(&layers_draw, 0, V - 1);
+    }
+    find_ngrams(row, tokens, -1, N, T, rows);
+    float *embed_there = device_reals(embed, (size_t)V * C), *table_there = device_reals(table, (size_t)rows * C);
+    int *tokens_there = (int *)device_copy(tokens, N * sizeof(int)), *row_there = (int *)device_copy(row, N * sizeof(int));
+    float *x_there = (float *)device_poison(size * 4);
+    gpu::embedding_forward(x_there, embed_there, tokens_there, N, C, table_there, row_there);
+    embedding_forward(x, embed, tokens, N, C);
+    add_table_rows(x, table, row, N, C);
+    assert_memory_equal(fetch_reals(x_there, size), x, size * sizeof(real));
+    end_layers();
+}
+
+void assert_columns_alike(const char *what, const real *found, const real *wanted, size_t N, size_t ld, size_t begin,
+                          size_t until);
+
+// What a layer does to qkv (N,(H+2KV)*D) between its product and attention, and the way back: norms of queries and keys,
+// and rows of the values' table. Tokens are sorted for the device by the function that sorts a batch.
+void check_gpu_qkv(int N, int H, int KV, int D, int V) {
+    int heads = H + KV, Q = (H + 2 * KV) * D, values = KV * D;
+    size_t size = (size_t)N * Q, norms = (size_t)N * heads, of_table = (size_t)V * values;
+    real *qkv = draw_normal(size), *dqkv = draw_normal(size), *w = draw_normal(2 * D), *dw = draw_normal(2 * D);
+    real *table = draw_normal(of_table), *dtable = draw_normal(of_table);
+    int *tokens = take_ints((size_t)5 * N + 1);
+    for (int n = 0; n < N; n++) {
+        tokens[n] = draw(&layers_draw, 0, V - 1);
+    }
+    for (size_t i = 0; i < size; i++) { // rows of different lengths
+        qkv[i] *= (real)(1 + i / D % 5);
+    }
+
+    Model *host = bare_model(1);
+    LayerParams params = {}, grads = {};
+    host->config.dim = H * D;
+    host->config.heads = H;
+    host->config.kv_heads = KV;
+    host->config.qk_norm = host->config.value_embedding = 1;
+    host->config.norm_eps = 1e-5;
+    host->batch.B = N;
+    host->batch.T = 1;
+    host->batch.inputs = tokens;
+    host->params.layer = &params;
+    host->grads.layer = &grads;
+    params.q_norm = w;
+    params.k_norm = w + D;
+    params.value_embed = table;
+    grads.q_norm = dw;
+    grads.k_norm = dw + D;
+    grads.value_embed = dtable;
+    host->acts.layer->raw_qk = take_reals(norms * D);
+    host->acts.layer->rstd_qk = take_reals(norms);
+
+    // The same on the device.
+    gpu::Model there = {};
+    gpu::LayerActs acts = {};
+    LayerParams params_there = {}, grads_there = {};
+    (Model &)there = *host;
+    there.layers = &acts;
+    there.params.layer = &params_there;
+    there.grads.layer = &grads_there;
+    there.max_tokens = N;
+    there.word_offset = take_ints(V + 2);
+    there.word_count = gpu::sort_by_row(&there, tokens + 2 * N, tokens, N, V);
+    there.tokens = (int *)device_copy(tokens, (5 * N + 1) * sizeof(int));
+    there.qk_part = (double *)device_poison(gpu::qk_sums(&there.config, N) * sizeof(double));
+    float *w_there = device_reals(w, 2 * D), *dw_there = device_reals(dw, 2 * D);
+    params_there.q_norm = w_there;
+    params_there.k_norm = w_there + D;
+    params_there.value_embed = device_reals(table, of_table);
+    grads_there.q_norm = dw_there;
+    grads_there.k_norm = dw_there + D;
+    grads_there.value_embed = device_reals(dtable, of_table);
+    acts.raw_qk = (gpu::floatX *)device_poison(norms * D * sizeof(gpu::floatX));
+    acts.rstd_qk = (float *)device_poison(norms * 4);
+    gpu::floatX *qkv_there = device_low(qkv, size), *dqkv_there = device_low(dqkv, size);
+
+    gpu::qk_norm_forward(&there, 0, qkv_there);
+    gpu::value_embedding_forward(&there, 0, qkv_there);
+    qk_norm_forward(host, 0, qkv);
+    value_embedding_forward(host, 0, qkv);
+    real *found = fetch_low(qkv_there, size);
+    assert_columns_alike("queries and keys", found, qkv, N, Q, 0, (size_t)heads * D);
+    assert_columns_alike("values", found, qkv, N, Q, (size_t)heads * D, Q);
+    assert_alike("rstd of queries and keys", fetch_reals(acts.rstd_qk, norms), host->acts.layer->rstd_qk, norms, EXACT);
+
+    gpu::value_embedding_backward(&there, 0, dqkv_there);
+    gpu::qk_norm_backward(&there, 0, dqkv_there);
+    value_embedding_backward(host, 0, dqkv);
+    qk_norm_backward(host, 0, dqkv);
+    found = fetch_low(dqkv_there, size);
+    assert_columns_alike("dq", found, dqkv, N, Q, 0, (size_t)H * D);
+    assert_columns_alike("dk", found, dqkv, N, Q, (size_t)H * D, (size_t)heads * D);
+    assert_columns_alike("dv", found, dqkv, N, Q, (size_t)heads * D, Q);
+    assert_alike("gradient of q_norm", fetch_reals(dw_there, D), dw, D, EXACT);
+    assert_alike("gradient of k_norm", fetch_reals(dw_there + D, D), dw + D, D, EXACT);
+    assert_alike("gradient of the values' table", fetch_reals(grads_there.value_embed, of_table), dtable, of_table, EXACT);
+    end_layers();
+}
+
+void test_gpu_tables_and_norms(void **state) {
+    (void)state;
+    layers_draw = fresh();
+    const int widths[] = {8, 16, 24, 40, 64, 104, 128, 136, 256}; // two, ... 32 lanes of a head, and twice as many fours
+    for (int i = 0; i < 9; i++) {
+        check_gpu_qkv(draw(&layers_draw, 1, 20), draw(&layers_draw, 1, 4), draw(&layers_draw, 1, 2), widths[i], 10);
+    }
+    check_gpu_qkv(150, 3, 1, 16, 30); // several blocks of tokens
+    check_gpu_qkv(64, 1, 1, 64, 7);
+    for (int i = 0; i < 5; i++) {
+        check_gpu_ngrams(12 * draw(&layers_draw, 1, 20), 12, widths[i], 9, draw(&layers_draw, 1, 40));
+    }
+}
+
 void test_gpu_rows(void **state) {
     (void)state;
     layers_draw = fresh();
@@ -492,8 +611,100 @@ void test_gpu_update(void **state) {
     end_layers();
 }
 
+// AdamW for `size` numbers of a table with rows of C, from number `first` on, as of a process that has a slice of it.
+void check_gpu_read_rows(int rows, int C, int first, int size) {
+    Config c = device_config("dense");
+    size_t whole = (size_t)rows * C;
+    Model m = {};
+    gpu::Adam a = {};
+    Adam plain = {1, (real)c.beta1, (real)c.beta2, (real)1.5, (real)2.5, (real)0.01, 1};
+    double norm = 1;
+    for (int i = 0; i < 4; i++) {
+        m.memory[i] = draw_normal(whole);
+    }
+    for (size_t i = 0; i < whole; i++) { // some rows are not read; of others most numbers are 0
+        int kind = (int)(i / C % 3);
+        m.memory[GRADS][i] *= kind == 0 ? 0 : kind == 1 ? 1 : i % C == (size_t)C - 3;
+        m.memory[MOMENT2][i] *= m.memory[MOMENT2][i];
+    }
+    float *w = device_reals(m.memory[WEIGHTS], whole), *g = device_reals(m.memory[GRADS], whole);
+    float *m1 = device_reals(m.memory[MOMENT1], whole), *m2 = device_reals(m.memory[MOMENT2], whole);
+    double *norm_there = (double *)device_copy(&norm, sizeof(norm));
+    a.w = w + first;
+    a.g = g + first;
+    a.m1 = m1 + first;
+    a.m2 = m2 + first;
+    a.low = sizeof(gpu::floatX) == 4 ? (gpu::floatX *)a.w : (gpu::floatX *)device_poison(whole * sizeof(gpu::floatX)) + first;
+    a.size = (size_t)size;
+    a.first = (size_t)first;
+    a.row = C;
+    a.rate = plain.rate;
+    a.keep = 1;
+    a.b1 = plain.b1;
+    a.b2 = plain.b2;
+    a.correct1 = plain.correct1;
+    a.correct2 = plain.correct2;
+    gpu::adamw(a, norm_there);
+    adamw_of_read_rows(m.memory[WEIGHTS] + first, m.memory[GRADS] + first, m.memory[MOMENT1] + first,
+                       m.memory[MOMENT2] + first, (size_t)first, (size_t)size, C, plain);
+    const float *there[] = {w, g, m1, m2};
+    for (int i = 0; i < 4; i++) {
+        assert_alike("AdamW of rows", fetch_reals(there[i], whole), m.memory[i], whole, EXACT);
+    }
+    end_layers();
+}
+
+// Matrices that Muon turns into U V^T. In bfloat16 a direction whose singular value is small is lost in the noise; so they
+// are not square, or of rows that are nearly orthogonal.
+void check_gpu_orthogonalize(int E, int R, int C) {
+    size_t size = (size_t)E * R * C;
+    int small = min_int(R, C), most = gpu::muon_matrices(E, R, C);
+    Model *host = bare_model(1);
+    real *x = draw_normal(size);
+    gpu::MuonScratch s = {};
+    double norm = 1;
+    for (size_t i = 0; i < size && R == C; i++) {
+        x[i] = (real)(0.1 / sqrt(C)) * x[i] + (i / C % R == i % C);
+    }
+    for (size_t i = 0; i < size; i++) { // of different sizes, which must not matter
+        x[i] *= (real)(1 + i / ((size_t)R * C) % 3);
+    }
+    assert_int_equal(most, E);
+    for (int i = 0; i < 2; i++) {
+        s.x[i] = (gpu::floatX *)device_poison(size * sizeof(gpu::floatX));
+    }
+    s.gram = (gpu::floatX *)device_poison((size_t)E * small * small * sizeof(gpu::floatX));
+    s.polynomial = (gpu::floatX *)device_poison((size_t)E * small * small * sizeof(gpu::floatX));
+    s.square = (float *)device_poison((size_t)E * small * small * sizeof(float));
+    s.part = (double *)device_poison((size_t)E * gpu::MUON_PARTS * sizeof(double));
+    real *found = fetch_low(gpu::orthogonalize(&s, device_reals(x, size), E, R, C, (double *)device_copy(&norm, 8)), size);
+    orthogonalize(host, x, E, R, C);
+    for (int e = 0; e < E; e++) {
+        size_t at = (size_t)e * R * C;
+        assert_alike("U V^T", found + at, x + at, (size_t)R * C, sizeof(gpu::floatX) == 4 ? 1e-4 : 5e-2);
+    }
+    end_layers();
+}
+
+void test_gpu_muon_and_rows(void **state) {
+    (void)state;
+    layers_draw = fresh();
+    check_gpu_read_rows(1, 8, 0, 8);
+    check_gpu_read_rows(30, 40, 0, 1200);
+    check_gpu_read_rows(20, 136, 3 * 136, 5 * 136);
+    check_gpu_read_rows(20, 264, 3 * 264 + 16, 1024); // a slice that begins and ends in the middle of a row
+    check_gpu_orthogonalize(1, 8, 24);
+    check_gpu_orthogonalize(1, 24, 8);
+    check_gpu_orthogonalize(1, 32, 32);
+    check_gpu_orthogonalize(3, 16, 64);
+    check_gpu_orthogonalize(5, 96, 24);
+    check_gpu_orthogonalize(2, 264, 64); // several blocks sum up the squares of one
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_gpu_tables_and_norms),
+        cmocka_unit_test(test_gpu_muon_and_rows),
         cmocka_unit_test(test_gpu_rows),
         cmocka_unit_test(test_gpu_attention),
         cmocka_unit_test(test_gpu_attention_edges),
