@@ -71,6 +71,7 @@ enum { SWITCH, GSHARD, UNBIASED, WIDTH, CV2, VARIANCE }; // balance losses; this
 enum { TOP_K, HIERARCHICAL, THRESHOLD, EXPERT_CHOICE, BALANCED, HASH }; // ways to choose experts; this file has TOP_K
 enum { NORMAL, TRUNCATED };                         // distributions of the first weights
 enum { COSINE, WSD, CONSTANT };                     // schedules of the learning rate
+enum { ADAMW, MUON };                               // what moves the matrices of the layers: AdamW, or dev/muon.h
 
 // What the user asks for: one field for each option of the command line. dev/options.h has their
 // defaults and ranges.

@@ -368,6 +368,7 @@ int config_from_directory(Config *c, const char *dir) {
     c->vocab = (int)vocab;
     const Json *type = expect_member(json, "model_type", 's', path);
     int own = json_get(json, "train_moe") != NULL;
+    c->optimizer = ADAMW; // as older checkpoints have, which do not say it
     if (own) {
         read_options(c, expect_member(json, "train_moe", 'o', path), path);
         find_recipe(c->recipe);

@@ -1,5 +1,5 @@
 // Muon, another optimizer for the matrices of the layers (--optimizer muon).
-// Gives: ADAMW, MUON, muon_polynomial, takes_muon, prepare_matrix, orthogonalize, has_turn,
+// Gives: muon_polynomial, takes_muon, prepare_matrix, orthogonalize, has_turn,
 // muon_update. Needs: Model, the grouped products, moments.h,
 // ranks/gradients.h; train_moe.c includes it.
 //
@@ -24,7 +24,6 @@
 #pragma once
 #include "moments.h"
 
-enum { ADAMW, MUON };
 #define MUON_MOMENTUM 0.95 // memory of the mean gradient
 #define MUON_TURNS    8    // steps in which each matrix moves once
 #define MUON_STEP     0.1  // times the root of the larger side: the scale of a step

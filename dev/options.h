@@ -124,9 +124,9 @@ const Option base_options[] = {
          "then: cosine; wsd: constant, last fifth linear; constant"),
     NUMBER("weight-decay", weight_decay, "0.1", 0, 100, TRAIN, "Training", "AdamW's decay of the matrices"),
     NUMBER("beta1", beta1, "0.9", 0, 0.999999, TRAIN, "Training", "AdamW: memory of the mean gradient"),
-    NUMBER("beta2", beta2, "0.95", 0, 0.999999, TRAIN, "Training", "AdamW: memory of the mean squared gradient"),
-    WORD("optimizer", optimizer, "adamw", optimizer_names, TRAIN, "Training",
-         "muon: the matrices of the layers move in all directions alike; the rest keeps AdamW"),
+    NUMBER("beta2", beta2, "0.99", 0, 0.999999, TRAIN, "Training", "AdamW: memory of the mean squared gradient"),
+    WORD("optimizer", optimizer, "muon", optimizer_names, TRAIN, "Training",
+         "muon: the matrices of the layers move in all directions alike; the rest has AdamW"),
     WORD("moments", moments, "fp32", moments_names, TRAIN, "Training",
          "how AdamW stores its moments; bf16: half the memory on a GPU; a CPU rounds them alike and saves none"),
     WORD("precision", precision, PRECISION_STANDARD, precision_names, TRAIN, "Training",
@@ -185,7 +185,7 @@ const Recipe base_recipes[] = {
      "--experts 64 --topk 8 --ffn 64 --group step --aux-weight 0.008",
      "Qwen team, Qwen3; Qiu et al., Demons in the Detail"},
     {"fast", 0, 2.5, "the mixture that learns most by the clock: mixtral's router, Muon, and tables that are looked up",
-     "--qk-norm --value-embedding --ngrams 16384 --optimizer muon --beta2 0.99",
+     "--qk-norm --value-embedding --ngrams 16384 --optimizer muon",
      "doc/clock.md tells what was tried"},
 };
 
@@ -471,8 +471,8 @@ void config_check(Config *c) {
                    "--accum",
                    c->batch, c->seq);
     }
-    if (c->optimizer && c->mixed) {
-        usage_fail("--optimizer muon goes with experts of one width, not with --mixed");
+    if (c->optimizer == MUON && c->mixed && c->moe_every) {
+        usage_fail("--optimizer muon takes experts of one width; with --mixed use --optimizer adamw");
     }
     if (c->min_lr > c->lr) {
         usage_fail("--min-lr %g is more than --lr %g", c->min_lr, c->lr);

@@ -332,7 +332,7 @@ Config read_config(const char *recipe, const char *line) {
     char text[512];
     char *words[64] = {NULL};
     int count = 0;
-    snprintf(text, sizeof(text), "bench --recipe %s %s", recipe, line);
+    snprintf(text, sizeof(text), "bench --recipe %s --optimizer adamw --beta2 0.95 %s", recipe, line);
     for (char *word = strtok(text, " "); word; word = strtok(NULL, " "))
         words[count++] = word;
     parse_command_line(&c, count, words);

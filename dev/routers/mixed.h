@@ -70,7 +70,7 @@ const Effect mixed_effects[] = {
 
 const Recipe mixed_recipes[] = {
     {"cmoe", 0, 3, "top-2 of experts that differ in width, activation and scale; balance weighed by width",
-     "--mixed 1 --balance width", "a custom mixture of the source documents"},
+     "--mixed 1 --balance width --optimizer adamw", "a custom mixture of the source documents"},
 };
 
 const Router mixed_loss = {

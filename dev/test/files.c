@@ -114,7 +114,7 @@ void test_flipped_digits(void **state) {
     expect(run_tiny("digits", "--steps 2"), 0, NULL);
     static const char *const changes[][2] = {
         {"sed -i 's/\"step\":2/\"step\":3/' latest/trainer_state.json", "checkpoint-2/trainer_state.json: damaged"},
-        {"sed -i 's/\"beta2\":0.95/\"beta2\":0.94/' latest/config.json", "checkpoint-2/config.json: damaged"},
+        {"sed -i 's/\"beta2\":0.99/\"beta2\":0.94/' latest/config.json", "checkpoint-2/config.json: damaged"},
         {"sed -i 's/\"he\"/\"eh\"/;s/\"h e\"/\"e h\"/' latest/tokenizer.json", "checkpoint-2/tokenizer.json: damaged"},
         {"printf x > latest/checksums.json", "checkpoint-2/checksums.json: bad JSON at byte 0"},
         {"sed -i 's/\"model.norm.weight\":\"./\"model.norm.weight\":\"x/' latest/checksums.json", "model.norm.weight"},
@@ -127,7 +127,7 @@ void test_flipped_digits(void **state) {
     }
     expect(run_changed("digits", "digits-now", changes[1][0], "--resume --steps 3 --trust-weights"), 0, "What next");
     expect(run_changed("digits", "digits-now", changes[3][0], "--resume --steps 3 --trust-weights"), 0, "What next");
-    expect(run_changed("digits", "digits-now", "sed -i 's/\"beta2\":0.95/\"beta2\":0.9/' latest/config.json", "--resume --steps 3"),
+    expect(run_changed("digits", "digits-now", "sed -i 's/\"beta2\":0.99/\"beta2\":0.9/' latest/config.json", "--resume --steps 3"),
            0, "checkpoint-2/config.json: another size than checksums.json says");
     expect(0, 0, "What next");
 }

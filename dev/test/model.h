@@ -120,6 +120,7 @@ const char *small_sizes(const char *recipe) {
 Config small_config(const char *recipe) {
     Config c;
     config_defaults(&c);
+    apply_options(&c, "--optimizer adamw --beta2 0.95"); // unless the recipe has another
     config_recipe(&c, recipe);
     apply_options(
         &c, "--layers 2 --dim 16 --heads 4 --kv-heads 2 --experts 4 --topk 2 --ffn 12 --seq 8 --batch 2 --threads 1");

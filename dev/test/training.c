@@ -295,7 +295,8 @@ Collapse train_collapsed(const char *recipe, const char *more) {
     Config c;
     config_defaults(&c);
     config_recipe(&c, recipe);
-    apply_options(&c, "--layers 1 --dim 32 --heads 2 --ffn 8 --seq 32 --batch 4 --moe-every 1 --dense-first 0");
+    apply_options(&c, "--layers 1 --dim 32 --heads 2 --ffn 8 --seq 32 --batch 4 --moe-every 1 --dense-first 0 "
+                      "--optimizer adamw --beta2 0.95");
     c.vocab = 32;
     set_options(&c, more);
     int inputs[B * T], targets[B * T], E = c.experts;
