@@ -2170,7 +2170,7 @@ void model_update(::Model *base, int step, double lr) {
         a.m2 = moment_at(m, MOMENT2, moment_offset(m, at));
         a.size = size;
         a.first = t->first + (at - t->offset);
-        a.rate = (float)lr;
+        a.rate = (float)lr * (t->looked_up ? TABLE_RATE : 1);
         a.keep = (float)(t->dims == 1 || t->looked_up ? 1 : 1 - lr * c->weight_decay);
         a.row = t->looked_up ? t->shape[2] : 0;
         a.b1 = (float)c->beta1;

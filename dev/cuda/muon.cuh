@@ -2,7 +2,7 @@
 // Gives: own_muon, orthogonalize, muon_update. Needs: dev/cuda/common.cuh, memory.cuh, ranks.cuh; products and clip_scale of
 // train_moe.cu, which includes it.
 //
-// The products are cuBLAS's, of all experts' matrices at once, and of floatX: rounding to bfloat16 is what Jordan et
+// The products are cuBLAS's, of all experts at once whose turn it is, and of floatX: rounding to bfloat16 is what Jordan et
 // al. 2024 do, too; weak directions suffer from it most. The first term of
 //     a X + (b X X^T + c (X X^T)^2) X
 // needs no pass of its own: a is added on the diagonal of the matrix in the brackets. doc/cuda.md says what a step costs.
@@ -18,7 +18,7 @@ struct MuonScratch {
     double *part;              // (n,MUON_PARTS)
 };
 
-// How many matrices (R,C), of E, are worked on at a time.
+// How many matrices (R,C), of E whose turn it is, are worked on at a time.
 int muon_matrices(int E, int R, int C) {
     size_t most = MUON_NUMBERS / ((size_t)R * (size_t)C);
     return max_int(1, most < (size_t)E ? (int)most : E);
@@ -27,16 +27,17 @@ int muon_matrices(int E, int R, int C) {
 // Memory for the largest of the tensors that are Muon's.
 void own_muon(Model *m) {
     const Config *c = &m->config;
-    size_t numbers = 0, squares = 0, matrices = 0;
+    size_t numbers = 0, squares = 0;
+    int matrices = 0;
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         if (takes_muon(c, t) && t->size) {
-            int R = t->shape[1], C = t->shape[2], small = min_int(R, C);
-            size_t n = (size_t)muon_matrices((int)(t->size / ((size_t)R * (size_t)C)), R, C);
+            int R = t->shape[1], C = t->shape[2], small = min_int(R, C), E = (int)(t->size / ((size_t)R * (size_t)C));
+            size_t n = (size_t)muon_matrices((E + MUON_TURNS - 1) / MUON_TURNS, R, C);
             size_t of_x = n * (size_t)R * (size_t)C, of_square = n * (size_t)small * (size_t)small;
             numbers = of_x > numbers ? of_x : numbers;
             squares = of_square > squares ? of_square : squares;
-            matrices = n > matrices ? n : matrices;
+            matrices = max_int(matrices, E);
         }
     }
     MuonScratch *s = m->muon = (MuonScratch *)own_host(m, 1, sizeof(MuonScratch));
@@ -45,49 +46,13 @@ void own_muon(Model *m) {
     s->gram = own_low(m, squares);
     s->polynomial = own_low(m, squares);
     s->square = own_floats(m, squares);
-    s->part = (double *)own(m, matrices * MUON_PARTS, sizeof(double));
+    s->part = (double *)own(m, (size_t)matrices * MUON_PARTS, sizeof(double));
 }
 
-// ---- the direction
-
-// mean and g (size): the mean of the gradients, and from it the direction, in the gradient's place, as muon_update of the
-// C twin. first: number of the first one in the whole tensor, for the random numbers that round moments.
-template <class Moment>
-__global__ void muon_direction_kernel(float *g, Moment *mean, size_t size, size_t first, uint64_t draws, double clip,
-                                      const double *norm) {
-    const float keep = (float)MUON_MOMENTUM, part = 1 - keep;
-    size_t i = 4 * thread_of_grid();
-    float a[4], b[4];
-    if (i >= size || !isfinite(*norm)) {
-        return;
-    }
-    float scale = clip_scale(clip, *norm);
-    load_pack(a, g + i);
-    load_pack(b, mean + i);
-    for (int j = 0; j < 4; j++) {
-        float fresh = part * a[j] * scale;
-        b[j] = keep * b[j] + fresh;
-        a[j] = keep * b[j] + fresh;
-        if (sizeof(Moment) == 2) {
-            b[j] = round_stochastically(b[j], (unsigned)(moment_draw(draws, first + i + j) & 0xffff));
-        }
-    }
-    store_pack(mean + i, b);
-    store_pack(g + i, a);
-}
-
-template <class Moment>
-void muon_direction(float *g, void *mean, size_t size, size_t first, uint64_t draws, double clip, const double *norm) {
-    muon_direction_kernel<Moment><<<blocks(size, 4 * THREADS), THREADS, 0, stream>>>(g, (Moment *)mean, size, first,
-                                                                                     draws, clip, norm);
-    CHECK(cudaGetLastError());
-}
-
-// ---- its singular values become 1
-
-// part (E,parts) = sums of squares of parts of each matrix g (E,size). Block (i,e) has part i of matrix e.
-__global__ void matrix_squares_kernel(double *part, const float *g, size_t size) {
-    const float *x = g + blockIdx.y * size;
+// part (E,parts) = sums of squares of parts of E matrices of `size` numbers, of which one begins each `stride` numbers
+// behind the last one. Block (i,e) has part i of matrix e.
+__global__ void matrix_squares_kernel(double *part, const float *g, size_t size, size_t stride) {
+    const float *x = g + blockIdx.y * stride;
     double sum = 0;
     float a[4];
     for (size_t i = 4 * thread_of_grid(); i < size; i += (size_t)4 * gridDim.x * THREADS) {
@@ -102,19 +67,96 @@ __global__ void matrix_squares_kernel(double *part, const float *g, size_t size)
     }
 }
 
-// x (E,size) = g, each matrix divided by its norm, and rounded. As in the C twin, what is nearly 0 becomes 0; so does all
-// where the norm of all gradients is not finite, and no step follows.
+// Returns the number of parts of each matrix.
+int matrix_squares(double *part, const float *g, int E, size_t size, size_t stride) {
+    int parts = min_int(MUON_PARTS, blocks(size, 4 * THREADS));
+    matrix_squares_kernel<<<dim3(parts, E), THREADS, 0, stream>>>(part, g, size, stride);
+    CHECK(cudaGetLastError());
+    return parts;
+}
+
+// For all threads of a block: the sum of squares of matrix blockIdx.y.
+__device__ double matrix_sum(const double *part, int parts) {
+    return block_sum((int)threadIdx.x < parts ? part[blockIdx.y * parts + threadIdx.x] : 0);
+}
+
+// ---- the direction
+
+struct Direction {
+    float *g;           // (E,size)  gradients, which become the direction
+    void *mean;         // (E,size)  the mean of the gradients, float or bfloat16
+    size_t size;        // of a matrix, or of this process's slice of a tensor
+    const double *part; // (E,parts)  sums of squares of the gradients; without parts, all matrices have gradients
+    int parts;
+    size_t first; // number of the first one in the whole tensor, for the random numbers that round moments
+    uint64_t draws;
+    double clip;
+};
+
+// As muon_update of the C twin: an expert without a gradient keeps its mean and gets no direction.
+template <class Moment> __global__ void muon_direction_kernel(Direction d, const double *norm) {
+    const float keep = (float)MUON_MOMENTUM, part = 1 - keep;
+    size_t i = 4 * thread_of_grid(), at = blockIdx.y * d.size + i;
+    float a[4], b[4];
+    if (!isfinite(*norm) || (d.parts && matrix_sum(d.part, d.parts) == 0) || i >= d.size) {
+        return;
+    }
+    float scale = clip_scale(d.clip, *norm);
+    Moment *mean = (Moment *)d.mean + at;
+    load_pack(a, d.g + at);
+    load_pack(b, mean);
+    for (int j = 0; j < 4; j++) {
+        float fresh = part * a[j] * scale;
+        b[j] = keep * b[j] + fresh;
+        a[j] = keep * b[j] + fresh;
+        if (sizeof(Moment) == 2) {
+            b[j] = round_stochastically(b[j], (unsigned)(moment_draw(d.draws, d.first + at + j) & 0xffff));
+        }
+    }
+    store_pack(mean, b);
+    store_pack(d.g + at, a);
+}
+
+// For the numbers at .. at+size of tensor i.
+void muon_direction(Model *m, int i, size_t at, size_t size, int step, const double *norm) {
+    const Config *c = &m->config;
+    const Tensor *t = &m->tensors[i];
+    Direction d = {};
+    d.g = m->memory[GRADS] + at;
+    d.mean = moment_at(m, MOMENT1, moment_offset(m, at));
+    d.size = t->of_experts ? (size_t)t->shape[1] * t->shape[2] : size;
+    d.part = m->muon->part;
+    d.first = t->first + (at - t->offset);
+    d.draws = moment_stream((uint64_t)c->seed, step, i);
+    d.clip = c->clip;
+    int E = (int)(size / d.size);
+    if (t->of_experts) {
+        d.parts = matrix_squares(m->muon->part, d.g, E, d.size, d.size);
+    }
+    dim3 grid(blocks(d.size, 4 * THREADS), E);
+    if (c->moments == MOMENTS_BF16) {
+        muon_direction_kernel<__nv_bfloat16><<<grid, THREADS, 0, stream>>>(d, norm);
+    } else {
+        muon_direction_kernel<float><<<grid, THREADS, 0, stream>>>(d, norm);
+    }
+    CHECK(cudaGetLastError());
+}
+
+// ---- its singular values become 1
+
+// x (E,size) = the matrices of g, which lie `stride` numbers apart, each divided by its norm, and rounded. As in the C
+// twin, what is nearly 0 becomes 0; so does all where the norm of all gradients is not finite, and no step follows.
 __global__ void divide_by_norm_kernel(floatX *x, const float *g, const double *part, int parts, size_t size,
-                                      const double *norm) {
-    double sum = block_sum((int)threadIdx.x < parts ? part[blockIdx.y * parts + threadIdx.x] : 0);
+                                      size_t stride, const double *norm) {
+    double sum = matrix_sum(part, parts);
     float scale = (float)(isfinite(*norm) && sum > 1e-60 ? 1 / sqrt(sum) : 0), a[4];
-    size_t i = 4 * thread_of_grid(), at = blockIdx.y * size + i;
+    size_t i = 4 * thread_of_grid();
     if (i < size) {
-        load_pack(a, g + at);
+        load_pack(a, g + blockIdx.y * stride + i);
         for (int j = 0; j < 4; j++) {
             a[j] = scale > 0 ? a[j] * scale : 0;
         }
-        store_pack(x + at, a);
+        store_pack(x + blockIdx.y * size + i, a);
     }
 }
 
@@ -126,23 +168,22 @@ __global__ void polynomial_kernel(floatX *to, const floatX *gram, const float *s
     }
 }
 
-// Returns floatX (E,R,C): what becomes of the matrices g (E,R,C) is U V^T, nearly. E is at most muon_matrices().
-const floatX *orthogonalize(const MuonScratch *s, const float *g, int E, int R, int C, const double *norm) {
-    const float a = 3.4445f, b = -4.7750f, c = 2.0315f; // as in the C twin
+// Returns floatX (E,R,C): what becomes of E matrices (R,C) of g, which lie `stride` numbers apart, is U V^T, nearly. E is at
+// most muon_matrices().
+const floatX *orthogonalize(const MuonScratch *s, const float *g, size_t stride, int E, int R, int C, const double *norm) {
     int S = min_int(R, C), tall = R > C;
     size_t size = (size_t)R * C;
-    int parts = min_int(MUON_PARTS, blocks(size, 4 * THREADS));
     floatX *x = s->x[0], *after = s->x[1];
-    matrix_squares_kernel<<<dim3(parts, E), THREADS, 0, stream>>>(s->part, g, size);
-    CHECK(cudaGetLastError());
+    int parts = matrix_squares(s->part, g, E, size, stride);
     divide_by_norm_kernel<<<dim3(blocks(size, 4 * THREADS), E), THREADS, 0, stream>>>(x, g, s->part, parts, size,
-                                                                                    norm);
+                                                                                    stride, norm);
     CHECK(cudaGetLastError());
     for (int round = 0; round < MUON_ROUNDS; round++) {
+        const double *p = muon_polynomial[round];
         products(s->gram, x, tall, x, tall, S, S, tall ? R : C, E);
         products(s->square, s->gram, 0, s->gram, 0, S, S, S, E); // it is symmetric
-        polynomial_kernel<<<dim3(blocks((size_t)S * S), E), THREADS, 0, stream>>>(s->polynomial, s->gram, s->square, a,
-                                                                                  b, c, S);
+        polynomial_kernel<<<dim3(blocks((size_t)S * S), E), THREADS, 0, stream>>>(
+            s->polynomial, s->gram, s->square, (float)p[0], (float)p[1], (float)p[2], S);
         CHECK(cudaGetLastError());
         if (tall) {
             products(after, x, 0, s->polynomial, 0, R, C, C, E);
@@ -158,47 +199,68 @@ const floatX *orthogonalize(const MuonScratch *s, const float *g, int E, int R, 
 
 // ---- the step
 
-// w (size) = keep * w - rate * direction; the gradients g are cleared.
-__global__ void muon_step_kernel(float *w, floatX *low, float *g, const floatX *direction, size_t size, float keep,
-                                 float rate, const double *norm) {
-    size_t i = 4 * thread_of_grid();
-    float a[4], b[4], zeros[4] = {0};
-    if (i >= size || !isfinite(*norm)) {
+struct MuonStep {
+    float *w;        // weights of the whole tensor
+    floatX *low;     // their rounded copies, or NULL
+    size_t at, size; // of the tensor's numbers, those that this process updates
+    float keep, rate;
+};
+
+// w = keep * w - rate * direction, for matrices of `each` numbers: number blockIdx.y, whose direction is in row blockIdx.y
+// of direction (.., each), begins at number first + blockIdx.y * stride of the tensor.
+__global__ void muon_step_kernel(MuonStep s, const floatX *direction, size_t each, size_t first, size_t stride,
+                                 const double *norm) {
+    size_t i = 4 * thread_of_grid(), j = first + blockIdx.y * stride + i;
+    float a[4], b[4];
+    if (i >= each || j < s.at || j >= s.at + s.size || !isfinite(*norm)) {
         return;
     }
-    load_pack(a, w + i);
-    load_pack(b, direction + i);
-    for (int j = 0; j < 4; j++) {
-        a[j] = keep * a[j] - rate * b[j];
+    load_pack(a, s.w + j);
+    load_pack(b, direction + blockIdx.y * each + i);
+    for (int k = 0; k < 4; k++) {
+        a[k] = s.keep * a[k] - s.rate * b[k];
     }
-    store_pack(w + i, a);
-    store_pack(g + i, zeros);
-    if (low) {
-        store_pack(low + i, a);
+    store_pack(s.w + j, a);
+    if (s.low) {
+        store_pack(s.low + j, a);
     }
 }
 
-// A step for the matrices of a tensor, of which this process updates numbers at .. at+size: it may have slices of some.
-void muon_step(Model *m, const Tensor *t, size_t at, size_t size, double lr, const double *norm) {
-    int R = t->shape[1], C = t->shape[2];
-    size_t each = (size_t)R * C;
-    int E = (int)(t->size / each), n = muon_matrices(E, R, C);
-    float keep = (float)(1 - lr * m->config.weight_decay), rate = (float)(lr * 0.2 * sqrt(fmax(R, C)));
-    for (int e = 0; e < E; e += n) {
+// Gradients that are not finite are left for who searches them.
+__global__ void clear_gradients_kernel(float *g, size_t size, const double *norm) {
+    size_t i = 4 * thread_of_grid();
+    float zeros[4] = {0};
+    if (i < size && isfinite(*norm)) {
+        store_pack(g + i, zeros);
+    }
+}
+
+// A step for the matrices of tensor i whose turn it is, those of every MUON_TURNS-th expert. This process updates numbers
+// at .. at+size: it may have slices of some. All gradients of the tensor are cleared.
+void muon_step(Model *m, int i, size_t at, size_t size, int step, double lr, const double *norm) {
+    const Tensor *t = &m->tensors[i];
+    int R = t->shape[1], C = t->shape[2], e = 0;
+    size_t each = (size_t)R * C, stride = MUON_TURNS * each;
+    int E = (int)(t->size / each), before = (int)(t->first / each); // experts of other processes count
+    double far = MUON_TURNS * lr;
+    MuonStep s = {m->memory[WEIGHTS] + t->offset, m->low + t->offset, at - t->offset, size,
+                  (float)(1 - far * m->config.weight_decay), (float)(far * MUON_STEP * sqrt(max_int(R, C)))};
+    s.low = (void *)m->low == (void *)m->memory[WEIGHTS] ? NULL : s.low;
+    while (!has_turn(i, before + e, step)) {
+        e++;
+    }
+    for (int count; e < E; e += count * MUON_TURNS) {
+        int left = (E - e + MUON_TURNS - 1) / MUON_TURNS;
+        count = min_int(left, muon_matrices(left, R, C));
         keep_pace();
-        int count = min_int(n, E - e);
-        size_t begin = t->offset + e * each, end = begin + count * each; // of these matrices
-        size_t from = begin > at ? begin : at, until = end < at + size ? end : at + size;
-        if (from >= until) {
-            continue;
-        }
-        const floatX *direction = gpu::orthogonalize(m->muon, m->memory[GRADS] + begin, count, R, C, norm);
-        float *w = m->memory[WEIGHTS] + from;
-        floatX *low = (void *)m->low == (void *)m->memory[WEIGHTS] ? NULL : m->low + from;
-        muon_step_kernel<<<blocks(until - from, 4 * THREADS), THREADS, 0, stream>>>(
-            w, low, m->memory[GRADS] + from, direction + (from - begin), until - from, keep, rate, norm);
+        const floatX *direction =
+            gpu::orthogonalize(m->muon, m->memory[GRADS] + t->offset + e * each, stride, count, R, C, norm);
+        dim3 grid(blocks(each, 4 * THREADS), count);
+        muon_step_kernel<<<grid, THREADS, 0, stream>>>(s, direction, each, e * each, stride, norm);
         CHECK(cudaGetLastError());
     }
+    clear_gradients_kernel<<<blocks(t->size, 4 * THREADS), THREADS, 0, stream>>>(m->memory[GRADS] + t->offset, t->size, norm);
+    CHECK(cudaGetLastError());
 }
 
 // A step of Muon for all its tensors, unless *norm, that of all gradients, is not finite; their gradients are cleared.
@@ -215,16 +277,10 @@ void muon_update(Model *m, int step, double lr, const double *norm) {
             if (!takes_muon(c, t) || !size) {
                 continue;
             }
-            float *g = m->memory[GRADS] + at;
-            void *mean = moment_at(m, MOMENT1, moment_offset(m, at));
-            size_t first = t->first + (at - t->offset);
-            uint64_t draws = moment_stream((uint64_t)c->seed, step, i);
-            if (pass == 1) {
-                muon_step(m, t, at, size, lr, norm);
-            } else if (c->moments == MOMENTS_BF16) {
-                muon_direction<__nv_bfloat16>(g, mean, size, first, draws, c->clip, norm);
+            if (pass == 0) {
+                muon_direction(m, i, at, size, step, norm);
             } else {
-                muon_direction<float>(g, mean, size, first, draws, c->clip, norm);
+                muon_step(m, i, at, size, step, lr, norm);
             }
         }
         if (pass == 0) {

@@ -655,19 +655,21 @@ void check_gpu_read_rows(int rows, int C, int first, int size) {
 }
 
 // Matrices that Muon turns into U V^T. In bfloat16 a direction whose singular value is small is lost in the noise; so they
-// are not square, or of rows that are nearly orthogonal.
+// are not square, or of rows that are nearly orthogonal. Between two lie others, whose turn it is not.
 void check_gpu_orthogonalize(int E, int R, int C) {
-    size_t size = (size_t)E * R * C;
+    size_t one = (size_t)R * C, size = (size_t)E * one, stride = MUON_TURNS * one;
     int small = min_int(R, C), most = gpu::muon_matrices(E, R, C);
     Model *host = bare_model(1);
-    real *x = draw_normal(size);
+    real *x = draw_normal(size), *among = draw_normal((size_t)E * stride);
+    Matrix list[8];
     gpu::MuonScratch s = {};
     double norm = 1;
     for (size_t i = 0; i < size && R == C; i++) {
         x[i] = (real)(0.1 / sqrt(C)) * x[i] + (i / C % R == i % C);
     }
     for (size_t i = 0; i < size; i++) { // of different sizes, which must not matter
-        x[i] *= (real)(1 + i / ((size_t)R * C) % 3);
+        x[i] *= (real)(1 + i / one % 3);
+        among[i / one * stride + i % one] = x[i];
     }
     assert_int_equal(most, E);
     for (int i = 0; i < 2; i++) {
@@ -677,11 +679,15 @@ void check_gpu_orthogonalize(int E, int R, int C) {
     s.polynomial = (gpu::floatX *)device_poison((size_t)E * small * small * sizeof(gpu::floatX));
     s.square = (float *)device_poison((size_t)E * small * small * sizeof(float));
     s.part = (double *)device_poison((size_t)E * gpu::MUON_PARTS * sizeof(double));
-    real *found = fetch_low(gpu::orthogonalize(&s, device_reals(x, size), E, R, C, (double *)device_copy(&norm, 8)), size);
-    orthogonalize(host, x, E, R, C);
+    const float *there = device_reals(among, (size_t)E * stride);
+    real *found = fetch_low(gpu::orthogonalize(&s, there, stride, E, R, C, (double *)device_copy(&norm, 8)), size);
     for (int e = 0; e < E; e++) {
-        size_t at = (size_t)e * R * C;
-        assert_alike("U V^T", found + at, x + at, (size_t)R * C, sizeof(gpu::floatX) == 4 ? 1e-4 : 5e-2);
+        list[e] = prepare_matrix(host, x + e * one, R, C);
+    }
+    orthogonalize(list, E);
+    for (int e = 0; e < E; e++) {
+        size_t at = e * one;
+        assert_alike("U V^T", found + at, x + at, one, sizeof(gpu::floatX) == 4 ? 1e-4 : 5e-2);
     }
     end_layers();
 }

@@ -565,6 +565,9 @@ void check_gpu_optimizer(const char *choices) {
             const Tensor *tensor = &t.host->tensors[i];
             for (size_t j = 0; j < tensor->size && tensor->looked_up; j++)
                 t.host->memory[GRADS][tensor->offset + j] *= (j / (size_t)tensor->shape[2] + (size_t)step) % 2;
+            size_t each = tensor->size / (size_t)(tensor->of_experts ? tensor->shape[0] : 1);
+            for (size_t j = 0; j < tensor->size && tensor->of_experts; j++) // of the experts, one in three had no token
+                t.host->memory[GRADS][tensor->offset + j] *= (j / each + (size_t)step) % 3 != 0;
         }
         set_all(&gpu::backend, t.device, GRADS, t.host->memory[GRADS]);
         cpu_update(t.host, step, lr);
