@@ -1131,7 +1131,7 @@ void test_softmax_rows(void **state) {
 }
 
 // The same experts as the plain loop finds, where many scores are equal and some are no numbers.
-void test_select_topk(void **state) {
+void test_topk_in_lanes(void **state) {
     (void)state;
     const int counts[] = {1, 2, 3, 8, 16, 31, 128, 129};
     uint64_t random = 1;
@@ -1208,7 +1208,7 @@ int main(void) {
         cmocka_unit_test(test_exp),
         cmocka_unit_test(test_softmax),
         cmocka_unit_test(test_softmax_rows),
-        cmocka_unit_test(test_select_topk),
+        cmocka_unit_test(test_topk_in_lanes),
         cmocka_unit_test(test_planned_products),
     };
     begin_tests();
