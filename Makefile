@@ -106,15 +106,18 @@ data/make_stories: data/stories.c | $(CHOICE)
 	$(CC) -std=gnu11 $(CFLAGS) $(WARN) $(STACK) $(DEPS) data/stories.c -o $@
 
 ##data/stories/tokenizer.json: the built-in stories as tokens
+##data/stories_large/tokenizer.json: the same with a hero and a friend of forty names in each story
 # The old ones are removed when the new ones are whole.
-data/stories/tokenizer.json: data/make_stories data/tokenize
-	rm -rf data/stories.new && mkdir data/stories.new
-	data/make_stories --count 24000 > data/stories.new/train.txt
-	data/make_stories --first 24000 --count 500 > data/stories.new/valid.txt
-	data/tokenize --vocab 1900 data/stories.new/train.txt data/stories.new/valid.txt --out data/stories.new
-	rm data/stories.new/train.txt data/stories.new/valid.txt
-	rm -rf data/stories.old && if [ -d data/stories ]; then mv data/stories data/stories.old; fi
-	mv data/stories.new data/stories && rm -rf data/stories.old
+data/stories/tokenizer.json: CAST = small
+data/stories_large/tokenizer.json: CAST = large
+data/stories/tokenizer.json data/stories_large/tokenizer.json: data/make_stories data/tokenize
+	rm -rf $(@D).new && mkdir $(@D).new
+	data/make_stories --cast $(CAST) --count 24000 > $(@D).new/train.txt
+	data/make_stories --cast $(CAST) --first 24000 --count 500 > $(@D).new/valid.txt
+	data/tokenize --vocab 1900 $(@D).new/train.txt $(@D).new/valid.txt --out $(@D).new
+	rm $(@D).new/train.txt $(@D).new/valid.txt
+	rm -rf $(@D).old && if [ -d $(@D) ]; then mv $(@D) $(@D).old; fi
+	mv $(@D).new $(@D) && rm -rf $(@D).old
 
 # Tests and benchmarks sleep while they wait; how long train_moe stays awake it sees to by itself (dev/machine.h).
 export OMP_WAIT_POLICY ?= passive
@@ -154,7 +157,7 @@ test: test_moe test_rest
 clean:
 	rm -f train_moe train_moe_double train_moe_mpi train_moe_mpi_double train_moe_cu train_moe_cu_nccl data/tokenize data/make_stories
 	rm -f dev/test_moe dev/test_moe_double dev/test/logits dev/bench/bench dev/bench/bench_cu dev/bench/llmc_step dev/bench/scale
-	rm -rf dev/build data/stories data/stories.new data/stories.old
+	rm -rf dev/build $(wildcard data/stories data/stories_large data/stories*.new data/stories*.old)
 
 help:
 	@sed -n 's/^##//p' Makefile dev/dev.mk

@@ -114,7 +114,7 @@ const Option base_options[] = {
          "the same at evaluation, of each sequence, early tokens first"),
     INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "Training", "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "Training", "micro-steps in a step"),
-    INTEGER("steps", steps, "3000", 1, 2000000000, TRAIN, "Training", "optimizer steps"),
+    INTEGER("steps", steps, "4000", 1, 2000000000, TRAIN, "Training", "optimizer steps"),
     NUMBER("minutes", minutes, "0", 0, 1e6, TRAIN, "Training",
            "instead: take so long in all; a trial before the first step finds how many --steps that are; 0: off"),
     NUMBER("lr", lr, "4e-3", 0, 100, TRAIN, "Training", "learning rate at its highest"),
