@@ -67,7 +67,7 @@ void test_options_idle(void **state) {
         {"--temperature 0 --top-k 5", "--temperature above 0"},
         {"--temperature 0 --top-p 0.5", "--temperature above 0"},
         {"--trust-weights", "--trust-weights would have no effect: it needs weights to read"},
-        {"--warmup 3000", "--warmup 3000: a run of 3000 steps would be nothing but warm-up"},
+        {"--warmup 4000", "--warmup 4000: a run of 4000 steps would be nothing but warm-up"},
         {"--warmup 100 --steps 20", "a shorter one, or more --steps"},
     };
     static const char *const accepted[] = {
