@@ -205,7 +205,7 @@ for seed in $seeds; do
 done
 
 common=(--layers "$layers" --dim "$dim" --heads "$heads" --seq "$seq" --batch "$batch" --steps "$steps"
-    --warmup "$warmup" --lr "$lr" --log-every 10 --eval-every 0 --eval-tokens 0 --sample-every 0 --tokens 1
+    --warmup "$warmup" --lr "$lr" --optimizer adamw --beta2 0.95 --log-every 10 --eval-every 0 --eval-tokens 0 --sample-every 0 --tokens 1
     --save-every 100 --keep 1)
 remember() { # $1: file, $2: the options of the runs there; fails where they were others
     [ -s "$1" ] || echo "$2" > "$1"
