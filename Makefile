@@ -119,7 +119,7 @@ data/stories/tokenizer.json data/stories_large/tokenizer.json: data/make_stories
 	rm -rf $(@D).old && if [ -d $(@D) ]; then mv $(@D) $(@D).old; fi
 	mv $(@D).new $(@D) && rm -rf $(@D).old
 
-# Tests and benchmarks sleep while they wait; how long train_moe stays awake it sees to by itself (dev/machine.h).
+# What make starts sleeps while it waits; started by hand, train_moe stays awake for a moment (dev/machine.h).
 export OMP_WAIT_POLICY ?= passive
 TEST_FLAGS = -std=gnu11 -O2 -g $(WARN) $(ARCH) $(FLOATS) -I.
 TEST_BUILD = $(CC) $(TEST_FLAGS)

@@ -1851,8 +1851,9 @@ void model_backward(Model *m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. The optimizer
 //
-// The gradients of a step are scaled down if they are too large together, and AdamW moves the
-// weights against them.
+// The gradients of a step are scaled down if they are too large together, and the weights move
+// against them: all by AdamW with --optimizer adamw. By default Muon, which has a file of its own,
+// moves the matrices of the layers, and AdamW the rest.
 
 #include "dev/moments.h" // --moments bf16: AdamW's moments in bfloat16
 #include "dev/muon.h"    // --optimizer muon: another step for the matrices of the layers
@@ -1906,7 +1907,7 @@ void adamw(real *w, real *g, real *m1, real *m2, size_t n, Adam a) {
 
 #include "dev/read_rows.h" // tables that are looked up: only the rows that the step has read
 
-// Moves all weights. Matrices decay, vectors do not, nor do tables that are looked up. If the norm of
+// Moves all weights; Muon's come first. Matrices decay, vectors do not, nor do tables that are looked up. If the norm of
 // all gradients is above --clip, they are scaled down to it. step counts from 1.
 void model_update(Model *m, int step, double lr, double norm) {
     const Config *c = &m->config;

@@ -1,12 +1,12 @@
 // Muon, another optimizer for the matrices of the layers (--optimizer muon).
-// Gives: muon_polynomial, takes_muon, prepare_matrix, orthogonalize, has_turn,
-// muon_update. Needs: Model, the grouped products, moments.h,
-// ranks/gradients.h; train_moe.c includes it.
+// Gives: muon_polynomial, takes_muon, matrix_memory, prepare_matrix, orthogonalize, has_turn, muon_scratch, muon_update.
+// Needs: Model and the products of train_moe.c, which includes it; moments.h, lookup.h, ranks/gradients.h.
 //
 // AdamW divides each number of a gradient by its own usual size. Muon (Jordan et al. 2024, "Muon: An optimizer for hidden
 // layers in neural networks") looks at the matrix as a whole. The mean gradient of a matrix is mostly a sum of few strong
-// directions; beside them many weak ones hardly move. With its singular values, U S V^T, all directions move alike if the
-// step is U V^T: every singular value becomes 1. Vectors, embeddings, tables and the router keep AdamW.
+// directions; beside them many weak ones hardly move. Written as U S V^T, the singular value decomposition, S has
+// how strong each direction is; all move alike if the step is U V^T, where every strength is 1. The gradient (10 0; 0 0.1), for
+// example, becomes (1 0; 0 1). Vectors, embeddings, tables and the router keep AdamW.
 //
 // U V^T needs no decomposition. For a matrix X whose singular values s are between 0 and 1, the matrix
 //     a X + (b X X^T + c (X X^T)^2) X
@@ -15,7 +15,8 @@
 // nearest to 1 over the range that the round before has left, which for the first is 0.02 .. 1 (Amsel et al. 2025, The Polar
 // Express; Jordan's five rounds with one polynomial cost two thirds more, and reach 0.7 .. 1.2).
 //
-// A matrix moves in every eighth step, eight times as far; the others wait for their turn, and only their means go on. For
+// A matrix moves in every eighth step, eight times as far; the others wait for their turn, and only their means go on. Turns
+// are counted by tensor and expert, so that each step has about an eighth of the work. For
 // a mixture this is what makes Muon cheap: an expert sees few of a step's tokens, so to orthogonalise all experts each time
 // would cost more than to train them. No loss was seen by it (doc/clock.md).
 //
@@ -32,7 +33,7 @@ const double muon_polynomial[MUON_ROUNDS][3] = {{7.711, -22.1138, 16.2487}, {3.2
 
 // Is this tensor one of Muon's?
 int takes_muon(const Config *c, const Tensor *t) {
-    return c->optimizer == MUON && t->trained && t->layer >= 0 && t->dims > 1 && !t->looked_up && strcmp(t->kind, "router");
+    return c->optimizer == MUON && t->trained && t->layer >= 0 && t->dims > 1 && !t->looked_up && strcmp(t->kind, "router") && strcmp(t->kind, "project");
 }
 
 // to = a * to + b * from, for n numbers
@@ -51,15 +52,21 @@ typedef struct Matrix {
     real *gram, *square, *moved; // (small,small) twice, (R,C)
 } Matrix;
 
-// Prepares x, in scratch memory. It is divided by the root of the sum of its squares; then no singular value is above 1.
-// What is nearly 0 becomes 0, so that nothing overflows.
-Matrix prepare_matrix(Model *m, real *x, int R, int C) {
+// Numbers of memory that a matrix (R,C) needs besides itself.
+size_t matrix_memory(int R, int C) {
+    size_t small = (size_t)min_int(R, C);
+    return 2 * small * small + (size_t)R * (size_t)C;
+}
+
+// Prepares x, with memory of matrix_memory(R, C) numbers. It is divided by the root of the sum of its squares, and a
+// hundredth more; then all singular values are below 1, beyond which the polynomials rise steeply. What is nearly 0 becomes
+// 0, so that nothing overflows.
+Matrix prepare_matrix(real *x, int R, int C, real *memory) {
     int small = min_int(R, C);
     size_t squares = (size_t)small * (size_t)small, size = (size_t)R * (size_t)C;
-    real *memory = scratch(m, 2 * squares + size);
     Matrix matrix = {x, R, C, small, memory, memory + squares, memory + 2 * squares};
     double sum = sum_of_squares(x, size);
-    real scale = (real)(sum > 1e-60 ? 1 / sqrt(sum) : 0);
+    real scale = (real)(sum > 1e-60 ? 1 / (1.01 * sqrt(sum)) : 0);
     for (size_t j = 0; j < size; j++) {
         x[j] *= scale;
     }
@@ -117,16 +124,30 @@ BOTH int has_turn(int i, int e, int step) {
     return (i + e + step) % MUON_TURNS == 0;
 }
 
+// Numbers of scratch memory that the matrices take whose turn it is in this step.
+size_t muon_scratch(const Model *m, int step) {
+    size_t need = 0;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        size_t one = (size_t)t->shape[1] * (size_t)t->shape[2];
+        for (size_t from = 0; takes_muon(&m->config, t) && from < t->size; from += one) {
+            need += has_turn(i, (int)((t->first + from) / one), step) ? matrix_memory(t->shape[1], t->shape[2]) : 0;
+        }
+    }
+    return need;
+}
+
 // A step of Muon for all its tensors; their gradients are cleared. gradient_scale: what clipping multiplies them by.
 void muon_update(Model *m, int step, double lr, real gradient_scale) {
     const Config *c = &m->config;
     if (c->optimizer != MUON) {
         return;
     }
+    multiply_in(PRODUCTS_FP32); // also with --precision bf16
 
     // The mean of the gradients, and from it the direction, which takes the gradient's place: what the mean would be after
     // one more gradient like this one (Nesterov). An expert without tokens has no gradient and so no direction, and its
-    // mean waits: else it would move on for ever along what it saw last.
+    // mean waits, else it would move on for ever along what it saw last; only its weights decay.
     real keep = (real)MUON_MOMENTUM, part = 1 - keep;
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
@@ -148,6 +169,7 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
                 g[j] = keep * mean[j] + fresh;
             }
         }
+#pragma omp parallel
         round_moments(m, i, at, size, step);
     }
     ranks_share_directions(m); // several processes: a matrix may have slices in two of them
@@ -156,13 +178,15 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
     Matrix *list = (Matrix *)allocate(m->tensor_count + c->layers * c->experts * 2, sizeof(Matrix));
     int count = 0;
     scratch_reset(m);
+    real *memory = scratch(m, muon_scratch(m, step));
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         size_t at = t->offset, size = t->size, one = (size_t)t->shape[1] * (size_t)t->shape[2];
         ranks_own_range(m, t, &at, &size);
         for (size_t from = 0; takes_muon(c, t) && size && from < t->size; from += one) {
             if (has_turn(i, (int)((t->first + from) / one), step)) {
-                list[count++] = prepare_matrix(m, m->memory[GRADS] + t->offset + from, t->shape[1], t->shape[2]);
+                list[count++] = prepare_matrix(m->memory[GRADS] + t->offset + from, t->shape[1], t->shape[2], memory);
+                memory += matrix_memory(t->shape[1], t->shape[2]);
             }
         }
     }

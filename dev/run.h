@@ -503,6 +503,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     }
     open_log(run);
     ranks.watchdog = asked.watchdog;
+    ready_products(run->config.precision); // so that the trial takes what the run will take
     decide_steps(run);
     announce(run);
     report_decision(run);

@@ -9,12 +9,13 @@
 # What is finished is kept: after an interruption the same command goes on with the next entrant.
 set -eu
 export LC_ALL=C
+unset OMP_WAIT_POLICY # which make sets, and a user would not have
 
 # The entrants. A model's sizes and the batch are what all share; each has what suits it best besides (doc/clock.md says how it
 # was found). FAST and DENSE are options of train_moe, TORCH_... of dev/bench/torch_train.py.
 SIZES="--layers 4 --dim 64 --heads 4 --ffn 128 --topk 2 --seq 128"
 OURS="--batch 8"
-FAST="--recipe mixtral --experts 8 --lr 8e-3"
+FAST="--recipe fast --experts 8 --lr 8e-3"
 DENSE="--recipe dense --lr 8e-3"
 TORCH="--batch 16 --lr 8e-3"
 TORCH_DENSE="$TORCH --compile"

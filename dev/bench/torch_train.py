@@ -225,7 +225,7 @@ def options():
                    steps=0)
     for name, value in numbers.items():
         parser.add_argument("--" + name, type=int, default=value)
-    for name, value in dict(minutes=10, lr=8e-3, min_lr=-1, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1,
+    for name, value in dict(minutes=10, lr=8e-3, min_lr=-1, weight_decay=0.1, beta1=0.9, beta2=0.99, clip=1,
                             aux_weight=0.01).items():
         parser.add_argument("--" + name.replace("_", "-"), type=float, default=value)
     parser.add_argument("--by", choices=["sorted", "all"], default="sorted", help="how rows find their experts")

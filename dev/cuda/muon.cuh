@@ -149,7 +149,7 @@ void muon_direction(Model *m, int i, size_t at, size_t size, int step, const dou
 __global__ void divide_by_norm_kernel(floatX *x, const float *g, const double *part, int parts, size_t size,
                                       size_t stride, const double *norm) {
     double sum = matrix_sum(part, parts);
-    float scale = (float)(isfinite(*norm) && sum > 1e-60 ? 1 / sqrt(sum) : 0), a[4];
+    float scale = (float)(isfinite(*norm) && sum > 1e-60 ? 1 / (1.01 * sqrt(sum)) : 0), a[4];
     size_t i = 4 * thread_of_grid();
     if (i < size) {
         load_pack(a, g + blockIdx.y * stride + i);

@@ -682,7 +682,7 @@ void check_gpu_orthogonalize(int E, int R, int C) {
     const float *there = device_reals(among, (size_t)E * stride);
     real *found = fetch_low(gpu::orthogonalize(&s, there, stride, E, R, C, (double *)device_copy(&norm, 8)), size);
     for (int e = 0; e < E; e++) {
-        list[e] = prepare_matrix(host, x + e * one, R, C);
+        list[e] = prepare_matrix(x + e * one, R, C, take_reals(matrix_memory(R, C)));
     }
     orthogonalize(list, E);
     for (int e = 0; e < E; e++) {

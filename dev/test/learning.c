@@ -5,11 +5,6 @@
 
 // ---- Muon
 
-// A model that has nothing but scratch memory.
-Model *only_scratch(void) {
-    return (Model *)allocate(1, sizeof(Model));
-}
-
 // The polynomials bring every singular value from 0.02 to 1 near to 1.
 void test_muon_polynomial(void **state) {
     (void)state;
@@ -28,13 +23,12 @@ void test_muon_polynomial(void **state) {
 // What orthogonalize() makes of the matrices x (R,C): o. With x = U S V^T, o is U s V^T with all s near 1. So for a wide
 // matrix o o^T is near the unit matrix, and o x^T = U s S U^T is symmetric and its diagonal is positive.
 void check_orthogonal(int E, int R, int C) {
-    Model *m = only_scratch();
     size_t size = (size_t)R * C;
     real *x = take_normal(E * size, 1), *o = take_reals(E * size);
     memcpy(o, x, E * size * sizeof(real));
     Matrix list[8];
     for (int e = 0; e < E; e++) {
-        list[e] = prepare_matrix(m, o + e * size, R, C);
+        list[e] = prepare_matrix(o + e * size, R, C, take_reals(matrix_memory(R, C)));
     }
     orthogonalize(list, E);
     int small = min_int(R, C), row = R > C ? 1 : C, column = R > C ? C : 1; // steps through what is transposed if it is tall
@@ -60,8 +54,6 @@ void check_orthogonal(int E, int R, int C) {
             assert_true(along > 0);
         }
     }
-    arena_free(&m->scratch);
-    free(m);
     free_taken();
 }
 
@@ -76,20 +68,18 @@ void test_muon_orthogonal(void **state) {
 // A gradient of zeros moves nothing, and neither it nor a very small one becomes NaN.
 void test_muon_small(void **state) {
     (void)state;
-    Model *m = only_scratch();
     real x[12] = {0};
-    Matrix matrix = prepare_matrix(m, x, 3, 4);
+    real memory[64];
+    Matrix matrix = prepare_matrix(x, 3, 4, memory);
     orthogonalize(&matrix, 1);
     for (int i = 0; i < 12; i++) {
         assert_true(x[i] == 0);
     }
     x[0] = (real)1e-30;
     x[5] = (real)-1e-30;
-    matrix = prepare_matrix(m, x, 3, 4);
+    matrix = prepare_matrix(x, 3, 4, memory);
     orthogonalize(&matrix, 1);
     assert_true(fabs((double)x[0] - 1) < 0.1 && fabs((double)x[5] + 1) < 0.1);
-    arena_free(&m->scratch);
-    free(m);
 }
 
 // Many steps by hand: the mean of the gradients, Nesterov's look ahead, whose turn it is, the scale of a step, and weight
@@ -121,8 +111,7 @@ void test_muon_step(void **state) {
             if (!has_turn(i, e, step)) {
                 continue;
             }
-            scratch_reset(m);
-            Matrix matrix = prepare_matrix(m, direction + e * one, R, C);
+            Matrix matrix = prepare_matrix(direction + e * one, R, C, take_reals(matrix_memory(R, C)));
             orthogonalize(&matrix, 1);
             for (size_t j = e * one; j < (e + 1) * one; j++) {
                 wanted[j] = (real)((1 - 8 * 0.5 * lr) * (double)wanted[j] - 8 * lr * 0.1 * sqrt(max_int(R, C)) * (double)direction[j]);

@@ -555,7 +555,7 @@ void test_tokenize_signals(void **state) { // end any phase within a second, and
         double wait;
         int number;
         const char *options, *text;
-    } cases[] = {{0.02, SIGTERM, "--vocab 400", "letters.txt"}, {1.5, SIGINT, "--vocab 400", "letters.txt"},
+    } cases[] = {{0.02, SIGTERM, "--vocab 400", "letters.txt"}, {0.5, SIGINT, "--vocab 400", "letters.txt"},
                  {1, SIGTERM, encode, "busy.txt"}, {0.3, SIGHUP, encode, "busy.txt"}};
     for (int i = 0; i < COUNT(cases); i++) {
         double took;
