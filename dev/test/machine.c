@@ -164,6 +164,7 @@ void test_parallel_loops(void **state) {
     Config c;
     config_defaults(&c);
     config_recipe(&c, "mixtral");
+    set_option(&c, &options[find_option("optimizer")], "adamw", NULL);
     config_check(&c);
     c.vocab = 500;
     size_t before = not_worth_threads;
