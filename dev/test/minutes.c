@@ -83,7 +83,7 @@ const char *minutes_line(const char *out, const char *more) {
     static char line[2048];
     snprintf(line, sizeof(line),
              "exec %s --data %s --out %s --layers 1 --dim 16 --heads 2 --ffn 16 --experts 4 --seq 16 --batch 1 --eval-tokens 64 "
-             "--tokens 8 --threads 1 --log-every 1 --warmup 0 --eval-every 0 --save-every 0 %s",
+             "--tokens 8 --threads 1 --log-every 500 --warmup 0 --eval-every 0 --save-every 0 %s",
              getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe", scratch_file("data"), scratch_file(out), more);
     return line;
 }
