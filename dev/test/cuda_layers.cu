@@ -659,7 +659,6 @@ void check_gpu_read_rows(int rows, int C, int first, int size) {
 void check_gpu_orthogonalize(int E, int R, int C) {
     size_t one = (size_t)R * C, size = (size_t)E * one, stride = MUON_TURNS * one;
     int small = min_int(R, C), most = gpu::muon_matrices(E, R, C);
-    Model *host = bare_model(1);
     real *x = draw_normal(size), *among = draw_normal((size_t)E * stride);
     Matrix list[8];
     gpu::MuonScratch s = {};
