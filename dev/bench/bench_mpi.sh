@@ -128,15 +128,15 @@ check "all-to-all of 2 ranks, --overlap 0, as with --overlap 1" "$(step_of "$wor
     "$(step_of "$work/wait.jsonl" 1 all_to_all_bytes)"
 per_row() { echo $(((4 * dim + 3 * $1) * 4)); } # a row there and back, forward and backward, with K weights and numbers
 
-# Sums: in a ring each rank sends 2(N-1)/N of what is summed; with the shares of the new weights that makes 3(N-1) times
-# what all have, filled up to 16 N numbers. Experts are summed by the ranks that have the same ones.
+# Sums: in a ring each rank sends 2(N-1)/N of what is summed; with the shares of Muon's directions and of the new weights
+# that makes 4(N-1) times what all have, filled up to 16 N numbers. Experts are summed by the ranks that have the same ones.
 params=$(awk "$number"' /^."type":"run"/ { printf "%.0f\n", number("params"); exit }' "$work/two.jsonl")
 of_experts=$((layers * experts * 3 * ffn * dim)) copy=$((3 * ffn * dim))
 all_have=$(((params - of_experts + 31) / 32 * 32))
-check "sums of 2 ranks" $((3 * all_have * 4)) "$(step_of "$work/two.jsonl" $steps reduce_bytes)"
-check "sums of 2 ranks, --ep 1" $(((3 * all_have + 2 * of_experts) * 4)) \
+check "sums of 2 ranks" $((4 * all_have * 4)) "$(step_of "$work/two.jsonl" $steps reduce_bytes)"
+check "sums of 2 ranks, --ep 1" $(((4 * all_have + 2 * of_experts) * 4)) \
     "$(step_of "$work/data.jsonl" $steps reduce_bytes)"
-check "sums of 2 ranks and of $((2 * layers)) copies" $(((3 * all_have + 2 * 2 * layers * copy) * 4)) \
+check "sums of 2 ranks and of $((2 * layers)) copies" $(((4 * all_have + 2 * 2 * layers * copy) * 4)) \
     "$(step_of "$work/copy.jsonl" $steps reduce_bytes)"
 check "all-to-all of 2 ranks, --ep 1" 0 "$(step_of "$work/data.jsonl" $steps all_to_all_bytes)"
 
