@@ -1,6 +1,6 @@
 // Checkpoints: Hugging Face model directories.
 // Gives: model_parts, read_part, check_tensors, write_options, write_config, config_from_directory, join_options.
-// Needs: data/safetensors.h, dev/options.h, and of train_moe.c Config and the table of weights, which includes it.
+// Needs: data/safetensors.h, dev/options.h, dev/quote.h, and of train_moe.c Config and the table of weights, which includes it.
 //
 // config.json, model.safetensors and tokenizer.json are as transformers opens them; optimizer.safetensors has
 // AdamW's moments. Models that no class of transformers computes get names in the same manner, and config.json says
@@ -8,6 +8,7 @@
 #pragma once
 #include "safetensors.h"
 #include "hugging_face.h"
+#include "dev/quote.h"
 
 // ---- the weights under their Hugging Face names
 
@@ -385,7 +386,7 @@ int config_from_directory(Config *c, const char *dir) {
 
 // Joins what a checkpoint says (c) with what the command line asked for: options of kinds not in `adopted` are as
 // asked; of the others the command line's count where given, but where `fixed` they may not differ. Bits: 1 <<
-// MODEL...
+// MODEL... A new run that starts from the same weights may have another ORDER.
 void join_options(Config *c, const Config *asked, int adopted, int fixed, const char *path) {
     for (int i = 0; i < option_count; i++) {
         const Option *o = &options[i];
@@ -395,7 +396,10 @@ void join_options(Config *c, const Config *asked, int adopted, int fixed, const 
         char a[64], b[64];
         const char *mine = option_text(asked, o, a), *theirs = option_text(c, o, b);
         if (fixed >> o->when & 1 && asked->given[i] && strcmp(mine, theirs)) {
-            usage_fail("--%s %s: in %s it is %s, and it cannot change now", o->name, mine, path, theirs);
+            int can_begin = o->when == ORDER;
+            usage_fail("--%s %s: in %s it is %s, and it cannot change now%s%s%s", o->name, mine, path, theirs,
+                       can_begin ? "; a new run from these weights, --init " : "", can_begin ? quote_for_shell(path) : "",
+                       can_begin ? ", can have it" : "");
         }
         size_t size = sizeof(int);
         if (o->kind == 's' || o->kind == 'd') {

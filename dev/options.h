@@ -19,9 +19,10 @@ const char *const schedule_names[] = {"cosine", "wsd", "constant", NULL};
 const char *const optimizer_names[] = {"adamw", "muon", NULL};
 const char *const moments_names[] = {"fp32", "bf16", NULL};
 
-// MODEL says what the model computes, ORDER which data it sees when; a resumed run may change neither, but for the
-// pieces of a step (--batch). TRAIN options are taken from the checkpoint where the command line does not give them,
-// RUN options belong to this call alone.
+// MODEL says what the model computes. ORDER says which data it sees when, and which optimizer moves it, since none can go
+// on with what another one remembers: Muon leaves second moments at 0, and AdamW would divide by them. A resumed run may
+// change neither, but for the pieces of a step (--batch). TRAIN options are taken from the checkpoint where the command
+// line does not give them, RUN options belong to this call alone.
 enum { MODEL, ORDER, TRAIN, RUN };
 
 typedef struct Option {
@@ -125,7 +126,7 @@ const Option base_options[] = {
     NUMBER("weight-decay", weight_decay, "0.1", 0, 100, TRAIN, "Training", "decay of the matrices"),
     NUMBER("beta1", beta1, "0.9", 0, 0.999999, TRAIN, "Training", "AdamW: memory of the mean gradient"),
     NUMBER("beta2", beta2, "0.99", 0, 0.999999, TRAIN, "Training", "AdamW: memory of the mean squared gradient"),
-    WORD("optimizer", optimizer, "muon", optimizer_names, TRAIN, "Training",
+    WORD("optimizer", optimizer, "muon", optimizer_names, ORDER, "Training",
          "what moves the matrices of the layers (dev/muon.h); all else has AdamW"),
     WORD("moments", moments, "fp32", moments_names, TRAIN, "Training",
          "how the optimizer stores its moments; bf16: half the memory on a GPU; a CPU rounds them alike and saves none"),

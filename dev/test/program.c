@@ -131,7 +131,7 @@ void test_resume_options(void **state) {
     check_leaks(0);
     expect(run_tiny("options", "--steps 4 --save-every 2"), 0, NULL);
     static const char *const fixed[] = {"--dim 64", "--layers 3",  "--seed 2",
-                                        "--seq 16", "--experts 8", "--recipe dense", "--untied"};
+                                        "--seq 16", "--experts 8", "--recipe dense", "--untied", "--optimizer adamw"};
     for (int i = 0; i < (int)(sizeof(fixed) / sizeof(fixed[0])); i++) {
         char options[128];
         snprintf(options, sizeof(options), "--resume --steps 6 %s", fixed[i]);
@@ -150,6 +150,29 @@ void test_resume_options(void **state) {
     assert_log("options", 6, 2);
     assert_near(logged("options", "step", 6, "lr"), 1e-5, 1e-9);
     assert_true(isfinite(logged("options", "eval", 5, "val_loss")));
+}
+
+// Neither optimizer goes on with what the other one remembers: a resumed run keeps its own, and the message says how a new
+// run can have the other one.
+void test_resume_optimizer(void **state) {
+    (void)state;
+    need_program();
+    static const char *const names[] = {"muon", "adamw"};
+    for (int i = 0; i < 2; i++) {
+        char options[512], text[512], name[32];
+        const char *mine = names[i], *other = names[1 - i];
+        snprintf(options, sizeof(options), "--steps 3 --optimizer %s", mine);
+        expect(run_tiny(mine, options), 0, "What next");
+        snprintf(options, sizeof(options), "--resume --steps 4 --optimizer %s", other);
+        snprintf(text, sizeof(text), "it is %s, and it cannot change now; a new run from these weights, --init %s/checkpoint-3, can have it",
+                 mine, scratch_file(mine));
+        expect(run_tiny(mine, options), 2, text);
+        snprintf(options, sizeof(options), "--resume --steps 4%s%s", i ? "" : " --optimizer ", i ? "" : mine); // given or not
+        expect(run_tiny(mine, options), 0, "going on after step 3");
+        snprintf(name, sizeof(name), "%s-now", other);
+        snprintf(options, sizeof(options), "--steps 3 --optimizer %s --init %s/checkpoint-3", other, scratch_file(mine));
+        expect(run_tiny(name, options), 0, "What next");
+    }
 }
 
 // --resume with the same sequences in a step, but cut into other micro-steps. Another number is refused.
@@ -997,6 +1020,7 @@ int main(void) {
         cmocka_unit_test(test_moments_of_runs),
         cmocka_unit_test(test_precision_of_runs),
         cmocka_unit_test(test_resume_options),
+        cmocka_unit_test(test_resume_optimizer),
         cmocka_unit_test(test_resume_pieces),
         cmocka_unit_test(test_run_directory),
         cmocka_unit_test(test_leftovers),
