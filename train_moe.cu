@@ -20,9 +20,9 @@
 //     it computes, unless it is a product of matrices. So small steps that follow each other are one kernel: adding
 //     up the residual stream, its norm, and the router with its choice.
 //   - Products are done by tensor cores, which multiply bfloat16 and add up in float32. The type floatX is what they
-//     multiply: activations, and a rounded copy of the weights, which AdamW makes as it writes the weights. Weights,
-//     their gradients, AdamW's moments (unless --moments bf16), the residual stream x, the router and each token's
-//     loss are float32; what is summed over tokens for losses and norms is double.
+//     multiply: activations, and a rounded copy of the weights, which is made as a step writes the weights. Weights,
+//     their gradients, the optimizer's moments (unless --moments bf16), the residual stream x, the router and each
+//     token's loss are float32; what is summed over tokens for losses and norms is double.
 //   - Thousands of threads work at the same time. A block of up to 1,024 threads shares fast memory and can wait for
 //     its threads; 32 of them, a warp, mostly go in step and can read each other's registers (__syncwarp() before one
 //     lane reads memory that another one wrote). Each sum has one owner and a fixed order, so the bits are the same

@@ -2,8 +2,8 @@
 // Gives: model_parts, read_part, check_tensors, write_options, write_config, config_from_directory, join_options.
 // Needs: data/safetensors.h, dev/options.h, dev/quote.h, and of train_moe.c Config and the table of weights, which includes it.
 //
-// config.json, model.safetensors and tokenizer.json are as transformers opens them; optimizer.safetensors has
-// AdamW's moments. Models that no class of transformers computes get names in the same manner, and config.json says
+// config.json, model.safetensors and tokenizer.json are as transformers opens them; optimizer.safetensors has the
+// optimizer's moments. Models that no class of transformers computes get names in the same manner, and config.json says
 // what they are.
 #pragma once
 #include "safetensors.h"
@@ -207,9 +207,9 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
                 continue;
             }
             if (!table_get(&asked, t->key, strlen(t->key))) {
-                fail("%s: %s is no tensor of the model that config.json describes (%d layers, no biases, no norms of "
+                fail("%s: %s is no tensor of the model that config.json describes (%d layers, no biases, %s norms of "
                      "queries and keys), and without it this would be another model",
-                     s->path, t->key, c->layers);
+                     s->path, t->key, c->layers, c->qk_norm ? "with" : "no");
             }
             int64_t *seen = table_put(&asked, t->key, strlen(t->key));
             if (*seen != 1) {

@@ -3,7 +3,9 @@
 // dev/options.h, and Config of train_moe.c; data/checkpoint.h includes it.
 //
 // One table says it all. A field that changes what the model computes is taken, or refused by its name; the others are
-// known to be idle, or named once. A field that a file lacks has the value that its class documents.
+// known to be idle, or named once. A field that a file lacks has the value that its class documents. What this program can
+// compute and neither class can, as norms of queries and keys (--qk-norm), only its own checkpoints say, in their object
+// train_moe; in another model's files its fields are refused here, and its tensors by check_tensors().
 #pragma once
 #include "json.h"
 #include "tokenizer.h"
@@ -64,9 +66,9 @@ const Field config_fields[] = {
     {"attention_out_bias", FIELD_OFF, "this model has no biases", {NULL}},
     {"use_bias", FIELD_OFF, "this model has no biases", {NULL}},
     {"clip_qkv", FIELD_OFF, "queries, keys and values are not clipped here", {NULL}},
-    {"qk_norm", FIELD_OFF, "queries and keys have no norms here", {NULL}},
-    {"use_qk_norm", FIELD_OFF, "queries and keys have no norms here", {NULL}},
-    {"qk_layernorm", FIELD_OFF, "queries and keys have no norms here", {NULL}},
+    {"qk_norm", FIELD_OFF, "queries and keys of a Mixtral or a Llama have no norms", {NULL}},
+    {"use_qk_norm", FIELD_OFF, "queries and keys of a Mixtral or a Llama have no norms", {NULL}},
+    {"qk_layernorm", FIELD_OFF, "queries and keys of a Mixtral or a Llama have no norms", {NULL}},
     {"attn_logit_softcapping", FIELD_OFF, "scores of attention have no cap here", {NULL}},
     {"final_logit_softcapping", FIELD_OFF, "logits have no cap here", {NULL}},
     {"logits_soft_cap", FIELD_OFF, "logits have no cap here", {NULL}},

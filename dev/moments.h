@@ -1,4 +1,4 @@
-// AdamW's moments in bfloat16, rounded at random (--moments bf16).
+// The optimizer's moments in bfloat16, rounded at random (--moments bf16).
 // Gives: MOMENTS_FP32, MOMENTS_BF16, round_stochastically, moment_stream, moment_draw, round_moments.
 // Needs: util.h; for round_moments the table of weights of train_moe.c, and ranks/gradients.h.
 //
@@ -39,8 +39,9 @@ BOTH uint64_t moment_draw(uint64_t stream, uint64_t index) {
     return hash64(stream ^ hash64(index));
 }
 
-// After AdamW has moved the weights `at` .. at+size of the tensor in this row of the table: rounds their new moments,
-// as --moments says. Inside of a parallel region, the threads share them, once all have moved theirs.
+// After AdamW or Muon has worked out new moments of the weights `at` .. at+size of the tensor in this row of the table:
+// rounds them, as --moments says; a second moment that Muon leaves at 0 stays 0. Inside of a parallel region, the threads
+// share them, once all are worked out.
 void round_moments(Model *m, int row, size_t at, size_t size, int step) {
     if (m->config.moments != MOMENTS_BF16) {
         return;

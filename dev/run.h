@@ -379,7 +379,7 @@ int prepare_run(Run *run, const Config *asked) {
     run->targets = (int *)allocate((size_t)c->batch * c->seq, sizeof(int));
     compare_ranks(run);
 
-    // The model: AdamW's moments are read where the run goes on, the weights also where it starts from others.
+    // The model: the optimizer's moments are read where the run goes on, the weights also where it starts from others.
     divide_experts(c);
     if (resumed) {
         run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);

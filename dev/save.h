@@ -205,7 +205,7 @@ void check_table(const Run *run, const char *dir, const real *table) {
     }
 }
 
-// Reads the weights in dir, and with `moments` those of AdamW. Each of several processes reads all, and keeps its own.
+// Reads the weights in dir, and with `moments` those of the optimizer. Each of several processes reads all, and keeps its own.
 void load_weights(Run *run, const char *dir, int moments) {
     Model *m = run->model;
     const char *const prefix[] = {"", "", "exp_avg.", "exp_avg_sq."};

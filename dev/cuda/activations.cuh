@@ -190,7 +190,7 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     m->host_route = (Route *)own_host(m, L, sizeof(Route));
     m->stats = (Statistics *)own_host(m, L, sizeof(Statistics));
 
-    // Weights, their rounded copy, and for training their gradients and AdamW's two moments.
+    // Weights, their rounded copy, and for training their gradients and the optimizer's two moments.
     m->purpose = FOR_WEIGHTS;
     m->memory[WEIGHTS] = parent ? parent->memory[WEIGHTS] : own_floats(m, m->size);
     m->low = parent ? parent->low : sizeof(floatX) == 4 ? (floatX *)m->memory[WEIGHTS] : own_low(m, m->size);

@@ -4,7 +4,7 @@
 //
 // Gradients are summed while backward still runs. Those of experts set out as soon as their layer is done. Those of
 // the common weights are put together to buckets, and a bucket sets out when it is full. Then each process updates
-// one slice of the common weights, and keeps AdamW's moments of that slice only (ZeRO-1: Rajbhandari et al. 2020).
+// one slice of the common weights, and keeps the moments of that slice only (ZeRO-1: Rajbhandari et al. 2020).
 #ifndef RANKS_GRADIENTS_H
 #define RANKS_GRADIENTS_H
 #include "copies.h"

@@ -377,7 +377,17 @@ void test_foreign_tensors(void **state) {
     rewrite("case", "model.safetensors", "model.safetensors", "model.embed_tokens", bare, 1);
     expect(start_from("case", ""), 1, "AutoModelForCausalLM");
 
-    // AdamW's moments, too.
+    // Norms of queries and keys: our own checkpoint says that it has them, and is read; a Mixtral has none.
+    make_base("normed", "--qk-norm");
+    assert_true(isfinite(loss_from("normed")));
+    make_case("normed", "case", "grep '\"TrainMoeForCausalLM\"' config.json");
+    rewrite("case", "model.safetensors", "model.safetensors", NULL, &refused[0], 1);
+    expect(start_from("case", ""), 1, "2 layers, no biases, with norms of queries and keys");
+    make_case("normed-foreign", "case", PUT("model_type", "\"mixtral\", \"num_local_experts\": 4"));
+    expect(start_from("case", ""), 1, "self_attn.q_norm.weight is no tensor of the model that config.json describes (2 layers, no biases, "
+                                      "no norms of queries and keys)");
+
+    // The optimizer's moments, too.
     make_case("mixtral-run/latest", "case", "rm -f checksums.json");
     const Change moment[] = {{"exp_avg_sq.model.layers.2.input_layernorm.weight", 0, 32, NULL}};
     rewrite("case", "optimizer.safetensors", "optimizer.safetensors", NULL, moment, 1);
