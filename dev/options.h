@@ -117,7 +117,7 @@ const Option base_options[] = {
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "Training", "micro-steps in a step"),
     INTEGER("steps", steps, "4000", 1, 2000000000, TRAIN, "Training", "optimizer steps"),
     NUMBER("minutes", minutes, "0", 0, 1e6, TRAIN, "Training",
-           "instead: take so long in all; a trial before the first step finds how many --steps that are; 0: off"),
+           "how long all of it takes; the speed of a short trial sets --steps, and with it the schedule; 0: off"),
     NUMBER("lr", lr, "4e-3", 0, 100, TRAIN, "Training", "learning rate at its highest"),
     NUMBER("min-lr", min_lr, "-1", -1, 100, TRAIN, "Training", "learning rate at the end [a tenth of --lr]"),
     INTEGER("warmup", warmup, "100", 0, 2000000000, TRAIN, "Training", "steps over which the learning rate rises"),
