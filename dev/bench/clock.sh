@@ -11,13 +11,7 @@ dense="--recipe dense --topk 2 --ffn 64 --lr 8e-3"
 mixture="--recipe mixtral --experts 16 --topk 4 --ffn 32 --lr 8e-3"
 steps=2000 mixture_steps='' seeds="1 2 3"
 
-fail() {
-    echo "clock.sh: $1" >&2
-    exit "${2:-1}"
-}
-
-root=$(cd "$(dirname "$0")/../.." && pwd)
-train=${TRAIN_MOE:-$root/train_moe}
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, describe_machine
 called="dev/bench/clock.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/clock data='' from='' only_table=''
 sides=(dense mixture)
@@ -239,25 +233,8 @@ if [ -n "$only_table" ]; then
 fi
 
 # The program and the data.
-if [ ! -x "$train" ]; then
-    [ "$train" = "$root/train_moe" ] || fail "$train: no such program"
-    make -C "$root" train_moe >&2 || fail "train_moe is not built, and make train_moe failed, see above"
-fi
-[ -z "$data" ] || [ -z "$from" ] || fail "--data names tokens, --from text to make them of: give one of them" 2
-if [ -n "$from" ] && [ ! -f "$out/data/tokenizer.json" ]; then
-    for text in "$from"/*train*.txt "$from"/*valid*.txt; do
-        [ -f "$text" ] || fail "--from: no $text"
-    done
-    [ -x "$root/data/tokenize" ] || make -C "$root" data/tokenize >&2 || fail "make data/tokenize failed, see above"
-    rm -rf "$out/data.new"
-    "$root/data/tokenize" --clean --vocab 4096 --out "$out/data.new" "$from"/*train*.txt "$from"/*valid*.txt >&2
-    mv "$out/data.new" "$out/data"
-fi
-for dir in "$out/data" "$root/data/tinystories" "$root/data/stories"; do
-    [ -n "$data" ] || [ ! -f "$dir/tokenizer.json" ] || data=$dir
-done
-[ -n "$data" ] || fail "nothing to train on: give --data DIR with tokens, or --from DIR with *train*.txt, *valid*.txt"
-data=$(cd "$data" 2> /dev/null && pwd) || fail "--data: no such folder"
+find_program
+find_data "$root/data/tinystories" "$root/data/stories"
 
 options() { # $1: side, $2: steps; some 25 evaluations, each behind a step that is logged
     local every=$(($2 / 250 * 10))
@@ -284,14 +261,10 @@ if command -v taskset > /dev/null && mine=$(taskset -cp $$ 2> /dev/null); then
         for ((core = ${range%-*}; core <= ${range#*-}; core++)); do cores+=("$core"); done
     done
 fi
-processor=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2> /dev/null | head -n 1)
-[ -n "$processor" ] || processor=$(sysctl -n machdep.cpu.brand_string 2> /dev/null || uname -m)
-commit=$(git -C "$root" rev-parse --short HEAD 2> /dev/null || echo unknown)
-[ "$commit" = unknown ] || git -C "$root" diff --quiet HEAD -- train_moe.c ||
-    commit="$commit with changes in train_moe.c"
+describe_machine
 pinned="not pinned"
 [ ${#cores[@]} -lt 2 ] || pinned="a core each"
-where="$processor, $(getconf _NPROCESSORS_ONLN) cores, one thread and $pinned, commit $commit, $(date +%Y-%m-%d)"
+where="$machine, one thread and $pinned, commit $commit, $(date +%Y-%m-%d)"
 
 children=()
 stop() { # train_moe saves, and goes on next time

@@ -42,13 +42,7 @@ rmoe           --ffn 256    # 3*2*256, and the GRU besides
 END
 )
 
-fail() {
-    echo "compare.sh: $1" >&2
-    exit "${2:-1}"
-}
-
-root=$(cd "$(dirname "$0")/../.." && pwd)
-train=${TRAIN_MOE:-$root/train_moe}
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, describe_machine
 all=$(echo "$rows" | awk '{ printf "%s ", $1 }')
 called="dev/bench/compare.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/compare recipes=$all data='' from='' only_table=''
@@ -176,25 +170,8 @@ if [ -n "$only_table" ]; then
 fi
 
 # The program, the data, the list of runs: the first seed of all, then the others of some.
-if [ ! -x "$train" ]; then
-    [ "$train" = "$root/train_moe" ] || fail "$train: no such program"
-    make -C "$root" train_moe >&2 || fail "train_moe is not built, and make train_moe failed, see above"
-fi
-[ -z "$data" ] || [ -z "$from" ] || fail "--data names tokens, --from text to make them of: give one of them" 2
-if [ -n "$from" ] && [ ! -f "$out/data/tokenizer.json" ]; then
-    for text in "$from"/*train*.txt "$from"/*valid*.txt; do
-        [ -f "$text" ] || fail "--from: no $text"
-    done
-    [ -x "$root/data/tokenize" ] || make -C "$root" data/tokenize >&2 || fail "make data/tokenize failed, see above"
-    rm -rf "$out/data.new"
-    "$root/data/tokenize" --clean --vocab 4096 --out "$out/data.new" "$from"/*train*.txt "$from"/*valid*.txt >&2
-    mv "$out/data.new" "$out/data"
-fi
-for dir in "$out/data" "$root/data/tinystories"; do
-    [ -n "$data" ] || [ ! -f "$dir/tokenizer.json" ] || data=$dir
-done
-[ -n "$data" ] || fail "nothing to train on: give --data DIR with tokens, or --from DIR with *train*.txt, *valid*.txt"
-data=$(cd "$data" 2> /dev/null && pwd) || fail "--data: no such folder"
+find_program
+find_data "$root/data/tinystories"
 runs=() first=''
 for seed in $seeds; do
     first=${first:-$seed}
@@ -216,13 +193,9 @@ remember() { # $1: file, $2: the options of the runs there; fails where they wer
 }
 remember "$out/options.txt" "--data $(printf %q "$data") ${common[*]}" || exit 2
 
-processor=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2> /dev/null | head -n 1)
-[ -n "$processor" ] || processor=$(sysctl -n machdep.cpu.brand_string 2> /dev/null || uname -m)
-commit=$(git -C "$root" rev-parse --short HEAD 2> /dev/null || echo unknown)
-[ "$commit" = unknown ] || git -C "$root" diff --quiet HEAD -- train_moe.c ||
-    commit="$commit with changes in train_moe.c"
+describe_machine
 threads=${OMP_NUM_THREADS:+, OMP_NUM_THREADS=$OMP_NUM_THREADS}
-where="$processor, $(getconf _NPROCESSORS_ONLN) cores$threads, commit $commit"
+where="$machine$threads, commit $commit"
 
 child=''
 stop() { # train_moe saves, and goes on next time

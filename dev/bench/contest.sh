@@ -22,13 +22,7 @@ TORCH_DENSE="$TORCH --compile"
 TORCH_MIXTURE="$TORCH --experts 8 --by all --compile"
 entrants="fast dense torch-dense torch-mixture"
 
-fail() {
-    echo "contest.sh: $1" >&2
-    exit "${2:-1}"
-}
-
-root=$(cd "$(dirname "$0")/../.." && pwd)
-train=${TRAIN_MOE:-$root/train_moe}
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, describe_machine
 python=${PYTHON:-python3}
 minutes=${MINUTES:-10}
 called="dev/bench/contest.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
@@ -151,30 +145,11 @@ if [ -n "$only_table" ]; then
 fi
 
 # The program and the data.
-if [ ! -x "$train" ]; then
-    [ "$train" = "$root/train_moe" ] || fail "$train: no such program"
-    make -C "$root" train_moe >&2 || fail "train_moe is not built, and make train_moe failed, see above"
-fi
-[ -z "$data" ] || [ -z "$from" ] || fail "--data names tokens, --from text to make them of: give one of them" 2
-if [ -n "$from" ] && [ ! -f "$out/data/tokenizer.json" ]; then
-    for text in "$from"/*train*.txt "$from"/*valid*.txt; do
-        [ -f "$text" ] || fail "--from: no $text"
-    done
-    [ -x "$root/data/tokenize" ] || make -C "$root" data/tokenize >&2 || fail "make data/tokenize failed, see above"
-    rm -rf "$out/data.new"
-    "$root/data/tokenize" --clean --vocab 4096 --out "$out/data.new" "$from"/*train*.txt "$from"/*valid*.txt >&2
-    mv "$out/data.new" "$out/data"
-fi
-for dir in "$out/data" "$root/data/tinystories" "$root/data/stories"; do
-    [ -n "$data" ] || [ ! -f "$dir/tokenizer.json" ] || data=$dir
-done
-[ -n "$data" ] || fail "nothing to train on: give --data DIR with tokens, or --from DIR with *train*.txt, *valid*.txt"
-data=$(cd "$data" 2> /dev/null && pwd) || fail "--data: no such folder"
+find_program
+find_data "$root/data/tinystories" "$root/data/stories"
 
-processor=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2> /dev/null | head -n 1)
-[ -n "$processor" ] || processor=$(sysctl -n machdep.cpu.brand_string 2> /dev/null || uname -m)
-commit=$(git -C "$root" rev-parse --short HEAD 2> /dev/null || echo unknown)
-where="$processor, $(getconf _NPROCESSORS_ONLN) cores, $threads threads each, commit $commit, $(date +%Y-%m-%d)"
+describe_machine
+where="$machine, $threads threads each, commit $commit, $(date +%Y-%m-%d)"
 
 child=''
 stop() {
