@@ -237,10 +237,12 @@ cudaDataType type_of(const __nv_bfloat16 *) {
 template <class Out, class In>
 void product(Out *out, const In *a, int a_by_k, const In *b, int b_by_k, int M, int N, int K, int add) {
     float one = 1, beta = add == ADD ? 1 : 0;
+    cublasOperation_t turn_a = a_by_k ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t turn_b = b_by_k ? CUBLAS_OP_N : CUBLAS_OP_T;
+    int row_a = a_by_k ? M : K, row_b = b_by_k ? N : K;
     if (M > 0 && N > 0) {
-        CHECK(cublasGemmEx(cublas, b_by_k ? CUBLAS_OP_N : CUBLAS_OP_T, a_by_k ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K,
-                           &one, b, type_of(b), b_by_k ? N : K, a, type_of(a), a_by_k ? M : K, &beta, out,
-                           type_of(out), N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+        CHECK(cublasGemmEx(cublas, turn_b, turn_a, N, M, K, &one, b, type_of(b), row_b, a, type_of(a), row_a,
+                           &beta, out, type_of(out), N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
     }
 }
 
@@ -248,10 +250,13 @@ void product(Out *out, const In *a, int a_by_k, const In *b, int b_by_k, int M, 
 template <class Out, class In>
 void products(Out *out, const In *a, int a_by_k, const In *b, int b_by_k, int M, int N, int K, int count) {
     float one = 1, none = 0;
-    CHECK(cublasGemmStridedBatchedEx(
-        cublas, b_by_k ? CUBLAS_OP_N : CUBLAS_OP_T, a_by_k ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &one, b, type_of(b),
-        b_by_k ? N : K, (long long)N * K, a, type_of(a), a_by_k ? M : K, (long long)M * K, &none, out, type_of(out), N,
-        (long long)M * N, count, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    cublasOperation_t turn_a = a_by_k ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t turn_b = b_by_k ? CUBLAS_OP_N : CUBLAS_OP_T;
+    int row_a = a_by_k ? M : K, row_b = b_by_k ? N : K;
+    long long size_a = (long long)M * K, size_b = (long long)N * K, size_out = (long long)M * N;
+    CHECK(cublasGemmStridedBatchedEx(cublas, turn_b, turn_a, N, M, K, &one, b, type_of(b), row_b, size_b, a,
+                                     type_of(a), row_a, size_a, &none, out, type_of(out), N, size_out, count,
+                                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // out (N,O) = or += x (N,I) times w (O,I) transposed
@@ -600,7 +605,8 @@ __global__ void cross_entropy_kernel(float *nll, floatX *dlogits, const float *l
     for (int v = 4 * threadIdx.x; dlogits && v < W; v += 4 * blockDim.x) {
         load_pack(a, row + v);
         for (int i = 0; i < 4; i++) {
-            a[i] = v + i < V ? expf(a[i] - most) * share - (v + i == target ? scale : 0) : 0;
+            float came = v + i == target ? scale : 0;
+            a[i] = v + i < V ? expf(a[i] - most) * share - came : 0;
         }
         store_pack(dlogits + (size_t)blockIdx.x * W + v, a);
     }
