@@ -36,9 +36,9 @@ int takes_muon(const Config *c, const Tensor *t) {
     return c->optimizer == MUON && t->trained && t->layer >= 0 && t->dims > 1 && !t->looked_up && strcmp(t->kind, "router") && strcmp(t->kind, "project");
 }
 
-// to = a * to + b * from, for n numbers
+// to = a * to + b * from, for n numbers. Inside of a parallel region, each thread does its part.
 void blend(real *to, const real *from, double a, double b, size_t n) {
-#pragma omp parallel for if (n > 16384)
+#pragma omp for schedule(static) nowait
     for (size_t j = 0; j < n; j++) {
         to[j] = (real)a * to[j] + (real)b * from[j];
     }
@@ -98,11 +98,12 @@ void orthogonalize(Matrix *list, int count) {
             matmul(a->square, a->gram, a->gram, a->small, a->small, a->small, SET);
         }
         end_products();
+#pragma omp parallel
         for (int i = 0; i < count; i++) {
             blend(list[i].square, list[i].gram, p[2], p[1], (size_t)list[i].small * (size_t)list[i].small);
         }
 
-        // X = a X + X square, or a X + square X
+        // moved = X square, or square X
         begin_products();
         for (int i = 0; i < count; i++) {
             Matrix *a = &list[i];
@@ -113,6 +114,9 @@ void orthogonalize(Matrix *list, int count) {
             }
         }
         end_products();
+
+        // X = a X + moved
+#pragma omp parallel
         for (int i = 0; i < count; i++) {
             blend(list[i].x, list[i].moved, p[0], 1, (size_t)list[i].R * (size_t)list[i].C);
         }
@@ -137,45 +141,40 @@ size_t muon_scratch(const Model *m, int step) {
     return need;
 }
 
-// A step of Muon for all its tensors; their gradients are cleared. gradient_scale: what clipping multiplies them by.
-void muon_update(Model *m, int step, double lr, real gradient_scale) {
-    const Config *c = &m->config;
-    if (c->optimizer != MUON) {
-        return;
-    }
-    multiply_in(PRODUCTS_FP32); // also with --precision bf16
-
-    // The mean of the gradients, and from it the direction, which takes the gradient's place: what the mean would be after
-    // one more gradient like this one (Nesterov). An expert without tokens has no gradient and so no direction, and its
-    // mean waits, else it would move on for ever along what it saw last; only its weights decay.
+// The means of the gradients, and from them the directions, which take the gradients' places: what the mean would be after
+// one more gradient like this one (Nesterov). An expert without tokens has no gradient and so no direction, and its mean
+// waits, else it would move on for ever along what it saw last; only its weights decay.
+void mean_gradients(Model *m, int step, real gradient_scale) {
     real keep = (real)MUON_MOMENTUM, part = 1 - keep;
+#pragma omp parallel // each thread does its part of every tensor, and does not wait for the others between two
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         size_t at = t->offset, size = t->size;
         ranks_own_range(m, t, &at, &size);
-        if (!takes_muon(c, t) || !size) {
+        if (!takes_muon(&m->config, t) || !size) {
             continue;
         }
         real *g = m->memory[GRADS] + at, *mean = m->memory[MOMENT1] + moment_offset(m, at);
-        size_t one = t->of_experts ? (size_t)t->shape[1] * (size_t)t->shape[2] : size;
-        for (size_t from = 0; from < size; from += one) {
-            if (t->of_experts && !has_gradient(g + from, one)) {
+        size_t piece = t->of_experts ? (size_t)t->shape[1] * (size_t)t->shape[2] : 1024;
+#pragma omp for schedule(static) nowait
+        for (size_t from = 0; from < size; from += piece) {
+            size_t end = from + piece < size ? from + piece : size;
+            if (t->of_experts && !has_gradient(g + from, piece)) {
                 continue;
             }
-#pragma omp parallel for if (one > 16384)
-            for (size_t j = from; j < from + one; j++) {
+            for (size_t j = from; j < end; j++) {
                 real fresh = part * g[j] * gradient_scale;
                 mean[j] = keep * mean[j] + fresh;
                 g[j] = keep * mean[j] + fresh;
             }
         }
-#pragma omp parallel
         round_moments(m, i, at, size, step);
     }
-    ranks_share_directions(m); // several processes: a matrix may have slices in two of them
+}
 
-    // The matrices whose turn it is. A process works out all of a matrix, also where it updates only a part of it.
-    Matrix *list = (Matrix *)allocate(m->tensor_count + c->layers * c->experts * 2, sizeof(Matrix));
+// The matrices whose turn it is, prepared; returns how many. A process works out all of a matrix, also where it updates
+// only a part of it.
+int matrices_in_turn(Model *m, int step, Matrix *list) {
     int count = 0;
     scratch_reset(m);
     real *memory = scratch(m, muon_scratch(m, step));
@@ -183,17 +182,36 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
         const Tensor *t = &m->tensors[i];
         size_t at = t->offset, size = t->size, one = (size_t)t->shape[1] * (size_t)t->shape[2];
         ranks_own_range(m, t, &at, &size);
-        for (size_t from = 0; takes_muon(c, t) && size && from < t->size; from += one) {
+        for (size_t from = 0; takes_muon(&m->config, t) && size && from < t->size; from += one) {
             if (has_turn(i, (int)((t->first + from) / one), step)) {
-                list[count++] = prepare_matrix(m->memory[GRADS] + t->offset + from, t->shape[1], t->shape[2], memory);
+                Matrix matrix = {m->memory[GRADS] + t->offset + from, t->shape[1], t->shape[2], 0, memory, NULL, NULL};
+                list[count++] = matrix;
                 memory += matrix_memory(t->shape[1], t->shape[2]);
             }
         }
     }
-    orthogonalize(list, count);
+#pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < count; i++) {
+        list[i] = prepare_matrix(list[i].x, list[i].R, list[i].C, list[i].gram);
+    }
+    return count;
+}
+
+// A step of Muon for all its tensors; their gradients are cleared. gradient_scale: what clipping multiplies them by.
+void muon_update(Model *m, int step, double lr, real gradient_scale) {
+    const Config *c = &m->config;
+    if (c->optimizer != MUON) {
+        return;
+    }
+    multiply_in(PRODUCTS_FP32); // also with --precision bf16
+    mean_gradients(m, step, gradient_scale);
+    ranks_share_directions(m); // several processes: a matrix may have slices in two of them
+    Matrix *list = (Matrix *)allocate(m->tensor_count + c->layers * c->experts * 2, sizeof(Matrix));
+    orthogonalize(list, matrices_in_turn(m, step, list));
     free(list);
 
-    // Their steps. All gradients are cleared for the next step.
+    double far = MUON_TURNS * lr; // as far as AdamW goes in so many steps
+#pragma omp parallel
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         size_t at = t->offset, size = t->size, one = (size_t)t->shape[1] * (size_t)t->shape[2];
@@ -201,7 +219,7 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
         if (!takes_muon(c, t) || !size) {
             continue;
         }
-        double far = MUON_TURNS * lr, rate = far * MUON_STEP * sqrt(max_int(t->shape[1], t->shape[2]));
+        double rate = far * MUON_STEP * sqrt(max_int(t->shape[1], t->shape[2]));
         for (size_t from = at - t->offset, end = from + size, next; from < end; from = next) {
             next = from / one * one + one < end ? from / one * one + one : end; // what is left of this matrix
             if (has_turn(i, (int)((t->first + from) / one), step)) {
@@ -209,6 +227,12 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
                 blend(m->memory[WEIGHTS] + j, m->memory[GRADS] + j, 1 - far * c->weight_decay, -rate, next - from);
             }
         }
-        memset(m->memory[GRADS] + t->offset, 0, t->size * sizeof(real));
+    }
+#pragma omp parallel for schedule(dynamic) // for the next step
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        if (takes_muon(c, t)) {
+            memset(m->memory[GRADS] + t->offset, 0, t->size * sizeof(real));
+        }
     }
 }
