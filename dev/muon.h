@@ -1,5 +1,6 @@
 // Muon, another optimizer for the matrices of the layers (--optimizer muon).
-// Gives: muon_polynomial, takes_muon, matrix_memory, prepare_matrix, orthogonalize, has_turn, muon_scratch, muon_update.
+// Gives: muon_polynomial, takes_muon, matrix_memory, prepare_matrix, orthogonalize, muon_scratch, muon_update; and for both
+// twins move_mean, matrix_scale, has_turn.
 // Needs: Model and the products of train_moe.c, which includes it; moments.h, lookup.h, ranks/gradients.h.
 //
 // AdamW divides each number of a gradient by its own usual size. Muon (Jordan et al. 2024, "Muon: An optimizer for hidden
@@ -36,6 +37,20 @@ int takes_muon(const Config *c, const Tensor *t) {
     return c->optimizer == MUON && t->trained && t->layer >= 0 && t->dims > 1 && !t->looked_up && strcmp(t->kind, "router") && strcmp(t->kind, "project");
 }
 
+// A number of the mean gradient, and of the direction, which takes the gradient's place: what the mean would be after one
+// more gradient like this one (Nesterov). scale: what clipping multiplies the gradient by.
+BOTH void move_mean(real *mean, real *gradient, real scale) {
+    const real keep = (real)MUON_MOMENTUM, fresh = (1 - keep) * *gradient * scale;
+    *mean = keep * *mean + fresh;
+    *gradient = keep * *mean + fresh;
+}
+
+// What a matrix is multiplied by before the first round, of the sum of its squares: with a hundredth more than its root all
+// singular values are below 1, beyond which the polynomials rise steeply. What is nearly 0 becomes 0, lest it overflow.
+BOTH real matrix_scale(double sum) {
+    return (real)(sum > 1e-60 ? 1 / (1.01 * sqrt(sum)) : 0);
+}
+
 // to = a * to + b * from, for n numbers. Inside of a parallel region, each thread does its part.
 void blend(real *to, const real *from, double a, double b, size_t n) {
 #pragma omp for schedule(static) nowait
@@ -58,15 +73,12 @@ size_t matrix_memory(int R, int C) {
     return 2 * small * small + (size_t)R * (size_t)C;
 }
 
-// Prepares x, with memory of matrix_memory(R, C) numbers. It is divided by the root of the sum of its squares, and a
-// hundredth more; then all singular values are below 1, beyond which the polynomials rise steeply. What is nearly 0 becomes
-// 0, so that nothing overflows.
+// Prepares x, with memory of matrix_memory(R, C) numbers.
 Matrix prepare_matrix(real *x, int R, int C, real *memory) {
     int small = min_int(R, C);
     size_t squares = (size_t)small * (size_t)small, size = (size_t)R * (size_t)C;
     Matrix matrix = {x, R, C, small, memory, memory + squares, memory + 2 * squares};
-    double sum = sum_of_squares(x, size);
-    real scale = (real)(sum > 1e-60 ? 1 / (1.01 * sqrt(sum)) : 0);
+    real scale = matrix_scale(sum_of_squares(x, size));
     for (size_t j = 0; j < size; j++) {
         x[j] *= scale;
     }
@@ -141,11 +153,9 @@ size_t muon_scratch(const Model *m, int step) {
     return need;
 }
 
-// The means of the gradients, and from them the directions, which take the gradients' places: what the mean would be after
-// one more gradient like this one (Nesterov). An expert without tokens has no gradient and so no direction, and its mean
+// The means of the gradients and the directions. An expert without tokens has no gradient and so no direction, and its mean
 // waits, else it would move on for ever along what it saw last; only its weights decay.
 void mean_gradients(Model *m, int step, real gradient_scale) {
-    real keep = (real)MUON_MOMENTUM, part = 1 - keep;
 #pragma omp parallel // each thread does its part of every tensor, and does not wait for the others between two
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
@@ -163,9 +173,7 @@ void mean_gradients(Model *m, int step, real gradient_scale) {
                 continue;
             }
             for (size_t j = from; j < end; j++) {
-                real fresh = part * g[j] * gradient_scale;
-                mean[j] = keep * mean[j] + fresh;
-                g[j] = keep * mean[j] + fresh;
+                move_mean(&mean[j], &g[j], gradient_scale);
             }
         }
         round_moments(m, i, at, size, step);

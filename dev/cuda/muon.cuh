@@ -95,7 +95,6 @@ struct Direction {
 
 // As muon_update of the C twin: an expert without a gradient keeps its mean and gets no direction.
 template <class Moment> __global__ void muon_direction_kernel(Direction d, const double *norm) {
-    const float keep = (float)MUON_MOMENTUM, part = 1 - keep;
     size_t i = 4 * thread_of_grid(), at = blockIdx.y * d.size + i;
     float a[4], b[4];
     if (!isfinite(*norm) || (d.parts && matrix_sum(d.part, d.parts) == 0) || i >= d.size) {
@@ -106,9 +105,7 @@ template <class Moment> __global__ void muon_direction_kernel(Direction d, const
     load_pack(a, d.g + at);
     load_pack(b, mean);
     for (int j = 0; j < 4; j++) {
-        float fresh = part * a[j] * scale;
-        b[j] = keep * b[j] + fresh;
-        a[j] = keep * b[j] + fresh;
+        move_mean(&b[j], &a[j], scale);
         if (sizeof(Moment) == 2) {
             b[j] = round_stochastically(b[j], (unsigned)(moment_draw(d.draws, d.first + at + j) & 0xffff));
         }
@@ -144,12 +141,12 @@ void muon_direction(Model *m, int i, size_t at, size_t size, int step, const dou
 
 // ---- its singular values become 1
 
-// x (E,size) = the matrices of g, which lie `stride` numbers apart, each divided by its norm, and rounded. As in the C
-// twin, what is nearly 0 becomes 0; so does all where the norm of all gradients is not finite, and no step follows.
+// x (E,size) = the matrices of g, which lie `stride` numbers apart, each divided by its norm, and rounded. All become 0 where
+// the norm of all gradients is not finite, and no step follows.
 __global__ void divide_by_norm_kernel(floatX *x, const float *g, const double *part, int parts, size_t size,
                                       size_t stride, const double *norm) {
     double sum = matrix_sum(part, parts);
-    float scale = (float)(isfinite(*norm) && sum > 1e-60 ? 1 / (1.01 * sqrt(sum)) : 0), a[4];
+    float scale = isfinite(*norm) ? matrix_scale(sum) : 0, a[4];
     size_t i = 4 * thread_of_grid();
     if (i < size) {
         load_pack(a, g + blockIdx.y * stride + i);
