@@ -157,6 +157,7 @@ void test_resume_options(void **state) {
 void test_resume_optimizer(void **state) {
     (void)state;
     need_program();
+    check_leaks(0);
     static const char *const names[] = {"muon", "adamw"};
     for (int i = 0; i < 2; i++) {
         char options[512], text[512], name[32];
