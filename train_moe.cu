@@ -2217,8 +2217,9 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     rope_angles(angles, position, 1, D, c->rope_theta);
     CHECK(cudaMemcpyAsync(one->angles, angles, (size_t)D * sizeof(float), cudaMemcpyHostToDevice, stream));
     CHECK(cudaMemcpyAsync(one->tokens, &token, sizeof(int), cudaMemcpyHostToDevice, stream));
+    int pair = 0; // out here, since a copy may read it as late as in download()
     if (c->ngrams) {
-        int pair = ngram_row(position ? one->before : -1, token, c->ngrams);
+        pair = ngram_row(position ? one->before : -1, token, c->ngrams);
         CHECK(cudaMemcpyAsync(one->pairs, &pair, sizeof(int), cudaMemcpyHostToDevice, stream));
     }
     one->before = token;
