@@ -467,9 +467,9 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N,
     }
 }
 
-// Let y = x * rstd, the normalised row before the multiplication by w. Then dw += dout * y, and dx += rstd * (dout*w
-// - y * mean(dout*w*y)). The second term is there because rstd depends on x, too: d rstd / d x_j =
-// -rstd^3 x_j / C.
+// Let y = x * rstd, the normalised row before the multiplication by w. Then dw += dout * y, and
+// dx += rstd * (dout*w - y * mean(dout*w*y)). The second term is there because rstd depends on x,
+// too: d rstd / d x_j = -rstd^3 x_j / C.
 void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *rstd, const real *w, int N, int C) {
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * C, *d = dout + (size_t)n * C;
@@ -500,10 +500,10 @@ void rope_angles(real *angles, int first, int count, int D, double theta) {
 }
 
 // Turns the pair (i, i + D/2) of each head by the angle of its token's position, so that the
-// product of a query and a key depends on their positions only by the distance. `heads` heads of D stand first in each
-// row of qkv (N rows, `width` numbers each). direction 1 turns; -1 turns back, which is the
-// backward pass: a rotation's transpose is its inverse. Su et al. 2021, RoFormer; the pairs are
-// those of Hugging Face's models.
+// product of a query and a key depends on their positions only by the distance. `heads` heads of D
+// stand first in each row of qkv (N rows, `width` numbers each). direction 1 turns; -1 turns back,
+// which is the backward pass: a rotation's transpose is its inverse. Su et al. 2021, RoFormer; the
+// pairs are those of Hugging Face's models.
 void rope(real *qkv, int width, int N, int T, int heads, int D, const real *angles, real direction) {
 #pragma omp parallel for if (N > 16)
     for (int n = 0; n < N; n++) {
