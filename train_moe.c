@@ -369,6 +369,12 @@ void matmul_dw(real *dw, const real *dout, const real *x, int N, int I, int O) {
     }
 }
 
+// The whole way back through out = x w^T: both of these gradients.
+void matmul_backward(real *dx, real *dw, const real *dout, const real *x, const real *w, int N, int I, int O, int add) {
+    matmul_dx(dx, dout, w, N, I, O, add);
+    matmul_dw(dw, dout, x, N, I, O);
+}
+
 // A grouped product does the same for all experts: expert e multiplies its rows, offset[e] ..
 // offset[e+1], by its own matrix (O[e],I[e]). Rows and matrices stand in the order of the experts;
 // an example stands before sort_by_expert(). The input may also be in the order of tokens: then
@@ -423,13 +429,7 @@ void grouped_matmul_dw(real *dw, const real *dout, const int *dout_token, const 
     }
 }
 
-// Products between these two calls do not need each other's results. The fast functions do them
-// together, so that the threads wait for each other only once; these here do them one by one.
-void begin_products(void) {
-}
-
-void end_products(void) {
-}
+#include "dev/products.h" // begin_products() .. end_products(): products that may be done in any order, or all at once
 
 // ---- softmax and RMSNorm
 
@@ -450,14 +450,6 @@ real softmax(real *row, int n) {
     return top + (real)log((double)sum);
 }
 
-// Each row of p (rows,n) becomes its softmax; lse (rows) is what softmax() returns.
-void softmax_rows(real *p, real *lse, int rows, int n) {
-#pragma omp parallel for
-    for (int row = 0; row < rows; row++) {
-        lse[row] = softmax(p + (size_t)row * n, n);
-    }
-}
-
 // out (N,C) = x / rms(x) * w with w (C) and rms(x) = sqrt(mean(x^2) + eps); rstd (N) keeps 1 /
 // rms(x). Zhang and Sennrich 2019, Root Mean Square Layer Normalization.
 void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N, int C, double eps) {
@@ -475,9 +467,9 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *w, int N,
     }
 }
 
-// Let y = x * rstd, the normalised row before the multiplication by w. Then dw += dout * y, and dx += rstd * (dout*w
-// - y * mean(dout*w*y)). The second term is there because rstd depends on x, too: d rstd / d x_j =
-// -rstd^3 x_j / C.
+// Let y = x * rstd, the normalised row before the multiplication by w. Then dw += dout * y, and
+// dx += rstd * (dout*w - y * mean(dout*w*y)). The second term is there because rstd depends on x,
+// too: d rstd / d x_j = -rstd^3 x_j / C.
 void rmsnorm_backward(real *dx, real *dw, const real *dout, const real *x, const real *rstd, const real *w, int N, int C) {
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * C, *d = dout + (size_t)n * C;
@@ -508,10 +500,10 @@ void rope_angles(real *angles, int first, int count, int D, double theta) {
 }
 
 // Turns the pair (i, i + D/2) of each head by the angle of its token's position, so that the
-// product of a query and a key depends on their positions only by the distance. `heads` heads of D stand first in each
-// row of qkv (N rows, `width` numbers each). direction 1 turns; -1 turns back, which is the
-// backward pass: a rotation's transpose is its inverse. Su et al. 2021, RoFormer; the pairs are
-// those of Hugging Face's models.
+// product of a query and a key depends on their positions only by the distance. `heads` heads of D
+// stand first in each row of qkv (N rows, `width` numbers each). direction 1 turns; -1 turns back,
+// which is the backward pass: a rotation's transpose is its inverse. Su et al. 2021, RoFormer; the
+// pairs are those of Hugging Face's models.
 void rope(real *qkv, int width, int N, int T, int heads, int D, const real *angles, real direction) {
 #pragma omp parallel for if (N > 16)
     for (int n = 0; n < N; n++) {
@@ -755,10 +747,7 @@ void head_loss(real *nll, real *dh, real *dhead, const real *h, const real *head
             }
         }
         if (dh) {
-            begin_products();
-            matmul_dx(dh + (size_t)first * C, logits, head, count, C, V, SET);
-            matmul_dw(dhead, logits, h_rows, count, C, V);
-            end_products();
+            matmul_backward(dh + (size_t)first * C, dhead, logits, h_rows, head, count, C, V, SET);
         }
     }
 }
@@ -862,15 +851,15 @@ int run_parts(Model *m, int l, const real *x, int place) {
 // softmax(), which makes NaN of a logit of +infinity. 0 * logit does so for sigmoid: it is noticed.
 void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int score) {
     memcpy(p, logits, (size_t)rows * E * sizeof(real));
-    if (score == SOFTMAX) {
-        softmax_rows(p, lse, rows, E);
-        return;
-    }
 #pragma omp parallel for if (is_worth_threads(rows, 16 * E))
     for (int row = 0; row < rows; row++) {
         real *own = p + (size_t)row * E;
-        for (int e = 0; e < E; e++) {
-            own[e] = (real)(1 / (1 + exp(-(double)own[e])) + 0 * (double)own[e]);
+        if (score == SOFTMAX) {
+            lse[row] = softmax(own, E);
+        } else {
+            for (int e = 0; e < E; e++) {
+                own[e] = (real)(1 / (1 + exp(-(double)own[e])) + 0 * (double)own[e]);
+            }
         }
     }
 }
@@ -921,7 +910,7 @@ void select_topk(int *expert, const real *p, int N, int E, int K) {
 }
 
 #ifndef PLAIN
-#include "dev/cpu/choice.h" // from here on, select_topk means that of dev/cpu
+#include "dev/cpu/choice.h" // from here on, scores_forward and select_topk mean those of dev/cpu
 #endif
 
 // ---- weight
@@ -1138,10 +1127,7 @@ void topk_backward(Model *m, int l, real *dx, real *dweight, const real *x) {
     balance_backward(m, dp, r);
     scores_backward(dlogits, dp, r->p, r->lse, N, E, c->score, c->z_weight * m->batch.scale / N);
 
-    begin_products();
-    matmul_dw(dw->router, dlogits, x, N, C, E);
-    matmul_dx(dx, dlogits, w->router, N, C, E, ADD);
-    end_products();
+    matmul_backward(dx, dw->router, dlogits, x, w->router, N, C, E, ADD);
 }
 
 const Router topk_router = {.place = CHOICE, .forward = topk_forward, .backward = topk_backward};
@@ -1445,8 +1431,7 @@ void dense_backward(Model *m, int l, real *dx, const real *dout) {
     activation_backward(dhidden, NULL, dact, a->dense_hidden, NULL, NULL, N, F, kind);
     begin_products();
     matmul_dw(dw->dense_out, dout, dact, N, F, c->dim); // dact is act by now
-    matmul_dw(dw->dense_in, dhidden, a->h2, N, c->dim, hidden);
-    matmul_dx(dx, dhidden, w->dense_in, N, c->dim, hidden, ADD);
+    matmul_backward(dx, dw->dense_in, dhidden, a->h2, w->dense_in, N, c->dim, hidden, ADD);
     end_products();
 }
 
@@ -1627,7 +1612,7 @@ void model_init(Model *m, const double *frequency) {
 
 // ---- the model's arrays
 
-#include "dev/activations.h" // the arrays of Acts, Route and Experts
+#include "dev/activations.h" // the arrays of Acts, Route and Experts; the end of a model
 
 // A model with buffers for N tokens. train 0: no gradients and no moments. weights: those of
 // another model, or NULL.
@@ -1653,19 +1638,6 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
 
     allocate_activations(m, N, train); // and what is needed only while something works
     return m;
-}
-
-void generation_free(Model *m); // dev/generate.h
-
-void model_free(Model *m) {
-    generation_free(m);
-    ranks_free(m);
-    arena_free(&m->scratch);
-    for (int i = 0; i < m->owned_count; i++) {
-        free(m->owned[i]);
-    }
-    free(m->owned);
-    free(m);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1711,18 +1683,12 @@ void attend_backward(Model *m, int l, real *dx, real *dh2) {
     real *datt = scratch(m, (size_t)N * C), *dqkv = scratch(m, (size_t)N * Q), *dh1 = dh2;
 
     rmsnorm_backward(dx, dw->norm2, dh2, a->mid, a->rstd2, w->norm2, N, C);
-    begin_products();
-    matmul_dx(datt, dx, w->proj, N, C, C, SET);
-    matmul_dw(dw->proj, dx, a->att, N, C, C);
-    end_products();
+    matmul_backward(datt, dw->proj, dx, a->att, w->proj, N, C, C, SET);
     attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
     rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
     value_embedding_backward(m, l, dqkv);
     qk_norm_backward(m, l, dqkv);
-    begin_products();
-    matmul_dx(dh1, dqkv, w->qkv, N, C, Q, SET);
-    matmul_dw(dw->qkv, dqkv, a->h1, N, C, Q);
-    end_products();
+    matmul_backward(dh1, dw->qkv, dqkv, a->h1, w->qkv, N, C, Q, SET);
     rmsnorm_backward(dx, dw->norm1, dh1, a->x, a->rstd1, w->norm1, N, C);
 }
 
@@ -1905,10 +1871,10 @@ void adamw(real *w, real *g, real *m1, real *m2, size_t n, Adam a) {
     }
 }
 
-#include "dev/read_rows.h" // tables that are looked up: only the rows that the step has read
+#include "dev/read_rows.h" // AdamW of a whole tensor by all threads; of a table, only of the rows that the step has read
 
-// Moves all weights; Muon's come first. Matrices decay, vectors do not, nor do tables that are looked up. If the norm of
-// all gradients is above --clip, they are scaled down to it. step counts from 1.
+// Moves all weights, Muon's first. Matrices decay; vectors do not, nor do tables that are looked
+// up. If the norm of all gradients is above --clip, they are scaled down to it. step counts from 1.
 void model_update(Model *m, int step, double lr, double norm) {
     const Config *c = &m->config;
     real scale = (real)(c->clip > 0 && norm > c->clip ? c->clip / norm : 1);
@@ -1922,20 +1888,9 @@ void model_update(Model *m, int step, double lr, double norm) {
         if (!t->trained || !size || takes_muon(c, t)) {
             continue;
         }
-        real *w = m->memory[WEIGHTS] + at, *g = m->memory[GRADS] + at;
-        real *m1 = m->memory[MOMENT1] + moment_offset(m, at), *m2 = m->memory[MOMENT2] + moment_offset(m, at);
         double decay = t->dims == 1 || t->looked_up ? 0 : c->weight_decay;
         Adam a = {scale, (real)c->beta1, (real)c->beta2, correct1, correct2, (real)lr, (real)(1 - lr * decay)};
-        if (t->looked_up) {
-            a.rate *= TABLE_RATE;
-            adamw_of_read_rows(w, g, m1, m2, at - t->offset, size, t->shape[2], a);
-        } else {
-            size_t piece = 1024;
-#pragma omp for schedule(static) nowait
-            for (size_t j = 0; j < size; j += piece) {
-                adamw(w + j, g + j, m1 + j, m2 + j, size - j < piece ? size - j : piece, a);
-            }
-        }
+        adamw_of_tensor(m, t, at, size, a);
         round_moments(m, i, at, size, step); // to bfloat16, if --moments asks for it
     }
     ranks_share_weights(m);
@@ -1952,7 +1907,6 @@ void model_update(Model *m, int step, double lr, double norm) {
 #include "dev/ranks/files.h" // several processes: one of them reads and writes for all
 #include "data/checkpoint.h" // a model as a Hugging Face directory, written and read
 #include "dev/generate.h"    // the next token, from a cache of keys and values
-#include "dev/cpu/peak.h"    // what this processor can do at most
 
 typedef struct Backend {
     const char *name;
@@ -1976,43 +1930,8 @@ typedef struct Backend {
     void (*remember)(Model *m, int l, const double *recent, const int *idle); // puts these into the statistics
 } Backend;
 
-void cpu_forward(Model *m, const Batch *batch) {
-    model_forward(m, batch);
-}
-
-// Where the norm is not finite nothing changes, and end_step() below ends the program.
-void cpu_update(Model *m, int step, double lr) {
-    m->norm = gradient_norm(m);
-    if (isfinite(m->norm)) {
-        model_update(m, step, lr, m->norm);
-    }
-}
-
-void cpu_losses(Model *m, double *loss, double *aux, double *norm) {
-    *loss = m->loss;
-    *aux = m->aux;
-    *norm = m->norm;
-}
-
-const Statistics *cpu_statistics(const Model *m, int l) {
-    return &m->stats[l];
-}
-
-const Route *cpu_route(const Model *m, int l) {
-    return &m->acts.layer[l].route;
-}
-
-double cpu_memory(void) {
-    return 0;
-}
-
-const Backend cpu_backend = {
-    "cpu",          model_allocate, model_free, model_init,  cpu_forward, model_backward, cpu_update, cpu_losses,
-    model_generate, cpu_statistics, cpu_route,  ranks_read,  ranks_write, measured_peak,  no_sheet,   cpu_name,
-    cpu_memory,     set_statistics,
-};
-
-#include "dev/run.h" // the run directory, log and progress, evaluation, stories, the start and the end of the program
+#include "dev/cpu/backend.h" // cpu_backend: such a table of the functions above; update() is gradient_norm(), then model_update()
+#include "dev/run.h"         // the run directory, log and progress, evaluation, stories, the start and the end of the program
 
 // The whole program, on a device. Returns its exit status.
 int train_moe(int argc, char **argv, const Backend *backend) {

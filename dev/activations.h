@@ -1,5 +1,5 @@
 // The arrays of a model's activations: Acts, Route and Experts of train_moe.c, whose comments give their shapes.
-// Gives: allocate_activations. Needs: the model and the routers of train_moe.c, which includes it.
+// Gives: allocate_activations, model_free. Needs: the model and the routers of train_moe.c, which includes it.
 #ifndef ACTIVATIONS_H
 #define ACTIVATIONS_H
 
@@ -160,6 +160,19 @@ void allocate_activations(Model *m, int N, int train) {
 #ifndef PLAIN
     m->bytes[FOR_BUFFERS] += attention_bytes(c->seq, C / c->heads) + packing_bytes();
 #endif
+}
+
+void generation_free(Model *m); // dev/generate.h
+
+void model_free(Model *m) {
+    generation_free(m);
+    ranks_free(m);
+    arena_free(&m->scratch);
+    for (int i = 0; i < m->owned_count; i++) {
+        free(m->owned[i]);
+    }
+    free(m->owned);
+    free(m);
 }
 
 #endif

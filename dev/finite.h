@@ -1,6 +1,6 @@
 // Numbers that are not finite (NaN or infinite): refused in files, and when one turns up, where it was first.
 // Gives: first_not_finite, check_read, check_logits, check_validation, check_step. Needs: Run of dev/run.h, which
-// includes it; the model and cpu_backend of train_moe.c; Part of data/safetensors.h.
+// includes it; the model of train_moe.c, cpu_backend of dev/cpu/backend.h; Part of data/safetensors.h.
 //
 // NaN spreads to everything that is computed from it, so what a user needs to know is what came first. The search goes
 // in the order in which a step computes: weights; activations, layer by layer; the loss; gradients, from the last layer

@@ -1,12 +1,22 @@
-// Which experts have the highest scores: select_topk of train_moe.c, for LANES tokens at a time.
-// Gives: fast_select_topk, under the name select_topk. Needs: dev/cpu/rows.h; select_topk of train_moe.c, which
-// includes it.
+// The scores of experts, and which are the highest: train_moe.c's scores_forward and select_topk, for LANES tokens at a time.
+// Gives: fast_scores_forward and fast_select_topk, under the names scores_forward and select_topk. Needs:
+// dev/cpu/rows.h; the plain functions of these names in train_moe.c, which includes it.
 //
 // Which score is the highest cannot be foreseen, so in the plain loop the processor guesses wrong at every other
 // token, and each time loses what twenty additions would take. Here nothing branches: a comparison of two vectors
 // says for each token whether it takes the one or the other.
 #pragma once
 #include "rows.h"
+
+// p (rows,E) = softmax of each row of the logits, or sigmoid of each number; lse (rows): see softmax()
+void fast_scores_forward(real *p, real *lse, const real *logits, int rows, int E, int score) {
+    if (score != SOFTMAX) {
+        scores_forward(p, lse, logits, rows, E, score);
+        return;
+    }
+    memcpy(p, logits, (size_t)rows * E * sizeof(real));
+    fast_softmax_rows(p, lse, rows, E);
+}
 
 // The K best of LANES tokens, first .. first+LANES; score (E): see load_rows(). Numbers of experts are kept as reals,
 // because then they can be chosen as the scores are.
@@ -46,4 +56,5 @@ void fast_select_topk(int *expert, const real *p, int N, int E, int K) {
     }
 }
 
-#define select_topk fast_select_topk
+#define scores_forward fast_scores_forward
+#define select_topk    fast_select_topk

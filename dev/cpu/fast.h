@@ -15,13 +15,13 @@
 #define matmul              fast_matmul
 #define matmul_dx           fast_matmul_dx
 #define matmul_dw           fast_matmul_dw
+#define matmul_backward     fast_matmul_backward
 #define grouped_matmul      fast_grouped_matmul
 #define grouped_matmul_dx   fast_grouped_matmul_dx
 #define grouped_matmul_dw   fast_grouped_matmul_dw
 #define begin_products      fast_begin_products
 #define end_products        fast_end_products
 #define softmax             fast_softmax
-#define softmax_rows        fast_softmax_rows
 #define rmsnorm_forward     fast_rmsnorm_forward
 #define rmsnorm_backward    fast_rmsnorm_backward
 #define attention_forward   fast_attention_forward

@@ -1,7 +1,8 @@
 // The matrix product, near the processor's limit: nine tenths of the training time go here.
-// Gives: fast_matmul, fast_matmul_dx, fast_matmul_dw, fast_grouped_matmul, fast_grouped_matmul_dx,
-// fast_grouped_matmul_dw, fast_begin_products, fast_end_products; and what attention takes from it: Operand, pack_a, pack_b, product_panel. Needs:
-// dev/cpu/vector.h; dev/ranks/comm.h, because between two tasks it answers other processes (ranks_tick).
+// Gives: fast_matmul, fast_matmul_dx, fast_matmul_dw, fast_matmul_backward, fast_grouped_matmul, fast_grouped_matmul_dx,
+// fast_grouped_matmul_dw, fast_begin_products, fast_end_products; and what attention takes from it: Operand, pack_a,
+// pack_b, product_panel. Needs: dev/cpu/vector.h; dev/ranks/comm.h, because between two tasks it answers other
+// processes (ranks_tick).
 //
 // Why are the lesson's three loops slow? A core can do dozens of multiply-adds in the time in which one
 // number comes from far memory, and those loops load two numbers for each multiply-add. The remedy is that of
@@ -415,7 +416,8 @@ void product_of_few_columns(const Product *p, int first, int rows, int add) {
 struct {
     Product *list;
     char *add;           // of each: 1 to add to what is there
-    int count, most, together;
+    int count, most;
+    int together;        // calls of begin_products() that have not met their end_products()
 } planned;
 
 // All planned products, by all threads. There are about four tasks of equal work for each thread: with
@@ -485,13 +487,16 @@ void products(const Product *list, int count, int add) {
     }
 }
 
+// A pair of these may stand between another one; then the outer one counts.
 void fast_begin_products(void) {
-    planned.together = 1;
+    planned.together++;
 }
 
 void fast_end_products(void) {
-    planned.together = 0;
-    do_products();
+    planned.together--;
+    if (!planned.together) {
+        do_products();
+    }
 }
 
 // ---- the lesson's functions
@@ -514,6 +519,15 @@ void fast_matmul_dx(real *dx, const real *dout, const real *w, int N, int I, int
 // dw (O,I) += dout (N,O) transposed times x (N,I)
 void fast_matmul_dw(real *dw, const real *dout, const real *x, int N, int I, int O) {
     product(dw, along_columns(dout, O, NULL), along_columns(x, I, NULL), O, I, N, 1);
+}
+
+// Both of these gradients, so that the threads wait for each other only once.
+void fast_matmul_backward(real *dx, real *dw, const real *dout, const real *x, const real *w, int N, int I, int O,
+                          int add) {
+    fast_begin_products();
+    fast_matmul_dx(dx, dout, w, N, I, O, add);
+    fast_matmul_dw(dw, dout, x, N, I, O);
+    fast_end_products();
 }
 
 // The operand that has one expert's rows in *x, which is `width` wide: by token, or, in a sorted array, the

@@ -1,15 +1,16 @@
-// The names of dev/cpu/fast.h mean the plain functions of train_moe.c again, for what is compiled after this #include. For
+// The names of dev/cpu/fast.h and choice.h mean the plain functions of train_moe.c again, for what is compiled after this #include. For
 // the CUDA twin, which has functions of the same names, and for tests, which compare both. Gives and needs nothing else.
 #undef matmul
 #undef matmul_dx
 #undef matmul_dw
+#undef matmul_backward
 #undef grouped_matmul
 #undef grouped_matmul_dx
 #undef grouped_matmul_dw
 #undef begin_products
 #undef end_products
 #undef softmax
-#undef softmax_rows
+#undef scores_forward
 #undef select_topk
 #undef rmsnorm_forward
 #undef rmsnorm_backward

@@ -1109,7 +1109,8 @@ void test_softmax_rows(void **state) {
             x[size / 2] = (real)(i % 2 ? NAN : INFINITY);
         int bad = rows > 1 ? (int)(size / 2) / n : -1;
         memcpy(plain, x, size * sizeof(real));
-        softmax_rows(plain, plain_lse, rows, n);
+        for (int row = 0; row < rows; row++)
+            plain_lse[row] = softmax(plain + (size_t)row * n, n);
         for (int team = 0; team < TEAMS; team++) {
             set_threads(teams[team]);
             memcpy(p, x, size * sizeof(real));
@@ -1187,6 +1188,58 @@ void test_planned_products(void **state) {
     free_taken();
 }
 
+// Both gradients of a product are those of the two functions that take one each, alone and between begin_products() and
+// end_products(), of which the outermost pair counts.
+void test_matmul_backward(void **state) {
+    (void)state;
+    enum { N = 50, I = 40, O = 70 };
+    real *x = take_normal(N * I, 1), *dout = take_normal(N * O, 2), *w = take_normal(O * I, 3), *start = take_normal(N * I, 4);
+    for (int add = SET; add <= ADD; add++) {
+        real *dx = take_normal(N * I, 4), *dw = take_normal(O * I, 5);
+        fast_matmul_dx(dx, dout, w, N, I, O, add);
+        fast_matmul_dw(dw, dout, x, N, I, O);
+        for (int together = 0; together < 2; together++) {
+            real *found_dx = take_normal(N * I, 4), *found_dw = take_normal(O * I, 5);
+            set_threads(1 + 2 * together);
+            if (together)
+                fast_begin_products();
+            fast_matmul_backward(found_dx, found_dw, dout, x, w, N, I, O, add);
+            if (together) {
+                assert_memory_equal(found_dx, start, N * I * sizeof(real)); // nothing is done yet
+                fast_end_products();
+            }
+            assert_memory_equal(found_dx, dx, N * I * sizeof(real));
+            assert_memory_equal(found_dw, dw, O * I * sizeof(real));
+        }
+        real *plain_dx = take_normal(N * I, 4), *plain_dw = take_normal(O * I, 5);
+        matmul_backward(plain_dx, plain_dw, dout, x, w, N, I, O, add);
+        assert_close("dx", dx, plain_dx, N * I, sqrt(O), 4 * EPSILON);
+        assert_close("dw", dw, plain_dw, O * I, sqrt(N), 4 * EPSILON);
+    }
+    set_threads(1);
+    free_taken();
+}
+
+// The scores in lanes are those of the lesson's loop: softmax but for rounding, with lse, and sigmoid to the bit.
+void test_scores_in_lanes(void **state) {
+    (void)state;
+    const int counts[] = {1, 3, 8, 17, 128, 129};
+    for (int i = 0; i < COUNT(counts); i++) {
+        int E = counts[i], N = 37;
+        size_t size = (size_t)N * E;
+        real *logits = take_normal(size, (uint64_t)i), *p = take_reals(size), *wanted = take_reals(size);
+        real *lse = take_filled(N, GUARD), *wanted_lse = take_filled(N, GUARD);
+        fast_scores_forward(p, lse, logits, N, E, SOFTMAX);
+        scores_forward(wanted, wanted_lse, logits, N, E, SOFTMAX);
+        assert_close("softmax", p, wanted, size, rms(wanted, size), (16 + 2 * sqrt(E)) * EPSILON);
+        assert_close("log of the sum", lse, wanted_lse, N, 1 + log(E), 8 * EPSILON);
+        fast_scores_forward(p, lse, logits, N, E, SIGMOID);
+        scores_forward(wanted, wanted_lse, logits, N, E, SIGMOID);
+        assert_memory_equal(p, wanted, size * sizeof(real));
+        free_taken();
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rmsnorm),
@@ -1210,6 +1263,8 @@ int main(void) {
         cmocka_unit_test(test_softmax_rows),
         cmocka_unit_test(test_topk_in_lanes),
         cmocka_unit_test(test_planned_products),
+        cmocka_unit_test(test_matmul_backward),
+        cmocka_unit_test(test_scores_in_lanes),
     };
     begin_tests();
     return cmocka_run_group_tests_name("layers", tests, NULL, scratch_done);
