@@ -283,7 +283,7 @@ typedef struct Model {
     const struct Router *parts[16];     // all parts of it, NULL after the last one
     Batch batch;                        // of the last forward pass
     int max_tokens;                     // N that the buffers hold
-    // The table of weights, and the four arrays that it describes: weights, gradients, AdamW's two
+    // The table of weights, and the four arrays that it describes: weights, gradients, the optimizer's two
     // moments. In each, what all processes have in common comes first, and the experts after it,
     // from number `common` on.
     Tensor *tensors;
@@ -1623,7 +1623,7 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     m->max_tokens = N;
     choose_routers(m);
 
-    // Weights, and for training their gradients and AdamW's two moments.
+    // Weights, and for training their gradients and the optimizer's two moments.
     lay_out(m, (Tensor *)own(m, tensor_limit(c), sizeof(Tensor)), 1);
     m->memory[WEIGHTS] = weights ? weights : own_reals(m, m->size);
     point_params(m, &m->params, m->memory[WEIGHTS]);
@@ -1821,7 +1821,7 @@ void model_backward(Model *m) {
 // against them: all by AdamW with --optimizer adamw. By default Muon, which has a file of its own,
 // moves the matrices of the layers, and AdamW the rest.
 
-#include "dev/moments.h" // --moments bf16: AdamW's moments in bfloat16
+#include "dev/moments.h" // --moments bf16: the optimizer's moments in bfloat16
 #include "dev/muon.h"    // --optimizer muon: another step for the matrices of the layers
 
 // The learning rate of step 1, 2, ..., steps: a straight line up over the warm-up, then, unless it

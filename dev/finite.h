@@ -273,7 +273,7 @@ void explain(Run *run, Find (*activations)(Run *run), int gradients, char *text,
 // ---- what comes of a step, of an evaluation, of a token
 
 // Ends the program where a step's loss or its gradients are not finite, whose update has changed nothing; and where its
-// gradient is so large that its update has spoilt AdamW's moments, which are not saved.
+// gradient is so large that its update has spoilt the moments, which are not saved.
 void check_step(Run *run, int step, double loss, double aux, double norm) {
     char text[1200];
     double most = sizeof(real) == 8 ? 1e150 : 1e18; // its square is a moment
