@@ -11,12 +11,12 @@ set -eu
 export LC_ALL=C
 unset OMP_WAIT_POLICY # which make sets, and a user would not have
 
-# The entrants. A model's sizes and the batch are what all share; each has what suits it best besides (doc/clock.md says how it
-# was found). FAST and DENSE are options of train_moe, TORCH_... of dev/bench/torch_train.py.
+# The entrants. A model's sizes are what all share; each has what suits it best besides (doc/clock.md says how it was found).
+# FAST and DENSE are options of train_moe, TORCH_... of dev/bench/torch_train.py. DENSE has all that `fast` has but the experts.
 SIZES="--layers 4 --dim 64 --heads 4 --ffn 128 --topk 2 --seq 128"
 OURS="--batch 8"
 FAST="--recipe fast --experts 8 --lr 8e-3"
-DENSE="--recipe dense --lr 8e-3"
+DENSE="--recipe dense --qk-norm --value-embedding --ngrams 16384 --lr 8e-3"
 TORCH="--batch 16 --lr 8e-3"
 TORCH_DENSE="$TORCH --compile"
 TORCH_MIXTURE="$TORCH --experts 8 --by all --compile"
