@@ -36,7 +36,7 @@ usage: dev/bench/clock.sh [--data DIR | --from DIR] [--out DIR] [--seeds "1 2 3"
 
 The tables go to standard output, progress to standard error. The variable TRAIN_MOE names another train_moe. All runs
 of a seed start together, one thread each, each on a core of its own where taskset exists, so that they suffer the same
-noise. Where there are fewer cores than models, the others of a seed follow when the first ones have ended. Time is that of the steps alone: no evaluation, no checkpoint.
+noise. Where there are cores, but fewer than models, the others of a seed follow when the first ones have ended. Time is that of the steps alone: no evaluation, no checkpoint.
 END
         exit ;;
     --table)
@@ -289,7 +289,7 @@ start() { # $1: side, $2: seed, $3: which of the cores
 }
 read -r -a list <<< "$seeds"
 together=${#cores[@]} # runs at a time
-[ $together -ge 2 ] || together=2
+[ $together -ge 2 ] || together=${#sides[@]} # one core, or none that can be chosen: all share what there is
 echo "${#list[@]} seeds of ${sides[*]}; what train_moe says goes to train.txt in each one's folder in $out" >&2
 failed='' i=0
 for seed in "${list[@]}"; do
