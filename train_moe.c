@@ -217,8 +217,8 @@ typedef struct Route {
     int *token;      // (N*K) token of each sorted row
     int *offset;     // (E+1)
     double *count;   // (groups,E) choices of each expert, of each group of tokens
-    double *slope;   // (groups,E) slope / N is the derivative of the balance losses by each p of the group; NULL: the
-                     // router has no balance loss of this form
+    double *slope;   // (groups,E) slope / N is the derivative of the balance losses by each p of the group (by softmax's
+                     // p: balance_backward()); NULL: the router has no balance loss of this form
     double aux;      // all balance losses, weighted
     int dropped;     // choices refused because the expert was full
     void *state[16]; // what the parts of dev/routers keep
@@ -400,7 +400,7 @@ void grouped_matmul(real *out, const real *x, const int *token, const real *w, c
     }
 }
 
-// dx (rows,I) = each row of dout (.., O) times its expert's w (O,I)
+// dx (rows,I) = each row of dout (.., O) times its expert's w (O,I); token, if given, says which row of dout
 void grouped_matmul_dx(real *dx, const real *dout, const int *token, const real *w, const int *offset, int E,
                        const int *I, const int *O) {
     size_t from = 0;
@@ -848,7 +848,8 @@ int run_parts(Model *m, int l, const real *x, int place) {
 // ---- scores
 
 // p (rows,E) = softmax of each row of the logits, or sigmoid of each number; lse (rows): see
-// softmax(), which makes NaN of a logit of +infinity. 0 * logit does so for sigmoid: it is noticed.
+// softmax(). An infinite logit has to become NaN, which ends the run. Softmax does that by itself,
+// and sigmoid by the term 0 * logit.
 void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int score) {
     memcpy(p, logits, (size_t)rows * E * sizeof(real));
 #pragma omp parallel for if (is_worth_threads(rows, 16 * E))
@@ -1207,48 +1208,7 @@ void sort_by_expert(Route *r) {
 
 // ---- experts
 
-// How many numbers a sorted array has whose rows are width[e] wide.
-size_t sorted_size(const int *offset, int E, const int *width) {
-    size_t size = 0;
-    for (int e = 0; e < E; e++) {
-        size += (size_t)(offset[e + 1] - offset[e]) * width[e];
-    }
-    return size;
-}
-
-// The first expert after e that is not like e, in width and activation; E: all are.
-int next_kind(const Experts *s, int e) {
-    int next = e + 1;
-    while (next < s->E && s->F[next] == s->F[e] && s->activation[next] == s->activation[e]) {
-        next++;
-    }
-    return next;
-}
-
-// The activation of all experts. Neighbours that are alike are done together; in most recipes all
-// experts are.
-void experts_activation_forward(real *act, const real *hidden, const int *offset, const Experts *s) {
-    for (int e = 0, next; e < s->E; e = next) {
-        next = next_kind(s, e);
-        int rows = offset[next] - offset[e];
-        activation_forward(act, hidden, rows, s->F[e], s->activation[e]);
-        act += (size_t)rows * s->F[e];
-        hidden += (size_t)rows * s->hidden[e];
-    }
-}
-
-void experts_activation_backward(real *dhidden, real *dweight, real *dact, const real *hidden, const real *weight,
-                                 const int *choice, const int *offset, const Experts *s) {
-    for (int e = 0, next; e < s->E; e = next) {
-        next = next_kind(s, e);
-        int rows = offset[next] - offset[e];
-        activation_backward(dhidden, dweight, dact, hidden, weight, choice, rows, s->F[e], s->activation[e]);
-        dact += (size_t)rows * s->F[e];
-        hidden += (size_t)rows * s->hidden[e];
-        dhidden += (size_t)rows * s->hidden[e];
-        choice += rows;
-    }
-}
+#include "dev/kinds.h" // the activation of all experts, also where they are of several kinds (--mixed)
 
 // answer (rows,C) of each expert to its rows of x (N,C): act W_out^T with act = f(x W_in^T). hidden
 // (rows,2F) is kept.
@@ -1439,7 +1399,7 @@ void dense_backward(Model *m, int l, real *dx, const real *dout) {
 // 4. Memory and first weights
 //
 // All weights stand in one table. The arrays of weights, gradients and moments are laid out by it,
-// and whatever is done to all weights (first values, AdamW, checkpoints, tests) is one loop over
+// and whatever is done to all weights (first values, updates, checkpoints, tests) is one loop over
 // its rows.
 
 #include "dev/ranks/gradients.h" // several processes: what each of them has, sums of gradients, shares of the update
@@ -1854,7 +1814,7 @@ double gradient_norm(Model *m) {
 typedef struct Adam {
     real scale;              // of the gradients: 1, or what clipping makes of it
     real b1, b2;             // memory of the two averages
-    real correct1, correct2; // for having begun at 0
+    real correct1, correct2; // for having begun at 0, by the number of the step
     real rate, keep;         // learning rate; what weight decay leaves of a weight
 } Adam;
 

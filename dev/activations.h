@@ -110,7 +110,7 @@ size_t expected_scratch(const Config *c, int N, int train) {
     return (most > logits ? most : logits) + 4096;
 }
 
-size_t muon_scratch(const Model *m, int step); // dev/muon.h
+size_t most_muon_scratch(const Model *m); // dev/muon.h
 
 // Memory for the activations of N tokens, and for what is needed only while something works.
 void allocate_activations(Model *m, int N, int train) {
@@ -151,8 +151,8 @@ void allocate_activations(Model *m, int N, int train) {
         m->dx = own_reals(m, (size_t)N * C);
     }
     size_t most = expected_scratch(c, N, train);
-    for (int step = 0; train && step < 8; step++) { // the turns of Muon's matrices
-        most = most > muon_scratch(m, step) ? most : muon_scratch(m, step);
+    if (train && most < most_muon_scratch(m)) {
+        most = most_muon_scratch(m);
     }
     size_t scratch_size = most * sizeof(real);
     arena_reserve(&m->scratch, scratch_size);

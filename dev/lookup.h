@@ -1,5 +1,5 @@
 // Tables of which each token looks up one row: pairs of words (--ngrams), and values of words (--value-embedding).
-// Gives: find_ngrams, ngrams_forward, ngrams_backward, value_embedding_forward, value_embedding_backward,
+// Gives: ngram_row, find_ngrams, add_table_rows, ngrams_forward, ngrams_backward, value_embedding_forward, value_embedding_backward,
 // has_gradient.
 // Needs: Model and the layers of train_moe.c, which includes it.
 //
@@ -96,7 +96,7 @@ void value_embedding_backward(Model *m, int l, const real *dqkv) {
     }
 }
 
-// Are any of these n gradients not 0? If all are, nothing that these weights belong to, a row of a table or an expert, had
+// Are any of these n gradients not 0? If all are 0, nothing that these weights belong to, a row of a table or an expert, had
 // a part in the step.
 int has_gradient(const real *g, size_t n) {
     int any = 0;

@@ -1,7 +1,8 @@
-// Muon, another optimizer for the matrices of the layers (--optimizer muon).
-// Gives: muon_polynomial, takes_muon, matrix_memory, prepare_matrix, orthogonalize, muon_scratch, muon_update; and for both
-// twins move_mean, matrix_scale, has_turn.
-// Needs: Model and the products of train_moe.c, which includes it; moments.h, lookup.h, ranks/gradients.h.
+// Muon, the optimizer of the matrices of the layers (--optimizer muon).
+// Gives: MUON_TURNS, MUON_ROUNDS, muon_polynomial, takes_muon, Matrix, matrix_memory, prepare_matrix, orthogonalize,
+// most_muon_scratch, muon_update; and for both twins move_mean, matrix_scale, has_turn.
+// Needs: Model, its scratch memory and the products of train_moe.c, which includes it; moments.h, lookup.h, precision.h,
+// ranks/gradients.h.
 //
 // AdamW divides each number of a gradient by its own usual size. Muon (Jordan et al. 2024, "Muon: An optimizer for hidden
 // layers in neural networks") looks at the matrix as a whole. The mean gradient of a matrix is mostly a sum of few strong
@@ -17,9 +18,9 @@
 // Express; Jordan's five rounds with one polynomial cost two thirds more, and reach 0.7 .. 1.2).
 //
 // A matrix moves in every eighth step, eight times as far; the others wait for their turn, and only their means go on. Turns
-// are counted by tensor and expert, so that each step has about an eighth of the work. For
-// a mixture this is what makes Muon cheap: an expert sees few of a step's tokens, so to orthogonalise all experts each time
-// would cost more than to train them. No loss was seen by it (doc/clock.md).
+// are counted by tensor and expert, so that the experts' work is spread over the steps. For a mixture this is what makes
+// Muon cheap: an expert sees few of a step's tokens, so to orthogonalise all experts each time would cost more than to
+// train them. What it costs in bits per byte is within what seeds differ by (doc/clock.md).
 //
 // The step is scaled by 0.1 sqrt(max(R, C)), with which its numbers are about half as large as those of AdamW's steps, so
 // that one --lr and one --weight-decay serve both (after Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2).
@@ -32,21 +33,24 @@
 #define MUON_ROUNDS   3
 const double muon_polynomial[MUON_ROUNDS][3] = {{7.711, -22.1138, 16.2487}, {3.2153, -2.4112, 0.5013}, {2.2183, -1.594, 0.4107}};
 
-// Is this tensor one of Muon's?
+// Is this tensor one of Muon's? Routers are not, nor what they are made of (rmoe's "project", dev/routers/recurrent.h).
 int takes_muon(const Config *c, const Tensor *t) {
-    return c->optimizer == MUON && t->trained && t->layer >= 0 && t->dims > 1 && !t->looked_up && strcmp(t->kind, "router") && strcmp(t->kind, "project");
+    int is_matrix = t->layer >= 0 && t->dims > 1 && !t->looked_up;
+    int is_routers = !strcmp(t->kind, "router") || !strcmp(t->kind, "project");
+    return c->optimizer == MUON && t->trained && is_matrix && !is_routers;
 }
 
-// A number of the mean gradient, and of the direction, which takes the gradient's place: what the mean would be after one
-// more gradient like this one (Nesterov). scale: what clipping multiplies the gradient by.
+// Moves one number of the mean gradient; the gradient becomes the direction, which is what the mean would be after one more
+// gradient like this one (Nesterov). scale: what clipping multiplies the gradient by.
 BOTH void move_mean(real *mean, real *gradient, real scale) {
     const real keep = (real)MUON_MOMENTUM, fresh = (1 - keep) * *gradient * scale;
     *mean = keep * *mean + fresh;
     *gradient = keep * *mean + fresh;
 }
 
-// What a matrix is multiplied by before the first round, of the sum of its squares: with a hundredth more than its root all
-// singular values are below 1, beyond which the polynomials rise steeply. What is nearly 0 becomes 0, lest it overflow.
+// What a matrix is multiplied by before the first round; sum: of its squares. The root of the sum is at least as large as
+// the largest singular value, so 1.01 times it brings all of them below 1, beyond which the polynomials rise steeply. What is
+// nearly 0 becomes 0, so that nothing overflows.
 BOTH real matrix_scale(double sum) {
     return (real)(sum > 1e-60 ? 1 / (1.01 * sqrt(sum)) : 0);
 }
@@ -59,8 +63,8 @@ void blend(real *to, const real *from, double a, double b, size_t n) {
     }
 }
 
-// A matrix x (R,C) that will become U V^T, and what that needs. Of X X^T and X^T X the smaller one is taken: X S with S
-// made of X^T X is the same as S X with S made of X X^T.
+// A matrix x (R,C) that will become U V^T, and what that needs. Of X X^T and X^T X the smaller one is taken: a polynomial of
+// X^T X to the right of X gives the same as the polynomial of X X^T to the left.
 typedef struct Matrix {
     real *x;
     int R, C, small;
@@ -153,8 +157,18 @@ size_t muon_scratch(const Model *m, int step) {
     return need;
 }
 
+// The most of it that any step takes.
+size_t most_muon_scratch(const Model *m) {
+    size_t most = 0;
+    for (int step = 0; step < MUON_TURNS; step++) {
+        size_t need = muon_scratch(m, step);
+        most = need > most ? need : most;
+    }
+    return most;
+}
+
 // The means of the gradients and the directions. An expert without tokens has no gradient and so no direction, and its mean
-// waits, else it would move on for ever along what it saw last; only its weights decay.
+// waits, else it would move on for ever along what it saw last; if it is its turn, the turn passes, and only its weights decay.
 void mean_gradients(Model *m, int step, real gradient_scale) {
 #pragma omp parallel // each thread does its part of every tensor, and does not wait for the others between two
     for (int i = 0; i < m->tensor_count; i++) {
@@ -214,11 +228,12 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
     multiply_in(PRODUCTS_FP32); // also with --precision bf16
     mean_gradients(m, step, gradient_scale);
     ranks_share_directions(m); // several processes: a matrix may have slices in two of them
-    Matrix *list = (Matrix *)allocate(m->tensor_count + c->layers * c->experts * 2, sizeof(Matrix));
+    int most = m->tensor_count + 2 * c->layers * c->experts; // an expert has two matrices
+    Matrix *list = (Matrix *)allocate(most, sizeof(Matrix));
     orthogonalize(list, matrices_in_turn(m, step, list));
     free(list);
 
-    double far = MUON_TURNS * lr; // as far as AdamW goes in so many steps
+    double far = MUON_TURNS * lr; // the steps of all turns at once
 #pragma omp parallel
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];

@@ -1,10 +1,11 @@
 // AdamW for a whole tensor, by all threads; of tables that are looked up (dev/lookup.h), only the rows that a step has read.
 // Gives: TABLE_RATE, adamw_of_read_rows, adamw_of_tensor. Needs: has_gradient() of lookup.h; moment_offset() of
-// ranks/gradients.h; Model and adamw() of train_moe.c, which includes it.
+// ranks/gradients.h; Model, Adam and adamw() of train_moe.c, which includes it.
 //
 // A row that no token of a step has looked up has no gradient. Let alone, it keeps its moments until it is read again. If
 // they faded at each step, the next step of a rare word would be too long; and a large table would cost as much time as
-// all other weights.
+// all other weights. The moments are corrected for having begun at 0 by the number of the step; a row that is read for the
+// first time late moves by (1 - beta1) / sqrt(1 - beta2) of the rate, which with the defaults is 1.
 //
 // A row is read now and then, so it learns little at each --lr; three times that was best (doc/clock.md).
 #pragma once

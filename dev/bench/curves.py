@@ -110,14 +110,15 @@ def draw(groups, title):
     out.append(f'<path class="axis" d="M{LEFT} {TOP}V{TOP + HEIGHT}H{LEFT + WIDTH}"/>')
     out.append(f'<text x="{LEFT + WIDTH / 2}" y="{TOP + HEIGHT + 40}" text-anchor="middle">time of the training steps, {unit}</text>')
     out.append(f'<text transform="translate(16 {TOP + HEIGHT / 2}) rotate(-90)" text-anchor="middle">validation, bits per byte</text>')
+    legend = LEFT + WIDTH - 60 - 8 * max(len(f"{name}, {rows[-1][1]:.4f}") for name, rows in groups)
     for i, (name, rows) in enumerate(groups):
         color = COLORS[i % len(COLORS)]
         band = [(t, top) for t, _, _, top in rows] + [(t, bottom) for t, _, bottom, _ in reversed(rows)]
         out.append(f'<g clip-path="url(#plot)"><path fill="{color}" fill-opacity="0.2" d="{path(band)}Z"/>'
                    f'<path fill="none" stroke="{color}" stroke-width="2" d="{path([r[:2] for r in rows])}"/></g>')
         at = TOP + 18 + 20 * i
-        out.append(f'<path stroke="{color}" stroke-width="2" d="M{LEFT + WIDTH - 240} {at - 4}h24"/>'
-                   f'<text x="{LEFT + WIDTH - 210}" y="{at}">{escape(name)}, {rows[-1][1]:.4f}</text>')
+        out.append(f'<path stroke="{color}" stroke-width="2" d="M{legend} {at - 4}h24"/>'
+                   f'<text x="{legend + 30}" y="{at}">{escape(name)}, {rows[-1][1]:.4f}</text>')
     return "\n".join(out) + "\n</svg>\n"
 
 

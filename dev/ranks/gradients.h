@@ -1,5 +1,6 @@
 // Several processes: all have the common weights, sum up their gradients, and each updates a share of them.
-// Gives: ranks_lay_out, moment_offset, ranks_layer_done, ranks_sum_of_squares, ranks_own_range, ranks_share_weights.
+// Gives: ranks_lay_out, moment_offset, ranks_layer_done, ranks_sum_of_squares, ranks_own_range, ranks_share_directions,
+// ranks_share_weights.
 // Needs: comm.h, experts.h, copies.h; of train_moe.c the table of weights.
 //
 // Gradients are summed while backward still runs. Those of experts set out as soon as their layer is done. Those of
