@@ -182,8 +182,8 @@ typedef struct Params {
     real *head;         // (V, C)  the same memory as embed, unless untied
 } Params;
 
-// One row of the table of weights of chapter 4, which AdamW, the checkpoints, the CUDA twin and the
-// tests walk over.
+// One row of the table of weights of chapter 4, which the optimizer, the checkpoints, the CUDA twin
+// and the tests walk over.
 enum { INIT_NORMAL, INIT_RESIDUAL, INIT_FAN_IN, INIT_ZERO, INIT_ONE }; // see first_deviation()
 typedef struct Tensor {
     char name[40];         // "layer3.qkv"
@@ -848,8 +848,8 @@ int run_parts(Model *m, int l, const real *x, int place) {
 // ---- scores
 
 // p (rows,E) = softmax of each row of the logits, or sigmoid of each number; lse (rows): see
-// softmax(). An infinite logit has to become NaN, which ends the run. Softmax does that by itself,
-// and sigmoid by the term 0 * logit.
+// softmax(). A logit of +infinity has to become NaN, which ends the run: softmax does that by
+// itself, sigmoid by the term 0 * logit.
 void scores_forward(real *p, real *lse, const real *logits, int rows, int E, int score) {
     memcpy(p, logits, (size_t)rows * E * sizeof(real));
 #pragma omp parallel for if (is_worth_threads(rows, 16 * E))
@@ -1890,7 +1890,7 @@ typedef struct Backend {
     void (*remember)(Model *m, int l, const double *recent, const int *idle); // puts these into the statistics
 } Backend;
 
-#include "dev/cpu/backend.h" // cpu_backend: such a table of the functions above; update() is gradient_norm(), then model_update()
+#include "dev/cpu/backend.h" // cpu_backend: such a table of the functions above
 #include "dev/run.h"         // the run directory, log and progress, evaluation, stories, the start and the end of the program
 
 // The whole program, on a device. Returns its exit status.

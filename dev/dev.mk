@@ -279,7 +279,7 @@ tsan: data/stories/tokenizer.json
 	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe; do rm -rf dev/build/tsan_run; \
 	OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" dev/build/train_moe_tsan --threads 4 \
 	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-tokens 128 \
-	    --tokens 20 || exit 1; done
+	    --tokens 20 --moments bf16 || exit 1; done
 	rm -rf dev/build/tsan_run
 
 # ---- campaigns: calls that fail, kills, random inputs

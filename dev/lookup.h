@@ -1,6 +1,6 @@
 // Tables of which each token looks up one row: pairs of words (--ngrams), and values of words (--value-embedding).
-// Gives: ngram_row, find_ngrams, add_table_rows, ngrams_forward, ngrams_backward, value_embedding_forward, value_embedding_backward,
-// has_gradient.
+// Gives: ngram_row, find_ngrams, add_table_rows, ngrams_forward, ngrams_backward, value_embedding_forward,
+// value_embedding_backward, has_gradient.
 // Needs: Model and the layers of train_moe.c, which includes it.
 //
 // A row is found by its number and added; no product is computed. So such a table holds many weights and costs little

@@ -1,6 +1,6 @@
 // Muon, the optimizer of the matrices of the layers (--optimizer muon).
-// Gives: MUON_TURNS, MUON_ROUNDS, muon_polynomial, takes_muon, Matrix, matrix_memory, prepare_matrix, orthogonalize,
-// most_muon_scratch, muon_update; and for both twins move_mean, matrix_scale, has_turn.
+// Gives, for both twins: MUON_TURNS, MUON_STEP, MUON_ROUNDS, muon_polynomial, takes_muon, move_mean, matrix_scale, has_turn;
+// and Matrix, matrix_memory, prepare_matrix, orthogonalize, most_muon_scratch, muon_update.
 // Needs: Model, its scratch memory and the products of train_moe.c, which includes it; moments.h, lookup.h, precision.h,
 // ranks/gradients.h.
 //
@@ -31,7 +31,11 @@
 #define MUON_TURNS    8    // steps in which each matrix moves once
 #define MUON_STEP     0.1  // times the root of the larger side: the scale of a step
 #define MUON_ROUNDS   3
-const double muon_polynomial[MUON_ROUNDS][3] = {{7.711, -22.1138, 16.2487}, {3.2153, -2.4112, 0.5013}, {2.2183, -1.594, 0.4107}};
+const double muon_polynomial[MUON_ROUNDS][3] = {
+    {7.711, -22.1138, 16.2487},
+    {3.2153, -2.4112, 0.5013},
+    {2.2183, -1.594, 0.4107},
+};
 
 // Is this tensor one of Muon's? Routers are not, nor what they are made of (rmoe's "project", dev/routers/recurrent.h).
 int takes_muon(const Config *c, const Tensor *t) {

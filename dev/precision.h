@@ -3,7 +3,7 @@
 // Needs: Config of train_moe.c, and dev/options.h, which includes it.
 //
 // With bf16 both matrices of a product are rounded to bfloat16, as the CUDA twin does, and all else stays as it is:
-// weights, sums, residual stream, norms, softmax, attention, the router, the loss and AdamW are float32. The products of
+// weights, sums, residual stream, norms, softmax, attention, the router, the loss and the optimizer are float32. The products of
 // dev/cpu/bf16.h do so. A bfloat16 is the upper half of a float: 1 bit of sign, 8 of exponent, 7 of mantissa.
 #pragma once
 #include "util.h"

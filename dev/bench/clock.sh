@@ -36,7 +36,8 @@ usage: dev/bench/clock.sh [--data DIR | --from DIR] [--out DIR] [--seeds "1 2 3"
 
 The tables go to standard output, progress to standard error. The variable TRAIN_MOE names another train_moe. All runs
 of a seed start together, one thread each, each on a core of its own where taskset exists, so that they suffer the same
-noise. Where there are cores, but fewer than models, the others of a seed follow when the first ones have ended. Time is that of the steps alone: no evaluation, no checkpoint.
+noise. With two cores or more, but fewer than models, the rest of a seed follows when the first ones have ended; with one
+core, or without taskset, all run at once, not pinned. Time is that of the steps alone: no evaluation, no checkpoint.
 END
         exit ;;
     --table)
@@ -254,7 +255,7 @@ for side in "${sides[@]:1}"; do
     remember "$out/$side.txt" "$(options "$side" "$mixture_steps")"
 done
 
-# Two cores, where this system lets a program choose: "0-3,8" becomes 0 1 2 3 8, one for each run that starts.
+# The cores that this program may use, where this system lets a program choose: "0-3,8" becomes 0 1 2 3 8, one for each run that starts.
 cores=()
 if command -v taskset > /dev/null && mine=$(taskset -cp $$ 2> /dev/null); then
     for range in $(echo "${mine##*: }" | tr , ' '); do

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The contest: what learns most in ten minutes? `fast`, our best dense model and PyTorch's best train one after the other, for
-# so many minutes each, with the same threads, on the same text and tokenizer, and are judged on the same held-out text.
+# so many minutes each, with the same threads, on the same text and tokenizer, and are judged on the same held-out text. And
+# what does `fast` learn in a third of the time, with a schedule of its own?
 #
 #     make contest                                        ten minutes each, data/tinystories or else the built-in stories
 #     make contest MINUTES=2 PYTHON=/path/to/python       PYTHON: one that has PyTorch; without it our models run alone
@@ -20,7 +21,7 @@ DENSE="--recipe dense --qk-norm --value-embedding --ngrams 16384 --lr 8e-3"
 TORCH="--batch 8 --lr 12e-3"
 TORCH_DENSE="$TORCH --compile"
 TORCH_MIXTURE="$TORCH --experts 8 --by all --compile"
-entrants="fast dense torch-dense torch-mixture"
+entrants="fast fast-third dense torch-dense torch-mixture"
 
 . "$(dirname "$0")/data.sh" # fail, find_program, find_data, describe_machine
 python=${PYTHON:-python3}
@@ -61,7 +62,7 @@ threads=${threads:-$(getconf _NPROCESSORS_ONLN)}
 
 options_of() { # $1: entrant; the options that make it what it is
     case $1 in
-    fast) echo "$SIZES $OURS $FAST" ;;
+    fast | fast-third) echo "$SIZES $OURS $FAST" ;;
     dense) echo "$SIZES $OURS $DENSE" ;;
     torch-dense) echo "$SIZES $TORCH_DENSE" ;;
     torch-mixture) echo "$SIZES $TORCH_MIXTURE" ;;
@@ -69,6 +70,9 @@ options_of() { # $1: entrant; the options that make it what it is
     esac
 }
 for entrant in $entrants; do options_of "$entrant" > /dev/null; done
+minutes_of() { # $1: entrant
+    if [ "$1" = fast-third ]; then awk -v m="$minutes" 'BEGIN { printf "%.4g", m / 3 }'; else echo "$minutes"; fi
+}
 
 finished() { [ -f "$1/log.jsonl" ] && grep -q '^{"type":"end"' "$1/log.jsonl"; } # $1: a run's folder
 
@@ -118,7 +122,7 @@ table() {
             r = order[i]
             if (judged[r] != judged[order[1]])
                 printf "- %s was judged on %d tokens, so its figure cannot be compared.\n", title[r], judged[r]
-            if (r == "fast" || !n["fast"]) continue
+            if (r ~ /^fast/ || !n["fast"]) continue
             goal = bpb[r, n[r]]
             for (k = 1; k <= n["fast"] && bpb["fast", k] > goal; k++)
                 ;
@@ -170,20 +174,20 @@ run() { # in the background, so that a signal to this script need not wait for t
 }
 
 # Our models are evaluated some 25 times on the way, for the curve. A short try says how many steps lie between.
-steps_between() { # $1...: the entrant's options
+steps_between() { # $1: entrant, $2...: its options
     local ms
     rm -rf "$out/try"
-    run "$train" --out "$out/try" --minutes 0.05 "$@" > "$out/try.txt" 2>&1 || fail "a try failed: $(tail -n 1 "$out/try.txt")"
+    run "$train" --out "$out/try" --minutes 0.05 "${@:2}" > "$out/try.txt" 2>&1 || fail "a try failed: $(tail -n 1 "$out/try.txt")"
     ms=$(sed -n 's/^{"type":"minutes",.*"step_ms":\([-+0-9.e]*\).*/\1/p' "$out/try/log.jsonl")
-    every=$(awk -v m="$minutes" -v ms="$ms" 'BEGIN { n = int(m * 60000 / ms / 250) * 10; print n < 10 ? 10 : n }')
+    every=$(awk -v m="$(minutes_of "$1")" -v ms="$ms" 'BEGIN { n = int(m * 60000 / ms / 250) * 10; print n < 10 ? 10 : n }')
     rm -rf "$out/try" "$out/try.txt"
 }
 train_ours() { # $1: entrant
     local list
     read -r -a list <<< "$(options_of "$1") --threads $threads --eval-tokens 0 --sample-every 0 --tokens 1 --save-every 0"
     list+=(--data "$data")
-    steps_between "${list[@]}" --eval-every 0
-    run "$train" --out "$out/$1" --minutes "$minutes" --log-every 10 --eval-every "$every" "${list[@]}" \
+    steps_between "$1" "${list[@]}" --eval-every 0
+    run "$train" --out "$out/$1" --minutes "$(minutes_of "$1")" --log-every 10 --eval-every "$every" "${list[@]}" \
         > "$out/$1/train.txt" 2>&1
 }
 train_torch() { # $1: entrant
@@ -198,7 +202,7 @@ torch=''
 by PYTHON=..." >&2
 failed=''
 for entrant in $entrants; do
-    line="$minutes minutes, $threads threads, $(options_of "$entrant") --data $data"
+    line="$(minutes_of "$entrant") minutes, $threads threads, $(options_of "$entrant") --data $data"
     dir=$out/$entrant
     if finished "$dir"; then
         [ "$(cat "$dir/options.txt")" = "$line" ] || fail "$dir was trained with other options; remove it or choose another \
@@ -210,7 +214,7 @@ for entrant in $entrants; do
     mkdir -p "$dir"
     echo "$line" > "$dir/options.txt"
     echo "$where" > "$dir/where.txt"
-    echo "$entrant: $minutes minutes" >&2
+    echo "$entrant: $(minutes_of "$entrant") minutes" >&2
     rc=0
     if [[ $entrant = torch-* ]]; then train_torch "$entrant" || rc=$?; else train_ours "$entrant" || rc=$?; fi
     if [ $rc -ne 0 ] || ! finished "$dir"; then

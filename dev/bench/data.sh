@@ -27,6 +27,7 @@ find_data() {
             [ -f "$text" ] || fail "--from: no $text"
         done
         [ -x "$root/data/tokenize" ] || make -C "$root" data/tokenize >&2 || fail "make data/tokenize failed, see above"
+        [ ! -e "$out/data" ] || fail "$out/data is there and has no tokenizer.json; remove it, or choose another --out"
         rm -rf "$out/data.new"
         "$root/data/tokenize" --clean --vocab 4096 --out "$out/data.new" "$from"/*train*.txt "$from"/*valid*.txt >&2
         mv "$out/data.new" "$out/data"
@@ -45,6 +46,6 @@ describe_machine() {
     [ -n "$processor" ] || processor=$(sysctl -n machdep.cpu.brand_string 2> /dev/null || uname -m)
     machine="$processor, $(getconf _NPROCESSORS_ONLN) cores"
     commit=$(git -C "$root" rev-parse --short HEAD 2> /dev/null || echo unknown)
-    [ "$commit" = unknown ] || git -C "$root" diff --quiet HEAD -- train_moe.c ||
-        commit="$commit with changes in train_moe.c"
+    [ "$commit" = unknown ] || git -C "$root" diff --quiet HEAD -- train_moe.c dev data Makefile ||
+        commit="$commit with changes"
 }

@@ -6,15 +6,15 @@
     python dev/bench/torch_train.py ... --experts 8 --topk 2 --ffn 128     a mixture; without --experts the model is dense
     python dev/bench/torch_train.py ... --compile                          under torch.compile
 
-The model has the shapes of ours: RMSNorm, rotary positions, SwiGLU, embedding and output tied; the training has the same
-optimizer, the same shape of the schedule and the same data, files of data/tokenize. It is written as a careful user of
+The model has the shapes of ours: RMSNorm, rotary positions, SwiGLU, embedding and output tied; the training has AdamW
+(ours has Muon for the matrices), the same shape of the schedule and the same data, files of data/tokenize. It is written as a careful user of
 PyTorch would, who wants it fast on a CPU: one product for queries, keys and values, PyTorch's own attention, AdamW fused,
 the batch on disk mapped, nothing read back but one number in fifty steps.
 
 Time is that of the training steps alone: neither start, compiling nor validation counts. The learning rate follows that
 time, so the run takes exactly --minutes whatever the machine does meanwhile (--steps N: so many steps instead, for sweeps on
-a busy machine). At the end all validation tokens are read,
-in the windows that train_moe reads. --out gets a log.jsonl in the manner of train_moe's.
+a busy machine). At the end all validation tokens are read, in the windows that train_moe reads. --out gets a log.jsonl in
+the manner of train_moe's.
 """
 import argparse
 import json

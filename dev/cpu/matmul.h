@@ -493,6 +493,9 @@ void fast_begin_products(void) {
 }
 
 void fast_end_products(void) {
+    if (planned.together == 0) {
+        fail("end_products() without begin_products()");
+    }
     planned.together--;
     if (!planned.together) {
         do_products();

@@ -1,5 +1,6 @@
-// The names of dev/cpu/fast.h and choice.h mean the plain functions of train_moe.c again, for what is compiled after this #include. For
-// the CUDA twin, which has functions of the same names, and for tests, which compare both. Gives and needs nothing else.
+// The names of dev/cpu/fast.h and choice.h mean the plain functions of train_moe.c again, for what is compiled after this
+// #include. For the CUDA twin, which has functions of the same names, and for tests, which compare both. Gives and needs
+// nothing else.
 #undef matmul
 #undef matmul_dx
 #undef matmul_dw

@@ -93,7 +93,7 @@ struct Direction {
     double clip;
 };
 
-// As muon_update of the C twin: an expert without a gradient keeps its mean and gets no direction.
+// As mean_gradients of the C twin: an expert without a gradient keeps its mean and gets no direction.
 template <class Moment> __global__ void muon_direction_kernel(Direction d, const double *norm) {
     size_t i = 4 * thread_of_grid(), at = blockIdx.y * d.size + i;
     float a[4], b[4];

@@ -1,5 +1,5 @@
 // Both forms of the lesson's chapter 2 in one program: behind this #include, matmul() is the plain loop of train_moe.c and
-// fast_matmul() is the function of dev/cpu, and so on for all the names of dev/cpu/fast.h. Functions that were compiled
+// fast_matmul() is the function of dev/cpu, and so on for all the names of dev/cpu/fast.h and choice.h. Functions that were compiled
 // before keep what they call. Needs: train_moe.c, which must be included before, with or without -DPLAIN.
 
 #pragma once

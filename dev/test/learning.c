@@ -134,6 +134,41 @@ void test_muon_step(void **state) {
     free_taken();
 }
 
+// Muon makes the same bits with any number of threads, also where moments are rounded after all threads have moved theirs.
+void check_muon_threads(const char *moments) {
+    Config c = small_config("mixtral");
+    set_options(&c, "--optimizer muon --dim 48 --heads 4 --ffn 40");
+    set_option(&c, &options[find_option("moments")], moments, NULL);
+    Model *m = model_allocate(&c, 16, 1, NULL);
+    real *grads = take_normal(m->size, 1);
+    for (int team = 0; team < TEAMS; team++) {
+        set_threads(teams[team]);
+        randomize_weights(m);
+        memset(m->memory[MOMENT1], 0, m->size * sizeof(real));
+        memset(m->memory[MOMENT2], 0, m->size * sizeof(real));
+        uint64_t bits = 0;
+        for (int step = 1; step <= MUON_TURNS; step++) {
+            memcpy(m->memory[GRADS], grads, m->size * sizeof(real));
+            model_update(m, step, 0.01, gradient_norm(m));
+            for (int i = 0; i < 4; i++) {
+                bits = bits_of(m->memory[i], m->size, bits);
+            }
+        }
+        assert_same_bits("muon_update", team, bits);
+    }
+    set_threads(1);
+    model_free(m);
+    free_taken();
+}
+
+void test_muon_threads(void **state) {
+    (void)state;
+    check_muon_threads("fp32");
+    if (!IS_DOUBLE) {
+        check_muon_threads("bf16");
+    }
+}
+
 // ---- tables that are looked up
 
 // A pair has its row wherever it stands, the first token of a sequence is a pair with nothing, and pairs spread evenly.
@@ -219,6 +254,7 @@ int main(void) {
         cmocka_unit_test(test_muon_orthogonal),
         cmocka_unit_test(test_muon_small),
         cmocka_unit_test(test_muon_step),
+        cmocka_unit_test(test_muon_threads),
         cmocka_unit_test(test_ngram_rows),
         cmocka_unit_test(test_read_rows),
     };
