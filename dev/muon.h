@@ -40,8 +40,10 @@ const double muon_polynomial[MUON_ROUNDS][3] = {
 // Is this tensor one of Muon's? Routers are not, nor what they are made of (rmoe's "project", dev/routers/recurrent.h).
 int takes_muon(const Config *c, const Tensor *t) {
     int is_matrix = t->layer >= 0 && t->dims > 1 && !t->looked_up;
-    int is_routers = !strcmp(t->kind, "router") || !strcmp(t->kind, "project");
-    return c->optimizer == MUON && t->trained && is_matrix && !is_routers;
+    if (c->optimizer != MUON || !t->trained || !is_matrix) {
+        return 0;
+    }
+    return strcmp(t->kind, "router") && strcmp(t->kind, "project");
 }
 
 // Moves one number of the mean gradient; the gradient becomes the direction, which is what the mean would be after one more
