@@ -20,6 +20,7 @@
 enum { QUAD = 4 };                                     // vectors in a row of a panel
 #define LSTM_WIDTH (QUAD * LANES)                      // numbers in it
 #define LSTM_HIGH  (NV == 4 ? 8 : 4)                   // most rows of a tile
+#define LSTM_AHEAD 16                                  // rows of a panel between what is multiplied and what is fetched
 #define LSTM_SHARE ((size_t)3 << 19)                   // bytes of the matrix that a thread should have at most: 1.5 MiB
 
 // ---- functions
@@ -111,6 +112,7 @@ static inline __attribute__((always_inline)) void lstm_kernel(int height, int wi
 #pragma GCC unroll 4
         for (int j = 0; j < width; j++) {
             of_b[j] = *(const vec_in_memory *)(panel + j * LANES);
+            __builtin_prefetch(panel + LSTM_AHEAD * LSTM_WIDTH + j * LANES);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < height; i++) {
