@@ -199,4 +199,129 @@ void lstm_backward(real *dx, const LstmWeights *dw, real *dz, real *dr, const re
     end_products();
 }
 
+// ---- the mixer
+
+int lstm_wanted(const Config *c) {
+    return c->mixer == MIX_LSTM;
+}
+
+int lstm_width(const Config *c) { // M
+    return c->cell ? c->cell : c->dim;
+}
+
+void lstm_tensors(const Config *c, int l, Tensor *list, int *count) {
+    int C = c->dim, M = lstm_width(c);
+    add_tensor(list, count, l, "lstm_in", NO_FIELD, 3, 4, M, C, INIT_NORMAL); // a matrix for each gate
+    add_tensor(list, count, l, "lstm_state", NO_FIELD, 3, 4, M, C, INIT_NORMAL);
+    add_tensor(list, count, l, "lstm_bias", NO_FIELD, 1, 1, 1, 4 * M, INIT_ZERO);
+    add_tensor(list, count, l, "lstm_proj", NO_FIELD, 2, 1, M == C ? 0 : C, M, INIT_RESIDUAL);
+}
+
+// The forget gate's bias begins at 1, so that at first the memory is mostly kept (Jozefowicz et al. 2015, An Empirical
+// Exploration of Recurrent Network Architectures).
+void lstm_init(const Model *m, int i, real *w) {
+    const Tensor *t = &m->tensors[i];
+    int M = lstm_width(&m->config);
+    for (int j = M; !strcmp(t->kind, "lstm_bias") && j < 2 * M; j++) {
+        w[j] = 1;
+    }
+}
+
+LstmWeights lstm_weights(const Model *m, int l, int what) { // WEIGHTS or GRADS
+    LstmWeights w = {
+        layer_tensor(m, l, "lstm_in", what),
+        layer_tensor(m, l, "lstm_state", what),
+        layer_tensor(m, l, "lstm_bias", what),
+        layer_tensor(m, l, "lstm_proj", what),
+    };
+    return w;
+}
+
+size_t lstm_lay(Model *m, int l, int N, real *memory) {
+    LayerActs *layer = &m->acts.layer[l];
+    int C = m->config.dim, M = lstm_width(&m->config);
+    size_t size[4] = {(size_t)N * 4 * M, (size_t)N * M, (size_t)N * C, M == C ? 0 : (size_t)N * M}, used = 0;
+    if (!layer->mixer) {
+        layer->mixer = own(m, 1, sizeof(LstmActs));
+    }
+    LstmActs *a = (LstmActs *)layer->mixer;
+    real **array[4] = {&a->gates, &a->cell, &a->before, &a->hidden};
+    for (int i = 0; i < 4; i++) {
+        *array[i] = memory ? memory + used : NULL;
+        used += (size[i] + 15) / 16 * 16;
+    }
+    return used;
+}
+
+void lstm_mix(Model *m, int l, real *out, const real *x) {
+    LstmWeights w = lstm_weights(m, l, WEIGHTS);
+    const LstmActs *a = (const LstmActs *)m->acts.layer[l].mixer;
+    int C = m->config.dim;
+    lstm_forward(out, a, x, &w, m->batch.B, m->batch.T, C, lstm_width(&m->config), C);
+}
+
+void lstm_mix_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
+    LstmWeights w = lstm_weights(m, l, WEIGHTS), dw = lstm_weights(m, l, GRADS);
+    const LstmActs *a = (const LstmActs *)m->acts.layer[l].mixer;
+    int C = m->config.dim, M = lstm_width(&m->config), N = m->batch.B * m->batch.T;
+    scratch_reset(m);
+    real *dz = scratch(m, (size_t)N * 4 * M), *dr = scratch(m, w.proj ? (size_t)N * C : 0);
+    lstm_backward(dx, &dw, dz, dr, dout, a, x, &w, m->batch.B, m->batch.T, C, M, C);
+}
+
+// Generation keeps r (C) and c (M), however long the text is.
+size_t lstm_cache(const Config *c) {
+    return (size_t)c->dim + (size_t)lstm_width(c);
+}
+
+void lstm_mix_one(Model *one, int l, real *out, const real *x, real *cache, int position) {
+    (void)position;
+    LstmWeights w = lstm_weights(one, l, WEIGHTS);
+    int C = one->config.dim, M = lstm_width(&one->config);
+    scratch_reset(one);
+    lstm_step(out, cache, cache + C, scratch(one, 5 * (size_t)M), x, &w, C, M, C);
+}
+
+const Option lstm_options[] = {
+    INTEGER("cell", cell, "0", 0, 65536, MODEL, "Model",
+            "units of an LSTM's cell; other than --dim, it has a projection [as many as --dim]"),
+};
+
+int has_attention(const Config *c) {
+    return c->mixer == MIX_ATTENTION;
+}
+
+const Effect lstm_effects[] = {
+    {"cell", lstm_wanted, "an LSTM: --mixer lstm"},
+    {"heads", has_attention, "attention: --mixer attention"},
+    {"kv-heads", has_attention, "attention: --mixer attention"},
+    {"rope-theta", has_attention, "attention: --mixer attention"},
+    {"qk-norm", has_attention, "attention: --mixer attention"},
+    {"value-embedding", has_attention, "attention: --mixer attention"},
+};
+
+const Recipe lstm_recipes[] = {
+    {"shazeer-lstm", 2017, 2.5, "the same router as first built: between two LSTM layers, with dropout, without norms",
+     "--mixer lstm --layers 2 --last-feed 0 --norms 0 --moe-sigmoid --dropout 0.1 --topk 4 --ffn 128 --activation relu "
+     "--noise 1 --balance cv2 --aux-weight 0.1 --load-weight 0.1",
+     "Shazeer et al., Outrageously Large Neural Networks, appendix C.1"},
+};
+
+const Mixer lstm_mixer = {
+    .wanted = lstm_wanted,
+    .tensors = lstm_tensors,
+    .init = lstm_init,
+    .lay = lstm_lay,
+    .forward = lstm_mix,
+    .backward = lstm_mix_backward,
+    .cache = lstm_cache,
+    .step = lstm_mix_one,
+    .options = lstm_options,
+    .option_count = COUNT(lstm_options),
+    .effects = lstm_effects,
+    .effect_count = COUNT(lstm_effects),
+    .recipes = lstm_recipes,
+    .recipe_count = COUNT(lstm_recipes),
+};
+
 #endif
