@@ -19,19 +19,15 @@ struct LstmLayer {  // what is kept of a layer, on the device; row n = b*T + t i
     floatX *hidden; // (N,M)  where there is a projection
 };
 
-int lstm_units(const Config *c) { // M
-    return c->cell ? c->cell : c->dim;
-}
-
 int lstm_has_proj(const Config *c) {
-    return lstm_units(c) != c->dim;
+    return lstm_width(c) != c->dim;
 }
 
 // ---- memory
 
 size_t lstm_lay(Model *m, int l, int N, char *memory) {
     const Config *c = &m->config;
-    size_t M = (size_t)lstm_units(c), P = (size_t)c->dim, low = sizeof(floatX), n = (size_t)N;
+    size_t M = (size_t)lstm_width(c), P = (size_t)c->dim, low = sizeof(floatX), n = (size_t)N;
     if (!m->layers[l].mixer) {
         m->layers[l].mixer = own_host(m, 1, sizeof(LstmLayer));
     }
@@ -44,7 +40,7 @@ size_t lstm_lay(Model *m, int l, int N, char *memory) {
 
 // Pieces of scratch memory of lstm_mix and lstm_mix_backward. As in training, sequences have --seq tokens.
 size_t lstm_scratch(const Config *c, int N, int train) {
-    size_t M = (size_t)lstm_units(c), P = (size_t)c->dim, n = (size_t)N, B = (size_t)div_up(N, c->seq);
+    size_t M = (size_t)lstm_width(c), P = (size_t)c->dim, n = (size_t)N, B = (size_t)div_up(N, c->seq);
     size_t read = B * 4 * M * sizeof(float), dz = n * 4 * M * sizeof(floatX);
     size_t dr = lstm_has_proj(c) ? n * P * sizeof(floatX) + B * M * sizeof(float) : 0;
     size_t backward = dz + dr + B * (P + M) * sizeof(float) + (size_t)div_up(N, CHUNK) * 4 * M * sizeof(double);
@@ -53,7 +49,7 @@ size_t lstm_scratch(const Config *c, int N, int train) {
 
 // Generation keeps the cell, and what the next step reads.
 size_t lstm_cache(const Config *c) {
-    return lstm_units(c) * sizeof(float) + c->dim * sizeof(floatX);
+    return lstm_width(c) * sizeof(float) + c->dim * sizeof(floatX);
 }
 
 // ---- the units of one step
@@ -294,7 +290,7 @@ void lstm_backward(const Model *m, float *dx, LstmWeights dw, LstmScratch s, con
 
 void lstm_mix(Model *m, int l, floatX *out, const floatX *x) {
     const Config *c = &m->config;
-    int B = m->batch.B, T = m->batch.T, C = c->dim, M = lstm_units(c);
+    int B = m->batch.B, T = m->batch.T, C = c->dim, M = lstm_width(c);
     const LstmLayer *a = (const LstmLayer *)m->layers[l].mixer;
     LstmWeights w = lstm_weights(m, l, WEIGHTS);
     float *read = scratch(m, (size_t)B * 4 * M);
@@ -308,7 +304,7 @@ void lstm_mix(Model *m, int l, floatX *out, const floatX *x) {
 
 void lstm_mix_backward(Model *m, int l, float *dx, const floatX *dout, const floatX *x) {
     const Config *c = &m->config;
-    int B = m->batch.B, T = m->batch.T, C = c->dim, M = lstm_units(c), proj = lstm_has_proj(c);
+    int B = m->batch.B, T = m->batch.T, C = c->dim, M = lstm_width(c), proj = lstm_has_proj(c);
     size_t N = (size_t)B * T, low = sizeof(floatX);
     LstmScratch s = {};
     s.dz = (floatX *)scratch_bytes(m, N * 4 * M * low);
@@ -322,7 +318,7 @@ void lstm_mix_backward(Model *m, int l, float *dx, const floatX *dout, const flo
 }
 
 const char *lstm_device_refuses(const Config *c) {
-    return lstm_units(c) % 8 ? "--cell must be a multiple of 8 on a GPU" : NULL;
+    return lstm_width(c) % 8 ? "--cell must be a multiple of 8 on a GPU" : NULL;
 }
 
 const MixerKernels lstm_kernels = {
