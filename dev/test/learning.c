@@ -398,7 +398,7 @@ void test_table_threads(void **state) {
     (void)state;
     enum { N = 192 };
     Config c = small_variant(recipe_count);
-    set_options(&c, "--dim 48 --heads 4 --ngrams 5000 --seq 64 --batch 3");
+    set_options(&c, "--dim 96 --heads 4 --ngrams 5000 --seq 64 --batch 3");
     int tokens[N], targets[N];
     random_tokens(tokens, N, c.vocab, 1);
     random_tokens(targets, N, c.vocab, 2);
@@ -411,9 +411,11 @@ void test_table_threads(void **state) {
             real loss = (real)run_batch(m, tokens, targets, 3, 64, TRAIN_MODE, 1, step, 0);
             model_backward(m);
             bits = bits_of(m->memory[GRADS], m->size, bits_of(&loss, 1, bits));
-            real norm = (real)gradient_norm(m);
-            model_update(m, step, 0.01, (double)norm);
-            bits = bits_of(&norm, 1, bits);
+            double norm = gradient_norm(m);
+            model_update(m, step, 0.01, norm);
+            uint64_t word;
+            memcpy(&word, &norm, sizeof(word));
+            bits = hash64(bits ^ word);
             for (int i = 0; i < 4; i++) {
                 bits = bits_of(m->memory[i], m->size, bits);
             }
