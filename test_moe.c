@@ -405,6 +405,12 @@ void test_gradients_of_variants(void **state) {
         {"mixtral", "--kv-heads 4"},
         {"mixtral", "--seq 1"},
         {"mixtral", "--norm-eps 0.1 --rope-theta 100"},
+        {"mixtral", "--norms 0"},
+        {"mixtral", "--dropout 0.3 --recompute 1"},
+        {"mixtral", "--moe-sigmoid 1 --moe-every 2"},
+        {"mixtral", "--moe-sigmoid 1 --dropout 0.2 --norms 0 --last-feed 0 --jitter 0.1"},
+        {"mixtral", "--last-feed 0 --shared 1"},
+        {"dense", "--dropout 0.3 --last-feed 0"},
         {"mixtral", "--recurrent 6 --jitter 0.3"},
         {"mixtral", "--recurrent 6 --moe-every 2 --layers 4 --untied 1"},
         {"mixtral", "--recurrent 6 --noise 1 --load-weight 0.3 --balance cv2 --aux-weight 0.5"},
@@ -463,7 +469,8 @@ void test_gradients_of_variants(void **state) {
         {"dense", "--activation gelu --untied 1"},
         {"dense", "--seq 1 --activation relu"},
         {"dense", "--ngrams 20 --ngram-order 3 --seq 2"},
-        {"fast", "--ngram-gate 1"},
+        {"fast", "--ngram-gate 1 --dropout 0.3"},
+        {"dense", "--ngrams 9 --ngram-gate 1 --norms 0"},
         {"fast", "--ngram-order 3 --ngram-gate 1 --recompute 1 --layers 3"},
     };
     for (int i = 0; i < (int)(sizeof(variants) / sizeof(variants[0])); i++) {

@@ -25,6 +25,8 @@ const struct {
     {"k_norm", {"self_attn.k_norm.weight"}},
     {"value_embed", {"self_attn.value_embedding.weight"}},
     {"proj", {"self_attn.o_proj.weight"}},
+    {"ngram_key", {"ngram_gate.key.weight"}},
+    {"ngram_value", {"ngram_gate.value.weight"}},
     {"norm2", {"post_attention_layernorm.weight"}},
     {"router", {"block_sparse_moe.gate.weight"}},
     {"w_in", {"block_sparse_moe.experts.%d.w1.weight", "block_sparse_moe.experts.%d.w3.weight"}},
@@ -235,7 +237,7 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
 // The class of transformers that computes what this configuration does, or "" where there is none.
 const char *matching_class(const Config *c) {
     int moe = moe_layers(c);
-    if (c->qk_norm || c->ngrams || c->value_embedding) {
+    if (c->qk_norm || c->ngrams || c->value_embedding || mixer_of(c) || !c->norms || !c->last_feed || c->moe_sigmoid) {
         return "";
     }
     if (moe == 0) {
