@@ -27,6 +27,10 @@ const struct {
     {"proj", {"self_attn.o_proj.weight"}},
     {"ngram_key", {"ngram_gate.key.weight"}},
     {"ngram_value", {"ngram_gate.value.weight"}},
+    {"lstm_in", {"lstm.weight_ih_l0"}}, // these have the names and shapes of PyTorch's nn.LSTM, whose bias_hh_l0 is 0 here
+    {"lstm_state", {"lstm.weight_hh_l0"}},
+    {"lstm_bias", {"lstm.bias_ih_l0"}},
+    {"lstm_proj", {"lstm.weight_hr_l0"}},
     {"norm2", {"post_attention_layernorm.weight"}},
     {"router", {"block_sparse_moe.gate.weight"}},
     {"w_in", {"block_sparse_moe.experts.%d.w1.weight", "block_sparse_moe.experts.%d.w3.weight"}},
@@ -80,7 +84,7 @@ Part *model_parts(const Model *m, int *count) {
         size_t offset = 0;
         for (int e = 0; e < (t->of_experts ? c->experts : 1); e++) {
             // An expert has its own matrices, and a gated one's first matrix is two, as that of a dense layer is.
-            int rows = t->shape[1], cols = t->shape[2], blocks = qkv ? 3 : 1, first = 0;
+            int rows = (t->of_experts ? 1 : t->shape[0]) * t->shape[1], cols = t->shape[2], blocks = qkv ? 3 : 1, first = 0;
             if (w_in) {
                 rows = expert_width(c, e);
                 blocks += is_gated(expert_activation(c, e));
