@@ -8,10 +8,9 @@
 // have a gradient, and only they move (dev/tables.h, dev/read_rows.h).
 //
 // --ngrams R: before layer 0 the embedding of each token gets row hash(word before, word) mod R of one more table, so that
-// the first layer already knows which two words met. With --ngram-order 3 it also gets the row of the last three words.
-// Then the first half of the table is that of pairs, the second that of triples: triples are many, and would fall on each
-// frequent pair. What falls on one row shares it. Hashed n-grams as embeddings: Roy et al. 2022, N-Grammer; Huang et al.
-// 2025, Over-Tokenized Transformer, section 3.
+// the first layer already knows which two words met. With --ngram-order 3 it also gets the row of the last three words, by
+// another hash in the same table. What falls on one row shares it. Hashed n-grams as embeddings: Roy et al. 2022, N-Grammer;
+// Huang et al. 2025, Over-Tokenized Transformer, section 3.
 //
 // --ngram-gate: each layer may take the token's vector e (C), the sum of its rows, once more, as far as it wants to:
 //     out += g * v * e,    g = sigmoid(sum over c of y[c] * k[c] * e[c] / sqrt(C)),    y = mid / rms(mid)
@@ -24,17 +23,13 @@
 
 // ---- which rows?
 
-// The row of a token's last `order` words in a table of so many rows; -1: before that word a text begins.
-int ngram_row(int first, int before, int word, int order, int orders, int rows) {
+// The row of a pair, or with order 3 of a triple of words, in a table of so many rows; -1: there the text has not begun.
+int ngram_row(int first, int before, int word, int order, int rows) {
     uint64_t hash = hash64((uint64_t)(before + 1) << 32 | (uint64_t)word);
-    if (orders == 1) {
-        return (int)(hash % (uint64_t)rows);
+    if (order == 3) {
+        hash = hash64(hash ^ hash64((uint64_t)(first + 1)));
     }
-    int half = rows / 2;
-    if (order == 2) {
-        return (int)(hash % (uint64_t)half);
-    }
-    return half + (int)(hash64(hash ^ hash64((uint64_t)(first + 1))) % (uint64_t)(rows - half));
+    return (int)(hash % (uint64_t)rows);
 }
 
 // How many rows a token looks up: by its pair, by its triple.
@@ -56,7 +51,7 @@ void find_ngrams(const Config *c, int *row, const int *tokens, const int *before
             }
         }
         for (int order = 2; order <= orders + 1; order++) {
-            row[(size_t)(order - 2) * N + n] = ngram_row(last[0], last[1], tokens[n], order, orders, c->ngrams);
+            row[(size_t)(order - 2) * N + n] = ngram_row(last[0], last[1], tokens[n], order, c->ngrams);
         }
     }
 }

@@ -83,7 +83,7 @@ const Option base_options[] = {
     FLAG("qk-norm", qk_norm, MODEL, "Model", "queries and keys have an RMSNorm of their own in each head"),
     INTEGER("ngrams", ngrams, "0", 0, 1 << 26, MODEL, "Model",
             "rows of a table of word pairs, found by a hash and added to the embedding; 0: no table"),
-    INTEGER("ngram-order", ngram_order, "2", 2, 3, MODEL, "Model", "3: half of that table's rows are for word triples"),
+    INTEGER("ngram-order", ngram_order, "2", 2, 3, MODEL, "Model", "3: word triples have rows of that table, too"),
     FLAG("ngram-gate", ngram_gate, MODEL, "Model", "each layer takes from that table once more, through a gate of its own"),
     FLAG("value-embedding", value_embedding, MODEL, "Model",
          "in each layer every word has a vector that is added to its values in attention"),
@@ -489,9 +489,6 @@ void config_check(Config *c) {
     }
     if (c->optimizer == MUON && c->mixed && c->moe_every) {
         usage_fail("--optimizer muon takes experts of one width; with --mixed use --optimizer adamw");
-    }
-    if (c->ngrams == 1 && c->ngram_order == 3) {
-        usage_fail("--ngrams 1 with --ngram-order 3: pairs and triples need a row each at least");
     }
     if (c->min_lr > c->lr) {
         usage_fail("--min-lr %g is more than --lr %g", c->min_lr, c->lr);
