@@ -475,6 +475,10 @@ void test_gradients_of_variants(void **state) {
         {"switch", "--activation swiglu --z-weight 0.1"},
         {"dense", "--activation gelu --untied 1"},
         {"dense", "--seq 1 --activation relu"},
+        {"dense", "--ngrams 20 --ngram-order 3 --seq 2"},
+        {"fast", "--ngram-gate 1 --dropout 0.3"},
+        {"dense", "--ngrams 9 --ngram-gate 1 --norms 0"},
+        {"fast", "--ngram-order 3 --ngram-gate 1 --recompute 1 --layers 3"},
     };
     for (int i = 0; i < (int)(sizeof(variants) / sizeof(variants[0])); i++) {
         Config c = small_config(variants[i][0]);

@@ -25,6 +25,8 @@ const struct {
     {"k_norm", {"self_attn.k_norm.weight"}},
     {"value_embed", {"self_attn.value_embedding.weight"}},
     {"proj", {"self_attn.o_proj.weight"}},
+    {"ngram_key", {"ngram_gate.key.weight"}},
+    {"ngram_value", {"ngram_gate.value.weight"}},
     {"lstm_in", {"lstm.weight_ih_l0"}}, // these have the names and shapes of PyTorch's nn.LSTM, whose bias_hh_l0 is 0 here
     {"lstm_state", {"lstm.weight_hh_l0"}},
     {"lstm_bias", {"lstm.bias_ih_l0"}},
