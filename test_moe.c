@@ -518,6 +518,7 @@ void golden_fill(Model *m, int *inputs, int *targets) {
 void check_golden(const Golden *g) {
     double tolerance = IS_DOUBLE ? 1e-12 : 2e-5;
     Config c = small_config(g->recipe);
+    set_options(&c, g->options);
     c.jitter = 0;
     Model *m = model_allocate(&c, c.batch * c.seq, 1, NULL);
     int inputs[16], targets[16], N = 16;

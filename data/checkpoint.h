@@ -25,6 +25,13 @@ const struct {
     {"k_norm", {"self_attn.k_norm.weight"}},
     {"value_embed", {"self_attn.value_embedding.weight"}},
     {"proj", {"self_attn.o_proj.weight"}},
+    {"query_key", {"self_attn.qk_proj.weight"}},
+    {"key_value", {"self_attn.kv_proj.weight"}},
+    {"query_experts", {"self_attn.q_experts.weight"}},
+    {"value_router", {"self_attn.v_gate.weight"}},
+    {"value_experts", {"self_attn.v_experts.weight"}},
+    {"output_router", {"self_attn.o_gate.weight"}},
+    {"output_experts", {"self_attn.o_experts.weight"}},
     {"norm2", {"post_attention_layernorm.weight"}},
     {"router", {"block_sparse_moe.gate.weight"}},
     {"w_in", {"block_sparse_moe.experts.%d.w1.weight", "block_sparse_moe.experts.%d.w3.weight"}},
@@ -78,7 +85,7 @@ Part *model_parts(const Model *m, int *count) {
         size_t offset = 0;
         for (int e = 0; e < (t->of_experts ? c->experts : 1); e++) {
             // An expert has its own matrices, and a gated one's first matrix is two, as that of a dense layer is.
-            int rows = t->shape[1], cols = t->shape[2], blocks = qkv ? 3 : 1, first = 0;
+            int rows = (t->of_experts ? 1 : t->shape[0]) * t->shape[1], cols = t->shape[2], blocks = qkv ? 3 : 1, first = 0;
             if (w_in) {
                 rows = expert_width(c, e);
                 blocks += is_gated(expert_activation(c, e));

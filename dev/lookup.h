@@ -1,6 +1,6 @@
 // Tables of which each token looks up one row: pairs of words (--ngrams), and values of words (--value-embedding).
-// Gives: ngram_row, find_ngrams, add_table_rows, ngrams_forward, ngrams_backward, value_embedding_forward,
-// value_embedding_backward, has_gradient.
+// Gives: ngram_row, find_ngrams, add_table_rows, ngrams_forward, ngrams_backward, add_word_values, add_word_gradients,
+// value_embedding_forward, value_embedding_backward, has_gradient.
 // Needs: Model and the layers of train_moe.c, which includes it.
 //
 // A row is found by its number and added; no product is computed. So such a table holds many weights and costs little
@@ -57,42 +57,51 @@ void ngrams_backward(Model *m, const real *dx) {
     }
 }
 
-// In qkv (N,(H+2KV)*D) of layer l, the values of each token get its word's row of the table (V, KV*D).
-void value_embedding_forward(Model *m, int l, real *qkv) {
-    const Config *c = &m->config;
-    const real *table = m->params.layer[l].value_embed;
-    int N = m->batch.B * m->batch.T, D = c->dim / c->heads, values = c->kv_heads * D, width = c->heads * D + 2 * values;
-    if (!table) {
-        return;
-    }
+// x (N rows, `width` apart) += each token's row of table (V,values)
+void add_word_values(real *x, int width, const real *table, const int *tokens, int N, int values) {
 #pragma omp parallel for if (N > 16)
     for (int n = 0; n < N; n++) {
-        const real *from = table + (size_t)m->batch.inputs[n] * values;
-        real *to = qkv + (size_t)(n + 1) * width - values; // they stand last in a row
+        const real *from = table + (size_t)tokens[n] * values;
+        real *to = x + (size_t)n * width;
         for (int i = 0; i < values; i++) {
             to[i] += from[i];
         }
     }
 }
 
-// The table's gradient, from dqkv (N,(H+2KV)*D). As in embedding_backward, a task owns some of the columns.
-void value_embedding_backward(Model *m, int l, const real *dqkv) {
-    const Config *c = &m->config;
-    real *dtable = m->grads.layer[l].value_embed;
-    int N = m->batch.B * m->batch.T, D = c->dim / c->heads, values = c->kv_heads * D, width = c->heads * D + 2 * values;
-    if (!dtable) {
-        return;
-    }
+// The table's gradient, from dx (N rows, `width` apart). As in embedding_backward, a task owns some of the columns.
+void add_word_gradients(real *dtable, const real *dx, int width, const int *tokens, int N, int values) {
 #pragma omp parallel for
     for (int first = 0; first < values; first += 32) {
         int end = min_int(values, first + 32);
         for (int n = 0; n < N; n++) {
-            const real *from = dqkv + (size_t)(n + 1) * width - values;
-            real *to = dtable + (size_t)m->batch.inputs[n] * values;
+            const real *from = dx + (size_t)n * width;
+            real *to = dtable + (size_t)tokens[n] * values;
             for (int i = first; i < end; i++) {
                 to[i] += from[i];
             }
         }
+    }
+}
+
+// In qkv (N,(H+2KV)*D) of layer l, the values of each token, which stand last in a row, get its word's row of the table
+// (V, KV*D).
+void value_embedding_forward(Model *m, int l, real *qkv) {
+    const Config *c = &m->config;
+    const real *table = m->params.layer[l].value_embed;
+    int N = m->batch.B * m->batch.T, D = c->dim / c->heads, values = c->kv_heads * D, width = c->heads * D + 2 * values;
+    if (table) {
+        add_word_values(qkv + width - values, width, table, m->batch.inputs, N, values);
+    }
+}
+
+// The table's gradient, from dqkv (N,(H+2KV)*D).
+void value_embedding_backward(Model *m, int l, const real *dqkv) {
+    const Config *c = &m->config;
+    real *dtable = m->grads.layer[l].value_embed;
+    int N = m->batch.B * m->batch.T, D = c->dim / c->heads, values = c->kv_heads * D, width = c->heads * D + 2 * values;
+    if (dtable) {
+        add_word_gradients(dtable, dqkv + width - values, width, m->batch.inputs, N, values);
     }
 }
 

@@ -281,7 +281,6 @@ Route balance_route(const real *p, const double *slope, int N, int E, int group)
 // The balance loss of the Switch Transformer, over groups of tokens, when `count` says how often each expert was chosen.
 // dp not NULL: dp (N,E) += scale times its derivative.
 double switch_form(const real *p, const int *count, int N, int E, int group, real *dp, double scale) {
-    static Model m; // without any weights
     double slope[64] = {0}, counts[64];
     Route r = balance_route(p, slope, N, E, group);
     assert_true(N / group * E <= 64);
@@ -289,10 +288,8 @@ double switch_form(const real *p, const int *count, int N, int E, int group, rea
         counts[i] = count[i];
     for (int i = 0; i < N / group; i++)
         add_balance(slope + i * E, counts + i * E, E, 1);
-    m.config.score = SOFTMAX;
-    m.batch.scale = scale;
     if (dp)
-        balance_backward(&m, dp, &r);
+        balance_backward(dp, &r, SOFTMAX, scale);
     return mean_of_slopes(&r, SOFTMAX);
 }
 
