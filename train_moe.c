@@ -85,6 +85,8 @@ typedef struct Config {
     double norm_eps, rope_theta;
     int qk_norm;                         // see dev/qk_norm.h
     int ngrams, value_embedding;         // tables that are looked up, see dev/lookup.h
+    int norms, moe_sigmoid, last_feed;   // see dev/residual.h, as for dropout
+    int mixer;                           // MIX_ATTENTION; for the others see dev/mixers
     // The experts.
     int experts, topk, ffn, shared;      // E, K, F; experts that every token passes
     int moe_every, dense_first;          // which layers have experts: see is_moe()
@@ -101,13 +103,14 @@ typedef struct Config {
     // part alone is included.
 #define CONFIG_FIELDS
 #include "dev/routers/all.h"
+#include "dev/mixers/all.h"
 #undef CONFIG_FIELDS
     // Training.
     int batch, accum, steps;             // B; micro-steps in a step; steps
     double minutes;                      // the time that sets steps; 0: none, see dev/minutes.h
     double lr, min_lr;
     int warmup, schedule;
-    double weight_decay, beta1, beta2, clip;
+    double weight_decay, beta1, beta2, clip, dropout;
     int optimizer;                       // ADAMW or MUON, see dev/muon.h
     int moments;                         // MOMENTS_FP32 or MOMENTS_BF16, see dev/moments.h
     int precision;                       // PRODUCTS_FP32 or PRODUCTS_BF16, see dev/precision.h
@@ -127,9 +130,14 @@ typedef struct Config {
 
 #include "dev/options.h" // the table of options, the recipes, and the command line
 
+// Does layer l feed forward at all? With --last-feed 0 the last one ends with what mixes.
+int feeds(const Config *c, int l) {
+    return c->last_feed || l < c->layers - 1;
+}
+
 // Does layer l have experts? Every moe_every-th layer after the first dense_first ones has.
 int is_moe(const Config *c, int l) {
-    return c->moe_every > 0 && l >= c->dense_first && (l - c->dense_first + 1) % c->moe_every == 0;
+    return c->moe_every > 0 && l >= c->dense_first && (l - c->dense_first + 1) % c->moe_every == 0 && feeds(c, l);
 }
 
 // A gated activation multiplies f(gate) with a second product, `up`, so w_in has twice as many
@@ -142,7 +150,7 @@ BOTH int is_gated(int activation) {
 // whole dense layer. A dense layer is as wide as all experts that a token would see, so that it
 // costs the same work.
 int dense_width(const Config *c, int l) {
-    return (is_moe(c, l) ? c->shared : c->topk + c->shared) * c->ffn;
+    return (feeds(c, l) * (is_moe(c, l) ? c->shared : c->topk + c->shared) * c->ffn);
 }
 
 int dense_activation(const Config *c, int l) {
@@ -237,6 +245,9 @@ typedef struct LayerActs {
     real *h2, *rstd2;    // (N,C), (N)  its norm
     real *dense_hidden;  // (N,2F)
     real *hidden;        // (N*K,2F)  the experts' first products, sorted by expert
+    real *fed;           // (N,C)  with --moe-sigmoid: what the layer feeds forward
+    void *mixer;         // dev/mixers: what another mixer than attention keeps
+    double mixer_aux;    // and its balance losses, weighted
     Route route;
 } LayerActs;
 
@@ -291,6 +302,7 @@ typedef struct Model {
     size_t size, common;
     real *memory[4];
     real *dx;                           // (N,C)  the gradient that flows back through the residual stream
+    real *dbranch;                      // (N,C)  with --dropout or --moe-sigmoid, see dev/residual.h
     int *ngram_row;                     // (N)  with --ngrams: the row of each token's pair of words
     real *angles;                       // (T, D/2, 2)  cosines and sines of the rotary positions
     Arena scratch;                      // what one part of a layer needs while it works
@@ -1441,6 +1453,7 @@ real *layer_tensor(const Model *m, int l, const char *kind, int what) {
     return i < 0 ? NULL : m->memory[what] + m->tensors[i].offset;
 }
 
+#include "dev/mixers/all.h"  // what may stand in attention's place: an LSTM, attention with experts
 #include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
 
 #define IN_LAYER(name) #name, offsetof(LayerParams, name)
@@ -1461,14 +1474,16 @@ int model_tensors(const Config *c, Tensor *list) {
             rows += expert_hidden(c, e);
         }
         int matrices = c->mixed ? 1 : E; // --mixed: w_in is one block after the other; c->ffn is the mean width
-        add_tensor(list, &count, l, IN_LAYER(norm1), 1, 1, 1, C, INIT_ONE);
-        add_tensor(list, &count, l, IN_LAYER(qkv), 2, 1, (c->heads + 2 * c->kv_heads) * D, C, INIT_NORMAL);
-        add_tensor(list, &count, l, IN_LAYER(q_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
-        add_tensor(list, &count, l, IN_LAYER(k_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
-        add_tensor(list, &count, l, IN_LAYER(value_embed), 2, 1, c->value_embedding ? c->vocab : 0, c->kv_heads * D,
-                   INIT_ZERO)->looked_up = 1;
-        add_tensor(list, &count, l, IN_LAYER(proj), 2, 1, C, C, INIT_RESIDUAL);
-        add_tensor(list, &count, l, IN_LAYER(norm2), 1, 1, 1, C, INIT_ONE);
+        add_tensor(list, &count, l, IN_LAYER(norm1), 1, 1, 1, c->norms ? C : 0, INIT_ONE);
+        if (!add_mixer_tensors(c, l, list, &count)) {
+            add_tensor(list, &count, l, IN_LAYER(qkv), 2, 1, (c->heads + 2 * c->kv_heads) * D, C, INIT_NORMAL);
+            add_tensor(list, &count, l, IN_LAYER(q_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
+            add_tensor(list, &count, l, IN_LAYER(k_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
+            add_tensor(list, &count, l, IN_LAYER(value_embed), 2, 1, c->value_embedding ? c->vocab : 0,
+                       c->kv_heads * D, INIT_ZERO)->looked_up = 1;
+            add_tensor(list, &count, l, IN_LAYER(proj), 2, 1, C, C, INIT_RESIDUAL);
+        }
+        add_tensor(list, &count, l, IN_LAYER(norm2), 1, 1, 1, c->norms && feeds(c, l) ? C : 0, INIT_ONE);
         if (E) {
             add_tensor(list, &count, l, IN_LAYER(router), 2, 1, router_outputs(c), router_width(c), INIT_NORMAL);
             add_tensor(list, &count, l, IN_LAYER(w_in), 3, matrices, rows / matrices, narrow, INIT_NORMAL)->of_experts = 1;
@@ -1481,7 +1496,7 @@ int model_tensors(const Config *c, Tensor *list) {
             add_tensor(list, &count, l, IN_LAYER(bias), 1, 1, 1, c->bias_rate > 0 ? E : 0, INIT_ZERO)->trained = 0;
         }
     }
-    add_tensor(list, &count, -1, IN_MODEL(norm), 1, 1, 1, C, INIT_ONE);
+    add_tensor(list, &count, -1, IN_MODEL(norm), 1, 1, 1, c->norms ? C : 0, INIT_ONE);
     add_tensor(list, &count, -1, IN_MODEL(head), 2, 1, c->untied ? c->vocab : 0, C, INIT_NORMAL);
     add_router_tensors(c, -1, list, &count);
     return count;
@@ -1607,8 +1622,9 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
 // layer's x = mid + feed-forward layers(rmsnorm(mid)). So its backward pass has the gradient by the
 // residual stream in one array, dx, and each of the two norms adds its part to it.
 
-#include "dev/qk_norm.h" // --qk-norm: queries and keys with a norm of their own
-#include "dev/lookup.h"  // tables of which each token looks up a row: --ngrams, --value-embedding
+#include "dev/qk_norm.h"  // --qk-norm: queries and keys with a norm of their own
+#include "dev/lookup.h"   // tables of which each token looks up a row: --ngrams, --value-embedding
+#include "dev/residual.h" // norm_forward(): rmsnorm unless --norms 0; branches: what --dropout does before a sum
 
 // The first half of layer l, from a->x to a->h2: x + attention(rmsnorm(x)), and the norm of that.
 void attend_forward(Model *m, int l) {
@@ -1618,15 +1634,18 @@ void attend_forward(Model *m, int l) {
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
     int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
 
-    rmsnorm_forward(a->h1, a->rstd1, a->x, w->norm1, N, C, c->norm_eps);
-    matmul(a->qkv, a->h1, w->qkv, N, C, Q, SET);
-    qk_norm_forward(m, l, a->qkv);
-    value_embedding_forward(m, l, a->qkv);
-    rope(a->qkv, Q, N, T, H + KV, D, m->angles, 1);
-    attention_forward(a->att, a->lse, a->qkv, B, T, H, KV, D);
-    copy_rows(a->mid, a->x, N, C);
-    matmul(a->mid, a->att, w->proj, N, C, C, ADD);
-    rmsnorm_forward(a->h2, a->rstd2, a->mid, w->norm2, N, C, c->norm_eps);
+    norm_forward(m, a->h1, a->rstd1, a->x, w->norm1, N);
+    begin_branch(m, l, MIXING, a->mid, a->x); // mid = x
+    if (!mixer_forward(m, l, a->mid, a->h1)) {
+        matmul(a->qkv, a->h1, w->qkv, N, C, Q, SET);
+        qk_norm_forward(m, l, a->qkv);
+        value_embedding_forward(m, l, a->qkv);
+        rope(a->qkv, Q, N, T, H + KV, D, m->angles, 1);
+        attention_forward(a->att, a->lse, a->qkv, B, T, H, KV, D);
+        matmul(a->mid, a->att, w->proj, N, C, C, ADD);
+    }
+    end_branch(m, l, MIXING, a->mid, a->x);
+    norm_forward(m, a->h2, a->rstd2, a->mid, w->norm2, N);
     m->at_hand = l;
 }
 
@@ -1642,14 +1661,17 @@ void attend_backward(Model *m, int l, real *dx, real *dh2) {
     scratch_reset(m);
     real *datt = scratch(m, (size_t)N * C), *dqkv = scratch(m, (size_t)N * Q), *dh1 = dh2;
 
-    rmsnorm_backward(dx, dw->norm2, dh2, a->mid, a->rstd2, w->norm2, N, C);
-    matmul_backward(datt, dw->proj, dx, a->att, w->proj, N, C, C, SET);
-    attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
-    rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
-    value_embedding_backward(m, l, dqkv);
-    qk_norm_backward(m, l, dqkv);
-    matmul_backward(dh1, dw->qkv, dqkv, a->h1, w->qkv, N, C, Q, SET);
-    rmsnorm_backward(dx, dw->norm1, dh1, a->x, a->rstd1, w->norm1, N, C);
+    norm_backward(m, dx, dw->norm2, dh2, a->mid, a->rstd2, w->norm2, N);
+    const real *dmixed = branch_gradient(m, l, MIXING, dx); // dx itself
+    if (!mixer_backward(m, l, dh1, dmixed, a->h1)) {
+        matmul_backward(datt, dw->proj, dmixed, a->att, w->proj, N, C, C, SET);
+        attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
+        rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
+        value_embedding_backward(m, l, dqkv);
+        qk_norm_backward(m, l, dqkv);
+        matmul_backward(dh1, dw->qkv, dqkv, a->h1, w->qkv, N, C, Q, SET);
+    }
+    norm_backward(m, dx, dw->norm1, dh1, a->x, a->rstd1, w->norm1, N);
 }
 
 // The second half: out (N,C) += the feed-forward layers of a->h2.
@@ -1685,29 +1707,14 @@ void feed_backward(Model *m, int l, real *dh2, const real *dout) {
     }
 }
 
-// With --recompute: the activations of layer l once more, from a->x and from the route as it was.
-void recompute_layer(Model *m, int l) {
-    const Config *c = &m->config;
-    const LayerParams *w = &m->params.layer[l];
-    LayerActs *a = &m->acts.layer[l];
-    int N = m->batch.B * m->batch.T, E = m->experts.E;
-    attend_forward(m, l);
-    if (w->dense_in) {
-        int hidden = dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
-        matmul(a->dense_hidden, a->h2, w->dense_in, N, c->dim, hidden, SET);
-    }
-    if (is_moe(c, l) && ranks.ep == 1) { // several processes keep their experts' products
-        const real *x = c->subtokens > 1 ? subtokens_of(m, l) : a->h2;
-        grouped_matmul(a->hidden, x, a->route.token, w->w_in, a->route.offset, E, m->experts.in, m->experts.hidden);
-    }
-}
+#include "dev/recompute.h" // --recompute: a layer's activations once more, on the way back
 
 // The balance losses of the last batch, weighted: they are added to the loss for the gradient, and
 // reported apart.
 double balance_losses(const Model *m) {
     double aux = 0;
     for (int l = 0; l < m->config.layers; l++) {
-        aux += m->acts.layer[l].route.aux;
+        aux += m->acts.layer[l].route.aux + m->acts.layer[l].mixer_aux;
     }
     return aux;
 }
@@ -1729,15 +1736,17 @@ double model_forward(Model *m, const Batch *batch) {
     // From tokens to the last layer's output. Each layer adds to the residual stream.
     embedding_forward(a->layer[0].x, m->params.embed, batch->inputs, N, C);
     ngrams_forward(m, a->layer[0].x, -1);
+    drop_embedding(m, a->layer[0].x);
     for (int l = 0; l < c->layers; l++) {
         real *out = l + 1 < c->layers ? a->layer[l + 1].x : a->x;
         attend_forward(m, l);
-        copy_rows(out, a->layer[l].mid, N, C);
+        begin_branch(m, l, FEEDING, out, a->layer[l].mid);
         feed_forward(m, l, out);
+        end_branch(m, l, FEEDING, out, a->layer[l].mid);
     }
 
     // From there to the loss. The gradient by h is taken at once, since the logits are not kept.
-    rmsnorm_forward(a->h, a->rstd, a->x, m->params.norm, N, C, c->norm_eps);
+    norm_forward(m, a->h, a->rstd, a->x, m->params.norm, N);
     scratch_reset(m);
     int rows = logit_rows(N, c->vocab);
     head_loss(a->nll, gradients ? a->dh : NULL, m->grads.head, a->h, m->params.head, batch->targets, N, C, c->vocab,
@@ -1760,15 +1769,16 @@ void model_backward(Model *m) {
 
     multiply_in(c->precision);
     memset(dx, 0, (size_t)N * C * sizeof(real));
-    rmsnorm_backward(dx, m->grads.norm, a->dh, a->x, a->rstd, m->params.norm, N, C);
+    norm_backward(m, dx, m->grads.norm, a->dh, a->x, a->rstd, m->params.norm, N);
     for (int l = c->layers - 1; l >= 0; l--) {
         if (c->recompute && l != m->at_hand) {
             recompute_layer(m, l);
         }
-        feed_backward(m, l, dh2, dx);
+        feed_backward(m, l, dh2, branch_gradient(m, l, FEEDING, dx));
         attend_backward(m, l, dx, dh2);
         ranks_layer_done(m, l); // several processes: this layer's gradients can be summed
     }
+    drop_embedding(m, dx);
     embedding_backward(m->grads.embed, dx, m->batch.inputs, N, C);
     ngrams_backward(m, dx);
     ranks_layer_done(m, -1);

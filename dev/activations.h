@@ -8,29 +8,31 @@
 size_t lay_activations(Model *m, int l, int N, real *memory) {
     const Config *c = &m->config;
     LayerActs *a = &m->acts.layer[l];
-    int C = c->dim, Q = (c->heads + 2 * c->kv_heads) * (C / c->heads), hidden = 0;
-    size_t used = 0, dense = (size_t)dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
+    const Mixer *mixer = mixer_of(c);
+    int C = c->dim, D = C / c->heads, Q = mixer ? 0 : (c->heads + 2 * c->kv_heads) * D, hidden = 0;
+    size_t used = 0, att = mixer ? 0 : (size_t)N * C, lse = mixer ? 0 : (size_t)N * c->heads, dense = (size_t)dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
     for (int e = 0; is_moe(c, l) && e < c->experts; e++) {
         hidden = max_int(hidden, expert_hidden(c, e));
     }
-    size_t norms = c->qk_norm ? (size_t)(c->heads + c->kv_heads) : 0; // of a token
+    size_t norms = c->qk_norm && !mixer ? (size_t)(c->heads + c->kv_heads) : 0; // of a token
     size_t rows = ranks.ep == 1 ? (size_t)N * c->subtokens * most_choices(c) : 0; // several processes: see ranks_allocate
     struct {
         real **array;
         size_t size;
     } list[] = {
         {&a->h1, (size_t)N * C},          {&a->rstd1, (size_t)N},
-        {&a->qkv, (size_t)N * Q},         {&a->att, (size_t)N * C},
-        {&a->raw_qk, N * norms * (C / c->heads)}, {&a->rstd_qk, N * norms},
-        {&a->lse, (size_t)N * c->heads},  {&a->mid, (size_t)N * C},
+        {&a->qkv, (size_t)N * Q},         {&a->att, att},
+        {&a->raw_qk, N * norms * D},      {&a->rstd_qk, N * norms},
+        {&a->lse, lse},                   {&a->mid, (size_t)N * C},
         {&a->h2, (size_t)N * C},          {&a->rstd2, (size_t)N},
         {&a->dense_hidden, N * dense},    {&a->hidden, rows * hidden},
+        {&a->fed, c->moe_sigmoid && is_moe(c, l) ? (size_t)N * C : 0},
     };
     for (size_t i = 0; i < sizeof(list) / sizeof(list[0]); i++) {
         *list[i].array = memory ? memory + used : NULL;
         used += (list[i].size + 15) / 16 * 16;
     }
-    return used;
+    return used + (mixer ? mixer->lay(m, l, N, memory ? memory + used : NULL) : 0);
 }
 
 // Points a route to 5 * choices + E + 1 integers.
@@ -149,6 +151,7 @@ void allocate_activations(Model *m, int N, int train) {
     if (train) {
         m->acts.dh = own_reals(m, (size_t)N * C);
         m->dx = own_reals(m, (size_t)N * C);
+        m->dbranch = own_reals(m, c->dropout > 0 || c->moe_sigmoid ? (size_t)N * C : 0);
     }
     size_t most = expected_scratch(c, N, train);
     if (train && most < most_muon_scratch(m)) {

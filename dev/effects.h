@@ -141,6 +141,7 @@ const Effect base_effects[] = {
     {"experts", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"topk", counts_topk, "experts that are counted: --select topk"},
     {"activation", has_activation, "experts or dense layers that have it: --mixed 0, or --dense-activation same"},
+    {"moe-sigmoid", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"mixed", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"dense-first", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"dense-activation", has_dense_layers, "dense layers: --moe-every 2, --dense-first 1 or --recipe dense"},

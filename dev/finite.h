@@ -172,8 +172,8 @@ void search_layer(Find *find, Model *m, int l) {
         int width, parts; // parts of a token that have a row each
     } list[] = {
         {"norm1", a->h1, C, 1},
-        {"the queries, keys and values", a->qkv, Q, 1},
-        {"the attention", a->att, C, 1},
+        {"the queries, keys and values", a->qkv, a->qkv ? Q : 0, 1},
+        {"the attention", a->att, a->att ? C : 0, 1},
         {"the residual stream behind the attention", a->mid, C, 1},
         {"norm2", a->h2, C, 1},
         {"the router's logits", a->route.logits, outputs, parts},

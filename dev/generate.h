@@ -9,7 +9,7 @@
 typedef struct Generation {
     Model *one;  // a model for one token, with the weights of the trained one
     int before;  // the token before this one; -1: the text begins
-    real *cache; // (L, seq, 2*KV*D)  keys, then values; those of position p are in row p % seq
+    real *cache; // (L, seq, 2*KV*D)  keys, then values; those of position p are in row p % seq. Of another mixer: its own
 } Generation;
 
 void generation_free(Model *m) {
@@ -37,15 +37,35 @@ void attend_to_cache(real *out, real *scores, const real *queries, const real *c
     }
 }
 
+// x (C) += attention of layer l to itself and the cache, for one token at `position`.
+void attend_one(Model *one, int l, real *x, real *cache, int position) {
+    const Config *c = &one->config;
+    const LayerParams *w = &one->params.layer[l];
+    LayerActs *a = &one->acts.layer[l];
+    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, width = 2 * KV * D;
+    matmul(a->qkv, a->h1, w->qkv, 1, C, Q, SET);
+    qk_norm_forward(one, l, a->qkv);
+    value_embedding_forward(one, l, a->qkv);
+    rope(a->qkv, Q, 1, 1, H + KV, D, one->angles, 1);
+    memcpy(cache + (size_t)(position % c->seq) * width, a->qkv + H * D, (size_t)width * sizeof(real));
+
+    scratch_reset(one);
+    int seen = min_int(position + 1, c->seq);
+    attend_to_cache(a->att, scratch(one, seen), a->qkv, cache, seen, H, KV, D);
+    matmul(x, a->att, w->proj, 1, C, C, ADD);
+}
+
 // One token at `position`: logits (V) of the next one. The cache has the last seq positions, so a longer text
 // forgets its beginning.
 void model_generate(Model *m, int token, int position, real *logits) {
     const Config *c = &m->config;
-    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, width = 2 * KV * D;
+    const Mixer *mixer = mixer_of(c);
+    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, width = 2 * KV * D;
+    size_t kept = mixer ? mixer->cache(c) : (size_t)c->seq * width; // numbers of a layer
     if (!m->generation) {
         m->generation = (Generation *)own(m, 1, sizeof(Generation));
         m->generation->one = model_allocate(c, 1, 0, m->memory[WEIGHTS]);
-        m->generation->cache = own_reals(m, (size_t)c->layers * c->seq * width);
+        m->generation->cache = own_reals(m, c->layers * kept);
     }
     Model *one = m->generation->one;
     Acts *acts = &one->acts;
@@ -62,22 +82,21 @@ void model_generate(Model *m, int token, int position, real *logits) {
     for (int l = 0; l < c->layers; l++) {
         const LayerParams *w = &one->params.layer[l];
         LayerActs *a = &acts->layer[l];
-        real *cache = m->generation->cache + (size_t)l * c->seq * width;
-        rmsnorm_forward(a->h1, a->rstd1, acts->x, w->norm1, 1, C, c->norm_eps);
-        matmul(a->qkv, a->h1, w->qkv, 1, C, Q, SET);
-        qk_norm_forward(one, l, a->qkv);
-        value_embedding_forward(one, l, a->qkv);
-        rope(a->qkv, Q, 1, 1, H + KV, D, one->angles, 1);
-        memcpy(cache + (size_t)(position % c->seq) * width, a->qkv + H * D, (size_t)width * sizeof(real));
-
-        scratch_reset(one);
-        int seen = min_int(position + 1, c->seq);
-        attend_to_cache(a->att, scratch(one, seen), a->qkv, cache, seen, H, KV, D);
-        matmul(acts->x, a->att, w->proj, 1, C, C, ADD);
-        rmsnorm_forward(a->h2, a->rstd2, acts->x, w->norm2, 1, C, c->norm_eps);
-        feed_forward(one, l, acts->x);
+        real *cache = m->generation->cache + l * kept;
+        norm_forward(one, a->h1, a->rstd1, acts->x, w->norm1, 1);
+        if (mixer) {
+            memset(cache, 0, position == 0 ? kept * sizeof(real) : 0);
+            mixer->step(one, l, acts->x, a->h1, cache, position);
+        } else {
+            attend_one(one, l, acts->x, cache, position);
+        }
+        norm_forward(one, a->h2, a->rstd2, acts->x, w->norm2, 1);
+        begin_branch(one, l, FEEDING, a->mid, acts->x);
+        feed_forward(one, l, a->mid);
+        end_branch(one, l, FEEDING, a->mid, acts->x);
+        copy_rows(acts->x, a->mid, 1, C);
     }
-    rmsnorm_forward(acts->h, acts->rstd, acts->x, one->params.norm, 1, C, c->norm_eps);
+    norm_forward(one, acts->h, acts->rstd, acts->x, one->params.norm, 1);
     matmul(logits, acts->h, one->params.head, 1, C, c->vocab, SET);
 }
 

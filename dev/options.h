@@ -17,6 +17,8 @@ const char *const balance_names[] = {"switch", "gshard", "unbiased", "width", "c
 const char *const group_names[] = {"sequence", "batch", "step", NULL};
 const char *const schedule_names[] = {"cosine", "wsd", "constant", NULL};
 const char *const optimizer_names[] = {"adamw", "muon", NULL};
+enum { MIX_ATTENTION, MIX_LSTM };
+const char *const mixer_names[] = {"attention", "lstm", NULL};
 const char *const moments_names[] = {"fp32", "bf16", NULL};
 
 // MODEL says what the model computes. ORDER says which data it sees when, and which optimizer moves it, since none can go
@@ -83,6 +85,9 @@ const Option base_options[] = {
             "rows of a table of word pairs, found by a hash and added to the embedding; 0: no table"),
     FLAG("value-embedding", value_embedding, MODEL, "Model",
          "in each layer every word has a vector that is added to its values in attention"),
+    WORD("mixer", mixer, "attention", mixer_names, MODEL, "Model", "what mixes along the sequence"),
+    INTEGER("norms", norms, "1", 0, 1, MODEL, "Model", "0: no RMSNorm, neither in the layers nor before the output"),
+    INTEGER("last-feed", last_feed, "1", 0, 1, MODEL, "Model", "0: the last layer only mixes, and does not feed forward"),
     INTEGER("experts", experts, "8", 1, 4096, MODEL, "Experts", "routed experts (E)"),
     INTEGER("topk", topk, "2", 1, 256, MODEL, "Experts", "routed experts chosen for each token (K)"),
     INTEGER("shared", shared, "0", 0, 256, MODEL, "Experts", "shared experts, which see every token (S)"),
@@ -94,6 +99,7 @@ const Option base_options[] = {
     WORD("activation", activation, "swiglu", activation_names, MODEL, "Experts", "of the experts"),
     WORD("dense-activation", dense_activation, "same", dense_names, MODEL, "Experts",
          "of dense layers; same: that of the experts"),
+    FLAG("moe-sigmoid", moe_sigmoid, MODEL, "Experts", "a layer with experts adds the sigmoid of what they answer"),
     WORD("init-scheme", init_scheme, "normal", init_names, MODEL, "Experts",
          "first weights: N(0,0.02), or truncated N(0,0.1/fan-in)"),
     WORD("score", score, "softmax", score_names, MODEL, "Router: scores", "what makes scores p of logits"),
@@ -132,6 +138,8 @@ const Option base_options[] = {
          "how the optimizer stores its moments; bf16: half the memory on a GPU; a CPU rounds them alike and saves none"),
     WORD("precision", precision, PRECISION_STANDARD, precision_names, TRAIN, "Training",
          "in which matrices are multiplied; bf16: rounded to bfloat16, with sums in float32, as on a GPU"),
+    NUMBER("dropout", dropout, "0", 0, 0.99, TRAIN, "Training",
+           "of what a layer adds, each number becomes 0 with this probability"),
     NUMBER("clip", clip, "1", 0, 1e30, TRAIN, "Training", "largest gradient norm; 0: no clipping"),
     INTEGER("seed", seed, "1", 0, 2147483647, ORDER, "Training", "of weights, data order and sampling"),
     FLAG("recompute", recompute, RUN, "Training", "keep fewer activations, and work them out again on the way back"),
@@ -402,6 +410,7 @@ void parse_command_line(Config *c, int argc, char **argv) {
 
 int moe_layers(const Config *c);             // train_moe.c
 const char *routers_refuse(const Config *c); // dev/routers/all.h
+const char *mixer_refuses(const Config *c);  // dev/mixers/all.h
 int router_outputs(const Config *c);
 int most_choices(const Config *c);
 
@@ -439,13 +448,17 @@ void config_check(Config *c) {
     if (!c->kv_heads) {
         c->kv_heads = c->heads;
     }
-    if (c->dim % c->heads) {
+    if (mixer_refuses(c)) {
+        usage_fail("%s", mixer_refuses(c));
+    }
+    int heads = c->mixer == MIX_ATTENTION;
+    if (heads && c->dim % c->heads) {
         usage_fail("--dim %d is not divisible by --heads %d", c->dim, c->heads);
     }
-    if (c->dim / c->heads % 2) {
+    if (heads && c->dim / c->heads % 2) {
         usage_fail("--dim %d / --heads %d: heads must have an even width for rotary positions", c->dim, c->heads);
     }
-    if (c->heads % c->kv_heads) {
+    if (heads && c->heads % c->kv_heads) {
         usage_fail("--heads %d is not divisible by --kv-heads %d", c->heads, c->kv_heads);
     }
     if (c->moe_every && !moe_layers(c)) {

@@ -157,6 +157,8 @@ void sum_statistics(Model *m) {
 
 int tensor_limit(const Config *c);
 int model_tensors(const Config *c, Tensor *list);
+double mixer_uses(const Config *c, const Tensor *t); // dev/mixers/all.h
+double mixing_flops(const Config *c);
 
 // All weights, and those that one token uses. The embedding counts once, as the output matrix. What a token passes
 // several times counts so often: experts by each of its sub-tokens, a recurrent router in each layer.
@@ -177,6 +179,8 @@ void count_parameters(const Config *c, double *total, double *active) {
             uses = 0;
         } else if (t->looked_up) {
             uses = 1.0 / t->shape[1]; // one row, which is added
+        } else if (t->layer >= 0) {
+            uses = mixer_uses(c, t);
         }
         if (t->trained) {
             *total += (double)t->whole;
@@ -187,11 +191,10 @@ void count_parameters(const Config *c, double *total, double *active) {
 }
 
 // Operations of a training step for each token, a multiply-add counted as two: forward, and twice that backward.
-// 6*L*T*C is attention: two products of (T,T) with (T,D), of which causality leaves half, three times.
 double flops_per_token(const Config *c) {
     double total, active;
     count_parameters(c, &total, &active);
-    return 6 * active + 6.0 * c->layers * c->seq * c->dim;
+    return 6 * active + 3 * c->layers * mixing_flops(c);
 }
 
 #endif

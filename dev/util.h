@@ -484,7 +484,8 @@ enum {
     RANDOM_NOISE,  // noise on the router's scores
     RANDOM_SECOND, // which tokens decline their second expert
     RANDOM_EXEMPT, // which sequences drop no tokens
-    RANDOM_MOMENTS // which way the optimizer's moments are rounded
+    RANDOM_MOMENTS, // which way the optimizer's moments are rounded
+    RANDOM_DROPOUT // which numbers --dropout makes 0
 };
 
 // One stream of random numbers for each (seed, purpose, a, b), where a and b are, say, a step and

@@ -71,7 +71,7 @@ void layer_done(Model *m, int l) {
     if (!MANY || !m->batch.last) {
         return;
     }
-    size_t tail = (size_t)(m->grads.norm - m->memory[GRADS]); // the last norm, and what all layers have in common
+    size_t tail = behind_layers(m);
     if (l == m->config.layers - 1) {
         m->crossing->summing = tail;
     }

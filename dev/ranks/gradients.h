@@ -108,12 +108,21 @@ void sum_layer(Model *m, int l, size_t *from, void (*start)(Model *m, size_t fro
     }
 }
 
+// Where the common tensors behind those of all layers begin: the last norm, and what the whole model has.
+size_t behind_layers(const Model *m) {
+    size_t at = m->common;
+    for (int i = m->tensor_count - 1; m->tensors[i].layer < 0; i--) {
+        at = m->tensors[i].offset;
+    }
+    return at;
+}
+
 // What the step's last backward calls when it has done with layer l; at its end with -1.
 void ranks_layer_done(Model *m, int l) {
     if (!MANY || !m->batch.last) {
         return;
     }
-    size_t tail = (size_t)(m->grads.norm - m->memory[GRADS]); // the last norm, and what all layers have in common
+    size_t tail = behind_layers(m);
     if (l == m->config.layers - 1) {
         m->crossing->summing = tail;
     }

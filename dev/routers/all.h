@@ -131,6 +131,7 @@ __attribute__((constructor)) void collect_options(void) {
     add_options(base_options, COUNT(base_options));
     add_recipes(base_recipes, COUNT(base_recipes));
     add_effects(base_effects, COUNT(base_effects));
+    add_mixer_options();
     for (int i = 0; i < all_router_count; i++) {
         add_options(all_routers[i]->options, all_routers[i]->option_count);
         add_recipes(all_routers[i]->recipes, all_routers[i]->recipe_count);

@@ -15,6 +15,7 @@ void test_ranks_variants(void **state) {
     static const char *const variants[][2] = {
         {"mixtral", "--overlap 0"},
         {"mixtral", "--accum 3 --overlap 1"},
+        {"mixtral", "--dropout 0.2 --moe-sigmoid 1 --norms 0 --last-feed 0"},
         {"mixtral", "--recompute 1 --overlap 1 --shared 1"},
         {"mixtral", "--capacity-factor 0.7 --overlap 1"},
         {"mixtral", "--capacity-factor 0.7 --drop-order score --drop-exempt 0.3 --eval-capacity-factor 0.8"},

@@ -211,6 +211,9 @@ void test_generation(void **state) {
         set_options(&c, "--eval-capacity-factor 0"); // st-moe's looks at a whole sequence at once
         check_generation(&c);
     }
+    Config c = small_config("mixtral");
+    set_options(&c, "--moe-sigmoid 1 --norms 0 --last-feed 0 --dropout 0.3");
+    check_generation(&c);
 }
 
 // With one layer, generation in a long text sees what it would see in the last seq tokens alone, since positions are relative.
