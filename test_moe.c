@@ -576,7 +576,7 @@ void check_golden(const Golden *g) {
 
 void test_golden(void **state) {
     (void)state;
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < COUNT(golden); i++)
         check_golden(&golden[i]);
 }
 

@@ -1453,11 +1453,11 @@ real *layer_tensor(const Model *m, int l, const char *kind, int what) {
     return i < 0 ? NULL : m->memory[what] + m->tensors[i].offset;
 }
 
-#include "dev/mixers/all.h"  // what may stand in attention's place: an LSTM, attention with experts
-#include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
-
 #define IN_LAYER(name) #name, offsetof(LayerParams, name)
 #define IN_MODEL(name) #name, offsetof(Params, name)
+
+#include "dev/mixers/all.h"  // what may stand in attention's place: an LSTM, attention with experts
+#include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
 
 int tensor_limit(const Config *c) { // more rows than any model's table has
     return 20 * c->layers + 20;

@@ -7,10 +7,14 @@
 #include "mixer.h"
 #endif
 
+#include "attention_experts.h" // SwitchHead and MoA: attention with experts
+
 #if !defined(CONFIG_FIELDS) && !defined(MIXERS_H)
 #define MIXERS_H
 
 const Mixer *const all_mixers[] = {
+    &switchhead_mixer,
+    &moa_mixer,
     NULL,
 };
 

@@ -23,6 +23,8 @@
 #elif !defined(ATTENTION_EXPERTS_H)
 #define ATTENTION_EXPERTS_H
 #include "mixer.h"
+#include "../lookup.h"
+#include "../qk_norm.h"
 #include "../ranks/gather.h"
 
 enum { SWITCHHEAD, MOA };
@@ -56,6 +58,7 @@ typedef struct ExpertHeads {
 } ExpertHeads;
 
 extern const Mixer switchhead_mixer, moa_mixer;
+void lay_choices(Route *r, int *integers, size_t choices); // ../activations.h
 void attend_to_cache(real *out, real *scores, const real *queries, const real *cache, int seen, int H, int KV, int D);
 
 // ---- sizes

@@ -319,7 +319,7 @@ def write_header(path, results):
         rows = [f"{{{', '.join(map(str, layer))}}}" for layer in r.chosen] or ["{0}"]
         lines += ["     },", f"     {len(r.chosen)}, {{" + ",\n         ".join(rows) + "}},"]
     lines += ["};"]
-    assert len(lines) <= 200 and max(map(len, "\n".join(lines).split("\n"))) <= 120
+    assert len(lines) <= 200 and max(map(len, "\n".join(lines).split("\n"))) <= 126
     with open(path, "w") as file:
         file.write("\n".join(lines) + "\n")
 

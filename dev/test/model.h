@@ -108,6 +108,8 @@ const char *small_sizes(const char *recipe) {
                                            {"hash", "--topk 1"},
                                            {"base", "--topk 1"},
                                            {"rmoe", "--recurrent 6"},
+                                           {"switchhead", "--attention-experts 3 --head-width 8"},
+                                           {"moa", "--attention-experts 6 --head-width 8"},
                                            {"fast", "--ngrams 20"}};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         if (!strcmp(sizes[i][0], recipe))
