@@ -242,7 +242,7 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
 // The class of transformers that computes what this configuration does, or "" where there is none.
 const char *matching_class(const Config *c) {
     int moe = moe_layers(c);
-    if (c->qk_norm || c->ngrams || c->value_embedding) {
+    if (c->qk_norm || c->ngrams || c->value_embedding || mixer_of(c) || !c->norms || !c->last_feed || c->moe_sigmoid) {
         return "";
     }
     if (moe == 0) {

@@ -387,6 +387,12 @@ void test_foreign_tensors(void **state) {
     expect(start_from("case", ""), 1, "self_attn.q_norm.weight is no tensor of the model that config.json describes (2 layers, no biases, "
                                       "no norms of queries and keys)");
 
+    // A model without norms, whose last layer only mixes, is no Mixtral, and comes back as it was.
+    make_base("bare", "--norms 0 --last-feed 0 --moe-sigmoid --dropout 0.2");
+    make_case("bare", "case", "grep '\"TrainMoeForCausalLM\"' config.json");
+    assert_true(loss_from("case") == loss_from("bare"));
+    make_case("bare-run/latest", "case", "! grep layernorm model.safetensors && grep '\"dropout\":0.2' config.json");
+
     // The optimizer's moments, too.
     make_case("mixtral-run/latest", "case", "rm -f checksums.json");
     const Change moment[] = {{"exp_avg_sq.model.layers.2.input_layernorm.weight", 0, 32, NULL}};
