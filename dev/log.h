@@ -348,6 +348,7 @@ void announce(Run *run) {
     write_options(run->log, c);
     fprintf(run->log, ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,", c->vocab, total,
             active, run->flops);
+    fprintf(run->log, "\"cache_bytes\":%zu,", c->layers * kept_numbers(c) * sizeof(real)); // of a text, while one is told
     fprintf(run->log, "\"threads\":%d,\"ranks\":%d,", team, ranks.size);
     if (ranks.size > 1) {
         fprintf(run->log, "\"ep\":%d,\"overlap\":%d,\"replicate\":%d,", ranks.ep, c->overlap, c->replicate);

@@ -760,12 +760,12 @@ const Effect attention_effects[] = {
 
 const Recipe switchhead_recipes[] = {
     {"switchhead", 2023, 2.5, "mixtral's experts, and in attention each head takes 2 of 4 experts for values and outputs",
-     "--heads 2 --attention-experts 4 --attention-topk 2 --head-width 32", "Csordas et al., SwitchHead"},
+     "--heads 2 --attention-experts 4 --attention-topk 2 --head-width 40 --attention-aux-weight 0", "Csordas et al., SwitchHead"},
 };
 
 const Recipe moa_recipes[] = {
     {"moa", 2022, 2.5, "mixtral's experts, and in attention a token takes 4 of 16 heads that share keys and values",
-     "--heads 4 --attention-form moa --attention-experts 16 --head-width 16 --attention-z-weight 0.001",
+     "--heads 4 --attention-form moa --attention-experts 16 --head-width 48 --attention-z-weight 0.001",
      "Zhang et al., Mixture of Attention Heads"},
 };
 
