@@ -86,6 +86,8 @@ struct LayerActs {
     float *rstd2;      // (N)
     floatX *dense_hidden; // (N,2F)
     floatX *hidden;       // (N*K,2F)
+    floatX *fed;          // (N,C)  with --moe-sigmoid: what the layer feeds forward
+    void *mixer;          // dev/cuda/mixers: what another mixer than attention keeps
     int2 *tile;           // (tiles)  expert and first row of each tile of rows; see experts.cuh
     int tiles;            // as many as there can be
     float *partial[2];    // (blocks of BLOCK_ROWS tokens, C)  sums for the gradients of the two norms
@@ -134,6 +136,7 @@ struct Model : ::Model {
     floatX *low;       // all weights, rounded: number i is that of memory[WEIGHTS][i]; see low_of()
     // What one layer needs while it works.
     floatX *branch, *dx_low;       // (N,C)
+    const floatX *dfed;            // (N,C)  the gradient by what the layer at hand feeds forward: one of these two
     floatX *rows, *act, *dhidden;  // (N*K,C), (N*K,F), (N*K,2F)  of the experts; a dense layer uses act and dhidden
     floatX *datt, *dqkv;           // (N,C), (N,(H+2KV)*D)
     float *delta;                  // (B,H,T)  dout . out of attention
@@ -170,9 +173,10 @@ struct Model : ::Model {
     size_t arena_used;
     int dry;
     struct MuonScratch *muon; // --optimizer muon: see dev/cuda/muon.cuh
-    // Generation: a model of one token, its cache (L,seq,2*KV*D), the position of the token, and the token before it.
+    // Generation: a model of one token, its cache (of each layer: keys and values (seq,2*KV*D), or a mixer's state), the
+    // position of the token, and the token before it.
     Model *one;
-    floatX *cache;
+    char *cache;
     int position, before;
     Crossing *transit;      // several GPUs
     const Decided *decided; // (L) tests: choices that are taken over; NULL: none
@@ -180,11 +184,11 @@ struct Model : ::Model {
 };
 
 // The report: three numbers of the whole step; then of each layer four arrays (E) - count, lowest, recent, idle - and
-// the numbers ENTROPY to AUX. They are those of Statistics (dev/statistics.h), of the layer's balance losses (AUX),
-// and of expert choice (dev/routers/expert_choice.h): the lowest scores that each expert took, summed over PASSES
+// the numbers ENTROPY to MIXER_AUX. They are those of Statistics (dev/statistics.h), of the layer's balance losses (AUX,
+// and those of a mixer), and of expert choice (dev/routers/expert_choice.h): the lowest scores that each expert took, summed over PASSES
 // groups.
 enum { TOTAL_LOSS, TOTAL_AUX, GRADIENT_NORM, SINGLE_REPORTS };
-enum { ENTROPY, DROPPED, ACTIVE, TOKENS, PASSES, AUX, SINGLE_STATS };
+enum { ENTROPY, DROPPED, ACTIVE, TOKENS, PASSES, AUX, MIXER_AUX, SINGLE_STATS };
 
 int stats_size(const Config *c) {
     return 4 * c->experts + SINGLE_STATS;
@@ -233,16 +237,20 @@ cudaDataType type_of(const __nv_bfloat16 *) {
 }
 
 // out (M,N) = or += the sum over k < K of a times b. a is (M,K), or with a_by_k (K,M); b is (N,K), or with b_by_k
-// (K,N). Sums are float32, without TF32.
+// (K,N). Sums are float32, without TF32. Rows of a, and of out, that do not lie one behind the other begin row_a, and
+// row_out, numbers apart.
 template <class Out, class In>
-void product(Out *out, const In *a, int a_by_k, const In *b, int b_by_k, int M, int N, int K, int add) {
+void product(Out *out, const In *a, int a_by_k, const In *b, int b_by_k, int M, int N, int K, int add, int row_a = 0,
+             int row_out = 0) {
     float one = 1, beta = add == ADD ? 1 : 0;
     cublasOperation_t turn_a = a_by_k ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasOperation_t turn_b = b_by_k ? CUBLAS_OP_N : CUBLAS_OP_T;
-    int row_a = a_by_k ? M : K, row_b = b_by_k ? N : K;
+    int row_b = b_by_k ? N : K;
+    row_a = row_a ? row_a : a_by_k ? M : K;
+    row_out = row_out ? row_out : N;
     if (M > 0 && N > 0) {
         CHECK(cublasGemmEx(cublas, turn_b, turn_a, N, M, K, &one, b, type_of(b), row_b, a, type_of(a), row_a,
-                           &beta, out, type_of(out), N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+                           &beta, out, type_of(out), row_out, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
     }
 }
 
@@ -978,7 +986,7 @@ const int MOST_ROUTED = 64;
 // finish_route() runs them.
 int has_fused_router(const Model *m, int l) {
     const Config *c = &m->config;
-    return is_moe(c, l) && m->router == &topk_router && c->subtokens == 1 && c->experts <= MOST_ROUTED &&
+    return is_moe(c, l) && m->router == &topk_router && c->subtokens == 1 && c->experts <= MOST_ROUTED && c->norms &&
            c->dim <= 4096;
 }
 
@@ -1535,7 +1543,7 @@ void dense_forward(Model *m, int l) {
     matmul(m->branch, m->act, low_of(m, w->dense_out), N, F, c->dim, SET);
 }
 
-// Writes m->dh (N,C), the gradient by a->h2, from m->dx_low, the gradient by the layer's output.
+// Writes m->dh (N,C), the gradient by a->h2, from m->dfed.
 void dense_backward(Model *m, int l) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
@@ -1545,9 +1553,9 @@ void dense_backward(Model *m, int l) {
     if (!w->dense_in) {
         return;
     }
-    matmul_dx(m->act, m->dx_low, low_of(m, w->dense_out), N, F, c->dim, SET);
+    matmul_dx(m->act, m->dfed, low_of(m, w->dense_out), N, F, c->dim, SET);
     activation_backward(m->dhidden, m->act, a->dense_hidden, N, F, kind);
-    matmul_dw(dw->dense_out, m->dx_low, m->act, N, F, c->dim); // act is f(hidden) again by now
+    matmul_dw(dw->dense_out, m->dfed, m->act, N, F, c->dim); // act is f(hidden) again by now
     matmul_dw(dw->dense_in, m->dhidden, a->h2, N, c->dim, H);
     matmul_dx(m->dh, m->dhidden, low_of(m, w->dense_in), N, c->dim, H, SET);
 }
@@ -1642,6 +1650,7 @@ void moe_backward(Model *m, int l, float *dx, const floatX *dout, const floatX *
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. Memory and first weights
 
+#include "dev/cuda/mixers/all.cuh"  // what may stand in attention's place: an LSTM
 #include "dev/cuda/activations.cuh" // the arrays of LayerActs, Route and Model, cut from one piece of memory
 
 // A model for N tokens. It is laid out twice, the first time to see how much memory it takes, since the driver gives
@@ -1676,6 +1685,11 @@ const ::Router *router_without_kernels(const Config *c) {
     return NULL;
 }
 
+// Is there a mixer, of those that the options ask for, that has no kernels yet? It trains on the CPU, too.
+int mixer_without_kernels(const Config *c) {
+    return mixer_of(c) && !mixer_kernels(c);
+}
+
 // Remakes the rounded copies of weights from .. end.
 void round_weights(Model *m, size_t from, size_t end) {
     if ((void *)m->low != (void *)m->memory[WEIGHTS]) {
@@ -1689,29 +1703,45 @@ void round_weights(Model *m, size_t from, size_t end) {
 // As in the C twin, but what a layer adds to the residual stream is added by the kernel of the next norm:
 // feed_forward returns a Sum, and the next layer's first norm takes it.
 
-// The first half of layer l, up to attention's output, which is left in m->branch: from `before`, what the layers
-// below add up to, which becomes a->x. In layer 0, and with --recompute, it is a->x itself, and is not written.
-void attend_forward(Model *m, int l, Sum before) {
+#include "dev/cuda/residual.cuh" // norm_forward(): rmsnorm unless --norms 0; what --dropout and --moe-sigmoid do before a sum
+
+// m->branch (N,C) = attention to a->h1.
+void attend(Model *m, int l) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->layers[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
     int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
 
-    // The sum and the first norm in one kernel.
-    rmsnorm_forward({before.x == a->x ? NULL : a->x, a->h1, NULL, a->rstd1}, before, w->norm1, N, C, c->norm_eps);
     matmul(a->qkv, a->h1, low_of(m, w->qkv), N, C, Q, SET);
     gpu::qk_norm_forward(m, l, a->qkv);
     gpu::value_embedding_forward(m, l, a->qkv);
 
     // In generation there is one token, and its keys and values go to the cache.
     if (m->cache) {
-        floatX *cache = m->cache + (size_t)l * c->seq * 2 * KV * D;
+        floatX *cache = (floatX *)layer_cache(m, l);
         attention_of_one(a->att, cache, a->qkv, m->angles, m->position, c->seq, H, KV, D);
     } else {
         attention_forward(a->att, a->lse, a->qkv, m->angles, B, T, H, KV, D);
     }
     matmul(m->branch, a->att, low_of(m, w->proj), N, C, C, SET);
+}
+
+// The first half of layer l, up to the output of attention, or of what stands in its place, which is left in m->branch:
+// from `before`, what the layers below add up to, which becomes a->x. In layer 0, and with --recompute, it is a->x
+// itself, and is not written.
+void attend_forward(Model *m, int l, Sum before) {
+    const Config *c = &m->config;
+    LayerActs *a = &m->layers[l];
+    int N = m->batch.B * m->batch.T;
+
+    // The sum and the first norm in one kernel.
+    NormOut to = {before.x == a->x ? NULL : a->x, a->h1, NULL, a->rstd1};
+    norm_forward(to, before, m->params.layer[l].norm1, N, c->dim, c->norm_eps);
+    if (!mixer_forward(m, l, m->branch, a->h1)) {
+        attend(m, l);
+    }
+    end_mixing(m, l);
     m->at_hand = l;
 }
 
@@ -1725,7 +1755,7 @@ void second_norm(Model *m, int l, int route) {
     if (route && has_fused_router(m, l)) {
         fused_router_forward(m, l, to, sum, B * T, T);
     } else {
-        rmsnorm_forward(to, sum, m->params.layer[l].norm2, B * T, c->dim, c->norm_eps);
+        norm_forward(to, sum, m->params.layer[l].norm2, B * T, c->dim, c->norm_eps);
     }
 }
 
@@ -1734,6 +1764,9 @@ Sum feed_forward(Model *m, int l) {
     const Config *c = &m->config;
     LayerActs *a = &m->layers[l];
     int N = m->batch.B * m->batch.T;
+    if (!feeds(c, l)) {
+        return {a->x, m->branch, NULL, NULL, 0};
+    }
     second_norm(m, l, 1);
     Sum sum = {a->mid, m->params.layer[l].dense_in ? m->branch : NULL, NULL, NULL, 0};
     if (!is_moe(c, l)) {
@@ -1751,7 +1784,7 @@ Sum feed_forward(Model *m, int l) {
         sum.row = rows_of_tokens(m, l);
         sum.K = m->acts.layer[l].route.K;
     }
-    return sum;
+    return end_feeding(m, l, sum);
 }
 
 // Its way back, with that of the second norm: m->dx (N,C) comes in as the gradient by the layer's output, m->dx_low
@@ -1763,8 +1796,12 @@ void feed_backward(Model *m, int l) {
     int N = m->batch.B * m->batch.T, C = c->dim, K = m->acts.layer[l].route.K;
     NormBack norm = {m->dx, m->dx_low, a->partial[1], a->mid, a->rstd2, w->norm2};
     scratch_reset(m);
+    if (!feeds(c, l)) {
+        return;
+    }
+    m->dfed = branch_gradient(m, l, FEEDING);
     if (has_fused_router(m, l)) {
-        experts_answer_back(m, l, m->dx_low, a->h2);
+        experts_answer_back(m, l, m->dfed, a->h2);
 
         // With losses that have a part in the weights' gradients, and with several processes, these are summed
         // before.
@@ -1787,32 +1824,42 @@ void feed_backward(Model *m, int l) {
     if (!is_moe(c, l)) {
         dense_backward(m, l);
     } else if (c->subtokens > 1) {
-        subtokens_backward(m, l, m->dh, m->dx_low);
+        subtokens_backward(m, l, m->dh, m->dfed);
     } else {
         // The router reads the norm in float32. All layers share that array, so it is made once more.
-        rmsnorm_forward({NULL, NULL, m->router_in, a->rstd2}, {a->mid}, w->norm2, N, C, c->norm_eps);
-        moe_backward(m, l, m->dh, m->dx_low, a->h2, m->router_in);
+        norm_forward({NULL, NULL, m->router_in, a->rstd2}, {a->mid}, w->norm2, N, C, c->norm_eps);
+        moe_backward(m, l, m->dh, m->dfed, a->h2, m->router_in);
     }
-    rmsnorm_backward(norm, m->dh, N, C);
+    norm_backward(norm, m->dh, N, C);
 }
 
-// From the gradient by a->mid to that by a->x, in m->dx and m->dx_low.
-void attend_backward(Model *m, int l) {
+// m->dh (N,C) = the gradient by a->h1, from dout (N,C), that by attention's output.
+void attend_back(Model *m, int l, const floatX *dout) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
     LayerActs *a = &m->layers[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
     int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
 
-    // proj, attention (which turns dq and dk back), qkv, the first norm.
-    matmul_dx(m->datt, m->dx_low, low_of(m, w->proj), N, C, C, SET);
-    matmul_dw(dw->proj, m->dx_low, a->att, N, C, C);
+    // proj, attention (which turns dq and dk back), qkv
+    matmul_dx(m->datt, dout, low_of(m, w->proj), N, C, C, SET);
+    matmul_dw(dw->proj, dout, a->att, N, C, C);
     attention_backward(m->dqkv, m->datt, a->att, a->lse, a->qkv, m->angles, B, T, H, KV, D, m->delta);
     gpu::value_embedding_backward(m, l, m->dqkv);
     gpu::qk_norm_backward(m, l, m->dqkv);
     matmul_dx(m->dh, m->dqkv, low_of(m, w->qkv), N, C, Q, SET);
     matmul_dw(dw->qkv, m->dqkv, a->h1, N, C, Q);
-    rmsnorm_backward({m->dx, m->dx_low, a->partial[0], a->x, a->rstd1, w->norm1}, m->dh, N, C);
+}
+
+// From the gradient by a->mid to that by a->x, in m->dx and m->dx_low.
+void attend_backward(Model *m, int l) {
+    LayerActs *a = &m->layers[l];
+    const floatX *dout = gpu::branch_gradient(m, l, MIXING);
+    if (!mixer_backward(m, l, m->dh, dout, a->h1)) {
+        attend_back(m, l, dout);
+    }
+    NormBack norm = {m->dx, m->dx_low, a->partial[0], a->x, a->rstd1, m->params.layer[l].norm1};
+    norm_backward(norm, m->dh, m->batch.B * m->batch.T, m->config.dim);
 }
 
 // With --recompute: the activations of layer l once more, from a->x and from the route as it was.
@@ -1822,7 +1869,9 @@ void recompute_layer(Model *m, int l) {
     LayerActs *a = &m->layers[l];
     int N = m->batch.B * m->batch.T;
     attend_forward(m, l, {a->x, NULL, NULL, NULL, 0});
-    second_norm(m, l, 0);
+    if (feeds(c, l)) {
+        second_norm(m, l, 0);
+    }
     if (w->dense_in) {
         int hidden = dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
         matmul(a->dense_hidden, a->h2, low_of(m, w->dense_in), N, c->dim, hidden, SET);
@@ -1839,6 +1888,7 @@ void layers_forward(Model *m) {
     const Config *c = &m->config;
     int N = m->batch.B * m->batch.T;
     embedding_forward(m->layers[0].x, m->params.embed, m->tokens, N, c->dim, m->params.ngrams, m->pairs);
+    gpu::drop_embedding(m, m->layers[0].x);
     Sum sum = {m->layers[0].x, NULL, NULL, NULL, 0};
     for (int l = 0; l < c->layers; l++) {
         keep_pace(); // several GPUs: the host does not run far ahead, since the device's queue is limited (nccl.cuh)
@@ -1847,14 +1897,15 @@ void layers_forward(Model *m) {
         }
         sum = feed_forward(m, l);
     }
-    rmsnorm_forward({m->x, m->h, NULL, m->rstd}, sum, m->params.norm, N, c->dim, c->norm_eps);
+    norm_forward({m->x, m->h, NULL, m->rstd}, sum, m->params.norm, N, c->dim, c->norm_eps);
 }
 
-// report: TOTAL_AUX += scale * the sum of the layers' balance losses.
+// report: TOTAL_AUX += scale * the sum of the layers' balance losses, of which number `aux` and the next one are a layer's.
 __global__ void add_aux_kernel(double *report, int L, int stats, int aux, double scale) {
     double sum = 0;
     for (int l = 0; l < L; l++) {
-        sum += report[SINGLE_REPORTS + l * stats + aux];
+        const double *losses = report + SINGLE_REPORTS + l * stats + aux;
+        sum += losses[0] + losses[1];
     }
     report[TOTAL_AUX] += scale * sum;
 }
@@ -1886,7 +1937,7 @@ void model_forward(::Model *base, const Batch *batch) {
     }
 
     // The layers' balance losses.
-    if (moe_layers(c) > 0 && batch->mode != EVAL_MODE) {
+    if ((moe_layers(c) > 0 || mixer_of(c)) && batch->mode != EVAL_MODE) {
         add_aux_kernel<<<1, 1, 0, stream>>>(m->report, c->layers, stats_size(c), 4 * c->experts + AUX, batch->scale);
         CHECK(cudaGetLastError());
     }
@@ -1905,8 +1956,8 @@ __global__ void finish_gradients_kernel(const Gradient *list, int rows, int C) {
     add_rows(g.to, g.from, C, NULL, g.factor, 0, g.rows ? g.rows : rows, blockIdx.y, C);
 }
 
-// What is left to sum up: of each layer, from the last to the first, the two norms and the router's rows; before all,
-// the last norm. Backward starts one kernel for all; but in the last batch of a step of several processes one for
+// What is left to sum up: of each layer, from the last to the first, its norms and the router's rows; before all, the
+// last norm. Backward starts one kernel for all; but in the last batch of a step of several processes one for
 // each layer, whose gradients can then be sent.
 void finish_gradients(Model *m, int first, int count) {
     int C = m->config.dim, N = m->batch.B * m->batch.T;
@@ -1917,8 +1968,13 @@ void finish_gradients(Model *m, int first, int count) {
     }
 }
 
+int norms_of_layer(const Model *m, int l) {
+    const LayerParams *w = &m->params.layer[l];
+    return (w->norm1 != NULL) + (w->norm2 != NULL);
+}
+
 int gradients_of_layer(const Model *m, int l) {
-    return 2 + (has_fused_router(m, l) ? m->config.experts : 0);
+    return norms_of_layer(m, l) + (has_fused_router(m, l) ? m->config.experts : 0);
 }
 
 void list_gradients(Model *m) {
@@ -1928,13 +1984,19 @@ void list_gradients(Model *m) {
         most += gradients_of_layer(m, l);
     }
     Gradient *list = (Gradient *)allocate(most, sizeof(Gradient));
-    list[count++] = {m->grads.norm, m->last_partial, NULL, 0};
+    if (m->grads.norm) {
+        list[count++] = {m->grads.norm, m->last_partial, NULL, 0};
+    }
     for (int l = c->layers - 1; l >= 0; l--) {
         const LayerActs *a = &m->layers[l];
         const LayerParams *dw = &m->grads.layer[l];
-        list[count++] = {dw->norm1, a->partial[0], NULL, 0};
-        list[count++] = {dw->norm2, a->partial[1], NULL, 0};
-        for (int e = 0; e < gradients_of_layer(m, l) - 2; e++) {
+        if (dw->norm1) {
+            list[count++] = {dw->norm1, a->partial[0], NULL, 0};
+        }
+        if (dw->norm2) {
+            list[count++] = {dw->norm2, a->partial[1], NULL, 0};
+        }
+        for (int e = 0; e < gradients_of_layer(m, l) - norms_of_layer(m, l); e++) {
             list[count++] = {dw->router + (size_t)e * C, a->drouter + (size_t)e * C, m->params.layer[l].norm2, 1};
         }
     }
@@ -1950,11 +2012,12 @@ void layer_done(Model *m, int l); // dev/cuda/ranks.cuh
 void model_backward(::Model *base) {
     Model *m = (Model *)base;
     const Config *c = &m->config;
-    int N = m->batch.B * m->batch.T, C = c->dim, apart = MANY && m->batch.last, done = 1;
+    int N = m->batch.B * m->batch.T, C = c->dim, apart = MANY && m->batch.last;
+    int of_last = m->grads.norm != NULL, done = of_last; // sums of the last norm, and of what has been finished
 
     // The last norm, then the layers from the last to the first.
     zero(m->dx, (size_t)N * C * sizeof(float));
-    rmsnorm_backward({m->dx, m->dx_low, m->last_partial, m->x, m->rstd, m->params.norm}, m->dh, N, C);
+    norm_backward({m->dx, m->dx_low, m->last_partial, m->x, m->rstd, m->params.norm}, m->dh, N, C);
     for (int l = c->layers - 1; l >= 0; l--) {
         keep_pace();
         if (c->recompute && l != m->at_hand) {
@@ -1971,10 +2034,11 @@ void model_backward(::Model *base) {
 
     // The embedding, and what is left to sum up.
     const int *order = m->tokens + 2 * m->max_tokens;
+    gpu::drop_embedding(m, m->dx);
     embedding_backward(m->grads.embed, m->dx, order, order + m->max_tokens, order + 2 * m->max_tokens, m->word_count,
                        C);
     gpu::ngrams_backward(m, m->dx);
-    finish_gradients(m, 0, apart ? 1 : m->gradient_count);
+    finish_gradients(m, 0, apart ? of_last : m->gradient_count);
     layer_done(m, -1);
 }
 
@@ -2235,6 +2299,9 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     if (router_without_kernels(config)) {
         usage_fail("--recipe %s: its router has no kernels for a GPU yet; ./train_moe trains it on the CPU",
                    config->recipe);
+    }
+    if (mixer_without_kernels(config)) {
+        usage_fail("what mixes along the sequence has no kernels for a GPU yet; ./train_moe trains it on the CPU");
     }
     if (device_refuses(config)) {
         usage_fail("%s", device_refuses(config));

@@ -32,6 +32,10 @@ const struct {
     {"value_experts", {"self_attn.v_experts.weight"}},
     {"output_router", {"self_attn.o_gate.weight"}},
     {"output_experts", {"self_attn.o_experts.weight"}},
+    {"lstm_in", {"lstm.weight_ih_l0"}}, // these have the names and shapes of PyTorch's nn.LSTM, whose bias_hh_l0 is 0 here
+    {"lstm_state", {"lstm.weight_hh_l0"}},
+    {"lstm_bias", {"lstm.bias_ih_l0"}},
+    {"lstm_proj", {"lstm.weight_hr_l0"}},
     {"norm2", {"post_attention_layernorm.weight"}},
     {"router", {"block_sparse_moe.gate.weight"}},
     {"w_in", {"block_sparse_moe.experts.%d.w1.weight", "block_sparse_moe.experts.%d.w3.weight"}},

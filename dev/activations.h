@@ -26,7 +26,6 @@ size_t lay_activations(Model *m, int l, int N, real *memory) {
         {&a->lse, lse},                   {&a->mid, (size_t)N * C},
         {&a->h2, (size_t)N * C},          {&a->rstd2, (size_t)N},
         {&a->dense_hidden, N * dense},    {&a->hidden, rows * hidden},
-        {&a->fed, c->moe_sigmoid && is_moe(c, l) ? (size_t)N * C : 0},
     };
     for (size_t i = 0; i < sizeof(list) / sizeof(list[0]); i++) {
         *list[i].array = memory ? memory + used : NULL;
@@ -132,8 +131,10 @@ void allocate_activations(Model *m, int N, int train) {
     real *shared = c->recompute ? own_reals(m, m->largest) : NULL;
     for (int l = 0; l < L; l++) {
         m->acts.layer[l].x = own_reals(m, (size_t)N * C);
+        m->acts.layer[l].fed = own_reals(m, c->moe_sigmoid && is_moe(c, l) ? (size_t)N * C : 0); // not recomputed
         lay_activations(m, l, N, shared ? shared : own_reals(m, lay_activations(m, l, N, NULL)));
         if (is_moe(c, l)) {
+            m->acts.layer[l].fed = own_reals(m, c->moe_sigmoid ? (size_t)N * C : 0); // --recompute needs it, too
             allocate_route(m, l, N * c->subtokens);
         }
     }

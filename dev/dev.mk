@@ -7,8 +7,8 @@
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers attention recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes precision)
-TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double attention_double recipes_double training_double numbers_double learning_double precision_double)
+TESTS        = $(addprefix dev/build/,layers lstm routers attention recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes precision)
+TESTS_DOUBLE = $(addprefix dev/build/,layers_double lstm_double routers_double attention_double recipes_double training_double numbers_double learning_double precision_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
 	$(TEST_BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ -lcmocka $(LIBS)
@@ -245,7 +245,7 @@ RACE_CXX   ?= g++
 RACE        = $(RACE_CXX) $(filter-out -fopenmp,$(EMULATED_FLAGS)) -O1 -fsanitize=thread -Wno-tsan
 # All in one program, which is built once. test_gpu_accumulation has whole models, forward and backward, with one kernel
 # from the residual stream to the plan; CI runs that, test_gpu_rows and test_gpu_capacity.
-RACE_TESTS ?= $(addprefix cuda_all:test_gpu_,rows attention loss update scores select* weights capacity sort accumulation)
+RACE_TESTS ?= $(addprefix cuda_all:test_gpu_,rows attention lstm loss update scores select* weights capacity sort accumulation)
 $(E)/check_race: $(E)/check.cpp $(CHOICE)
 	$(RACE) $(DEPS) $< -o $@ $(LIBS)
 $(CUDA_TESTS:%=$(E)/%_race): $(E)/%_race: dev/test/%.cu $(E)/train_moe_cu.cpp $(CHOICE) | cmocka

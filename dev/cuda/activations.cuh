@@ -9,16 +9,17 @@ size_t lay_activations(Model *m, int l, int N, char *memory) {
     const Config *c = &m->config;
     LayerActs *a = &m->layers[l];
     size_t C = (size_t)c->dim, Q = C + 2 * C / c->heads * c->kv_heads, low = sizeof(floatX), used = 0;
+    size_t attends = mixer_of(c) ? 0 : N, norms = c->qk_norm ? attends : 0; // tokens
     size_t dense = (size_t)dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
     size_t choices = is_moe(c, l) && ranks.ep == 1 ? (size_t)N * c->subtokens * most_choices(c) : 0;
     const Piece list[] = {
         {&a->h1, N * C * low},
         {&a->rstd1, N * sizeof(float)},
-        {&a->qkv, N * Q * low},
-        {&a->att, N * C * low},
-        {&a->raw_qk, c->qk_norm ? N * (Q + C) / 2 * low : 0}, // (H+KV)*D is the mean of (H+2KV)*D and H*D
-        {&a->rstd_qk, c->qk_norm ? (size_t)N * (c->heads + c->kv_heads) * sizeof(float) : 0},
-        {&a->lse, (size_t)N * c->heads * sizeof(float)},
+        {&a->qkv, attends * Q * low},
+        {&a->att, attends * C * low},
+        {&a->raw_qk, norms * (Q + C) / 2 * low}, // (H+KV)*D is the mean of (H+2KV)*D and H*D
+        {&a->rstd_qk, norms * (c->heads + c->kv_heads) * sizeof(float)},
+        {&a->lse, attends * c->heads * sizeof(float)},
         {&a->mid, N * C * sizeof(float)},
         {&a->h2, N * C * low},
         {&a->rstd2, N * sizeof(float)},
@@ -29,7 +30,7 @@ size_t lay_activations(Model *m, int l, int N, char *memory) {
         *(void **)p.to = memory + used;
         used += (p.bytes + 255) / 256 * 256;
     }
-    return used;
+    return used + lay_mixer(m, l, N, memory ? memory + used : NULL);
 }
 
 int first_moe_layer(const Config *c) {
@@ -150,10 +151,12 @@ void allocate_backward(Model *m, int N) {
     m->dx = own_floats(m, NC);
     m->dx_low = own_low(m, NC);
     m->dh = own_floats(m, NC);
-    m->datt = own_low(m, NC);
-    m->dqkv = own_low(m, (size_t)N * Q);
-    m->delta = own_floats(m, (size_t)N * c->heads);
-    m->qk_part = (double *)own(m, qk_sums(c, N), sizeof(double));
+    if (!mixer_of(c)) {
+        m->datt = own_low(m, NC);
+        m->dqkv = own_low(m, (size_t)N * Q);
+        m->delta = own_floats(m, (size_t)N * c->heads);
+        m->qk_part = (double *)own(m, qk_sums(c, N), sizeof(double));
+    }
     for (int l = 0; l < L; l++) {
         LayerActs *a = &m->layers[l];
         size_t dense = (size_t)N * dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
@@ -220,6 +223,7 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     for (int l = 0; l < L; l++) {
         size_t dense = (size_t)N * dense_width(c, l);
         m->layers[l].x = own_floats(m, NC);
+        m->layers[l].fed = own_low(m, c->moe_sigmoid && is_moe(c, l) ? NC : 0); // --recompute does not make it again
         lay_activations(m, l, N, shared ? shared : (char *)own(m, lay_activations(m, l, N, NULL), 1));
         if (is_moe(c, l)) {
             allocate_route(m, l, n);
@@ -248,6 +252,8 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     rope_angles(angles, 0, c->seq, C / c->heads, c->rope_theta);
     upload(m, m->angles, angles, (size_t)c->seq * (C / c->heads) * sizeof(float));
     free(angles);
+    size_t mixing = mixer_scratch(c, N, train);
+    m->scratch_size = m->scratch_size > mixing ? m->scratch_size : mixing;
     m->scratch_memory = (char *)own(m, m->scratch_size, 1);
     if (moe) {
         allocate_plan(m, n);
@@ -262,7 +268,7 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
         allocate_backward(m, N);
     }
     if (parent) { // generation
-        m->cache = own_low(m, (size_t)L * c->seq * 2 * c->kv_heads * (C / c->heads));
+        m->cache = (char *)own(m, L * mixer_cache(c), 1);
     }
 }
 

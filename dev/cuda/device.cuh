@@ -56,7 +56,10 @@ const char *device_refuses(const Config *c) {
     if (c->ffn % 8 || c->dim / c->subtokens % 8) {
         return "--dim and --ffn must be multiples of 8 on a GPU (with --subtokens, --dim of 8 times that)";
     }
-    if (head % 8 || head > 256) {
+    if (mixer_kernels(c) && mixer_kernels(c)->refuses(c)) {
+        return mixer_kernels(c)->refuses(c);
+    }
+    if (!mixer_of(c) && (head % 8 || head > 256)) {
         return "--heads: the width of a head, --dim / --heads, must be a multiple of 8 and at most 256 on a GPU";
     }
     if (c->recurrent % 4) {

@@ -1,5 +1,5 @@
 // What may stand in attention's place, one a file, and which of them the options ask for.
-// Gives: all_mixers, mixer_of, mixer_forward, mixer_backward, add_mixer_tensors, mixer_uses, mixing_flops,
+// Gives: all_mixers, mixer_of, mixer_forward, mixer_backward, add_mixer_tensors, init_mixer_tensor, mixer_uses, mixing_flops,
 // mixer_refuses, add_mixer_options.
 // Needs: train_moe.c, which includes it twice: inside Config, for the fields of the mixers' options (CONFIG_FIELDS), and
 // behind the table of weights. A new mixer is a file, its #include here, and its name in all_mixers.
@@ -8,6 +8,7 @@
 #endif
 
 #include "attention_experts.h" // SwitchHead and MoA: attention with experts
+#include "lstm.h" // an LSTM: each token reads a state that the tokens before it have left
 
 #if !defined(CONFIG_FIELDS) && !defined(MIXERS_H)
 #define MIXERS_H
@@ -15,6 +16,7 @@
 const Mixer *const all_mixers[] = {
     &switchhead_mixer,
     &moa_mixer,
+    &lstm_mixer,
     NULL,
 };
 
@@ -53,6 +55,14 @@ int add_mixer_tensors(const Config *c, int l, Tensor *list, int *count) {
         mixer->tensors(c, l, list, count);
     }
     return mixer != NULL;
+}
+
+// First values of tensor i that are not random numbers, if it is the mixer's.
+void init_mixer_tensor(const Model *m, int i, real *w) {
+    const Mixer *mixer = mixer_of(&m->config);
+    if (mixer && mixer->init) {
+        mixer->init(m, i, w);
+    }
 }
 
 // How often a token uses a tensor of a layer that no other rule of count_parameters() is about.

@@ -105,13 +105,14 @@ void add_router_tensors(const Config *c, int l, Tensor *list, int *count) {
     }
 }
 
-// First values that are not random numbers, or not only: see Router's init.
+// First values that are not random numbers, or not only: see Router's init and Mixer's.
 void init_router_tensor(const Model *m, int i, real *w, const double *frequency) {
     for (int r = 0; r < all_router_count; r++) {
         if (router_is_used(all_routers[r], &m->config) && all_routers[r]->init) {
             all_routers[r]->init(m, i, w, frequency);
         }
     }
+    init_mixer_tensor(m, i, w);
 }
 
 // Why the routers cannot do what the options ask for; NULL: they can.

@@ -26,10 +26,10 @@ Config device_config(const char *recipe) {
     return c;
 }
 
-// The recipes whose routers the twin has.
+// The recipes whose routers and mixers the twin has.
 int has_kernels(const char *recipe) {
     Config c = small_config(recipe);
-    return gpu::router_without_kernels(&c) == NULL;
+    return gpu::router_without_kernels(&c) == NULL && !gpu::mixer_without_kernels(&c);
 }
 
 #ifdef __SANITIZE_ADDRESS__ // which sees by itself what goes too far

@@ -706,8 +706,105 @@ void test_gpu_muon_and_rows(void **state) {
     check_gpu_orthogonalize(2, 264, 64); // several blocks sum up the squares of one
 }
 
+// ---- the LSTM of dev/mixers/lstm.h
+
+typedef struct LstmTest { // B sequences of T tokens; C numbers come in, M units, P numbers go out
+    int B, T, C, M, P;
+    size_t N, in, state, proj;
+    real *weights;         // all in one array, and so are their gradients
+    gpu::Model m;          // has them on the device, for low_of()
+    gpu::LstmLayer a;      // on the device
+    float *read;
+} LstmTest;
+
+LstmWeights lstm_parts(const LstmTest *t, real *w) {
+    LstmWeights parts = {w, w + t->in, w + t->in + t->state, t->proj ? w + t->in + t->state + 4 * t->M : NULL};
+    return parts;
+}
+
+size_t lstm_size(const LstmTest *t) {
+    return t->in + t->state + 4 * (size_t)t->M + t->proj;
+}
+
+LstmTest begin_lstm(int B, int T, int C, int M, int P) {
+    LstmTest t = {B, T, C, M, P, (size_t)B * T, (size_t)4 * M * C, (size_t)4 * M * P, M == P ? 0 : (size_t)P * M};
+    size_t low = sizeof(gpu::floatX);
+    t.weights = draw_normal(lstm_size(&t));
+    for (size_t i = 0; i < lstm_size(&t); i++)
+        t.weights[i] *= (real)(0.7 / sqrt(C));
+    t.m.low = device_low(t.weights, lstm_size(&t));
+    t.m.memory[WEIGHTS] = device_reals(t.weights, lstm_size(&t));
+    t.a.gates = (gpu::floatX *)device_poison(t.N * 4 * M * low);
+    t.a.cell = (float *)device_poison(t.N * M * sizeof(float));
+    t.a.before = (gpu::floatX *)device_poison((t.N + 1) * P * low);
+    t.a.hidden = (gpu::floatX *)device_poison(t.N * M * low);
+    t.read = (float *)device_poison((size_t)B * 4 * M * sizeof(float));
+    return t;
+}
+
+// Both passes of all sequences beside the C twin, and then each sequence step by step.
+void check_gpu_lstm(int B, int T, int C, int M, int P) {
+    LstmTest t = begin_lstm(B, T, C, M, P);
+    size_t N = t.N, size = lstm_size(&t), low = sizeof(gpu::floatX);
+    real *x = draw_normal(N * C), *dout = draw_normal(N * P), *dw = draw_normal(size), *out = take_reals(N * P);
+    real *dx = take_reals(N * C), *dz = take_reals(N * 4 * M), *dr = take_reals(N * P);
+    gpu::floatX *x_there = device_low(x, N * C), *dout_there = device_low(dout, N * P);
+    gpu::floatX *out_there = (gpu::floatX *)device_poison(N * P * low);
+    float *dx_there = (float *)device_poison(N * C * sizeof(float)), *dw_there = device_reals(dw, size);
+    gpu::LstmScratch s = {(gpu::floatX *)device_poison(N * 4 * M * low),
+                          (gpu::floatX *)device_poison(N * P * low),
+                          (float *)device_poison((size_t)B * P * sizeof(float)),
+                          (float *)device_poison((size_t)B * M * sizeof(float)),
+                          (float *)device_poison((size_t)B * M * sizeof(float)),
+                          (double *)device_poison(div_up((int)N, CHUNK) * 4 * M * sizeof(double))};
+    LstmWeights w_there = lstm_parts(&t, t.m.memory[WEIGHTS]);
+    gpu::lstm_forward(&t.m, out_there, t.a, x_there, w_there, t.read, B, T, C, M, P);
+    gpu::lstm_backward(&t.m, dx_there, lstm_parts(&t, dw_there), s, dout_there, t.a, x_there, w_there, B, T, C, M, P);
+
+    LstmWeights w = lstm_parts(&t, t.weights), of_dw = lstm_parts(&t, dw);
+    LstmActs a = {take_reals(N * 4 * M), take_reals(N * M), take_reals(N * P), take_reals(N * M)};
+    lstm_forward(out, &a, x, &w, B, T, C, M, P);
+    lstm_backward(dx, &of_dw, dz, dr, dout, &a, x, &w, B, T, C, M, P);
+    assert_alike("the LSTM's out", fetch_low(out_there, N * P), out, N * P, ROUNDED);
+    assert_alike("its gates", fetch_low(t.a.gates, N * 4 * M), a.gates, N * 4 * M, ROUNDED);
+    assert_alike("its cells", fetch_reals(t.a.cell, N * M), a.cell, N * M, ROUNDED);
+    assert_alike("what its steps read", fetch_low(t.a.before, N * P), a.before, N * P, ROUNDED);
+    assert_alike("its dz", fetch_low(s.dz, N * 4 * M), dz, N * 4 * M, ROUNDED);
+    assert_alike("its dx", fetch_reals(dx_there, N * C), dx, N * C, ROUNDED);
+    real *found = fetch_reals(dw_there, size);
+    assert_alike("its dw_in", found, dw, t.in, ROUNDED);
+    assert_alike("its dw_state", found + t.in, of_dw.state, t.state, ROUNDED);
+    assert_alike("its dbias", found + t.in + t.state, of_dw.bias, 4 * M, ROUNDED);
+    assert_alike("its dw_proj", found + t.in + t.state + 4 * M, of_dw.proj, t.proj, ROUNDED);
+
+    // The state of one token is the next one's beginning, whatever was there before the first one.
+    float *cell = (float *)device_poison(M * sizeof(float));
+    gpu::floatX *r = (gpu::floatX *)device_poison(P * low);
+    for (int b = 0; b < B; b++) {
+        for (int i = 0; i < T; i++) {
+            size_t n = (size_t)b * T + i;
+            gpu::lstm_step(&t.m, out_there + n * P, cell, r, t.a, x_there + n * C, w_there, t.read, i == 0, C, M, P);
+        }
+    }
+    assert_alike("the LSTM's out, step by step", fetch_low(out_there, N * P), out, N * P, ROUNDED);
+    end_layers();
+}
+
+void test_gpu_lstm(void **state) {
+    (void)state;
+    layers_draw = fresh();
+    check_gpu_lstm(1, 1, 8, 8, 8);
+    check_gpu_lstm(1, 9, 8, 16, 16);
+    check_gpu_lstm(3, 5, 16, 24, 24);
+    check_gpu_lstm(5, 4, 24, 40, 16); // with a projection
+    check_gpu_lstm(4, 1, 8, 8, 16);
+    check_gpu_lstm(2, 70, 8, 8, 8);
+    check_gpu_lstm(9, 3, 16, 136, 32); // several blocks for the units of a step
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_gpu_lstm),
         cmocka_unit_test(test_gpu_tables_and_norms),
         cmocka_unit_test(test_gpu_muon_and_rows),
         cmocka_unit_test(test_gpu_rows),

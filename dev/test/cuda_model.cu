@@ -566,6 +566,16 @@ void test_gpu_variants(void **state) {
         {"base", "--group sequence --seq 7"},
         {"fast", "--recompute 1 --heads 4 --kv-heads 2 --ngrams 7 --shared 1"},
         {"dense", "--value-embedding 1 --heads 1 --kv-heads 1"},
+        {"mixtral", "--dropout 0.3 --shared 1 --qk-norm 1"}, // what each half adds is made apart from the residual stream
+        {"mixtral", "--moe-sigmoid 1 --shared 1 --recompute 1"},
+        {"mh-moe", "--dim 64 --heads 2 --kv-heads 1 --moe-sigmoid 1 --dropout 0.2 --norms 0"},
+        {"mixtral", "--norms 0"}, // and so without the fused router
+        {"mixtral", "--last-feed 0 --aux-weight 0.5 --recompute 1"},
+        {"dense", "--last-feed 0 --norms 0 --dropout 0.5 --ngrams 7 --untied 1"},
+        {"shazeer-lstm", "--cell 48 --recompute 1"},
+        {"shazeer-lstm", "--cell 8 --layers 3 --norms 1 --last-feed 1 --moe-sigmoid 0"},
+        {"hierarchical", "--mixer lstm --norms 0 --last-feed 0 --moe-sigmoid 1 --dropout 0.1"},
+        {"mixtral", "--mixer lstm --cell 24 --seq 1 --ngrams 7"},
         {"mixtral", "--overflow next --capacity-factor 0.5"},
     };
     int count = (int)(sizeof(variants) / sizeof(variants[0])) - LOW; // the last one's first choices cannot be taken over
@@ -778,6 +788,8 @@ void test_gpu_generation(void **state) {
     }
     check_gpu_generation("mixtral", "--dim 48 --heads 2 --kv-heads 1 --ffn 8 --seq 11 --untied 1");
     check_gpu_generation("deepseek-v3", "--kv-heads 4 --seq 1");
+    check_gpu_generation("shazeer-lstm", "--cell 40 --seq 11");
+    check_gpu_generation("mixtral", "--mixer lstm --seq 7 --shared 1");
 }
 
 // ---- the same again
@@ -823,6 +835,7 @@ void test_gpu_accumulation(void **state) {
     check_gpu_halves("shazeer", "--group sequence");
     check_gpu_halves("dense", "--untied 1");
     check_gpu_halves("fast", "--group sequence");
+    check_gpu_halves("shazeer-lstm", "--group sequence --cell 24 --dropout 0.3"); // the same numbers are dropped
 }
 
 // The weights after two steps; to be freed.
@@ -872,6 +885,7 @@ void test_gpu_same_bits(void **state) {
     }
     check_gpu_bits("mixtral", 3, 70, 0);
     check_gpu_bits("deepseek-v2", 3, 70, 1);
+    check_gpu_bits("shazeer-lstm", 3, 70, 1);
 }
 
 // ---- files

@@ -97,6 +97,7 @@ const char *small_sizes(const char *recipe) {
     static const char *const sizes[][2] = {{"switch", "--topk 1"},
                                            {"jacobs", "--topk 4"},
                                            {"shazeer", "--experts 5"},
+                                           {"shazeer-lstm", "--experts 5"},
                                            {"hierarchical", "--experts 12 --topk 4"},
                                            {"deepseekmoe", "--experts 7 --topk 3"},
                                            {"deepseek-v2", "--experts 8 --topk 3"},
