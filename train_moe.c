@@ -311,7 +311,7 @@ typedef struct Model {
     Arena scratch;                      // what one part of a layer needs while it works
     double loss, aux;                   // of the step so far, each batch's times its scale
     double norm;                        // of the step's gradients
-    struct Statistics *stats;           // (L)  what the experts had to do
+    struct Statistics *stats;           // (L)  what the experts had to do; behind them attention's
     struct Generation *generation;      // what generation keeps
     struct Crossing *crossing;          // several processes
     int at_hand;                        // with --recompute: the layer whose activations are in memory
@@ -1085,9 +1085,9 @@ void balance_forward(Model *m, int l, const real *x) {
 
 // Adds to dp (N,E) the derivative of mean_of_slopes(): slope / N, or for sigmoid scores, by the
 // quotient rule, (slope_e - sum over j of slope_j p_j / s) / s / N with s = sum(p).
-void balance_backward(Model *m, real *dp, const Route *r) {
-    int E = r->E, sigmoid = m->config.score == SIGMOID;
-    double scale = m->batch.scale / r->N;
+void balance_backward(real *dp, const Route *r, int score, double loss_scale) {
+    int E = r->E, sigmoid = score == SIGMOID;
+    double scale = loss_scale / r->N;
 #pragma omp parallel for if (is_worth_threads(r->N, 4 * E))
     for (int n = 0; n < r->N; n++) {
         const double *slope = r->slope + (size_t)(n / r->group) * E;
@@ -1140,7 +1140,7 @@ void topk_backward(Model *m, int l, real *dx, real *dweight, const real *x) {
     real *dp = scratch(m, (size_t)N * E), *dlogits = scratch(m, (size_t)N * E);
     memset(dp, 0, (size_t)N * E * sizeof(real));
     weights_backward(dp, dweight, r->weight, r->p, r->expert, N, E, r->K, c->gate, c->scale);
-    balance_backward(m, dp, r);
+    balance_backward(dp, r, c->score, m->batch.scale);
     scores_backward(dlogits, dp, r->p, r->lse, N, E, c->score, c->z_weight * m->batch.scale / N);
 
     matmul_backward(dx, dw->router, dlogits, x, w->router, N, C, E, ADD);
@@ -1456,11 +1456,11 @@ real *layer_tensor(const Model *m, int l, const char *kind, int what) {
     return i < 0 ? NULL : m->memory[what] + m->tensors[i].offset;
 }
 
-#include "dev/mixers/all.h"  // what may stand in attention's place: an LSTM, attention with experts
-#include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
-
 #define IN_LAYER(name) #name, offsetof(LayerParams, name)
 #define IN_MODEL(name) #name, offsetof(Params, name)
+
+#include "dev/mixers/all.h"  // what may stand in attention's place: an LSTM, attention with experts
+#include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
 
 int tensor_limit(const Config *c) { // more rows than any model's table has
     return 20 * c->layers + 20;

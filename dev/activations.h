@@ -119,7 +119,7 @@ void allocate_activations(Model *m, int N, int train) {
     int L = c->layers, C = c->dim;
     m->purpose = FOR_ACTIVATIONS;
     m->acts.layer = (LayerActs *)own(m, L, sizeof(LayerActs));
-    m->stats = (Statistics *)own(m, L, sizeof(Statistics));
+    m->stats = (Statistics *)own(m, statistics_rows(c), sizeof(Statistics));
     allocate_experts(m);
 
     // With --recompute all layers share one array for most of their activations.

@@ -113,8 +113,9 @@ int has_capacity(const Config *c) {
 // Does anything look at many tokens together?
 int looks_at_groups(const Config *c) {
     double losses = c->aux_weight + c->load_weight + c->device_weight + c->comm_weight;
+    int heads = c->attention_experts > 0 && (c->attention_aux_weight > 0 || c->attention_capacity_factor > 0);
     return losses > 0 || c->capacity_factor > 0 || c->quantile_sweeps > 0 || c->select == EXPERT_CHOICE ||
-           c->select == BALANCED;
+           c->select == BALANCED || heads;
 }
 
 int has_ngrams(const Config *c) {

@@ -7,12 +7,15 @@
 #include "mixer.h"
 #endif
 
+#include "attention_experts.h" // SwitchHead and MoA: attention with experts
 #include "lstm.h" // an LSTM: each token reads a state that the tokens before it have left
 
 #if !defined(CONFIG_FIELDS) && !defined(MIXERS_H)
 #define MIXERS_H
 
 const Mixer *const all_mixers[] = {
+    &switchhead_mixer,
+    &moa_mixer,
     &lstm_mixer,
     NULL,
 };
