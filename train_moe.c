@@ -83,11 +83,6 @@ typedef struct Config {
     int seq, vocab;                      // T; V, which the tokenizer decides
     int untied;                          // 1: the output has a matrix of its own, else it uses the embedding's
     double norm_eps, rope_theta;
-    int qk_norm;                         // see dev/qk_norm.h
-    int ngrams, ngram_order, ngram_gate; // a table of word pairs and triples, see dev/ngrams.h
-    int value_embedding;                 // tables of words, see dev/lookup.h
-    int norms, moe_sigmoid, last_feed;   // see dev/residual.h, as for dropout
-    int mixer;                           // MIX_ATTENTION; for the others see dev/mixers
     // The experts.
     int experts, topk, ffn, shared;      // E, K, F; experts that every token passes
     int moe_every, dense_first;          // which layers have experts: see is_moe()
@@ -100,18 +95,19 @@ typedef struct Config {
     int balance, group;                  // form of the balance loss; over which tokens: SEQUENCE, BATCH, STEP
     double aux_weight, z_weight;         // weights of the balance loss and of the z-loss
     double capacity_factor, eval_capacity_factor;
-    // The routers of single papers. Their files begin with the fields that they need here; that
-    // part alone is included.
+    // The routers of single papers, and other parts. Their files begin with the fields that they
+    // need here; that part alone is included.
 #define CONFIG_FIELDS
 #include "dev/routers/all.h"
 #include "dev/mixers/all.h"
+#include "dev/parts.h"
 #undef CONFIG_FIELDS
     // Training.
     int batch, accum, steps;             // B; micro-steps in a step; steps
     double minutes;                      // the time that sets steps; 0: none, see dev/minutes.h
     double lr, min_lr;
     int warmup, schedule;
-    double weight_decay, beta1, beta2, clip, dropout;
+    double weight_decay, beta1, beta2, clip;
     int optimizer;                       // ADAMW or MUON, see dev/muon.h
     int moments;                         // MOMENTS_FP32 or MOMENTS_BF16, see dev/moments.h
     int precision;                       // PRODUCTS_FP32 or PRODUCTS_BF16, see dev/precision.h
@@ -1626,10 +1622,7 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
 // layer's x = mid + feed-forward layers(rmsnorm(mid)). So its backward pass has the gradient by the
 // residual stream in one array, dx, and each of the two norms adds its part to it.
 
-#include "dev/qk_norm.h"  // --qk-norm: queries and keys with a norm of their own
-#include "dev/lookup.h"   // --value-embedding: each word has a vector that is added to its values
-#include "dev/ngrams.h"   // --ngrams: so has each pair of words, and triple, before layer 0 and in each layer
-#include "dev/residual.h" // norm_forward(): rmsnorm unless --norms 0; branches: what --dropout does before a sum
+#include "dev/parts.h" // what few models have: norms of queries, tables, dropout. norm_forward() is rmsnorm here
 
 // The first half of layer l, from a->x to a->h2: x + attention(rmsnorm(x)), and the norm of that.
 void attend_forward(Model *m, int l) {
@@ -1824,8 +1817,7 @@ double learning_rate(const Config *c, int step) {
 
 // The norm of all gradients together.
 double gradient_norm(Model *m) {
-    return sqrt(ranks_sum_of_squares(m) + squares_of_read_rows(m)); // one process: the first is that of
-                                                                    // memory[GRADS] up to m->tables
+    return sqrt(ranks_sum_of_squares(m) + squares_of_read_rows(m)); // one process: sum_of_squares() of memory[GRADS]
 }
 
 // What AdamW needs to know of a step and a tensor.

@@ -5,7 +5,9 @@
 // In each layer every word of the vocabulary has a vector of its own, which is added to its values. So attention can pass
 // on which word stood there, without a part of the residual stream that remembers it. Jordan et al. 2024, modded-nanogpt;
 // Karpathy 2025, nanochat. As with --ngrams (dev/ngrams.h), only the rows of words that a step has read move.
-#ifndef LOOKUP_H
+#ifdef CONFIG_FIELDS
+    int value_embedding;
+#elif !defined(LOOKUP_H)
 #define LOOKUP_H
 #include "tables.h"
 

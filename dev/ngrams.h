@@ -18,7 +18,12 @@
 // the vector is of use, v which parts of it. Cheng et al. 2026, Conditional Memory via Scalable Lookup (Engram), section
 // 2.3, has matrices for k and v, norms of key and query, and a convolution behind them; vectors that differ from layer
 // to layer do what is essential, and multiply nothing.
-#pragma once
+#ifdef CONFIG_FIELDS
+    int ngrams;      // rows of the table; 0: there is none
+    int ngram_order; // 2: pairs; 3: pairs and triples
+    int ngram_gate;
+#elif !defined(NGRAMS_H)
+#define NGRAMS_H
 #include "tables.h"
 
 // ---- which rows?
@@ -213,3 +218,5 @@ void take_backward(Model *m, int l, real *dx) {
         }
     }
 }
+
+#endif
