@@ -113,8 +113,13 @@ int has_capacity(const Config *c) {
 // Does anything look at many tokens together?
 int looks_at_groups(const Config *c) {
     double losses = c->aux_weight + c->load_weight + c->device_weight + c->comm_weight;
+    int heads = c->attention_experts > 0 && (c->attention_aux_weight > 0 || c->attention_capacity_factor > 0);
     return losses > 0 || c->capacity_factor > 0 || c->quantile_sweeps > 0 || c->select == EXPERT_CHOICE ||
-           c->select == BALANCED;
+           c->select == BALANCED || heads;
+}
+
+int has_ngrams(const Config *c) {
+    return c->ngrams > 0;
 }
 
 int rate_falls(const Config *c) {
@@ -148,6 +153,8 @@ const Effect base_effects[] = {
     {"score", has_scores, "scores, which --select hash does not have: --select topk"},
     {"balance", has_balance_loss, "a balance loss: --aux-weight 0.01"},
     {"group", looks_at_groups, "a loss or a capacity that looks at many tokens: --aux-weight or --capacity-factor"},
+    {"ngram-order", has_ngrams, "a table: --ngrams 16384"},
+    {"ngram-gate", has_ngrams, "a table: --ngrams 16384"},
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},

@@ -8,7 +8,7 @@
 
 typedef struct Generation {
     Model *one;  // a model for one token, with the weights of the trained one
-    int before;  // the token before this one; -1: the text begins
+    int before[2]; // the last two tokens; -1: the text begins
     real *cache; // (L, seq, 2*KV*D)  keys, then values; those of position p are in row p % seq. Of another mixer: its own
 } Generation;
 
@@ -55,13 +55,19 @@ void attend_one(Model *one, int l, real *x, real *cache, int position) {
     matmul(x, a->att, w->proj, 1, C, C, ADD);
 }
 
+// Numbers that generation keeps of a layer, for a text of seq tokens.
+size_t kept_numbers(const Config *c) {
+    const Mixer *mixer = mixer_of(c);
+    return mixer ? mixer->cache(c) : (size_t)c->seq * 2 * c->kv_heads * (c->dim / c->heads);
+}
+
 // One token at `position`: logits (V) of the next one. The cache has the last seq positions, so a longer text
 // forgets its beginning.
 void model_generate(Model *m, int token, int position, real *logits) {
     const Config *c = &m->config;
     const Mixer *mixer = mixer_of(c);
-    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, width = 2 * KV * D;
-    size_t kept = mixer ? mixer->cache(c) : (size_t)c->seq * width; // numbers of a layer
+    int C = c->dim, D = C / c->heads;
+    size_t kept = kept_numbers(c);
     if (!m->generation) {
         m->generation = (Generation *)own(m, 1, sizeof(Generation));
         m->generation->one = model_allocate(c, 1, 0, m->memory[WEIGHTS]);
@@ -77,8 +83,8 @@ void model_generate(Model *m, int token, int position, real *logits) {
     // The same layers as in model_forward, but for attention, which looks into the cache.
     rope_angles(one->angles, position, 1, D, c->rope_theta);
     embedding_forward(acts->x, one->params.embed, &token, 1, C);
-    ngrams_forward(one, acts->x, position ? m->generation->before : -1);
-    m->generation->before = token;
+    ngrams_forward(one, acts->x, position ? m->generation->before : NULL);
+    remember_token(m->generation->before, token, position);
     for (int l = 0; l < c->layers; l++) {
         const LayerParams *w = &one->params.layer[l];
         LayerActs *a = &acts->layer[l];
@@ -94,6 +100,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
         begin_branch(one, l, FEEDING, a->mid, acts->x);
         feed_forward(one, l, a->mid);
         end_branch(one, l, FEEDING, a->mid, acts->x);
+        take_forward(one, l, a->mid, acts->x);
         copy_rows(acts->x, a->mid, 1, C);
     }
     norm_forward(one, acts->h, acts->rstd, acts->x, one->params.norm, 1);

@@ -109,6 +109,8 @@ const char *small_sizes(const char *recipe) {
                                            {"hash", "--topk 1"},
                                            {"base", "--topk 1"},
                                            {"rmoe", "--recurrent 6"},
+                                           {"switchhead", "--attention-experts 3 --head-width 8"},
+                                           {"moa", "--attention-experts 6 --head-width 8"},
                                            {"fast", "--ngrams 20"}};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         if (!strcmp(sizes[i][0], recipe))
@@ -127,6 +129,16 @@ Config small_config(const char *recipe) {
         &c, "--layers 2 --dim 16 --heads 4 --kv-heads 2 --experts 4 --topk 2 --ffn 12 --seq 8 --batch 2 --threads 1");
     c.vocab = 50;
     set_options(&c, small_sizes(recipe));
+    return c;
+}
+
+// The recipes, and behind them, as number recipe_count, what none of them has of the tables that are looked up.
+#define TABLES_RECIPE "fast"
+#define TABLES_CHOICES "--ngram-order 3 --ngram-gate 1"
+Config small_variant(int i) {
+    Config c = small_config(i < recipe_count ? recipes[i].name : TABLES_RECIPE);
+    if (i == recipe_count)
+        set_options(&c, TABLES_CHOICES);
     return c;
 }
 
@@ -150,11 +162,16 @@ void randomize_weights(Model *m) {
     }
 }
 
-// Where a tensor begins in the memory of a single process that has the whole model: common tensors first, then the experts.
+// Common tensors come first in the memory of a model, then the experts, then the tables that are looked up.
+int arena_of(const Tensor *t) {
+    return t->looked_up ? 2 : t->of_experts;
+}
+
+// Where a tensor begins in the memory of a single process that has the whole model.
 size_t whole_offset(const Model *m, int tensor) {
     size_t at = 0;
     for (int i = 0; i < m->tensor_count; i++) {
-        int differ = m->tensors[i].of_experts - m->tensors[tensor].of_experts;
+        int differ = arena_of(&m->tensors[i]) - arena_of(&m->tensors[tensor]);
         at += differ < 0 || (differ == 0 && i < tensor) ? m->tensors[i].whole : 0;
     }
     return at;
@@ -282,7 +299,6 @@ Route balance_route(const real *p, const double *slope, int N, int E, int group)
 // The balance loss of the Switch Transformer, over groups of tokens, when `count` says how often each expert was chosen.
 // dp not NULL: dp (N,E) += scale times its derivative.
 double switch_form(const real *p, const int *count, int N, int E, int group, real *dp, double scale) {
-    static Model m; // without any weights
     double slope[64] = {0}, counts[64];
     Route r = balance_route(p, slope, N, E, group);
     assert_true(N / group * E <= 64);
@@ -290,10 +306,8 @@ double switch_form(const real *p, const int *count, int N, int E, int group, rea
         counts[i] = count[i];
     for (int i = 0; i < N / group; i++)
         add_balance(slope + i * E, counts + i * E, E, 1);
-    m.config.score = SOFTMAX;
-    m.batch.scale = scale;
     if (dp)
-        balance_backward(&m, dp, &r);
+        balance_backward(dp, &r, SOFTMAX, scale);
     return mean_of_slopes(&r, SOFTMAX);
 }
 

@@ -67,6 +67,18 @@ void test_options_idle(void **state) {
         {"--temperature 0 --top-k 5", "--temperature above 0"},
         {"--temperature 0 --top-p 0.5", "--temperature above 0"},
         {"--trust-weights", "--trust-weights would have no effect: it needs weights to read"},
+        {"--attention-topk 3", "it needs experts in attention"},
+        {"--attention-form moa", "it needs experts in attention"},
+        {"--head-width 8", "it needs experts in attention"},
+        {"--attention-aux-weight 0.1", "it needs experts in attention"},
+        {"--attention-capacity-factor 1", "it needs experts in attention"},
+        {"--recipe moa --attention-topk 3", "--attention-experts 4 and switchhead"},
+        {"--recipe moa --kv-heads 2", "moa has one"},
+        {"--recipe switchhead --attention-z-weight 0.1", "--attention-form moa"},
+        {"--attention-experts 3 --attention-topk 4", "a head cannot choose more experts than it has"},
+        {"--attention-experts 3 --attention-form moa", "a token cannot have more heads than there are"},
+        {"--recipe moa --heads 1", "the weight of a single head would always be 1"},
+        {"--recipe switchhead --head-width 7", "an even width"},
         {"--warmup 4000", "--warmup 4000: a run of 4000 steps would be nothing but warm-up"},
         {"--warmup 100 --steps 20", "a shorter one, or more --steps"},
     };
@@ -91,6 +103,8 @@ void test_options_idle(void **state) {
         "--temperature 0 --tokens 5",
         "--prompt hello --tokens 5 --top-k 5 --seed 3 --threads 1 --tokenizer x",
         "--eval-capacity-factor 1 --overflow next",
+        "--attention-experts 4 --aux-weight 0 --group sequence",
+        "--recipe dense --attention-experts 16 --attention-form moa --attention-z-weight 0.1",
     };
     for (int i = 0; i < COUNT(refused); i++)
         expect_command(refused[i][0], 2, refused[i][1]);

@@ -131,7 +131,7 @@ void assert_log(const char *out, int last, int routers) {
             assert_int_equal((int)at->number, step);
             router++;
         } else if (strcmp(type, "run")) {
-            assert_true(!strcmp(type, "eval") || !strcmp(type, "sample"));
+            assert_true(!strcmp(type, "eval") || !strcmp(type, "sample") || !strcmp(type, "attention"));
             assert_int_equal((int)at->number, step);
         }
         json_free(json);
