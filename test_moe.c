@@ -513,6 +513,10 @@ void test_gradients_of_variants(void **state) {
         {"dense", "--attention-experts 6 --attention-form moa --attention-aux-weight 0.5 --dropout 0.2"},
         {"dense", "--activation gelu --untied 1"},
         {"dense", "--seq 1 --activation relu"},
+        {"dense", "--ngrams 20 --ngram-order 3 --seq 2"},
+        {"fast", "--ngram-gate 1 --dropout 0.3"},
+        {"dense", "--ngrams 9 --ngram-gate 1 --norms 0"},
+        {"fast", "--ngram-order 3 --ngram-gate 1 --recompute 1 --layers 3"},
     };
     for (int i = 0; i < (int)(sizeof(variants) / sizeof(variants[0])); i++) {
         Config c = small_config(variants[i][0]);

@@ -83,10 +83,6 @@ typedef struct Config {
     int seq, vocab;                      // T; V, which the tokenizer decides
     int untied;                          // 1: the output has a matrix of its own, else it uses the embedding's
     double norm_eps, rope_theta;
-    int qk_norm;                         // see dev/qk_norm.h
-    int ngrams, value_embedding;         // tables that are looked up, see dev/lookup.h
-    int norms, moe_sigmoid, last_feed;   // see dev/residual.h, as for dropout
-    int mixer;                           // MIX_ATTENTION; for the others see dev/mixers
     // The experts.
     int experts, topk, ffn, shared;      // E, K, F; experts that every token passes
     int moe_every, dense_first;          // which layers have experts: see is_moe()
@@ -99,18 +95,19 @@ typedef struct Config {
     int balance, group;                  // form of the balance loss; over which tokens: SEQUENCE, BATCH, STEP
     double aux_weight, z_weight;         // weights of the balance loss and of the z-loss
     double capacity_factor, eval_capacity_factor;
-    // The routers of single papers. Their files begin with the fields that they need here; that
-    // part alone is included.
+    // The routers of single papers, and other parts. Their files begin with the fields that they
+    // need here; that part alone is included.
 #define CONFIG_FIELDS
 #include "dev/routers/all.h"
 #include "dev/mixers/all.h"
+#include "dev/parts.h"
 #undef CONFIG_FIELDS
     // Training.
     int batch, accum, steps;             // B; micro-steps in a step; steps
     double minutes;                      // the time that sets steps; 0: none, see dev/minutes.h
     double lr, min_lr;
     int warmup, schedule;
-    double weight_decay, beta1, beta2, clip, dropout;
+    double weight_decay, beta1, beta2, clip;
     int optimizer;                       // ADAMW or MUON, see dev/muon.h
     int moments;                         // MOMENTS_FP32 or MOMENTS_BF16, see dev/moments.h
     int precision;                       // PRODUCTS_FP32 or PRODUCTS_BF16, see dev/precision.h
@@ -173,6 +170,7 @@ typedef struct LayerParams {
     real *k_norm;    // (D)
     real *value_embed; // (V, KV*D)    with --value-embedding
     real *proj;      // (C, H*D)
+    real *ngram_key, *ngram_value; // (C)  with --ngram-gate
     real *norm2;     // (C)
     real *router;    // (E, C)
     real *w_in;      // (E, 2F, C)      each expert: F rows of gate, then F rows of up; (E, F, C) where not gated
@@ -201,7 +199,7 @@ typedef struct Tensor {
     int init;              // how it begins
     int trained;           // 0: a buffer, which is saved but has no gradient
     int of_experts;        // 1: in the experts' arena
-    int looked_up;         // 1: AdamW moves only the rows that the step has read
+    int looked_up;         // not 0: a table, of which the optimizer moves only the rows that the step has read; see dev/tables.h
     size_t field;          // where LayerParams or Params has its pointer; NO_FIELD: a router's own, see layer_tensor()
     size_t offset, size;   // in the memory of this process, in numbers
     size_t first, whole;   // several processes: this one has numbers first .. first+size of `whole`
@@ -281,6 +279,7 @@ typedef struct Batch {
 struct Router;           // chapter 3
 struct Statistics;       // dev/statistics.h
 struct Generation;       // dev/generate.h
+struct Lookup;           // dev/tables.h
 struct Crossing;         // dev/ranks/: rows on their way between processes
 enum { WEIGHTS, GRADS, MOMENT1, MOMENT2 };
 enum { FOR_WEIGHTS, FOR_GRADIENTS, FOR_MOMENTS, FOR_ACTIVATIONS, FOR_BUFFERS, HARDLY_TOUCHED, MEMORY_KINDS };
@@ -295,15 +294,15 @@ typedef struct Model {
     Batch batch;                        // of the last forward pass
     int max_tokens;                     // N that the buffers hold
     // The table of weights, and the four arrays that it describes: weights, gradients, the optimizer's two
-    // moments. In each, what all processes have in common comes first, and the experts after it,
-    // from number `common` on.
+    // moments. In each, what all processes have in common comes first, then the experts, from number
+    // `common` on, then the tables that are looked up, from number `tables` on.
     Tensor *tensors;
     int tensor_count;
-    size_t size, common;
+    size_t size, common, tables;
     real *memory[4];
     real *dx;                           // (N,C)  the gradient that flows back through the residual stream
+    struct Lookup *lookup;              // tables that are looked up: which rows
     real *dbranch;                      // (N,C)  with --dropout or --moe-sigmoid, see dev/residual.h
-    int *ngram_row;                     // (N)  with --ngrams: the row of each token's pair of words
     real *angles;                       // (T, D/2, 2)  cosines and sines of the rotary positions
     Arena scratch;                      // what one part of a layer needs while it works
     double loss, aux;                   // of the step so far, each batch's times its scale
@@ -1467,7 +1466,7 @@ int tensor_limit(const Config *c) { // more rows than any model's table has
 int model_tensors(const Config *c, Tensor *list) {
     int count = 0, C = c->dim, D = C / c->heads, narrow = C / c->subtokens;
     add_tensor(list, &count, -1, IN_MODEL(embed), 2, 1, c->vocab, C, INIT_NORMAL);
-    add_tensor(list, &count, -1, IN_MODEL(ngrams), 2, 1, c->ngrams, C, INIT_ZERO)->looked_up = 1;
+    add_tensor(list, &count, -1, IN_MODEL(ngrams), 2, 1, c->ngrams, C, INIT_ZERO)->looked_up = BY_NGRAM;
     for (int l = 0; l < c->layers; l++) {
         int E = is_moe(c, l) ? c->experts : 0, F = dense_width(c, l), gated = is_gated(dense_activation(c, l)), rows = 0;
         for (int e = 0; e < E; e++) {
@@ -1480,9 +1479,11 @@ int model_tensors(const Config *c, Tensor *list) {
             add_tensor(list, &count, l, IN_LAYER(q_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
             add_tensor(list, &count, l, IN_LAYER(k_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
             add_tensor(list, &count, l, IN_LAYER(value_embed), 2, 1, c->value_embedding ? c->vocab : 0,
-                       c->kv_heads * D, INIT_ZERO)->looked_up = 1;
+                       c->kv_heads * D, INIT_ZERO)->looked_up = BY_WORD;
             add_tensor(list, &count, l, IN_LAYER(proj), 2, 1, C, C, INIT_RESIDUAL);
         }
+        add_tensor(list, &count, l, IN_LAYER(ngram_key), 1, 1, 1, c->ngram_gate ? C : 0, INIT_ZERO);
+        add_tensor(list, &count, l, IN_LAYER(ngram_value), 1, 1, 1, c->ngram_gate ? C : 0, INIT_ONE);
         add_tensor(list, &count, l, IN_LAYER(norm2), 1, 1, 1, c->norms && feeds(c, l) ? C : 0, INIT_ONE);
         if (E) {
             add_tensor(list, &count, l, IN_LAYER(router), 2, 1, router_outputs(c), router_width(c), INIT_NORMAL);
@@ -1503,26 +1504,25 @@ int model_tensors(const Config *c, Tensor *list) {
 }
 
 // Where each tensor lies: first the arena of what all processes have in common, then that of the
-// experts. Each tensor begins at a multiple of `unit` numbers, which a GPU wants.
+// experts, then that of tables that are looked up. Each tensor begins at a multiple of `unit`
+// numbers, which a GPU wants.
 void lay_out(Model *m, Tensor *list, size_t unit) {
     size_t at = 0;
     m->tensors = list;
     m->tensor_count = model_tensors(&m->config, list);
-    for (int of_experts = 0; of_experts < 2; of_experts++) {
+    size_t *ends[] = {&m->common, &m->tables, &m->size};
+    for (int arena = 0; arena < 3; arena++) {
         for (int i = 0; i < m->tensor_count; i++) {
             Tensor *t = &list[i];
             // A matrix of words is filled up to a multiple of `unit` rows, since a GPU multiplies only such fast.
             size_t step = t->layer < 0 && t->dims == 2 ? unit * (size_t)t->shape[2] : unit;
-            if (t->of_experts == of_experts) {
+            if ((t->looked_up ? 2 : t->of_experts) == arena) {
                 t->offset = at;
                 at += (t->size + step - 1) / step * step;
             }
         }
-        if (!of_experts) {
-            m->common = at;
-        }
+        *ends[arena] = at;
     }
-    m->size = at;
     ranks_lay_out(m, unit); // several processes: each has only some of the experts
 }
 
@@ -1570,7 +1570,7 @@ void init_tensor(const Model *m, int i, real *w, const double *frequency) {
     uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_INIT, (uint64_t)i, 0);
 #pragma omp parallel for
     for (size_t j = 0; j < t->size; j++) {
-        double z = random_normal(stream, t->first + j);
+        double z = deviation > 0 ? random_normal(stream, t->first + j) : 0;
         for (uint64_t again = 1; truncated && fabs(z) > 2; again++) {
             z = random_normal(stream, t->first + j + again * t->whole);
         }
@@ -1622,9 +1622,7 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
 // layer's x = mid + feed-forward layers(rmsnorm(mid)). So its backward pass has the gradient by the
 // residual stream in one array, dx, and each of the two norms adds its part to it.
 
-#include "dev/qk_norm.h"  // --qk-norm: queries and keys with a norm of their own
-#include "dev/lookup.h"   // tables of which each token looks up a row: --ngrams, --value-embedding
-#include "dev/residual.h" // norm_forward(): rmsnorm unless --norms 0; branches: what --dropout does before a sum
+#include "dev/parts.h" // what few models have: norms of queries, tables, dropout. norm_forward() is rmsnorm here
 
 // The first half of layer l, from a->x to a->h2: x + attention(rmsnorm(x)), and the norm of that.
 void attend_forward(Model *m, int l) {
@@ -1735,7 +1733,7 @@ double model_forward(Model *m, const Batch *batch) {
 
     // From tokens to the last layer's output. Each layer adds to the residual stream.
     embedding_forward(a->layer[0].x, m->params.embed, batch->inputs, N, C);
-    ngrams_forward(m, a->layer[0].x, -1);
+    ngrams_forward(m, a->layer[0].x, NULL);
     drop_embedding(m, a->layer[0].x);
     for (int l = 0; l < c->layers; l++) {
         real *out = l + 1 < c->layers ? a->layer[l + 1].x : a->x;
@@ -1743,6 +1741,7 @@ double model_forward(Model *m, const Batch *batch) {
         begin_branch(m, l, FEEDING, out, a->layer[l].mid);
         feed_forward(m, l, out);
         end_branch(m, l, FEEDING, out, a->layer[l].mid);
+        take_forward(m, l, out, a->layer[l].mid); // --ngram-gate
     }
 
     // From there to the loss. The gradient by h is taken at once, since the logits are not kept.
@@ -1775,6 +1774,7 @@ void model_backward(Model *m) {
             recompute_layer(m, l);
         }
         feed_backward(m, l, dh2, branch_gradient(m, l, FEEDING, dx));
+        take_backward(m, l, dx);
         attend_backward(m, l, dx, dh2);
         ranks_layer_done(m, l); // several processes: this layer's gradients can be summed
     }
@@ -1817,7 +1817,7 @@ double learning_rate(const Config *c, int step) {
 
 // The norm of all gradients together.
 double gradient_norm(Model *m) {
-    return sqrt(ranks_sum_of_squares(m)); // one process: sum_of_squares(m->memory[GRADS], m->size)
+    return sqrt(ranks_sum_of_squares(m) + squares_of_read_rows(m)); // one process: sum_of_squares() of memory[GRADS]
 }
 
 // What AdamW needs to know of a step and a tensor.
@@ -1864,6 +1864,7 @@ void model_update(Model *m, int step, double lr, double norm) {
         round_moments(m, i, at, size, step); // to bfloat16, if --moments asks for it
     }
     ranks_share_weights(m);
+    forget_read_rows(m);
     router_update(m);
     ranks_move_copies(m, step);
 }

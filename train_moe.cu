@@ -156,9 +156,8 @@ struct Model : ::Model {
     int head_rows;
     int *tokens, *targets; // (N), (N); in the same piece, for embedding_backward: order (N), words (N), offset (N+1)
     int word_count;        // distinct words of the batch
-    int *pairs;            // (N)  with --ngrams: rows of its table, behind them the same three lists, of rows
+    int *pairs;            // (orders,N)  with --ngrams: rows of its table, behind them the same three lists, of rows
     int pair_count;        // distinct rows of the batch
-    int *word_offset;      // (V+1), (--ngrams+1) if that is more  of the host
     float *last_partial;   // (blocks of BLOCK_ROWS tokens, C)  as LayerActs.partial, of the last norm
     struct Gradient *gradients; // sums that finish the gradients of norms and routers: see finish_gradients
     int gradient_count;
@@ -178,7 +177,8 @@ struct Model : ::Model {
     // position of the token, and the token before it.
     Model *one;
     char *cache;
-    int position, before;
+    int position, before[2];
+    struct Tables *tables_there; // tables that are looked up: see dev/cuda/tables.cuh
     Crossing *transit;      // several GPUs
     const Decided *decided; // (L) tests: choices that are taken over; NULL: none
     int *decided_expert;    // (N,K)
@@ -488,29 +488,40 @@ void rmsnorm_backward(NormBack b, const float *dh, int N, int C) {
 
 // ---- embedding and loss
 
-__global__ void embedding_forward_kernel(float *x, const float *embedding, const int *tokens, const float *ngrams,
-                                         const int *pairs, size_t size, int C) {
-    size_t i = 4 * thread_of_grid();
-    float a[4], b[4];
-    if (i < size) {
-        load_pack(a, embedding + (size_t)tokens[i / C] * C + i % C);
-        if (ngrams) {
-            load_pack(b, ngrams + (size_t)pairs[i / C] * C + i % C);
-            for (int j = 0; j < 4; j++) {
-                a[j] += b[j];
-            }
+// Rows of the table of --ngrams that are added to the embedding.
+struct NgramRows {
+    const float *table; // (R,C), NULL: there is none
+    const int *row;     // (orders,N)  of each token
+    int orders;
+    float *sum;         // (N,C)  what they add up to; NULL: it is not kept
+};
+
+__global__ void embedding_forward_kernel(float *x, const float *embedding, const int *tokens, NgramRows more, size_t size,
+                                         int C) {
+    size_t i = 4 * thread_of_grid(), n = i / C, N = size / C;
+    float a[4], b[4], sum[4] = {0};
+    if (i >= size) {
+        return;
+    }
+    load_pack(a, embedding + (size_t)tokens[n] * C + i % C);
+    for (int k = 0; more.table && k < more.orders; k++) {
+        load_pack(b, more.table + (size_t)more.row[k * N + n] * C + i % C);
+        for (int j = 0; j < 4; j++) {
+            a[j] += b[j];
+            sum[j] += b[j];
         }
-        store_pack(x + i, a);
+    }
+    store_pack(x + i, a);
+    if (more.sum) {
+        store_pack(more.sum + i, sum);
     }
 }
 
-// x (N,C) = each token's row of the embedding, and with --ngrams row pairs[n] of its table.
-void embedding_forward(float *x, const float *embedding, const int *tokens, int N, int C, const float *ngrams = NULL,
-                       const int *pairs = NULL) {
+// x (N,C) = each token's row of the embedding, and with --ngrams its rows of that table.
+void embedding_forward(float *x, const float *embedding, const int *tokens, int N, int C, NgramRows more = {}) {
     size_t size = (size_t)N * C;
     if (N > 0) {
-        embedding_forward_kernel<<<blocks(size, 4 * THREADS), THREADS, 0, stream>>>(x, embedding, tokens, ngrams, pairs,
-                                                                                    size, C);
+        embedding_forward_kernel<<<blocks(size, 4 * THREADS), THREADS, 0, stream>>>(x, embedding, tokens, more, size, C);
         CHECK(cudaGetLastError());
     }
 }
@@ -573,7 +584,8 @@ void embedding_backward(float *dembedding, const T *dx, const int *order, const 
     }
 }
 
-#include "dev/cuda/lookup.cuh" // the other tables of which each token looks up a row: --ngrams, --value-embedding
+#include "dev/cuda/tables.cuh" // tables of which a token looks up one row: which rows has a step read?
+#include "dev/cuda/lookup.cuh" // --value-embedding: each word has a vector that is added to its values
 
 // A block has a row of logits, W numbers of which V are words. In the first pass each thread keeps the highest of its
 // logits and the sum of exp(logit - highest), so that the row is read once for both.
@@ -1704,6 +1716,7 @@ void round_weights(Model *m, size_t from, size_t end) {
 // As in the C twin, but what a layer adds to the residual stream is added by the kernel of the next norm:
 // feed_forward returns a Sum, and the next layer's first norm takes it.
 
+#include "dev/cuda/ngrams.cuh"   // --ngrams: so has each pair of words, and triple, before layer 0 and in each layer
 #include "dev/cuda/residual.cuh" // norm_forward(): rmsnorm unless --norms 0; what --dropout and --moe-sigmoid do before a sum
 
 // m->branch (N,C) = attention to a->h1.
@@ -1888,7 +1901,8 @@ void recompute_layer(Model *m, int l) {
 void layers_forward(Model *m) {
     const Config *c = &m->config;
     int N = m->batch.B * m->batch.T;
-    embedding_forward(m->layers[0].x, m->params.embed, m->tokens, N, c->dim, m->params.ngrams, m->pairs);
+    NgramRows more = {m->params.ngrams, m->pairs, ngram_orders(c), c->ngram_gate ? m->lookup->sum : NULL};
+    embedding_forward(m->layers[0].x, m->params.embed, m->tokens, N, c->dim, more);
     gpu::drop_embedding(m, m->layers[0].x);
     Sum sum = {m->layers[0].x, NULL, NULL, NULL, 0};
     for (int l = 0; l < c->layers; l++) {
@@ -1896,7 +1910,7 @@ void layers_forward(Model *m) {
         if (N > 0) { // without tokens of its own, a process's experts have those of others
             attend_forward(m, l, sum);
         }
-        sum = feed_forward(m, l);
+        sum = gpu::take_forward(m, l, feed_forward(m, l)); // --ngram-gate
     }
     norm_forward({m->x, m->h, NULL, m->rstd}, sum, m->params.norm, N, c->dim, c->norm_eps);
 }
@@ -2024,7 +2038,9 @@ void model_backward(::Model *base) {
         if (c->recompute && l != m->at_hand) {
             recompute_layer(m, l);
         }
+        gpu::take_backward(m, l);
         feed_backward(m, l);
+        take_stream_backward(m, l);
         attend_backward(m, l);
         if (apart) {
             finish_gradients(m, done, gradients_of_layer(m, l));
@@ -2092,6 +2108,8 @@ struct Adam { // one tensor's part of the update
     float rate, keep, b1, b2, correct1, correct2; // keep: 1 - lr * decay
     double clip;
     int row;        // numbers in a row of a table that is looked up, see adamw_rows_kernel; 0: no such table
+    const int *rows; // (count)  which rows the step has read
+    int count;
     int moments;    // MOMENTS_FP32 or MOMENTS_BF16
     uint64_t draws; // the stream of random numbers that round moments: see dev/moments.h
 };
@@ -2139,27 +2157,23 @@ template <class Moment> __global__ void adamw_kernel(Adam a, Moment *m1, Moment 
     }
 }
 
-// A table that is looked up: a row that the step has not read has no gradient, and is left alone (dev/read_rows.h). A
-// warp has a row. It looks at all of the row's gradients, also where another process updates a part of it.
+// A table that is looked up: a warp has a row that the step has read. If it has no gradient, it is left alone (dev/read_rows.h).
 template <class Moment> __global__ void adamw_rows_kernel(Adam a, Moment *m1, Moment *m2, const double *norm) {
-    size_t begin = (a.first / a.row + row_of_warp()) * a.row; // in the table
-    const float *table = a.g - a.first;
-    int read = 0;
+    int i = row_of_warp(), read = 0;
     float g[4];
-    if (begin >= a.first + a.size || !isfinite(*norm)) {
+    if (i >= a.count || !isfinite(*norm)) {
         return;
     }
+    size_t begin = (size_t)a.rows[i] * a.row;
     for (int c = 4 * (threadIdx.x % 32); c < a.row; c += 128) {
-        load_pack(g, table + begin + c);
+        load_pack(g, a.g + begin + c);
         read |= g[0] != 0 || g[1] != 0 || g[2] != 0 || g[3] != 0;
     }
     if (!__ballot_sync(ALL_LANES, read)) {
         return;
     }
     for (int c = 4 * (threadIdx.x % 32); c < a.row; c += 128) {
-        if (begin + c >= a.first && begin + c < a.first + a.size) {
-            adamw_of_pack(a, m1, m2, begin + c - a.first, clip_scale(a.clip, *norm));
-        }
+        adamw_of_pack(a, m1, m2, begin + c, clip_scale(a.clip, *norm));
     }
 }
 
@@ -2167,8 +2181,7 @@ template <class Moment> void start_adamw(Adam a, const double *norm) {
     a.low = (void *)a.low == (void *)a.w ? NULL : a.low; // in float32 there is no copy
     Moment *m1 = (Moment *)a.m1, *m2 = (Moment *)a.m2;
     if (a.row) {
-        size_t rows = (a.first + a.size + a.row - 1) / a.row - a.first / a.row;
-        adamw_rows_kernel<Moment><<<row_blocks(rows), THREADS, 0, stream>>>(a, m1, m2, norm);
+        adamw_rows_kernel<Moment><<<row_blocks((size_t)a.count), THREADS, 0, stream>>>(a, m1, m2, norm);
     } else {
         adamw_kernel<Moment><<<blocks(a.size, 4 * THREADS), THREADS, 0, stream>>>(a, m1, m2, norm);
     }
@@ -2179,6 +2192,9 @@ template <class Moment> void start_adamw(Adam a, const double *norm) {
 void adamw(Adam a, const double *norm) {
     if (a.size % 4) {
         fail("internal error: a tensor of %zu numbers, which are no multiple of 4", a.size);
+    }
+    if (a.row && !a.count) {
+        return;
     }
     if (a.moments == MOMENTS_BF16) {
         start_adamw<__nv_bfloat16>(a, norm);
@@ -2217,6 +2233,9 @@ void model_update(::Model *base, int step, double lr) {
     // The norm of all gradients stays on the device: AdamW's kernels look at it.
     if (MANY) {
         norm_over_ranks(m, norm);
+    } else if (m->tables < m->size) {
+        send_read_rows(m);
+        norm_with_tables(m, norm);
     } else {
         gpu::gradient_norm(norm, m->memory[GRADS], m->size, m->norm_part);
     }
@@ -2244,6 +2263,8 @@ void model_update(::Model *base, int step, double lr) {
         a.rate = (float)lr * (t->looked_up ? TABLE_RATE : 1);
         a.keep = (float)(t->dims == 1 || t->looked_up ? 1 : 1 - lr * c->weight_decay);
         a.row = t->looked_up ? t->shape[2] : 0;
+        a.rows = m->tables_there->list[t->looked_up];
+        a.count = rows_of_table(m, t)->count;
         a.b1 = (float)c->beta1;
         a.b2 = (float)c->beta2;
         a.correct1 = (float)(1 / (1 - pow(c->beta1, step)));
@@ -2254,6 +2275,7 @@ void model_update(::Model *base, int step, double lr) {
         adamw(a, norm);
     }
     share_weights(m);
+    forget_read_rows(m);
     gpu::router_update(m);
     move_copies(m, step);
 }
@@ -2282,12 +2304,12 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     rope_angles(angles, position, 1, D, c->rope_theta);
     CHECK(cudaMemcpyAsync(one->angles, angles, (size_t)D * sizeof(float), cudaMemcpyHostToDevice, stream));
     CHECK(cudaMemcpyAsync(one->tokens, &token, sizeof(int), cudaMemcpyHostToDevice, stream));
-    int pair = 0; // out here, since a copy may read it as late as in download()
+    int row[2]; // out here, since a copy may read it as late as in download()
     if (c->ngrams) {
-        pair = ngram_row(position ? one->before : -1, token, c->ngrams);
-        CHECK(cudaMemcpyAsync(one->pairs, &pair, sizeof(int), cudaMemcpyHostToDevice, stream));
+        find_ngrams(c, row, &token, position ? one->before : NULL, 1, 1);
+        CHECK(cudaMemcpyAsync(one->pairs, row, (size_t)ngram_orders(c) * sizeof(int), cudaMemcpyHostToDevice, stream));
     }
-    one->before = token;
+    remember_token(one->before, token, position);
     layers_forward(one);
     matmul(one->word_logits, one->h, low_of(m, m->params.head), 1, c->dim, words_with_padding(c->vocab), SET);
     download(logits, one->word_logits, (size_t)c->vocab * sizeof(float));
@@ -2323,7 +2345,7 @@ void model_generate(::Model *base, int token, int position, real *logits) {
                   m->size); // to 0: the words that do not exist belong to no tensor, and nobody else writes them
     CHECK(cudaMallocHost((void **)&m->staging, batch_ints(m) * sizeof(int)));
     CHECK(cudaEventCreateWithFlags(&m->staged, cudaEventDisableTiming));
-    m->word_offset = (int *)own_host(m, (size_t)max_int(config->vocab, config->ngrams) + 2, sizeof(int));
+    allocate_row_staging(m);
     CHECK(cudaStreamSynchronize(stream)); // a plain cudaMemcpy does not wait for this stream
     return m;
 }
@@ -2335,6 +2357,7 @@ void model_free(::Model *base) {
     }
     if (!m->dry) {
         await_device();
+        free_row_staging(m);
         free_crossing(m);
         CHECK(cudaFree(m->arena));
     }

@@ -25,6 +25,8 @@ const struct {
     {"k_norm", {"self_attn.k_norm.weight"}},
     {"value_embed", {"self_attn.value_embedding.weight"}},
     {"proj", {"self_attn.o_proj.weight"}},
+    {"ngram_key", {"ngram_gate.key.weight"}},
+    {"ngram_value", {"ngram_gate.value.weight"}},
     {"query_key", {"self_attn.qk_proj.weight"}},
     {"key_value", {"self_attn.kv_proj.weight"}},
     {"query_experts", {"self_attn.q_experts.weight"}},

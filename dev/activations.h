@@ -146,7 +146,7 @@ void allocate_activations(Model *m, int N, int train) {
 
     // What is needed only while something works.
     m->purpose = FOR_BUFFERS;
-    m->ngram_row = (int *)own(m, c->ngrams ? N : 0, sizeof(int));
+    allocate_lookup(m, N, train);
     m->angles = own_reals(m, (size_t)c->seq * (C / c->heads));
     rope_angles(m->angles, 0, c->seq, C / c->heads, c->rope_theta);
     if (train) {

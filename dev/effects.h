@@ -118,6 +118,10 @@ int looks_at_groups(const Config *c) {
            c->select == BALANCED || heads;
 }
 
+int has_ngrams(const Config *c) {
+    return c->ngrams > 0;
+}
+
 int rate_falls(const Config *c) {
     return c->schedule != CONSTANT;
 }
@@ -149,6 +153,8 @@ const Effect base_effects[] = {
     {"score", has_scores, "scores, which --select hash does not have: --select topk"},
     {"balance", has_balance_loss, "a balance loss: --aux-weight 0.01"},
     {"group", looks_at_groups, "a loss or a capacity that looks at many tokens: --aux-weight or --capacity-factor"},
+    {"ngram-order", has_ngrams, "a table: --ngrams 16384"},
+    {"ngram-gate", has_ngrams, "a table: --ngrams 16384"},
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},

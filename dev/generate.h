@@ -8,7 +8,7 @@
 
 typedef struct Generation {
     Model *one;  // a model for one token, with the weights of the trained one
-    int before;  // the token before this one; -1: the text begins
+    int before[2]; // the last two tokens; -1: the text begins
     real *cache; // (L, seq, 2*KV*D)  keys, then values; those of position p are in row p % seq. Of another mixer: its own
 } Generation;
 
@@ -83,8 +83,8 @@ void model_generate(Model *m, int token, int position, real *logits) {
     // The same layers as in model_forward, but for attention, which looks into the cache.
     rope_angles(one->angles, position, 1, D, c->rope_theta);
     embedding_forward(acts->x, one->params.embed, &token, 1, C);
-    ngrams_forward(one, acts->x, position ? m->generation->before : -1);
-    m->generation->before = token;
+    ngrams_forward(one, acts->x, position ? m->generation->before : NULL);
+    remember_token(m->generation->before, token, position);
     for (int l = 0; l < c->layers; l++) {
         const LayerParams *w = &one->params.layer[l];
         LayerActs *a = &acts->layer[l];
@@ -100,6 +100,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
         begin_branch(one, l, FEEDING, a->mid, acts->x);
         feed_forward(one, l, a->mid);
         end_branch(one, l, FEEDING, a->mid, acts->x);
+        take_forward(one, l, a->mid, acts->x);
         copy_rows(acts->x, a->mid, 1, C);
     }
     norm_forward(one, acts->h, acts->rstd, acts->x, one->params.norm, 1);

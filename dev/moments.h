@@ -41,7 +41,7 @@ BOTH uint64_t moment_draw(uint64_t stream, uint64_t index) {
 
 // After AdamW or Muon has worked out new moments of the weights `at` .. at+size of the tensor in this row of the table:
 // rounds them, as --moments says; a second moment that Muon leaves at 0 stays 0. Inside of a parallel region, the threads
-// share them, once all are worked out.
+// share them, once all are worked out. Of a table, only rows that were read have new ones.
 void round_moments(Model *m, int row, size_t at, size_t size, int step) {
     if (m->config.moments != MOMENTS_BF16) {
         return;
@@ -50,11 +50,13 @@ void round_moments(Model *m, int row, size_t at, size_t size, int step) {
     real *m1 = m->memory[MOMENT1] + moment_offset(m, at), *m2 = m->memory[MOMENT2] + moment_offset(m, at);
     size_t first = t->first + (at - t->offset); // several processes: this one's first number in the whole tensor
     uint64_t stream = moment_stream((uint64_t)m->config.seed, step, row);
+    size_t width = t->looked_up ? (size_t)t->shape[2] : size, rows = t->looked_up ? (size_t)rows_of_table(m, t)->count : 1;
 #pragma omp barrier
 #pragma omp for schedule(static) nowait
-    for (size_t j = 0; j < size; j++) {
-        uint64_t draw = moment_draw(stream, first + j);
-        m1[j] = round_stochastically((float)m1[j], (unsigned)(draw & 0xffff));
-        m2[j] = round_stochastically((float)m2[j], (unsigned)(draw >> 16 & 0xffff));
+    for (size_t j = 0; j < rows * width; j++) {
+        size_t at_row = t->looked_up ? (size_t)rows_of_table(m, t)->list[j / width] * width + j % width : j;
+        uint64_t draw = moment_draw(stream, first + at_row);
+        m1[at_row] = round_stochastically((float)m1[at_row], (unsigned)(draw & 0xffff));
+        m2[at_row] = round_stochastically((float)m2[at_row], (unsigned)(draw >> 16 & 0xffff));
     }
 }

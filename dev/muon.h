@@ -1,7 +1,7 @@
 // Muon, the optimizer of the matrices of the layers (--optimizer muon).
 // Gives, for both twins: MUON_TURNS, MUON_STEP, MUON_ROUNDS, muon_polynomial, takes_muon, move_mean, matrix_scale, has_turn;
 // and Matrix, matrix_memory, prepare_matrix, orthogonalize, most_muon_scratch, muon_update.
-// Needs: Model, its scratch memory and the products of train_moe.c, which includes it; moments.h, lookup.h, precision.h,
+// Needs: Model, its scratch memory and the products of train_moe.c, which includes it; moments.h, tables.h, precision.h,
 // ranks/gradients.h.
 //
 // AdamW divides each number of a gradient by its own usual size. Muon (Jordan et al. 2024, "Muon: An optimizer for hidden

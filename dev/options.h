@@ -83,6 +83,8 @@ const Option base_options[] = {
     FLAG("qk-norm", qk_norm, MODEL, "Model", "queries and keys have an RMSNorm of their own in each head"),
     INTEGER("ngrams", ngrams, "0", 0, 1 << 26, MODEL, "Model",
             "rows of a table of word pairs, found by a hash and added to the embedding; 0: no table"),
+    INTEGER("ngram-order", ngram_order, "2", 2, 3, MODEL, "Model", "3: word triples have rows of that table, too"),
+    FLAG("ngram-gate", ngram_gate, MODEL, "Model", "each layer takes from that table once more, through a gate of its own"),
     FLAG("value-embedding", value_embedding, MODEL, "Model",
          "in each layer every word has a vector that is added to its values in attention"),
     WORD("mixer", mixer, "attention", mixer_names, MODEL, "Model", "what mixes along the sequence"),

@@ -4,7 +4,9 @@
 // A score is q . k / sqrt(D), and nothing limits how large q and k grow. With a norm only their directions count, times
 // two learned vectors; so the rate of learning can be higher. Henry et al. 2020, Query-Key Normalization for Transformers;
 // Qwen team 2025, Qwen3, section 2, whose form this is.
-#ifndef QK_NORM_H
+#ifdef CONFIG_FIELDS
+    int qk_norm;
+#elif !defined(QK_NORM_H)
 #define QK_NORM_H
 
 // In qkv (N,(H+2KV)*D) the H queries become x / rms(x) * q_norm, and the KV keys x / rms(x) * k_norm, both vectors (D).

@@ -1,5 +1,5 @@
-// AdamW for a whole tensor, by all threads; of tables that are looked up (dev/lookup.h), only the rows that a step has read.
-// Gives: TABLE_RATE, adamw_of_read_rows, adamw_of_tensor. Needs: has_gradient() of lookup.h; moment_offset() of
+// AdamW for a whole tensor, by all threads; of tables that are looked up (dev/tables.h), only the rows that a step has read.
+// Gives: TABLE_RATE, adamw_of_read_rows, adamw_of_tensor. Needs: dev/tables.h; moment_offset() of
 // ranks/gradients.h; Model, Adam and adamw() of train_moe.c, which includes it.
 //
 // A row that no token of a step has looked up has no gradient. Let alone, it keeps its moments until it is read again. If
@@ -9,20 +9,19 @@
 //
 // A row is read now and then, so it learns little at each --lr; three times that was best (doc/clock.md).
 #pragma once
+#include "tables.h"
 
 #define TABLE_RATE 3 // times the learning rate
 
-// AdamW for `size` numbers, from number `first` of a table with rows of C on. All gradients of the table are in memory,
-// since the numbers of one process need not begin or end with a row. Inside of a parallel region, each thread does its part.
-void adamw_of_read_rows(real *w, real *g, real *m1, real *m2, size_t first, size_t size, int C, Adam a) {
-    size_t width = (size_t)C, from = first / width, until = (first + size + width - 1) / width;
-    const real *table = g - first;
+// AdamW for those rows of a table, of C numbers, that are on the list and have a gradient. Inside of a parallel region, each
+// thread does its part.
+void adamw_of_read_rows(real *w, real *g, real *m1, real *m2, const ReadRows *r, int C, Adam a) {
+    size_t width = (size_t)C;
 #pragma omp for schedule(static) nowait
-    for (size_t row = from; row < until; row++) {
-        if (has_gradient(table + row * width, width)) {
-            size_t begin = row * width > first ? row * width - first : 0;
-            size_t end = (row + 1) * width - first < size ? (row + 1) * width - first : size;
-            adamw(w + begin, g + begin, m1 + begin, m2 + begin, end - begin, a);
+    for (int i = 0; i < r->count; i++) {
+        size_t at = (size_t)r->list[i] * width;
+        if (has_gradient(g + at, width)) {
+            adamw(w + at, g + at, m1 + at, m2 + at, width, a);
         }
     }
 }
@@ -34,7 +33,7 @@ void adamw_of_tensor(Model *m, const Tensor *t, size_t at, size_t size, Adam a) 
     real *m1 = m->memory[MOMENT1] + moment_offset(m, at), *m2 = m->memory[MOMENT2] + moment_offset(m, at);
     if (t->looked_up) {
         a.rate *= TABLE_RATE;
-        adamw_of_read_rows(w, g, m1, m2, at - t->offset, size, t->shape[2], a);
+        adamw_of_read_rows(w, g, m1, m2, rows_of_table(m, t), t->shape[2], a);
         return;
     }
     size_t piece = 1024;

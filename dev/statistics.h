@@ -4,6 +4,7 @@
 #ifndef STATISTICS_H
 #define STATISTICS_H
 #include "cpu/vector.h"
+#include "tables.h"
 
 typedef struct Statistics { // of one mixture, in training, since the step began
     double *count;          // (E) choices that went to each expert, before any was refused for want of capacity
@@ -178,7 +179,7 @@ void count_parameters(const Config *c, double *total, double *active) {
         } else if (t->layer < 0 && !strcmp(t->kind, "head")) {
             uses = 0;
         } else if (t->looked_up) {
-            uses = 1.0 / t->shape[1]; // one row, which is added
+            uses = (t->looked_up == BY_NGRAM ? c->ngram_order - 1.0 : 1.0) / t->shape[1]; // a row or two, which are added
         } else if (t->layer >= 0) {
             uses = mixer_uses(c, t);
         }

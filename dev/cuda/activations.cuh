@@ -76,10 +76,10 @@ void allocate_experts(Model *m) {
 }
 
 // Numbers that a batch sends: tokens, targets, and embedding_backward's three lists; with --ngrams the tokens' rows of that
-// table, and once more three lists.
+// table, by pair and by triple, and once more three lists.
 size_t batch_ints(const Model *m) {
     size_t N = (size_t)m->max_tokens;
-    return N * 5 + 1 + (m->config.ngrams ? N * 4 + 1 : 0);
+    return N * 5 + 1 + (m->config.ngrams ? N * ngram_orders(&m->config) * 4 + 1 : 0);
 }
 
 void allocate_route(Model *m, int l, int n) {
@@ -236,6 +236,7 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
 
     // What is needed only while something works.
     m->purpose = FOR_BUFFERS;
+    allocate_lookup(m, N, train);
     m->tokens = own_ints(m, batch_ints(m));
     m->targets = m->tokens + N;
     m->pairs = m->tokens + (size_t)N * 5 + 1;

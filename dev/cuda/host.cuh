@@ -4,22 +4,7 @@
 #ifndef CUDA_HOST_CUH
 #define CUDA_HOST_CUH
 
-// Sorts tokens by the row (N) of a table of V rows that each of them looks up, for embedding_backward: order, rows and
-// offset, one list behind the other from `lists` on, max_tokens apart. Returns how many rows there are.
-int sort_by_row(Model *m, int *lists, const int *row, int N, int V) {
-    int *order = lists, *rows = order + m->max_tokens, *offset = rows + m->max_tokens, count = 0;
-    ::counting_sort(order, m->word_offset, row, N, V);
-    for (int v = 0; v < V; v++) {
-        if (m->word_offset[v + 1] > m->word_offset[v]) {
-            rows[count] = v;
-            offset[count++] = m->word_offset[v];
-        }
-    }
-    offset[count] = N;
-    return count;
-}
-
-// Sends the batch to the device: tokens and targets, and the tokens sorted by word; with --ngrams also by pair of words.
+// Sends the batch to the device: tokens and targets, and the tokens sorted by word; with --ngrams also by pair of words, and by triple.
 // The memory that it is sent from may not be written again until it has been read.
 void send_batch(Model *m, const int *tokens, const int *targets, int N) {
     const Config *c = &m->config;
@@ -27,10 +12,12 @@ void send_batch(Model *m, const int *tokens, const int *targets, int N) {
     await(m->staged);
     memcpy(to, tokens, (size_t)N * sizeof(int));
     memcpy(to + m->max_tokens, targets, (size_t)N * sizeof(int));
-    m->word_count = sort_by_row(m, to + 2 * m->max_tokens, tokens, N, c->vocab);
+    ReadRows *batch = m->tables_there->batch;
+    m->word_count = sort_by_row(to + 2 * m->max_tokens, m->max_tokens, tokens, N, N, &batch[BY_WORD]);
     if (c->ngrams) {
-        find_ngrams(pairs, tokens, -1, N, m->batch.T, c->ngrams);
-        m->pair_count = sort_by_row(m, pairs + m->max_tokens, pairs, N, c->ngrams);
+        int orders = ngram_orders(c), most = m->max_tokens * orders;
+        find_ngrams(c, pairs, tokens, NULL, N, m->batch.T);
+        m->pair_count = sort_by_row(pairs + most, most, pairs, N * orders, N, &batch[BY_NGRAM]);
     }
     copy_ints(m->tokens, to, batch_ints(m), cudaMemcpyHostToDevice);
     CHECK(cudaEventRecord(m->staged, stream));

@@ -1,20 +1,9 @@
-// Tables of which each token looks up one row, on the GPU: see dev/lookup.h, whose functions have the same names.
-// Gives: ngrams_backward, value_embedding_forward, value_embedding_backward. Needs: dev/cuda/common.cuh; embedding_backward
+// Values of words that are looked up (--value-embedding), on the GPU: see dev/lookup.h, whose functions have the same names.
+// Gives: value_embedding_forward, value_embedding_backward. Needs: dev/cuda/common.cuh, tables.cuh; embedding_backward
 // and gpu::Model of train_moe.cu, which includes it.
 //
-// --ngrams: the host has the tokens, so it finds their rows as well, and sorts them (send_batch in host.cuh).
-// embedding_forward() of train_moe.cu adds the rows as it reads the embedding. The tokens by word, which
-// embedding_backward() needs, serve the values' tables, too.
+// The tokens by word, which embedding_backward() needs, serve these tables, too.
 #pragma once
-
-// The gradient of --ngrams' table, from dx (N,C), the gradient by layer 0's input.
-void ngrams_backward(Model *m, const float *dx) {
-    const int *order = m->pairs + m->max_tokens;
-    if (m->config.ngrams) {
-        embedding_backward(m->grads.ngrams, dx, order, order + m->max_tokens, order + 2 * m->max_tokens, m->pair_count,
-                           m->config.dim);
-    }
-}
 
 // Number i of all values: four numbers of a token's values, which stand last in its row of qkv.
 __global__ void value_embedding_kernel(floatX *qkv, const float *table, const int *tokens, size_t size, int values,
@@ -53,6 +42,7 @@ void value_embedding_backward(Model *m, int l, const floatX *dqkv) {
     int D = c->dim / c->heads, values = c->kv_heads * D, width = c->dim + 2 * values;
     const int *order = m->tokens + 2 * m->max_tokens;
     if (m->grads.layer[l].value_embed) {
+        note_read_rows(m, BY_WORD, m->staging + 3 * m->max_tokens, m->word_count);
         embedding_backward(m->grads.layer[l].value_embed, dqkv + width - values, order, order + m->max_tokens,
                            order + 2 * m->max_tokens, m->word_count, values, width);
     }

@@ -19,13 +19,6 @@ void start_sum(::Model *m, size_t from, size_t end, int peers) {
     nccl_sum(m->memory[GRADS] + from, end - from, peers ? OF_PEERS : OF_ALL);
 }
 
-__global__ void add_kernel(float *to, const float *from, size_t size) {
-    size_t i = thread_of_grid();
-    if (i < size) {
-        to[i] += from[i];
-    }
-}
-
 // GRADS: adds the gradients of copies to the owners' and clears them. WEIGHTS: sends the owners' weights to the copies.
 void exchange_copies(Model *m, int what) {
     int count;
@@ -82,8 +75,9 @@ void layer_done(Model *m, int l) {
     gpu::start_sum(m, tail, m->common, 0);
     if (has_copies(m)) {
         gpu::exchange_copies(m, GRADS);
-        gpu::start_sum(m, m->common, m->size, 1);
+        gpu::start_sum(m, m->common, m->tables, 1);
     }
+    sum_tables(m);
 }
 
 // ---- the update
@@ -92,16 +86,28 @@ size_t slice_of(const Model *m) { // the numbers that this process updates of wh
     return m->crossing->slice_end - m->crossing->slice;
 }
 
-// *norm of all processes' gradients: of this one's slice of what all have, and of its experts, which `groups` have.
+// *norm of all gradients of one process that has tables.
+void norm_with_tables(Model *m, double *norm) {
+    zero(norm, sizeof(double));
+    int parts = gpu::sum_of_squares(m->norm_part, m->memory[GRADS], m->tables);
+    add_sum(norm, Doubles{m->norm_part}, parts, 1);
+    add_squares_of_read_rows(m, norm, m->norm_part);
+    root_of_sum_kernel<<<1, 32, 0, stream>>>(norm, norm, 1);
+    CHECK(cudaGetLastError());
+}
+
+// *norm of all processes' gradients: of this one's slice of what all have, of its experts, which `groups` have, and of tables,
+// of which all have the same.
 void norm_over_ranks(Model *m, double *norm) {
     const float *g = m->memory[GRADS];
     wait_for_network(); // for the gradients' sums
     zero(norm, sizeof(double));
     int parts = gpu::sum_of_squares(m->norm_part, g + m->crossing->slice, slice_of(m));
     add_sum(norm, Doubles{m->norm_part}, parts, 1);
-    parts = gpu::sum_of_squares(m->norm_part, g + m->common, m->size - m->common);
+    parts = gpu::sum_of_squares(m->norm_part, g + m->common, m->tables - m->common);
     add_sum(norm, Doubles{m->norm_part}, parts, 1.0 / ranks.groups);
     sum_over_ranks(norm, 1);
+    add_squares_of_read_rows(m, norm, m->norm_part);
     root_of_sum_kernel<<<1, 32, 0, stream>>>(norm, norm, 1);
     CHECK(cudaGetLastError());
 }
@@ -146,7 +152,7 @@ void move_copies(Model *m, int step) {
         place_experts(m);
     }
     gpu::exchange_copies(m, WEIGHTS);
-    round_weights(m, m->common, m->size);
+    round_weights(m, m->common, m->tables);
 }
 
 // The step's counts of all processes: all but recent, idle and AUX.

@@ -146,7 +146,7 @@ void attention_extras(const Config *c, int l, Tensor *list, int *count) {
     add_tensor(list, count, l, IN_LAYER(q_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
     add_tensor(list, count, l, IN_LAYER(k_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
     add_tensor(list, count, l, IN_LAYER(value_embed), 2, 1, c->value_embedding ? c->vocab : 0, key_heads(c) * D,
-               INIT_ZERO)->looked_up = 1;
+               INIT_ZERO)->looked_up = BY_WORD;
 }
 
 void switchhead_tensors(const Config *c, int l, Tensor *list, int *count) {
@@ -454,7 +454,7 @@ void prepare_heads_backward(Model *m, int l, real *dqkv) {
     const ExpertHeads *s = heads_of(m, l);
     int N = m->batch.B * m->batch.T, H = c->heads, KV = key_heads(c), D = head_width(c), Q = (H + 2 * KV) * D;
     if (w->value_embed) {
-        add_word_gradients(dw->value_embed, dqkv + (H + KV) * D, Q, m->batch.inputs, N, KV * D);
+        add_word_gradients(m, dw->value_embed, dqkv + (H + KV) * D, Q, KV * D);
     }
     rope(dqkv, Q, N, m->batch.T, H + KV, D, s->angles, -1);
     if (w->q_norm) {

@@ -17,7 +17,7 @@ real *allocate_tensor(const Model *m) {
 }
 
 // What this process has of a tensor's WEIGHTS, GRADS, MOMENT1 or MOMENT2. It is all of it, but for the moments of
-// common weights, of which each process has a slice, and for experts, which are divided among the processes.
+// common weights that are no tables, of which each process has a slice, and for experts, which are divided among the processes.
 typedef struct Share {
     size_t at, size; // in memory[what]
     size_t first;    // its first number is this one of the whole tensor's
@@ -45,7 +45,7 @@ Share ranks_share(const Model *m, int what, int tensor) {
 
 // `numbers` has this process's share; that of rank 0 becomes the whole tensor. All processes call it.
 void ranks_gather(const Model *m, int what, int tensor, real *numbers) {
-    int parts = are_moments(what) ? ranks.size : 1;
+    int parts = are_moments(what) && !m->tensors[tensor].looked_up ? ranks.size : 1;
     if (m->tensors[tensor].of_experts) {
         parts = ranks.ep;
     }

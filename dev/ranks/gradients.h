@@ -9,6 +9,7 @@
 #ifndef RANKS_GRADIENTS_H
 #define RANKS_GRADIENTS_H
 #include "copies.h"
+#include "tables.h"
 
 size_t bucket = 1 << 20; // numbers
 
@@ -16,8 +17,8 @@ size_t bucket = 1 << 20; // numbers
 
 // Divides the experts among the members of a group, and lays out the memory of this process: first the common
 // weights, filled up so that they divide evenly into slices of a multiple of 16 numbers; then its own experts, each
-// tensor with memory for as many copies as it may get, of the largest size. Each tensor begins at a multiple of
-// `unit` numbers.
+// tensor with memory for as many copies as it may get, of the largest size; then the tables that are looked up, which each
+// process has as a whole, with their moments. Each tensor begins at a multiple of `unit` numbers.
 void ranks_lay_out(Model *m, size_t unit) {
     const Config *c = &m->config;
     if (!MANY) {
@@ -47,10 +48,15 @@ void ranks_lay_out(Model *m, size_t unit) {
         t->offset = at;
         at += (t->size + largest * (size_t)c->replicate + unit - 1) / unit * unit;
     }
-    m->size = at;
+    for (int i = 0; i < m->tensor_count; i++) {
+        Tensor *t = &m->tensors[i];
+        t->offset = t->looked_up ? t->offset - m->tables + at : t->offset;
+    }
+    m->size = m->size - m->tables + at;
+    m->tables = at;
 }
 
-// Where the moments of the weight at this offset are: those of the slice come first, then those of the experts.
+// Where the moments of the weight at this offset are: those of the slice come first, then those of experts and tables.
 size_t moment_offset(const Model *m, size_t offset) {
     if (!MANY) {
         return offset;
@@ -133,29 +139,31 @@ void ranks_layer_done(Model *m, int l) {
     start_sum(m, tail, m->common, 0);
     if (has_copies(m)) {
         exchange_copies(m, GRADS);
-        start_sum(m, m->common, m->size, 1); // those of copies are 0 by now
+        start_sum(m, m->common, m->tables, 1); // those of copies are 0 by now
     }
+    ranks_sum_tables(m);
 }
 
-// Of all gradients. Each process adds up those of its slice and of its experts, which `groups` processes have.
+// Of all gradients but those of tables. Each process adds up those of its slice and of its experts, which `groups` processes
+// have.
 double ranks_sum_of_squares(Model *m) {
     const real *g = m->memory[GRADS];
     if (!MANY) {
-        return sum_of_squares(g, m->size);
+        return sum_of_squares(g, m->tables);
     }
     const Crossing *x = m->crossing;
     await_sums();
     double total = sum_of_squares(g + x->slice, x->slice_end - x->slice);
-    total += sum_of_squares(g + m->common, m->size - m->common) / ranks.groups;
+    total += sum_of_squares(g + m->common, m->tables - m->common) / ranks.groups;
     sum_over_ranks(&total, 1);
     return total;
 }
 
 // ---- the update
 
-// Of a tensor that lies at *at and has *size numbers: those that this process updates.
+// Of a tensor that lies at *at and has *size numbers: those that this process updates. All update the tables.
 void ranks_own_range(const Model *m, const Tensor *t, size_t *at, size_t *size) {
-    if (MANY && !t->of_experts) {
+    if (MANY && !t->of_experts && !t->looked_up) {
         const Crossing *x = m->crossing;
         size_t end = t->offset + t->size < x->slice_end ? t->offset + t->size : x->slice_end;
         *at = t->offset > x->slice ? t->offset : x->slice;

@@ -159,22 +159,44 @@ void check_gpu_embedding(int N, int C, int V) {
     end_layers();
 }
 
-// A row of a second table beside the embedding's: what both twins make of it, and of its way back.
-void check_gpu_ngrams(int N, int T, int C, int V, int rows) {
-    size_t size = (size_t)N * C;
-    real *embed = draw_normal((size_t)V * C), *table = draw_normal((size_t)rows * C), *x = take_reals(size);
-    int *tokens = take_ints(N), *row = take_ints(N);
+// Rows of a second table beside the embedding's, by pair and by triple: what both twins make of them, and of their way back,
+// for which the device's tokens are sorted by the function that sorts a batch.
+void check_gpu_ngrams(int N, int T, int C, int V, int rows, int order) {
+    size_t size = (size_t)N * C, of_table = (size_t)rows * C;
+    int orders = order - 1, most = N * orders;
+    real *embed = draw_normal((size_t)V * C), *table = draw_normal(of_table), *x = take_reals(size), *sum = take_reals(size);
+    real *dx = draw_normal(size), *dtable = draw_normal(of_table);
+    int *tokens = take_ints(N), *row = take_ints((size_t)4 * most + 1);
+    Config c = device_config("dense");
+    c.ngrams = rows;
+    c.ngram_order = order;
     for (int n = 0; n < N; n++) {
         tokens[n] = draw(&layers_draw, 0, V - 1);
     }
-    find_ngrams(row, tokens, -1, N, T, rows);
-    float *embed_there = device_reals(embed, (size_t)V * C), *table_there = device_reals(table, (size_t)rows * C);
-    int *tokens_there = (int *)device_copy(tokens, N * sizeof(int)), *row_there = (int *)device_copy(row, N * sizeof(int));
-    float *x_there = (float *)device_poison(size * 4);
-    gpu::embedding_forward(x_there, embed_there, tokens_there, N, C, table_there, row_there);
+    ReadRows batch = {rows, 0, take_ints(rows), take_ints(rows)};
+    find_ngrams(&c, row, tokens, NULL, N, T);
+    int count = gpu::sort_by_row(row + most, most, row, most, N, &batch), all = 0;
+    assert_int_equal(batch.count, 0);
+    for (int i = 0; i < count; i++) {
+        all += row[3 * most + i + 1] - row[3 * most + i];
+    }
+    assert_int_equal(all, most);
+    float *embed_there = device_reals(embed, (size_t)V * C), *table_there = device_reals(table, of_table);
+    int *tokens_there = (int *)device_copy(tokens, N * sizeof(int));
+    int *row_there = (int *)device_copy(row, ((size_t)4 * most + 1) * sizeof(int)), *order_there = row_there + most;
+    float *x_there = (float *)device_poison(size * 4), *sum_there = (float *)device_poison(size * 4);
+    float *dx_there = device_reals(dx, size), *dtable_there = device_reals(dtable, of_table);
+    gpu::embedding_forward(x_there, embed_there, tokens_there, N, C, {table_there, row_there, orders, sum_there});
+    gpu::embedding_backward(dtable_there, dx_there, order_there, order_there + most, order_there + 2 * most, count, C);
     embedding_forward(x, embed, tokens, N, C);
-    add_table_rows(x, table, row, N, C);
+    for (int i = 0; i < orders; i++) {
+        add_table_rows(x, table, row + (size_t)i * N, N, C);
+        add_table_rows(sum, table, row + (size_t)i * N, N, C);
+        embedding_backward(dtable, dx, row + (size_t)i * N, N, C);
+    }
     assert_memory_equal(fetch_reals(x_there, size), x, size * sizeof(real));
+    assert_memory_equal(fetch_reals(sum_there, size), sum, size * sizeof(real));
+    assert_alike("gradient of n-grams", fetch_reals(dtable_there, of_table), dtable, of_table, EXACT);
     end_layers();
 }
 
@@ -226,8 +248,12 @@ void check_gpu_qkv(int N, int H, int KV, int D, int V) {
     there.params.layer = &params_there;
     there.grads.layer = &grads_there;
     there.max_tokens = N;
-    there.word_offset = take_ints(V + 2);
-    there.word_count = gpu::sort_by_row(&there, tokens + 2 * N, tokens, N, V);
+    Lookup lookup = {};
+    ReadRows batch = {V, 0, take_ints(V), take_ints(V)}, *read = &lookup.read[BY_WORD];
+    *read = {V, 0, take_ints(V), take_ints(V)};
+    host->lookup = there.lookup = &lookup;
+    there.word_count = gpu::sort_by_row(tokens + 2 * N, N, tokens, N, N, &batch);
+    there.staging = tokens;
     there.tokens = (int *)device_copy(tokens, (5 * N + 1) * sizeof(int));
     there.qk_part = (double *)device_poison(gpu::qk_sums(&there.config, N) * sizeof(double));
     float *w_there = device_reals(w, 2 * D), *dw_there = device_reals(dw, 2 * D);
@@ -252,7 +278,9 @@ void check_gpu_qkv(int N, int H, int KV, int D, int V) {
 
     gpu::value_embedding_backward(&there, 0, dqkv_there);
     gpu::qk_norm_backward(&there, 0, dqkv_there);
+    assert_int_equal(read->count, there.word_count);
     value_embedding_backward(host, 0, dqkv);
+    assert_int_equal(read->count, there.word_count); // the same rows
     qk_norm_backward(host, 0, dqkv);
     found = fetch_low(dqkv_there, size);
     assert_columns_alike("dq", found, dqkv, N, Q, 0, (size_t)H * D);
@@ -274,7 +302,7 @@ void test_gpu_tables_and_norms(void **state) {
     check_gpu_qkv(150, 3, 1, 16, 30); // several blocks of tokens
     check_gpu_qkv(64, 1, 1, 64, 7);
     for (int i = 0; i < 5; i++) {
-        check_gpu_ngrams(12 * draw(&layers_draw, 1, 20), 12, widths[i], 9, draw(&layers_draw, 1, 40));
+        check_gpu_ngrams(12 * draw(&layers_draw, 1, 20), 12, widths[i], 9, draw(&layers_draw, 1, 40), 2 + i % 2);
     }
 }
 
@@ -611,33 +639,57 @@ void test_gpu_update(void **state) {
     end_layers();
 }
 
-// AdamW for `size` numbers of a table with rows of C, from number `first` on, as of a process that has a slice of it.
-void check_gpu_read_rows(int rows, int C, int first, int size) {
+// The norm of a table's gradients, and AdamW, both of the rows on a list. The gradients of others are NaN, and stay.
+void check_gpu_read_rows(int rows, int C) {
     Config c = device_config("dense");
     size_t whole = (size_t)rows * C;
     Model m = {};
+    gpu::Model there = {};
+    gpu::Tables tables = {};
     gpu::Adam a = {};
+    Tensor t = {};
+    Lookup lookup = {};
     Adam plain = {1, (real)c.beta1, (real)c.beta2, (real)1.5, (real)2.5, (real)0.01, 1};
+    ReadRows *r = &lookup.read[BY_NGRAM];
+    *r = {rows, 0, take_ints(rows), take_ints(rows)};
     double norm = 1;
     for (int i = 0; i < 4; i++) {
         m.memory[i] = draw_normal(whole);
     }
-    for (size_t i = 0; i < whole; i++) { // some rows are not read; of others most numbers are 0
-        int kind = (int)(i / C % 3);
-        m.memory[GRADS][i] *= kind == 0 ? 0 : kind == 1 ? 1 : i % C == (size_t)C - 3;
+    for (size_t i = 0; i < whole; i++) { // some rows are not read, some have no gradient; of others most numbers are 0
+        int kind = (int)(i / C % 4), row = (int)(i / C);
+        real *g = &m.memory[GRADS][i];
+        *g = kind == 0 ? (real)NAN : kind == 1 || (kind == 2 && i % C != (size_t)C - 3) ? 0 : *g;
         m.memory[MOMENT2][i] *= m.memory[MOMENT2][i];
+        note_rows(r, &row, kind > 0);
     }
-    float *w = device_reals(m.memory[WEIGHTS], whole), *g = device_reals(m.memory[GRADS], whole);
+    m.tensors = &t;
+    m.tensor_count = 1;
+    m.lookup = &lookup;
+    t.shape[2] = C;
+    t.looked_up = BY_NGRAM;
+    (Model &)there = m;
+    there.tables_there = &tables;
+    there.memory[GRADS] = device_reals(m.memory[GRADS], whole);
+    tables.list[BY_NGRAM] = (int *)device_copy(r->list, (size_t)r->count * sizeof(int));
+
+    double sum = 0.25, *sum_there = (double *)device_copy(&sum, sizeof(sum)), *part = (double *)device_poison(gpu::NORM_PARTS * 8);
+    gpu::add_squares_of_read_rows(&there, sum_there, part);
+    fetch(&sum, sum_there, sizeof(sum));
+    assert_near((sum - 0.25) / squares_of_read_rows(&m), 1, 1e-12);
+
+    float *w = device_reals(m.memory[WEIGHTS], whole), *g = there.memory[GRADS];
     float *m1 = device_reals(m.memory[MOMENT1], whole), *m2 = device_reals(m.memory[MOMENT2], whole);
     double *norm_there = (double *)device_copy(&norm, sizeof(norm));
-    a.w = w + first;
-    a.g = g + first;
-    a.m1 = m1 + first;
-    a.m2 = m2 + first;
-    a.low = sizeof(gpu::floatX) == 4 ? (gpu::floatX *)a.w : (gpu::floatX *)device_poison(whole * sizeof(gpu::floatX)) + first;
-    a.size = (size_t)size;
-    a.first = (size_t)first;
+    a.w = w;
+    a.g = g;
+    a.m1 = m1;
+    a.m2 = m2;
+    a.low = sizeof(gpu::floatX) == 4 ? (gpu::floatX *)a.w : (gpu::floatX *)device_poison(whole * sizeof(gpu::floatX));
+    a.size = whole;
     a.row = C;
+    a.rows = tables.list[BY_NGRAM];
+    a.count = r->count;
     a.rate = plain.rate;
     a.keep = 1;
     a.b1 = plain.b1;
@@ -645,11 +697,15 @@ void check_gpu_read_rows(int rows, int C, int first, int size) {
     a.correct1 = plain.correct1;
     a.correct2 = plain.correct2;
     gpu::adamw(a, norm_there);
-    adamw_of_read_rows(m.memory[WEIGHTS] + first, m.memory[GRADS] + first, m.memory[MOMENT1] + first,
-                       m.memory[MOMENT2] + first, (size_t)first, (size_t)size, C, plain);
-    const float *there[] = {w, g, m1, m2};
+    adamw_of_read_rows(m.memory[WEIGHTS], m.memory[GRADS], m.memory[MOMENT1], m.memory[MOMENT2], r, C, plain);
+    float *const arrays[] = {w, g, m1, m2};
     for (int i = 0; i < 4; i++) {
-        assert_alike("AdamW of rows", fetch_reals(there[i], whole), m.memory[i], whole, EXACT);
+        real *found = fetch_reals(arrays[i], whole);
+        for (size_t j = 0; i == GRADS && j < whole; j++) { // NaN is not like itself
+            assert_true(isnan(found[j]) == (j / C % 4 == 0));
+            found[j] = m.memory[GRADS][j] = isnan(found[j]) ? 0 : found[j];
+        }
+        assert_alike("AdamW of rows", found, m.memory[i], whole, EXACT);
     }
     end_layers();
 }
@@ -694,10 +750,10 @@ void check_gpu_orthogonalize(int E, int R, int C) {
 void test_gpu_muon_and_rows(void **state) {
     (void)state;
     layers_draw = fresh();
-    check_gpu_read_rows(1, 8, 0, 8);
-    check_gpu_read_rows(30, 40, 0, 1200);
-    check_gpu_read_rows(20, 136, 3 * 136, 5 * 136);
-    check_gpu_read_rows(20, 264, 3 * 264 + 16, 1024); // a slice that begins and ends in the middle of a row
+    check_gpu_read_rows(4, 8);
+    check_gpu_read_rows(30, 40);
+    check_gpu_read_rows(21, 136);
+    check_gpu_read_rows(1200, 16); // several blocks
     check_gpu_orthogonalize(1, 8, 24);
     check_gpu_orthogonalize(1, 24, 8);
     check_gpu_orthogonalize(1, 32, 32);

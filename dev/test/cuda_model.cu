@@ -603,6 +603,9 @@ void test_gpu_variants(void **state) {
         {"base", "--group sequence --seq 7"},
         {"fast", "--recompute 1 --heads 4 --kv-heads 2 --ngrams 7 --shared 1"},
         {"dense", "--value-embedding 1 --heads 1 --kv-heads 1"},
+        {"fast", "--ngram-order 3 --ngram-gate 1 --recompute 1"},
+        {"dense", "--ngrams 90 --ngram-order 3 --ngram-gate 1 --dim 136 --heads 1 --kv-heads 1 --seq 70 --layers 1"},
+        {"dense", "--ngrams 9 --ngram-gate 1 --norms 0 --last-feed 0 --dropout 0.2"},
         {"mixtral", "--dropout 0.3 --shared 1 --qk-norm 1"}, // what each half adds is made apart from the residual stream
         {"mixtral", "--moe-sigmoid 1 --shared 1 --recompute 1"},
         {"mh-moe", "--dim 64 --heads 2 --kv-heads 1 --moe-sigmoid 1 --dropout 0.2 --norms 0"},
@@ -646,6 +649,13 @@ void check_gpu_optimizer(const char *choices) {
             size_t each = tensor->size / (size_t)(tensor->of_experts ? tensor->shape[0] : 1);
             for (size_t j = 0; j < tensor->size && tensor->of_experts; j++) // of the experts, one in three had no token
                 t.host->memory[GRADS][tensor->offset + j] *= (j / each + (size_t)step) % 3 != 0;
+        }
+        for (int kind = BY_WORD; kind < TABLE_KINDS; kind++) { // all are on the lists; those without a gradient wait
+            ReadRows *lists[] = {&t.host->lookup->read[kind], &((gpu::Model *)t.device)->lookup->read[kind]};
+            for (int row = 0; row < lists[0]->rows; row++) {
+                note_rows(lists[0], &row, 1);
+                note_rows(lists[1], &row, 1);
+            }
         }
         set_all(&gpu::backend, t.device, GRADS, t.host->memory[GRADS]);
         cpu_update(t.host, step, lr);
@@ -734,7 +744,7 @@ void test_gpu_optimizer(void **state) {
     check_gpu_optimizer("--clip 0.5 --beta1 0.8 --untied 1");
     check_gpu_optimizer("--moments bf16");
     check_gpu_optimizer("--optimizer muon --qk-norm 1 --ngrams 20 --value-embedding 1 --shared 1 --weight-decay 0.5");
-    check_gpu_optimizer("--optimizer muon --ngrams 20 --moments bf16 --clip 0 --subtokens 2");
+    check_gpu_optimizer("--optimizer muon --ngrams 20 --ngram-gate 1 --moments bf16 --clip 0 --subtokens 2");
     check_gpu_nan("mixtral", NAN);
     check_gpu_nan("fast", NAN);
     check_gpu_nan("deepseek-v3", INFINITY);
@@ -833,6 +843,8 @@ void test_gpu_generation(void **state) {
     check_gpu_generation("mixtral", "--dim 48 --heads 2 --kv-heads 1 --ffn 8 --seq 11 --untied 1");
     check_gpu_generation("deepseek-v3", "--kv-heads 4 --seq 1");
     check_gpu_generation("shazeer-lstm", "--cell 40 --seq 11");
+    check_gpu_generation("fast", "--ngrams 200 --ngram-order 3 --ngram-gate 1 --seq 7");
+    check_gpu_generation("dense", "--ngrams 200 --ngram-order 3 --ngram-gate 1 --last-feed 0 --seq 2");
     check_gpu_generation("mixtral", "--mixer lstm --seq 7 --shared 1");
 }
 
@@ -878,7 +890,7 @@ void test_gpu_accumulation(void **state) {
     check_gpu_halves("switch", "--aux-weight 0.5 --jitter 0.2");
     check_gpu_halves("shazeer", "--group sequence");
     check_gpu_halves("dense", "--untied 1");
-    check_gpu_halves("fast", "--group sequence");
+    check_gpu_halves("fast", "--group sequence --ngram-order 3 --ngram-gate 1");
     check_gpu_halves("shazeer-lstm", "--group sequence --cell 24 --dropout 0.3"); // the same numbers are dropped
 }
 

@@ -132,6 +132,16 @@ Config small_config(const char *recipe) {
     return c;
 }
 
+// The recipes, and behind them, as number recipe_count, what none of them has of the tables that are looked up.
+#define TABLES_RECIPE "fast"
+#define TABLES_CHOICES "--ngram-order 3 --ngram-gate 1"
+Config small_variant(int i) {
+    Config c = small_config(i < recipe_count ? recipes[i].name : TABLES_RECIPE);
+    if (i == recipe_count)
+        set_options(&c, TABLES_CHOICES);
+    return c;
+}
+
 // Random weights, larger than those that training begins with, so that nothing is near zero. A weight's number counts all
 // weights in the order of the table, so it is the same on several processes.
 void randomize_weights(Model *m) {
@@ -152,11 +162,16 @@ void randomize_weights(Model *m) {
     }
 }
 
-// Where a tensor begins in the memory of a single process that has the whole model: common tensors first, then the experts.
+// Common tensors come first in the memory of a model, then the experts, then the tables that are looked up.
+int arena_of(const Tensor *t) {
+    return t->looked_up ? 2 : t->of_experts;
+}
+
+// Where a tensor begins in the memory of a single process that has the whole model.
 size_t whole_offset(const Model *m, int tensor) {
     size_t at = 0;
     for (int i = 0; i < m->tensor_count; i++) {
-        int differ = m->tensors[i].of_experts - m->tensors[tensor].of_experts;
+        int differ = arena_of(&m->tensors[i]) - arena_of(&m->tensors[tensor]);
         at += differ < 0 || (differ == 0 && i < tensor) ? m->tensors[i].whole : 0;
     }
     return at;

@@ -39,6 +39,8 @@ void test_ranks_variants(void **state) {
         {"deepseek-v3", "--attention-experts 3 --attention-capacity-factor 0.7 --recompute 1 --overlap 1"},
         {"mh-moe", "--attention-experts 6 --attention-form moa --attention-capacity-factor 0.7 --overlap 1"},
         {"mixtral", "--layers 3 --moe-every 2 --routers 2 --topk 4 --overlap 1"},
+        {"dense", "--ngrams 3000 --ngram-order 3 --ngram-gate 1 --accum 2"},
+        {"fast", "--ngrams 40 --ngram-order 3 --moments bf16 --replicate 1 --overlap 1"},
     };
     for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++)
         check_ranks(variants[i][0], variants[i][1], 12);
