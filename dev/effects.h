@@ -147,7 +147,6 @@ int is_drawn(const Config *c) {
 }
 
 const Effect base_effects[] = {
-    {"norm-eps", has_norms, "norms: --norms 1"},
     {"experts", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"topk", counts_topk, "experts that are counted: --select topk"},
     {"activation", has_activation, "experts or dense layers that have it: --mixed 0, or --dense-activation same"},
