@@ -251,6 +251,18 @@ uint64_t hash_best(uint64_t h, const real *p, int rows, int E, int K) {
     return h;
 }
 
+// Which numbers are in each row of list (rows,K), in any order?
+uint64_t hash_sets(uint64_t h, const int *list, int rows, int K) {
+    for (int row = 0; row < rows; row++) {
+        uint64_t sum = 0;
+        for (int k = 0; k < K; k++) {
+            sum += hash64((uint64_t)(uint32_t)list[(size_t)row * K + k]);
+        }
+        h = hash64(h ^ sum);
+    }
+    return h;
+}
+
 // Which numbers does ReLU let through?
 uint64_t hash_signs(uint64_t h, const real *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -267,6 +279,12 @@ uint64_t decisions(Model *m) {
         const Route *r = &a->route;
         if (dense_activation(c, l) == RELU) {
             h = hash_signs(h, a->dense_hidden, (size_t)m->batch.B * m->batch.T * dense_width(c, l));
+        }
+        for (int which = 0; which < attention_routes(c); which++) {
+            const HeadRoute *of_heads = &heads_of(m, l)->route[which];
+            const Route *all = &of_heads->all;
+            h = hash_sets(h, all->expert, of_heads->heads * all->N, all->K);
+            h = hash_sets(h, all->served, of_heads->heads * all->N, all->K);
         }
         if (!is_moe(c, l)) {
             continue;
@@ -406,8 +424,15 @@ void test_gradients_of_variants(void **state) {
         {"mixtral", "--seq 1"},
         {"mixtral", "--norm-eps 0.1 --rope-theta 100"},
         {"mixtral", "--norms 0"},
+        {"mixtral", "--mixer lstm"},
+        {"mixtral", "--mixer lstm --cell 21 --recompute 1 --layers 3"},
+        {"mixtral", "--mixer lstm --cell 7 --seq 2"},
+        {"dense", "--mixer lstm --cell 40 --untied 1"},
+        {"hierarchical", "--mixer lstm --norms 0 --last-feed 0 --moe-sigmoid 1 --dropout 0.2"},
+        {"shazeer-lstm", "--cell 9 --recompute 1 --aux-weight 0.5 --load-weight 0.5"},
         {"mixtral", "--dropout 0.3 --recompute 1"},
         {"mixtral", "--moe-sigmoid 1 --moe-every 2"},
+        {"mixtral", "--moe-sigmoid 1 --recompute 1"},
         {"mixtral", "--moe-sigmoid 1 --dropout 0.2 --norms 0 --last-feed 0 --jitter 0.1"},
         {"mixtral", "--last-feed 0 --shared 1"},
         {"dense", "--dropout 0.3 --last-feed 0"},
@@ -466,6 +491,26 @@ void test_gradients_of_variants(void **state) {
         {"switch", "--capacity-factor 0.5"},
         {"switch", "--balance cv2 --aux-weight 0.5"},
         {"switch", "--activation swiglu --z-weight 0.1"},
+        {"switchhead", "--kv-heads 4 --attention-aux-weight 0.5"},
+        {"switchhead", "--kv-heads 1 --attention-aux-weight 0.5 --group sequence --attention-topk 1"},
+        {"switchhead", "--attention-capacity-factor 0.7 --attention-aux-weight 0.5 --qk-norm 1"},
+        {"switchhead", "--attention-capacity-factor 0.5 --group sequence --value-embedding 1 --ngrams 20"},
+        {"switchhead", "--heads 1 --kv-heads 1 --attention-experts 5 --attention-topk 3 --head-width 0 --norms 0"},
+        {"switchhead", "--attention-experts 1 --attention-topk 1 --seq 2 --untied 1"},
+        {"moa", "--attention-aux-weight 0.5 --attention-z-weight 0.5 --qk-norm 1 --value-embedding 1"},
+        {"moa", "--attention-aux-weight 0.5 --group sequence --heads 2 --head-width 0"},
+        {"moa", "--attention-capacity-factor 0.7 --attention-aux-weight 0.5 --qk-norm 1"},
+        {"moa", "--attention-experts 4 --seq 2 --moe-every 0 --attention-capacity-factor 0.5"},
+        {"hierarchical", "--attention-experts 3 --attention-aux-weight 0.5 --head-width 8"},
+        {"shazeer", "--attention-experts 6 --attention-form moa --attention-aux-weight 0.5"},
+        {"deepseek-v3", "--attention-experts 3 --attention-capacity-factor 0.7 --attention-aux-weight 0.5"},
+        {"qwen3", "--attention-experts 3 --attention-aux-weight 0.5"},
+        {"mh-moe", "--attention-experts 6 --attention-form moa --attention-capacity-factor 0.7"},
+        {"rmoe", "--attention-experts 3 --head-width 6"},
+        {"expert-choice", "--attention-experts 3"},
+        {"fast", "--attention-experts 3 --optimizer adamw"},
+        {"dense", "--attention-experts 3 --attention-aux-weight 0.5 --dropout 0.2"},
+        {"dense", "--attention-experts 6 --attention-form moa --attention-aux-weight 0.5 --dropout 0.2"},
         {"dense", "--activation gelu --untied 1"},
         {"dense", "--seq 1 --activation relu"},
         {"dense", "--ngrams 20 --ngram-order 3 --seq 2"},
@@ -528,6 +573,7 @@ void golden_fill(Model *m, int *inputs, int *targets) {
 void check_golden(const Golden *g) {
     double tolerance = IS_DOUBLE ? 1e-12 : 2e-5;
     Config c = small_config(g->recipe);
+    set_options(&c, g->options);
     c.jitter = 0;
     Model *m = model_allocate(&c, c.batch * c.seq, 1, NULL);
     int inputs[16], targets[16], N = 16;
@@ -579,7 +625,7 @@ void check_golden(const Golden *g) {
 
 void test_golden(void **state) {
     (void)state;
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < COUNT(golden); i++)
         check_golden(&golden[i]);
 }
 

@@ -83,11 +83,6 @@ typedef struct Config {
     int seq, vocab;                      // T; V, which the tokenizer decides
     int untied;                          // 1: the output has a matrix of its own, else it uses the embedding's
     double norm_eps, rope_theta;
-    int qk_norm;                         // see dev/qk_norm.h
-    int ngrams, ngram_order, ngram_gate; // a table of word pairs and triples, see dev/ngrams.h
-    int value_embedding;                 // tables of words, see dev/lookup.h
-    int norms, moe_sigmoid, last_feed;   // see dev/residual.h, as for dropout
-    int mixer;                           // MIX_ATTENTION; for the others see dev/mixers
     // The experts.
     int experts, topk, ffn, shared;      // E, K, F; experts that every token passes
     int moe_every, dense_first;          // which layers have experts: see is_moe()
@@ -100,18 +95,19 @@ typedef struct Config {
     int balance, group;                  // form of the balance loss; over which tokens: SEQUENCE, BATCH, STEP
     double aux_weight, z_weight;         // weights of the balance loss and of the z-loss
     double capacity_factor, eval_capacity_factor;
-    // The routers of single papers. Their files begin with the fields that they need here; that
-    // part alone is included.
+    // The routers of single papers, and other parts. Their files begin with the fields that they
+    // need here; that part alone is included.
 #define CONFIG_FIELDS
 #include "dev/routers/all.h"
 #include "dev/mixers/all.h"
+#include "dev/parts.h"
 #undef CONFIG_FIELDS
     // Training.
     int batch, accum, steps;             // B; micro-steps in a step; steps
     double minutes;                      // the time that sets steps; 0: none, see dev/minutes.h
     double lr, min_lr;
     int warmup, schedule;
-    double weight_decay, beta1, beta2, clip, dropout;
+    double weight_decay, beta1, beta2, clip;
     int optimizer;                       // ADAMW or MUON, see dev/muon.h
     int moments;                         // MOMENTS_FP32 or MOMENTS_BF16, see dev/moments.h
     int precision;                       // PRODUCTS_FP32 or PRODUCTS_BF16, see dev/precision.h
@@ -311,7 +307,7 @@ typedef struct Model {
     Arena scratch;                      // what one part of a layer needs while it works
     double loss, aux;                   // of the step so far, each batch's times its scale
     double norm;                        // of the step's gradients
-    struct Statistics *stats;           // (L)  what the experts had to do
+    struct Statistics *stats;           // (L)  what the experts had to do; behind them attention's
     struct Generation *generation;      // what generation keeps
     struct Crossing *crossing;          // several processes
     int at_hand;                        // with --recompute: the layer whose activations are in memory
@@ -1085,9 +1081,9 @@ void balance_forward(Model *m, int l, const real *x) {
 
 // Adds to dp (N,E) the derivative of mean_of_slopes(): slope / N, or for sigmoid scores, by the
 // quotient rule, (slope_e - sum over j of slope_j p_j / s) / s / N with s = sum(p).
-void balance_backward(Model *m, real *dp, const Route *r) {
-    int E = r->E, sigmoid = m->config.score == SIGMOID;
-    double scale = m->batch.scale / r->N;
+void balance_backward(real *dp, const Route *r, int score, double loss_scale) {
+    int E = r->E, sigmoid = score == SIGMOID;
+    double scale = loss_scale / r->N;
 #pragma omp parallel for if (is_worth_threads(r->N, 4 * E))
     for (int n = 0; n < r->N; n++) {
         const double *slope = r->slope + (size_t)(n / r->group) * E;
@@ -1140,7 +1136,7 @@ void topk_backward(Model *m, int l, real *dx, real *dweight, const real *x) {
     real *dp = scratch(m, (size_t)N * E), *dlogits = scratch(m, (size_t)N * E);
     memset(dp, 0, (size_t)N * E * sizeof(real));
     weights_backward(dp, dweight, r->weight, r->p, r->expert, N, E, r->K, c->gate, c->scale);
-    balance_backward(m, dp, r);
+    balance_backward(dp, r, c->score, m->batch.scale);
     scores_backward(dlogits, dp, r->p, r->lse, N, E, c->score, c->z_weight * m->batch.scale / N);
 
     matmul_backward(dx, dw->router, dlogits, x, w->router, N, C, E, ADD);
@@ -1456,11 +1452,11 @@ real *layer_tensor(const Model *m, int l, const char *kind, int what) {
     return i < 0 ? NULL : m->memory[what] + m->tensors[i].offset;
 }
 
-#include "dev/mixers/all.h"  // what may stand in attention's place: an LSTM, attention with experts
-#include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
-
 #define IN_LAYER(name) #name, offsetof(LayerParams, name)
 #define IN_MODEL(name) #name, offsetof(Params, name)
+
+#include "dev/mixers/all.h"  // what may stand in attention's place: an LSTM, attention with experts
+#include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
 
 int tensor_limit(const Config *c) { // more rows than any model's table has
     return 20 * c->layers + 20;
@@ -1626,10 +1622,7 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
 // layer's x = mid + feed-forward layers(rmsnorm(mid)). So its backward pass has the gradient by the
 // residual stream in one array, dx, and each of the two norms adds its part to it.
 
-#include "dev/qk_norm.h"  // --qk-norm: queries and keys with a norm of their own
-#include "dev/lookup.h"   // --value-embedding: each word has a vector that is added to its values
-#include "dev/ngrams.h"   // --ngrams: so has each pair of words, and triple, before layer 0 and in each layer
-#include "dev/residual.h" // norm_forward(): rmsnorm unless --norms 0; branches: what --dropout does before a sum
+#include "dev/parts.h" // what few models have: norms of queries, tables, dropout. norm_forward() is rmsnorm here
 
 // The first half of layer l, from a->x to a->h2: x + attention(rmsnorm(x)), and the norm of that.
 void attend_forward(Model *m, int l) {
@@ -1824,8 +1817,7 @@ double learning_rate(const Config *c, int step) {
 
 // The norm of all gradients together.
 double gradient_norm(Model *m) {
-    return sqrt(ranks_sum_of_squares(m) + squares_of_read_rows(m)); // one process: the first is that of
-                                                                    // memory[GRADS] up to m->tables
+    return sqrt(ranks_sum_of_squares(m) + squares_of_read_rows(m)); // one process: sum_of_squares() of memory[GRADS]
 }
 
 // What AdamW needs to know of a step and a tensor.

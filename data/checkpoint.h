@@ -27,6 +27,13 @@ const struct {
     {"proj", {"self_attn.o_proj.weight"}},
     {"ngram_key", {"ngram_gate.key.weight"}},
     {"ngram_value", {"ngram_gate.value.weight"}},
+    {"query_key", {"self_attn.qk_proj.weight"}},
+    {"key_value", {"self_attn.kv_proj.weight"}},
+    {"query_experts", {"self_attn.q_experts.weight"}},
+    {"value_router", {"self_attn.v_gate.weight"}},
+    {"value_experts", {"self_attn.v_experts.weight"}},
+    {"output_router", {"self_attn.o_gate.weight"}},
+    {"output_experts", {"self_attn.o_experts.weight"}},
     {"lstm_in", {"lstm.weight_ih_l0"}}, // these have the names and shapes of PyTorch's nn.LSTM, whose bias_hh_l0 is 0 here
     {"lstm_state", {"lstm.weight_hh_l0"}},
     {"lstm_bias", {"lstm.bias_ih_l0"}},

@@ -119,7 +119,7 @@ void allocate_activations(Model *m, int N, int train) {
     int L = c->layers, C = c->dim;
     m->purpose = FOR_ACTIVATIONS;
     m->acts.layer = (LayerActs *)own(m, L, sizeof(LayerActs));
-    m->stats = (Statistics *)own(m, L, sizeof(Statistics));
+    m->stats = (Statistics *)own(m, statistics_rows(c), sizeof(Statistics));
     allocate_experts(m);
 
     // With --recompute all layers share one array for most of their activations.
@@ -131,7 +131,7 @@ void allocate_activations(Model *m, int N, int train) {
     real *shared = c->recompute ? own_reals(m, m->largest) : NULL;
     for (int l = 0; l < L; l++) {
         m->acts.layer[l].x = own_reals(m, (size_t)N * C);
-        m->acts.layer[l].fed = own_reals(m, c->moe_sigmoid && is_moe(c, l) ? (size_t)N * C : 0); // not recomputed
+        m->acts.layer[l].fed = own_reals(m, c->moe_sigmoid && is_moe(c, l) ? (size_t)N * C : 0); // --recompute needs it, too
         lay_activations(m, l, N, shared ? shared : own_reals(m, lay_activations(m, l, N, NULL)));
         if (is_moe(c, l)) {
             allocate_route(m, l, N * c->subtokens);

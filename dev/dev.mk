@@ -7,8 +7,8 @@
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers routers recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes precision)
-TESTS_DOUBLE = $(addprefix dev/build/,layers_double routers_double recipes_double training_double numbers_double learning_double precision_double)
+TESTS        = $(addprefix dev/build/,layers lstm routers attention recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes precision)
+TESTS_DOUBLE = $(addprefix dev/build/,layers_double lstm_double routers_double attention_double recipes_double training_double numbers_double learning_double precision_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
 	$(TEST_BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ -lcmocka $(LIBS)
@@ -245,7 +245,7 @@ RACE_CXX   ?= g++
 RACE        = $(RACE_CXX) $(filter-out -fopenmp,$(EMULATED_FLAGS)) -O1 -fsanitize=thread -Wno-tsan
 # All in one program, which is built once. test_gpu_accumulation has whole models, forward and backward, with one kernel
 # from the residual stream to the plan; CI runs that, test_gpu_rows and test_gpu_capacity.
-RACE_TESTS ?= $(addprefix cuda_all:test_gpu_,rows attention loss update scores select* weights capacity sort accumulation)
+RACE_TESTS ?= $(addprefix cuda_all:test_gpu_,rows attention lstm loss update scores select* weights capacity sort accumulation)
 $(E)/check_race: $(E)/check.cpp $(CHOICE)
 	$(RACE) $(DEPS) $< -o $@ $(LIBS)
 $(CUDA_TESTS:%=$(E)/%_race): $(E)/%_race: dev/test/%.cu $(E)/train_moe_cu.cpp $(CHOICE) | cmocka
@@ -276,9 +276,10 @@ sanitize_emulated: $(E)/check.cpp $(E)/train_moe_cu.cpp train_moe cmocka
 ARCHER := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 tsan: data/stories/tokenizer.json
 	clang -std=gnu11 -O1 -g $(WARN) $(ARCH) $(LOOPS) -I. -fsanitize=thread -fopenmp train_moe.c -o dev/build/train_moe_tsan $(LIBS)
-	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe; do rm -rf dev/build/tsan_run; \
+	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe moa "shazeer-lstm --cell 40" \
+	    "switchhead --ngrams 500 --ngram-order 3 --ngram-gate --dropout 0.1 --recompute"; do rm -rf dev/build/tsan_run; \
 	OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" dev/build/train_moe_tsan --threads 4 \
-	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-tokens 128 \
+	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --ffn 32 --seq 32 --eval-tokens 128 \
 	    --tokens 20 --moments bf16 || exit 1; done
 	rm -rf dev/build/tsan_run
 

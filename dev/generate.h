@@ -55,13 +55,19 @@ void attend_one(Model *one, int l, real *x, real *cache, int position) {
     matmul(x, a->att, w->proj, 1, C, C, ADD);
 }
 
+// Numbers that generation keeps of a layer, for a text of seq tokens.
+size_t kept_numbers(const Config *c) {
+    const Mixer *mixer = mixer_of(c);
+    return mixer ? mixer->cache(c) : (size_t)c->seq * 2 * c->kv_heads * (c->dim / c->heads);
+}
+
 // One token at `position`: logits (V) of the next one. The cache has the last seq positions, so a longer text
 // forgets its beginning.
 void model_generate(Model *m, int token, int position, real *logits) {
     const Config *c = &m->config;
     const Mixer *mixer = mixer_of(c);
-    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, width = 2 * KV * D;
-    size_t kept = mixer ? mixer->cache(c) : (size_t)c->seq * width; // numbers of a layer
+    int C = c->dim, D = C / c->heads;
+    size_t kept = kept_numbers(c);
     if (!m->generation) {
         m->generation = (Generation *)own(m, 1, sizeof(Generation));
         m->generation->one = model_allocate(c, 1, 0, m->memory[WEIGHTS]);

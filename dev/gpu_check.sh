@@ -77,6 +77,8 @@ if [ "$emulated" = 1 ]; then
     tests=$folder/${TEST_PROGRAM:-cuda_all}
     few="VALGRIND=1 TEST='test_gpu_e*'" # experts and errors
     size='--layers 1 --dim 32 --heads 2 --ffn 32 --seq 32 --batch 2 --eval-tokens 128 --tokens 20 --steps 1000000'
+    short='--layers 2 --dim 32 --ffn 32 --seq 16 --batch 2 --eval-tokens 64 --tokens 10 --steps 3'
+    heads='--heads 2'
     train_limit=15
     skip device "emulated"
 else
@@ -86,7 +88,9 @@ else
     tests=$folder/cuda_all
     few=
     size=
-    train_limit=105
+    short='--steps 300'
+    heads=
+    train_limit=65
     step device 10 'nvidia-smi --format=csv --query-gpu=name,compute_cap,driver_version,memory.total,memory.used,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu; nvidia-smi -q -d CLOCK | head -40; nvcc --version | tail -2'
 fi
 
@@ -111,11 +115,18 @@ step "training on the built-in stories" $((train_limit + 15)) \
     "rm -rf dev/build/gpu_check_run; timeout -s INT $train_limit $trainer --out dev/build/gpu_check_run $size; status=\$?
     echo; grep '\"type\":\"step\"' dev/build/gpu_check_run/log.jsonl | tail -1; [ \$status = 0 ] || [ \$status = 124 ]"
 
+# An LSTM, whose steps wait for each other, and dropout: do the losses fall, and how many tokens a second are there?
+step "training an LSTM, and with dropout" 40 \
+    "for options in '--recipe shazeer-lstm' '--recipe mixtral --dropout 0.1 $heads'; do rm -rf dev/build/gpu_check_run
+    echo \"\$options\"; timeout -s INT 18 $trainer --out dev/build/gpu_check_run $short \$options; status=\$?
+    echo; grep '\"type\":\"step\"' dev/build/gpu_check_run/log.jsonl | tail -1
+    [ \$status = 0 ] || [ \$status = 124 ] || exit 1; done"
+
 if [ "$emulated" = 1 ]; then
     skip compute-sanitizer "emulated"
 elif [ $can_test = 1 ] && command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-        step $tool 40 "for test in experts attention accumulation; do VALGRIND=1 TEST=test_gpu_\$test TRAIN_MOE_CU= \\
+        step $tool 40 "for test in experts attention lstm accumulation; do VALGRIND=1 TEST=test_gpu_\$test TRAIN_MOE_CU= \\
             compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 ${tests}_bf16 || exit 1; done"
     done
 else

@@ -80,6 +80,34 @@ double expert_load(const Statistics *s, int E, double *share) {
     return top * E;
 }
 
+// The same for the experts in attention, a line for each router of a layer. The heads' experts stand one after the other;
+// max_over_mean is the largest of the heads'.
+void log_attention(Run *run) {
+    const Config *c = &run->config;
+    int L = c->layers, E = c->attention_experts;
+    for (int row = L; row < statistics_rows(c); row++) {
+        int all = counted_experts(c, row);
+        if (!all) {
+            continue;
+        }
+        const Statistics *s = run->backend->statistics(run->model, row);
+        double *share = (double *)allocate(E, sizeof(double)), top = 0;
+        fprintf(run->log, "{\"type\":\"attention\",\"step\":%d,\"layer\":%d,\"experts_of\":\"%s\",\"load\":[", run->step,
+                (row - L) / 2, route_name(c, (row - L) % 2));
+        for (int first = 0; first < all; first += E) {
+            Statistics head = *s;
+            head.count += first;
+            top = fmax(top, expert_load(&head, E, share));
+            for (int e = 0; e < E; e++) {
+                fprintf(run->log, "%s%.6g", first + e ? "," : "", share[e]);
+            }
+        }
+        fprintf(run->log, "],\"max_over_mean\":%.6g,\"entropy\":%.6g,\"dropped\":%.6g,\"active\":%.6g}\n", top,
+                s->entropy / s->tokens, s->dropped / fmax(s->active, 1), s->active / s->tokens);
+        free(share);
+    }
+}
+
 void log_router(Run *run) {
     const Config *c = &run->config;
     int E = c->experts;
@@ -100,6 +128,7 @@ void log_router(Run *run) {
                 top, s->entropy / s->tokens, s->dropped / fmax(s->active, 1), s->active / s->tokens, dead);
     }
     free(share);
+    log_attention(run);
     flush_log(run);
 }
 
@@ -320,6 +349,7 @@ void announce(Run *run) {
     write_options(run->log, c);
     fprintf(run->log, ",\"vocab\":%d,\"params\":%.0f,\"active_params\":%.0f,\"flops_per_token\":%.0f,", c->vocab, total,
             active, run->flops);
+    fprintf(run->log, "\"cache_bytes\":%zu,", c->layers * kept_numbers(c) * sizeof(real)); // of a text, while one is told
     fprintf(run->log, "\"threads\":%d,\"ranks\":%d,", team, ranks.size);
     if (ranks.size > 1) {
         fprintf(run->log, "\"ep\":%d,\"overlap\":%d,\"replicate\":%d,", ranks.ep, c->overlap, c->replicate);

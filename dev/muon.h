@@ -37,13 +37,13 @@ const double muon_polynomial[MUON_ROUNDS][3] = {
     {2.2183, -1.594, 0.4107},
 };
 
-// Is this tensor one of Muon's? Routers are not, nor what they are made of (rmoe's "project", dev/routers/recurrent.h).
+// Is this tensor one of Muon's? Routers are not, also those of experts in attention, nor what they are made of (rmoe's "project", dev/routers/recurrent.h).
 int takes_muon(const Config *c, const Tensor *t) {
     int is_matrix = t->layer >= 0 && t->dims > 1 && !t->looked_up;
     if (c->optimizer != MUON || !t->trained || !is_matrix) {
         return 0;
     }
-    return strcmp(t->kind, "router") && strcmp(t->kind, "project");
+    return !strstr(t->kind, "router") && strcmp(t->kind, "project");
 }
 
 // Moves one number of the mean gradient; the gradient becomes the direction, which is what the mean would be after one more
@@ -234,7 +234,10 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
     multiply_in(PRODUCTS_FP32); // also with --precision bf16
     mean_gradients(m, step, gradient_scale);
     ranks_share_directions(m); // several processes: a matrix may have slices in two of them
-    int most = m->tensor_count + 2 * c->layers * c->experts; // an expert has two matrices
+    int most = 0;
+    for (int i = 0; i < m->tensor_count; i++) {
+        most += m->tensors[i].shape[0];
+    }
     Matrix *list = (Matrix *)allocate(most, sizeof(Matrix));
     orthogonalize(list, matrices_in_turn(m, step, list));
     free(list);

@@ -18,7 +18,12 @@
 // for which states the vector is of use, v, which begins at 1, which parts of it. Cheng et al. 2026, Conditional Memory via
 // Scalable Lookup (Engram), have matrices in the place of k and v, a norm of the key, too, and a convolution behind them;
 // vectors do what is essential, and cost no product.
-#pragma once
+#ifdef CONFIG_FIELDS
+    int ngrams;      // rows of the table; 0: there is none
+    int ngram_order; // 2: pairs; 3: pairs and triples
+    int ngram_gate;
+#elif !defined(NGRAMS_H)
+#define NGRAMS_H
 #include "tables.h"
 
 // ---- which rows?
@@ -214,3 +219,5 @@ void take_backward(Model *m, int l, real *dx) {
         }
     }
 }
+
+#endif

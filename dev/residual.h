@@ -10,7 +10,11 @@
 //
 // The model of Shazeer et al. 2017 (appendix C.1) has dropout on each layer's output, a sigmoid on the mixture's output
 // before it, and no norms (--norms 0).
-#ifndef RESIDUAL_H
+#ifdef CONFIG_FIELDS
+    int norms;       // 0: there are none
+    int moe_sigmoid, last_feed;
+    double dropout;
+#elif !defined(RESIDUAL_H)
 #define RESIDUAL_H
 
 enum { MIXING, FEEDING }; // the branches of a layer

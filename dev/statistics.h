@@ -1,12 +1,12 @@
 // What the experts had to do: loads, entropy, choices refused. The log shows it, and the selection bias follows it.
-// Gives: Statistics, count_routing, clear_statistics, set_statistics, sum_statistics, count_parameters, flops_per_token.
+// Gives: Statistics, statistics_rows, counted_experts, count_routing, clear_statistics, set_statistics, sum_statistics, count_parameters, flops_per_token.
 // Needs: Config, Route and Model of train_moe.c, which includes it.
 #ifndef STATISTICS_H
 #define STATISTICS_H
 #include "cpu/vector.h"
 #include "tables.h"
 
-typedef struct Statistics { // of one layer, in training, since the step began
+typedef struct Statistics { // of one mixture, in training, since the step began
     double *count;          // (E) choices that went to each expert, before any was refused for want of capacity
     double entropy;         // of the scores, in nats, summed over tokens
     double dropped;         // choices refused
@@ -18,9 +18,25 @@ typedef struct Statistics { // of one layer, in training, since the step began
 void *own(Model *m, size_t count, size_t size);
 BOTH real at_least_tiny(real p);
 
-void allocate_statistics(Model *m, int l) {
-    Statistics *s = &m->stats[l];
-    int E = m->config.experts;
+// A model has rows of statistics: of the experts of each layer, and, where attention has experts, two more for each layer,
+// of its routers; row L + 2*l + r is that of router r of layer l (dev/mixers/attention_experts.h).
+int statistics_rows(const Config *c) {
+    return c->layers * (c->attention_experts ? 3 : 1);
+}
+
+int route_experts(const Config *c, int which); // of all heads of a router of attention
+
+// Experts that a row counts; 0: there are none, and the row is empty.
+int counted_experts(const Config *c, int row) {
+    if (row >= c->layers) {
+        return route_experts(c, (row - c->layers) % 2);
+    }
+    return is_moe(c, row) ? c->experts : 0;
+}
+
+void allocate_statistics(Model *m, int row) {
+    Statistics *s = &m->stats[row];
+    int E = counted_experts(&m->config, row);
     s->count = (double *)own(m, (size_t)2 * E, sizeof(double));
     s->recent = s->count + E;
     s->idle = (int *)own(m, E, sizeof(int));
@@ -28,10 +44,10 @@ void allocate_statistics(Model *m, int l) {
 
 // A step of training begins.
 void clear_statistics(Model *m) {
-    for (int l = 0; l < m->config.layers; l++) {
-        Statistics *s = &m->stats[l];
+    for (int row = 0; row < statistics_rows(&m->config); row++) {
+        Statistics *s = &m->stats[row];
         if (s->count) {
-            memset(s->count, 0, (size_t)m->config.experts * sizeof(double));
+            memset(s->count, 0, (size_t)counted_experts(&m->config, row) * sizeof(double));
         }
         s->entropy = s->dropped = s->active = s->tokens = 0;
     }
@@ -100,24 +116,33 @@ void set_statistics(Model *m, int l, const double *recent, const int *idle) {
 // After the last batch of a step: the counts of all processes, of all layers in one message; then what the log says of
 // the last steps.
 void sum_statistics(Model *m) {
-    int L = m->config.layers, E = m->config.experts, each = E + 4;
-    double *all = (double *)allocate((size_t)L * each, sizeof(double));
-    for (int l = 0; l < L; l++) {
-        const Statistics *s = &m->stats[l];
-        double single[4] = {s->entropy, s->dropped, s->active, s->tokens};
-        if (is_moe(&m->config, l)) {
-            memcpy(all + (size_t)l * each, s->count, (size_t)E * sizeof(double));
-            memcpy(all + (size_t)l * each + E, single, sizeof(single));
-        }
+    int rows = statistics_rows(&m->config), size = 0;
+    for (int row = 0; row < rows; row++) {
+        size += counted_experts(&m->config, row) + 4;
     }
-    sum_over_ranks(all, L * each);
-    for (int l = 0; l < L; l++) {
-        Statistics *s = &m->stats[l];
-        const double *count = all + (size_t)l * each, *single = count + E;
-        if (!is_moe(&m->config, l)) {
+    double *all = (double *)allocate(size, sizeof(double)), *at = all;
+    for (int row = 0; row < rows; row++) {
+        const Statistics *s = &m->stats[row];
+        int E = counted_experts(&m->config, row);
+        double single[4] = {s->entropy, s->dropped, s->active, s->tokens};
+        if (E) {
+            memcpy(at, s->count, (size_t)E * sizeof(double));
+            memcpy(at + E, single, sizeof(single));
+        }
+        at += E + 4;
+    }
+    sum_over_ranks(all, size);
+    at = all;
+    for (int row = 0; row < rows; row++) {
+        Statistics *s = &m->stats[row];
+        int E = counted_experts(&m->config, row);
+        const double *single = at + E;
+        if (!E) {
+            at += 4;
             continue;
         }
-        memcpy(s->count, count, (size_t)E * sizeof(double));
+        memcpy(s->count, at, (size_t)E * sizeof(double));
+        at += E + 4;
         s->entropy = single[0];
         s->dropped = single[1];
         s->active = single[2];

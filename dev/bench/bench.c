@@ -1,7 +1,8 @@
 // dev/bench/bench: how fast train_moe.c is on this machine, and how fast it could be, in one run:
 //
 //     make bench                          everything; make bench_all also model B beside PyTorch
-//     dev/bench/bench [--quick] [--all] PART... of: products attention rows step tax tables generate yardsticks; --quick leaves out B
+//     dev/bench/bench [--quick] [--all] PART... of: products attention lstm rows step tax tables generate yardsticks; --quick
+//     leaves out B
 //
 // On a shared machine a core is half as fast one second as it was the second before. So no two numbers are compared that
 // were not taken side by side: in short rounds the peak of multiply-adds, ours and the yardstick take turns, a ratio is
@@ -744,9 +745,11 @@ void bench_yardsticks(const char *letter, const char *options, int loops, double
     fflush(stdout);
 }
 
+#include "lstm.h" // the LSTM, alone and beside PyTorch's
+
 int main(int argc, char **argv) {
-    const char *const parts[] = {"products", "attention", "rows", "step", "tax", "tables", "generate", "yardsticks"};
-    enum { PRODUCTS, ATTENTION, ROW_BY_ROW, A_STEP, TAX, TABLES, GENERATE, YARDSTICKS, PARTS };
+    const char *const parts[] = {"products", "attention", "lstm", "rows", "step", "tax", "tables", "generate", "yardsticks"};
+    enum { PRODUCTS, ATTENTION, AN_LSTM, ROW_BY_ROW, A_STEP, TAX, TABLES, GENERATE, YARDSTICKS, PARTS };
     int wanted[PARTS] = {0}, any = 0;
     program_name = "bench";
     for (int i = 1; i < argc; i++) {
@@ -760,7 +763,8 @@ int main(int argc, char **argv) {
         else if (part < PARTS)
             wanted[part] = any = 1;
         else
-            fail("%s is none of --quick, --all, products, attention, rows, step, tax, tables, generate, yardsticks", argv[i]);
+            fail("%s is none of --quick, --all, products, attention, lstm, rows, step, tax, tables, generate, yardsticks",
+                 argv[i]);
     }
     for (int i = 0; !any && i < PARTS; i++)
         wanted[i] = 1;
@@ -773,6 +777,8 @@ int main(int argc, char **argv) {
         bench_products();
     if (wanted[ATTENTION])
         bench_attention();
+    if (wanted[AN_LSTM])
+        bench_lstm();
     if (wanted[ROW_BY_ROW])
         bench_rows();
     if (any)

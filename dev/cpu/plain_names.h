@@ -1,4 +1,4 @@
-// The names of dev/cpu/fast.h and choice.h mean the plain functions of train_moe.c again, for what is compiled after this
+// The names of dev/cpu/fast.h, choice.h and lstm.h mean the plain functions of train_moe.c again, for what is compiled after this
 // #include. For the CUDA twin, which has functions of the same names, and for tests, which compare both. Gives and needs
 // nothing else.
 #undef matmul
@@ -20,3 +20,5 @@
 #undef activation_forward
 #undef activation_backward
 #undef sum_of_squares
+#undef lstm_recur
+#undef lstm_recur_backward

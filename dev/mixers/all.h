@@ -3,16 +3,21 @@
 // mixer_refuses, add_mixer_options.
 // Needs: train_moe.c, which includes it twice: inside Config, for the fields of the mixers' options (CONFIG_FIELDS), and
 // behind the table of weights. A new mixer is a file, its #include here, and its name in all_mixers.
-#if !defined(CONFIG_FIELDS) && !defined(MIXERS_H)
+#ifdef CONFIG_FIELDS
+    int mixer; // MIX_ATTENTION or MIX_LSTM
+#elif !defined(MIXERS_H)
 #include "mixer.h"
 #endif
 
+#include "attention_experts.h" // SwitchHead and MoA: attention with experts
 #include "lstm.h" // an LSTM: each token reads a state that the tokens before it have left
 
 #if !defined(CONFIG_FIELDS) && !defined(MIXERS_H)
 #define MIXERS_H
 
 const Mixer *const all_mixers[] = {
+    &switchhead_mixer,
+    &moa_mixer,
     &lstm_mixer,
     NULL,
 };

@@ -228,7 +228,7 @@ void noisy_backward(Model *m, int l, real *dx, real *dweight, const real *x) {
 
     // From the weights and the losses of p to the noisy logits.
     weights_backward(dp, dweight, r->weight, r->p, r->expert, N, E, K, c->gate, c->scale);
-    balance_backward(m, dp, r);
+    balance_backward(dp, r, c->score, m->batch.scale);
     scores_backward(dnoisy, dp, r->p, r->lse, N, E, SOFTMAX, c->z_weight * m->batch.scale / N);
 
     // From the smooth load to the noisy logits, and to those without noise.

@@ -1,10 +1,11 @@
 // Both forms of the lesson's chapter 2 in one program: behind this #include, matmul() is the plain loop of train_moe.c and
-// fast_matmul() is the function of dev/cpu, and so on for all the names of dev/cpu/fast.h and choice.h. Functions that were compiled
+// fast_matmul() is the function of dev/cpu, and so on for all the names of dev/cpu/fast.h, choice.h and lstm.h. Functions that were compiled
 // before keep what they call. Needs: train_moe.c, which must be included before, with or without -DPLAIN.
 
 #pragma once
 #include "dev/cpu/fast.h"
 #include "dev/cpu/choice.h"
+#include "dev/cpu/lstm.h"
 #include "dev/cpu/plain_names.h"
 
 // The experts, row after row, by the lesson's plain loops: for each row of its own or, with `token`, for that token's row of

@@ -569,7 +569,7 @@ void check_gpu_slopes(Model *m, gpu::Model *d, uint64_t random) {
     assert_device_alike("slope", device->slope, r->slope, size, 1e-12);
 
     real *dp = take_normal((size_t)N * E, random), *dp_d = on_the_device(dp, (size_t)N * E);
-    balance_backward(m, dp, r);
+    balance_backward(dp, r, m->config.score, m->batch.scale);
     gpu::balance_backward(d, dp_d, device);
     assert_device_alike("dp", dp_d, dp, (size_t)N * E, CLOSE);
 }
@@ -1066,7 +1066,7 @@ void check_gpu_edge(int score, int gate, int worst) {
     assert_device_alike("weight", there->weight, weight, NK, CLOSE);
     real *dweight = take_normal(NK, 3), *dp = take_reals(NE), *dlogits = take_reals(NE), *dp_d = on_the_device(dp, NE);
     weights_backward(dp, dweight, weight, p, r->expert, N, E, K, gate, 1.5);
-    balance_backward(m, dp, r);
+    balance_backward(dp, r, m->config.score, m->batch.scale);
     scores_backward(dlogits, dp, p, lse, N, E, score, 0.001);
     gpu::weights_backward(dp_d, on_the_device(dweight, NK), there->weight, there->p, there->expert, N, E, K, gate, 1.5);
     gpu::balance_backward(d, dp_d, there);

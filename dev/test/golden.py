@@ -24,6 +24,11 @@ RECIPES = {  # moe: which layers are (the others are dense, K*F wide)
     "mixtral": dict(SIZES, swiglu=True, renormalise=True, group="batch", capacity=None, moe=[True, True]),
     "switch": dict(SIZES, K=1, swiglu=False, renormalise=False, group="sequence", capacity=1.25, moe=[False, True]),
     "dense": dict(SIZES, swiglu=True, moe=[False, False]),
+    # experts in attention: AE of them, of which a head takes AK; with moa AE heads, of which a token takes H
+    "switchhead": dict(SIZES, swiglu=True, renormalise=True, group="batch", capacity=None, moe=[True, True],
+                       heads="switchhead", D=8, AE=3, AK=2, options="--attention-aux-weight 0.01"),
+    "moa": dict(SIZES, swiglu=True, renormalise=True, group="batch", capacity=None, moe=[True, True],
+                heads="moa", KV=1, D=8, AE=6, options="--attention-z-weight 0.001"),
 }
 STEPS = 5
 LR, BETA1, BETA2, ADAM_EPS, DECAY, CLIP = 1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0
@@ -40,13 +45,24 @@ def hash32(key):
     return x ^ x >> 16
 
 
+def attention_shapes(l, c):
+    heads = getattr(c, "heads", None)
+    if heads == "switchhead":
+        return [(f"query_key.{l}", ((c.H + c.KV) * c.D, c.C)), (f"value_router.{l}", (c.KV * c.AE, c.C)),
+                (f"value_experts.{l}", (c.KV * c.AE, c.D, c.C)), (f"output_router.{l}", (c.H * c.AE, c.C)),
+                (f"output_experts.{l}", (c.H * c.AE, c.C, c.D))]
+    if heads == "moa":
+        return [(f"query_experts.{l}", (c.AE, c.D, c.C)), (f"key_value.{l}", (2 * c.D, c.C)),
+                (f"output_router.{l}", (c.AE, c.C)), (f"output_experts.{l}", (c.AE, c.C, c.D))]
+    return [(f"qkv.{l}", ((c.H + 2 * c.KV) * c.D, c.C)), (f"proj.{l}", (c.C, c.H * c.D))]
+
+
 def tensor_shapes(c):
     """[(name, shape)] in the order of the model's parameters; t, the hash's first number, counts this list."""
     shapes = [("embed", (c.V, c.C))]
     inputs = 2 if c.swiglu else 1  # SwiGLU: F gate rows, then F up rows
     for l in range(c.L):
-        shapes += [(f"norm1.{l}", (c.C,)), (f"qkv.{l}", ((c.H + 2 * c.KV) * c.D, c.C)),
-                   (f"proj.{l}", (c.C, c.H * c.D)), (f"norm2.{l}", (c.C,))]
+        shapes += [(f"norm1.{l}", (c.C,))] + attention_shapes(l, c) + [(f"norm2.{l}", (c.C,))]
         if c.moe[l]:
             shapes += [(f"router.{l}", (c.E, c.C)), (f"w_in.{l}", (c.E, inputs * c.F, c.C)),
                        (f"w_out.{l}", (c.E, c.C, c.F))]
@@ -85,15 +101,69 @@ def rotate(x):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def look_back(q, k, v):
+    """q (B,T,heads,D) looks at k, v (B,T,kv heads,D) of its own and earlier tokens -> (B,T,heads,D)"""
+    q, k = rotate(q), rotate(k)
+    T, heads = q.shape[1:3]
+    owner = torch.arange(heads) // (heads // k.shape[2])  # the kv head that query head h reads
+    k, v = k[:, :, owner], v[:, :, owner]
+    score = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[3])
+    score = score.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
+    return torch.einsum("bhts,bshd->bthd", score.softmax(-1), v)
+
+
 def attention(x, qkv, proj, c):
     B, T, _ = x.shape
     q, k, v = (x @ qkv.T).reshape(B, T, c.H + 2 * c.KV, c.D).split([c.H, c.KV, c.KV], dim=2)
-    q, k = rotate(q), rotate(k)
-    owner = torch.arange(c.H) // (c.H // c.KV)  # the kv head that query head h reads
-    k, v = k[:, :, owner], v[:, :, owner]
-    score = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(c.D)
-    score = score.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
-    return torch.einsum("bhts,bshd->bthd", score.softmax(-1), v).reshape(B, T, c.H * c.D) @ proj.T
+    return look_back(q, k, v).reshape(B, T, c.H * c.D) @ proj.T
+
+
+# ---- experts in attention: here every expert sees every token, and the weights of those not chosen are 0
+
+def chosen_of(p, K, notes):
+    """p (B,T,heads,E) -> 1 where an expert is among the K best of its head, else 0; and the heads' balance loss"""
+    E = p.shape[3]
+    order = p.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(p).scatter(-1, order[..., :K], 1.0).detach()
+    share = mask.mean((0, 1)) / K  # (heads,E)
+    mean = (p / p.sum(-1, keepdim=True)).mean((0, 1))
+    best = p.sort(dim=-1, descending=True)[0]
+    notes.append(dict(aux=(E * share * mean).sum(-1).mean(), margin=(best[..., K - 1] - best[..., K]).min().item()))
+    return mask
+
+
+def switchhead(x, w, l, c, notes):
+    B, T, C = x.shape
+    q, k = (x @ w[f"query_key.{l}"].T).reshape(B, T, c.H + c.KV, c.D).split([c.H, c.KV], dim=2)
+    score = (x @ w[f"value_router.{l}"].T).reshape(B, T, c.KV, c.AE).sigmoid()
+    score = score * chosen_of(score, c.AK, notes)
+    experts = w[f"value_experts.{l}"].reshape(c.KV, c.AE, c.D, C)
+    v = torch.einsum("bthe,hedc,btc->bthd", score, experts, x)
+    att = look_back(q, k, v)
+    score = (x @ w[f"output_router.{l}"].T).reshape(B, T, c.H, c.AE).sigmoid()
+    score = score * chosen_of(score, c.AK, notes)
+    return torch.einsum("bthe,hecd,bthd->btc", score, w[f"output_experts.{l}"].reshape(c.H, c.AE, C, c.D), att)
+
+
+def moa(x, w, l, c, notes):
+    B, T, C = x.shape
+    logits = x @ w[f"output_router.{l}"].T
+    p = logits.softmax(-1)
+    weight = p * chosen_of(p[:, :, None], c.H, notes)[:, :, 0]
+    weight = weight / weight.sum(-1, keepdim=True)
+    # the balance losses count 0.01; the z-loss 0.001
+    notes.append(dict(aux=0.1 * logits.logsumexp(-1).pow(2).mean(), margin=math.inf))
+    k, v = (x @ w[f"key_value.{l}"].T).reshape(B, T, 2, c.D).split(1, dim=2)
+    att = look_back(torch.einsum("edc,btc->bted", w[f"query_experts.{l}"], x), k, v)
+    return torch.einsum("bte,ecd,bted->btc", weight, w[f"output_experts.{l}"], att)
+
+
+def mix(x, w, l, c, notes):
+    """What mixes along the sequence in layer l"""
+    heads = getattr(c, "heads", None)
+    if heads:
+        return (switchhead if heads == "switchhead" else moa)(x, w, l, c, notes)
+    return attention(x, w[f"qkv.{l}"], w[f"proj.{l}"], c)
 
 
 def ffn(x, w_in, w_out, swiglu):
@@ -143,11 +213,11 @@ def moe(x, router, w_in, w_out, c, notes):
 
 
 def forward(w, tokens, c):
-    """-> logits (B,T,V), aux (sum over the MoE layers), the notes of every MoE layer"""
+    """-> logits (B,T,V), aux (sum of all balance losses), the notes of every router"""
     notes = []
     x = w["embed"][tokens]
     for l in range(c.L):
-        x = x + attention(rmsnorm(x, w[f"norm1.{l}"]), w[f"qkv.{l}"], w[f"proj.{l}"], c)
+        x = x + mix(rmsnorm(x, w[f"norm1.{l}"]), w, l, c, notes)
         h = rmsnorm(x, w[f"norm2.{l}"])
         if c.moe[l]:
             x = x + moe(h, w[f"router.{l}"], w[f"w_in.{l}"], w[f"w_out.{l}"], c, notes)
@@ -194,8 +264,9 @@ def golden(recipe, dtype=torch.float64):
         if step == 0:
             out.total = total.item()
             out.logits = logits[:, -1, :8].flatten().tolist()
-            out.chosen = [note["chosen"].flatten().tolist() for note in notes]
-            out.dropped = sum(note["dropped"] for note in notes)
+            out.chosen = [note["chosen"].flatten().tolist() for note in notes if "chosen" in note]
+            out.dropped = sum(note.get("dropped", 0) for note in notes)
+            out.options = getattr(c, "options", "")
             out.tensors = []
             for name, x in g.items():
                 flat = x.flatten()
@@ -218,12 +289,13 @@ typedef struct {
 
 typedef struct {
     const char *recipe;
+    const char *options; // besides
     double total;       // loss[0] + 0.01 aux[0]: the gradients are this one's
     double loss[6], aux[6], grad_norm[6];  // after 0 to 5 AdamW steps; the norm is that before clipping
     double logits[16];  // of the last token of each of the two sequences, the first 8 entries
     int dropped;        // choices beyond capacity, all layers
     int tensors;
-    GoldenTensor tensor[16];
+    GoldenTensor tensor[22];
     int moe_layers;
     int chosen[2][32];  // per MoE layer (N,K) experts, best first
 } Golden;
@@ -239,7 +311,7 @@ def write_header(path, results):
 
     lines = HEADER.splitlines() + ["", f"static const Golden golden[{len(results)}] = {{"]
     for r in results:
-        lines += [f'    {{"{r.recipe}", {number(r.total)},']
+        lines += [f'    {{"{r.recipe}", "{r.options}", {number(r.total)},']
         lines += [f"     {{{numbers(xs, 4)}}}," for xs in (r.losses, r.auxes, r.norms, r.logits)]
         lines += [f"     {r.dropped}, {len(r.tensors)},", "     {"]
         for name, size, norm, sample in r.tensors:
@@ -247,7 +319,7 @@ def write_header(path, results):
         rows = [f"{{{', '.join(map(str, layer))}}}" for layer in r.chosen] or ["{0}"]
         lines += ["     },", f"     {len(r.chosen)}, {{" + ",\n         ".join(rows) + "}},"]
     lines += ["};"]
-    assert len(lines) <= 200 and max(map(len, "\n".join(lines).split("\n"))) <= 120
+    assert len(lines) <= 200 and max(map(len, "\n".join(lines).split("\n"))) <= 126
     with open(path, "w") as file:
         file.write("\n".join(lines) + "\n")
 

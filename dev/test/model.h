@@ -109,6 +109,8 @@ const char *small_sizes(const char *recipe) {
                                            {"hash", "--topk 1"},
                                            {"base", "--topk 1"},
                                            {"rmoe", "--recurrent 6"},
+                                           {"switchhead", "--attention-experts 3 --head-width 8"},
+                                           {"moa", "--attention-experts 6 --head-width 8"},
                                            {"fast", "--ngrams 20"}};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         if (!strcmp(sizes[i][0], recipe))
@@ -297,7 +299,6 @@ Route balance_route(const real *p, const double *slope, int N, int E, int group)
 // The balance loss of the Switch Transformer, over groups of tokens, when `count` says how often each expert was chosen.
 // dp not NULL: dp (N,E) += scale times its derivative.
 double switch_form(const real *p, const int *count, int N, int E, int group, real *dp, double scale) {
-    static Model m; // without any weights
     double slope[64] = {0}, counts[64];
     Route r = balance_route(p, slope, N, E, group);
     assert_true(N / group * E <= 64);
@@ -305,10 +306,8 @@ double switch_form(const real *p, const int *count, int N, int E, int group, rea
         counts[i] = count[i];
     for (int i = 0; i < N / group; i++)
         add_balance(slope + i * E, counts + i * E, E, 1);
-    m.config.score = SOFTMAX;
-    m.batch.scale = scale;
     if (dp)
-        balance_backward(&m, dp, &r);
+        balance_backward(dp, &r, SOFTMAX, scale);
     return mean_of_slopes(&r, SOFTMAX);
 }
 

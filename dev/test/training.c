@@ -62,6 +62,14 @@ void poison(Model *m) {
         Route *r = &a->route;
         poison_array(a->x);
         fill(a->h1, lay_activations(m, l, m->max_tokens, a->h1), (real)NAN); // and all that lies behind it
+        for (int which = 0; which < attention_routes(c); which++) {
+            HeadRoute *h = &heads_of(m, l)->route[which];
+            void *const of_heads[] = {h->all.p, h->all.lse, h->all.weight, h->all.count, h->all.slope};
+            for (int i = 0; i < COUNT(of_heads); i++)
+                poison_array(of_heads[i]);
+            memset(h->all.expert, 111, (size_t)m->max_tokens * h->heads * h->all.K * 5 * sizeof(int)); // to token
+            memset(h->att_row, 111, malloc_usable_size(h->att_row));
+        }
         if (!is_moe(c, l))
             continue;
         void *const arrays[] = {r->logits, r->p, r->lse, r->weight, r->count, r->slope};
@@ -109,7 +117,7 @@ void test_recompute(void **state) {
 // Nobody reads rows that no expert wrote, or numbers of the step before: with NaN in all of them, nothing changes.
 void test_poison(void **state) {
     (void)state;
-    static const char *const more[] = {"", "--capacity-factor 0.5 --eval-capacity-factor 0.5"};
+    static const char *const more[] = {"", "--capacity-factor 0.5 --eval-capacity-factor 0.5 --attention-capacity-factor 0.5"};
     for (int i = 0; i < 4 * (recipe_count + 1); i++) {
         Config c = small_variant(i / 4);
         if (c.select == TOP_K && c.moe_every)
