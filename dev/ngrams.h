@@ -1,6 +1,6 @@
 // A table of word pairs, and triples, that is looked up (--ngrams): each token's last words have a vector of their own.
 // Gives: ngram_row, ngram_orders, find_ngrams, remember_token, ngrams_forward, ngrams_backward, take_forward,
-// take_backward; for model_tensors add_ngram_gate.
+// take_backward.
 // Needs: Model, its memory and the layers of train_moe.c, which includes it; dev/tables.h. doc/ngrams.md is the chapter.
 //
 // A row is found by its number and added; no product is computed. So such a table holds many weights and costs little
