@@ -307,7 +307,8 @@ void print_memory(Run *run) {
         printf(" %s %.1f,", names[i], (double)m->bytes[i] / mib);
         sum += (double)m->bytes[i];
     }
-    int bound = c->select == EXPERT_CHOICE || c->select == THRESHOLD; // there is memory for more choices than will come
+    // There is memory for more choices than will come, and for rows of a table that may never be read (dev/tables.h).
+    int bound = c->select == EXPERT_CHOICE || c->select == THRESHOLD || c->ngrams > 0;
     double device = run->backend->memory();
     if (device > 0) {
         printf(" together %.1f of the device's %.0f\n", sum / mib, device / mib);

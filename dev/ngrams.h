@@ -1,6 +1,6 @@
 // A table of word pairs, and triples, that is looked up (--ngrams): each token's last words have a vector of their own.
 // Gives: ngram_row, ngram_orders, find_ngrams, remember_token, ngrams_forward, ngrams_backward, take_forward,
-// take_backward; for model_tensors add_ngram_gate.
+// take_backward.
 // Needs: Model, its memory and the layers of train_moe.c, which includes it; dev/tables.h. doc/ngrams.md is the chapter.
 //
 // A row is found by its number and added; no product is computed. So such a table holds many weights and costs little
@@ -14,10 +14,10 @@
 //
 // --ngram-gate: each layer may take the token's vector e (C), the sum of its rows, once more, as far as it wants to:
 //     out += g * v * e,    g = sigmoid(sum over c of y[c] * k[c] * e[c] / sqrt(C)),    y = mid / rms(mid)
-// where mid is the residual stream behind attention, and k and v (C) are weights of the layer: k says for which states
-// the vector is of use, v which parts of it. Cheng et al. 2026, Conditional Memory via Scalable Lookup (Engram), section
-// 2.3, has matrices for k and v, norms of key and query, and a convolution behind them; vectors that differ from layer
-// to layer do what is essential, and multiply nothing.
+// where mid is the residual stream behind attention, and k and v (C) are weights of the layer: k, which begins at 0, says
+// for which states the vector is of use, v, which begins at 1, which parts of it. Cheng et al. 2026, Conditional Memory via
+// Scalable Lookup (Engram), have matrices in the place of k and v, a norm of the key, too, and a convolution behind them;
+// vectors do what is essential, and cost no product.
 #ifdef CONFIG_FIELDS
     int ngrams;      // rows of the table; 0: there is none
     int ngram_order; // 2: pairs; 3: pairs and triples
