@@ -123,6 +123,7 @@ struct PlanScratch {
 // as good. At first reading skip whatever says `decided`.
 struct Decided { // choices of a layer, in the host's memory
     const int *expert, *key, *gate_expert, *groups_expert;
+    const int *heads_expert[2], *heads_served[2]; // of the routers in attention
 };
 
 struct Crossing; // several GPUs: "experts on several GPUs" in chapter 3

@@ -191,7 +191,7 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     m->acts.layer = (::LayerActs *)own_host(m, L, sizeof(::LayerActs));
     m->layers = (LayerActs *)own_host(m, L, sizeof(LayerActs));
     m->host_route = (Route *)own_host(m, L, sizeof(Route));
-    m->stats = (Statistics *)own_host(m, L, sizeof(Statistics));
+    m->stats = (Statistics *)own_host(m, statistics_rows(c), sizeof(Statistics));
 
     // Weights, their rounded copy, and for training their gradients and the optimizer's two moments.
     m->purpose = FOR_WEIGHTS;
@@ -262,7 +262,7 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     if (ranks.ep > 1 && moe) {
         own_crossing(m, n, parent);
     }
-    m->report_size = SINGLE_REPORTS + (size_t)L * stats_size(c);
+    m->report_size = SINGLE_REPORTS + (size_t)L * (stats_size(c) + head_stats_size(c));
     m->report = (double *)own(m, m->report_size, sizeof(double));
     m->host_report = (double *)own_host(m, m->report_size, sizeof(double));
     if (train) {

@@ -29,6 +29,7 @@ void clear_statistics(Model *m) {
         zero(layer_stats(m, l), (size_t)2 * E * sizeof(double));
         zero(layer_stats(m, l) + 4 * E, AUX * sizeof(double));
     }
+    zero(layer_stats(m, m->config.layers), m->config.layers * head_stats_size(&m->config) * sizeof(double));
 }
 
 // The report on the host; waits until the device has done all.
@@ -44,9 +45,26 @@ void model_losses(::Model *base, double *loss, double *aux, double *norm) {
     *norm = m->host_report[GRADIENT_NORM];
 }
 
+// The rows behind those of the layers: see statistics_rows() of the C twin.
+const Statistics *statistics_of_heads(const Model *m, int row) {
+    const Config *c = &m->config;
+    Statistics *s = &m->stats[row];
+    int l = (row - c->layers) / 2, which = (row - c->layers) % 2;
+    double *from = m->host_report + (head_stats(m, l, which) - m->report), *single = from + route_experts(c, which);
+    s->count = from;
+    s->entropy = single[ENTROPY];
+    s->dropped = single[DROPPED];
+    s->active = single[ACTIVE];
+    s->tokens = single[TOKENS];
+    return s;
+}
+
 // As of the last fetch_report.
 const Statistics *model_statistics(const ::Model *base, int l) {
     const Model *m = (const Model *)base;
+    if (l >= m->config.layers) {
+        return statistics_of_heads(m, l);
+    }
     Statistics *s = &m->stats[l];
     int E = m->config.experts;
     double *from = m->host_report + (layer_stats(m, l) - m->report), *single = from + 4 * E;

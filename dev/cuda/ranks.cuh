@@ -168,6 +168,9 @@ void sum_statistics(Model *m) {
         nccl_sum(count, (size_t)2 * E, OF_ALL);
         nccl_sum(count + 4 * E, AUX, OF_ALL);
     }
+    if (attention_routes(&m->config)) {
+        nccl_sum(layer_stats(m, m->config.layers), m->config.layers * head_stats_size(&m->config), OF_ALL);
+    }
     nccl_end();
     wait_for_network();
 }

@@ -293,6 +293,10 @@ void note_plans(gpu::Decided *plans, const Model *host) {
     for (int l = 0; l < host->config.layers; l++) {
         if (is_moe(&host->config, l))
             plans[l] = layer_plan(host, l);
+        for (int which = 0; which < attention_routes(&host->config); which++) {
+            plans[l].heads_expert[which] = heads_of(host, l)->route[which].all.expert;
+            plans[l].heads_served[which] = heads_of(host, l)->route[which].all.served;
+        }
     }
 }
 
@@ -414,6 +418,16 @@ void check_stats(const Twins *t, double tolerance) { // after model_losses
         assert_true(found->tokens == wanted->tokens && passes == (low ? *low->passes : 0));
         assert_near(found->entropy, wanted->entropy, tolerance);
     }
+    for (int row = t->c.layers; row < statistics_rows(&t->c); row++) { // of the experts in attention
+        const Statistics *wanted = ::cpu_statistics(t->host, row);
+        for (int e = 0; e < counted_experts(&t->c, row); e++)
+            assert_true(gpu::model_statistics(t->device, row)->count[e] == wanted->count[e]);
+        if (counted_experts(&t->c, row)) {
+            const Statistics *found = gpu::model_statistics(t->device, row);
+            assert_true(found->dropped == wanted->dropped && found->active == wanted->active && found->tokens == wanted->tokens);
+            assert_near(found->entropy, wanted->entropy, tolerance);
+        }
+    }
 }
 
 // A tensor's gradient is measured by its own norm, but at least by a hundredth of that of all: where a gradient all but
@@ -451,6 +465,29 @@ int same_unchosen(const Twins *t) {
         }
     }
     return same;
+}
+
+// Whether both twins chose the same experts of attention. Where they did not, the scores are nearly equal.
+int same_heads(const Twins *t) {
+    for (int i = 0; i < t->c.layers * 2; i++) {
+        if (i % 2 >= attention_routes(&t->c)) {
+            continue;
+        }
+        const HeadRoute *h = &heads_of(t->host, i / 2)->route[i % 2];
+        const gpu::HeadRoute *d = &gpu::heads_of((const gpu::Model *)t->device, i / 2)->route[i % 2];
+        int rows = h->heads * h->all.N, K = h->all.K, E = h->all.E;
+        const int *found = take_back(d->all.expert, (size_t)rows * K), *served = take_back(d->all.served, (size_t)rows * K);
+        for (int j = 0; j < rows * K; j++) {
+            const real *p = h->all.p + (size_t)(j / K) * E;
+            if (found[j] != h->all.expert[j]) {
+                print_message("    %s: a near-tie in attention, decided otherwise\n", t->name);
+                assert_true(fabs((double)(p[found[j]] - p[h->all.expert[j]])) < 1e-5);
+                return 0;
+            }
+            assert_int_equal(served[j], h->all.served[j]);
+        }
+    }
+    return 1;
 }
 
 // Whether both twins declined the same second choices (dev/routers/gshard.h): the draw may lie between their weights.
@@ -495,7 +532,7 @@ int check_pass(Twins *t, int mode, int decided, double tolerance) {
     decide(t, decided);
     gpu::model_forward(t->device, &batch);
     gpu::model_losses(t->device, &loss, &aux, &norm);
-    if (!check_plans(t) || !same_unchosen(t) || !same_declines(t))
+    if (!same_heads(t) || !check_plans(t) || !same_unchosen(t) || !same_declines(t))
         return 0;
     real *wanted = take_reals((size_t)N * V);
     all_logits(t->host, wanted, N);
@@ -579,6 +616,13 @@ void test_gpu_variants(void **state) {
         {"shazeer-lstm", "--cell 8 --layers 3 --norms 1 --last-feed 1 --moe-sigmoid 0"},
         {"hierarchical", "--mixer lstm --norms 0 --last-feed 0 --moe-sigmoid 1 --dropout 0.1"},
         {"mixtral", "--mixer lstm --cell 24 --seq 1 --ngrams 7"},
+        {"switchhead", "--attention-capacity-factor 0.7 --attention-aux-weight 0.5 --qk-norm 1 --recompute 1"},
+        {"switchhead", "--kv-heads 4 --attention-topk 1 --group sequence --attention-aux-weight 0.5 --value-embedding 1"},
+        {"moa", "--attention-capacity-factor 0.7 --attention-z-weight 0.1 --qk-norm 1 --value-embedding 1 --recompute 1"},
+        {"moa", "--head-width 136 --heads 2 --group sequence --attention-aux-weight 0.5"}, // several tiles of columns
+        {"qwen3", "--attention-experts 3 --heads 1 --kv-heads 1 --head-width 0 --attention-aux-weight 0.5"},
+        {"mh-moe", "--dim 64 --attention-experts 6 --attention-form moa --heads 2 --attention-capacity-factor 0.5"},
+        {"dense", "--attention-experts 3 --attention-capacity-factor 0.5 --group sequence --dropout 0.2"},
         {"mixtral", "--overflow next --capacity-factor 0.5"},
     };
     int count = (int)(sizeof(variants) / sizeof(variants[0])) - LOW; // the last one's first choices cannot be taken over
@@ -1028,6 +1072,7 @@ void test_gpu_files(void **state) {
     expect(run_either(1, "wrong", "--heads 8 --steps 1"), 2, "width of a head");
     expect(run_either(1, "wrong", "--ffn 12 --steps 1"), 2, "--ffn");
     expect(run_either(1, "wrong", "--recipe mh-moe --dim 16 --steps 1"), 2, "--subtokens");
+    expect(run_either(1, "wrong", "--mixer lstm --cell 12 --steps 1"), 2, "--cell must be a multiple of 8 on a GPU");
     expect(run_either(1, "wrong", "--recipe quantile --steps 1"), 2, "no kernels for a GPU");
     expect(run_either(0, "wide", "--dim 36 --heads 3 --ffn 12 --steps 1 --save-every 1"), 0, "What next");
 }

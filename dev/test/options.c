@@ -79,6 +79,8 @@ void test_options_idle(void **state) {
         {"--attention-experts 3 --attention-form moa", "a token cannot have more heads than there are"},
         {"--recipe moa --heads 1", "the weight of a single head would always be 1"},
         {"--recipe switchhead --head-width 7", "an even width"},
+        {"--norms 0 --norm-eps 0.1", "--norm-eps 0.1 would have no effect: it needs norms: --norms 1"},
+        {"--last-feed 0 --dense-activation relu", "--moe-every 2"},
         {"--warmup 4000", "--warmup 4000: a run of 4000 steps would be nothing but warm-up"},
         {"--warmup 100 --steps 20", "a shorter one, or more --steps"},
     };
@@ -103,6 +105,8 @@ void test_options_idle(void **state) {
         "--temperature 0 --tokens 5",
         "--prompt hello --tokens 5 --top-k 5 --seed 3 --threads 1 --tokenizer x",
         "--eval-capacity-factor 1 --overflow next",
+        "--norms 0 --norm-eps 0.1 --ngrams 50 --ngram-gate",
+        "--last-feed 0 --layers 3 --moe-every 2 --dense-activation relu",
         "--attention-experts 4 --aux-weight 0 --group sequence",
         "--recipe dense --attention-experts 16 --attention-form moa --attention-z-weight 0.1",
     };

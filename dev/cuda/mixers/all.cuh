@@ -6,9 +6,12 @@
 #define CUDA_MIXERS_CUH
 #include "mixer.cuh"
 
+#include "attention_experts.cuh"
 #include "lstm.cuh"
 
 const MixerKernels *const all_mixer_kernels[] = {
+    &switchhead_kernels,
+    &moa_kernels,
     &lstm_kernels,
 };
 
