@@ -131,10 +131,9 @@ void allocate_activations(Model *m, int N, int train) {
     real *shared = c->recompute ? own_reals(m, m->largest) : NULL;
     for (int l = 0; l < L; l++) {
         m->acts.layer[l].x = own_reals(m, (size_t)N * C);
-        m->acts.layer[l].fed = own_reals(m, c->moe_sigmoid && is_moe(c, l) ? (size_t)N * C : 0); // not recomputed
+        m->acts.layer[l].fed = own_reals(m, c->moe_sigmoid && is_moe(c, l) ? (size_t)N * C : 0); // --recompute needs it, too
         lay_activations(m, l, N, shared ? shared : own_reals(m, lay_activations(m, l, N, NULL)));
         if (is_moe(c, l)) {
-            m->acts.layer[l].fed = own_reals(m, c->moe_sigmoid ? (size_t)N * C : 0); // --recompute needs it, too
             allocate_route(m, l, N * c->subtokens);
         }
     }

@@ -276,9 +276,10 @@ sanitize_emulated: $(E)/check.cpp $(E)/train_moe_cu.cpp train_moe cmocka
 ARCHER := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 tsan: data/stories/tokenizer.json
 	clang -std=gnu11 -O1 -g $(WARN) $(ARCH) $(LOOPS) -I. -fsanitize=thread -fopenmp train_moe.c -o dev/build/train_moe_tsan $(LIBS)
-	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe; do rm -rf dev/build/tsan_run; \
+	for recipe in mixtral hierarchical deepseek-v2 cmoe expert-choice base mh-moe rmoe moa "shazeer-lstm --cell 40" \
+	    "switchhead --ngrams 500 --ngram-order 3 --ngram-gate --dropout 0.1 --recompute"; do rm -rf dev/build/tsan_run; \
 	OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" dev/build/train_moe_tsan --threads 4 \
-	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --heads 2 --ffn 32 --seq 32 --eval-tokens 128 \
+	    --out dev/build/tsan_run --recipe $$recipe --steps 4 --layers 2 --dim 32 --ffn 32 --seq 32 --eval-tokens 128 \
 	    --tokens 20 --moments bf16 || exit 1; done
 	rm -rf dev/build/tsan_run
 

@@ -80,8 +80,12 @@ int has_experts(const Config *c) {
     return moe_layers(c) > 0;
 }
 
-int has_dense_layers(const Config *c) {
-    return moe_layers(c) < c->layers;
+int has_dense_layers(const Config *c) { // with --last-feed 0 the last layer has neither experts nor a dense one
+    return moe_layers(c) < c->layers - !c->last_feed;
+}
+
+int has_norms(const Config *c) { // the gate of --ngram-gate divides by the root of a mean of squares, too
+    return c->norms || c->qk_norm || c->ngram_gate;
 }
 
 // With --select threshold the scores say how many experts a token has; the width of a dense layer is K times F.
@@ -146,6 +150,7 @@ const Effect base_effects[] = {
     {"experts", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"topk", counts_topk, "experts that are counted: --select topk"},
     {"activation", has_activation, "experts or dense layers that have it: --mixed 0, or --dense-activation same"},
+    {"norm-eps", has_norms, "norms: --norms 1"},
     {"moe-sigmoid", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"mixed", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"dense-first", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},

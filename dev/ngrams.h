@@ -73,6 +73,7 @@ void remember_token(int *before, int token, int position) {
 void add_table_rows(real *x, const real *table, const int *row, int N, int C) {
 #pragma omp parallel for if (N > 16)
     for (int n = 0; n < N; n++) {
+        fetch_row(table + (size_t)row[min_int(n + LOOK_AHEAD, N - 1)] * C, (size_t)C * sizeof(real));
         for (int c = 0; c < C; c++) {
             x[(size_t)n * C + c] += table[(size_t)row[n] * C + c];
         }

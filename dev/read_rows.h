@@ -19,7 +19,10 @@ void adamw_of_read_rows(real *w, real *g, real *m1, real *m2, const ReadRows *r,
     size_t width = (size_t)C;
 #pragma omp for schedule(static) nowait
     for (int i = 0; i < r->count; i++) {
-        size_t at = (size_t)r->list[i] * width;
+        size_t at = (size_t)r->list[i] * width, next = (size_t)r->list[min_int(i + LOOK_AHEAD, r->count - 1)] * width;
+        fetch_row(w + next, width * sizeof(real));
+        fetch_row(m1 + next, width * sizeof(real));
+        fetch_row(m2 + next, width * sizeof(real));
         if (has_gradient(g + at, width)) {
             adamw(w + at, g + at, m1 + at, m2 + at, width, a);
         }

@@ -44,6 +44,16 @@ void allocate_lookup(Model *m, int N, int train) {
     lookup->dsum = own_reals(m, train ? gated : 0);
 }
 
+// Rows of a large table are rarely in a cache, and each lies somewhere else. So a loop over rows asks for a row of `bytes`
+// this many turns before it needs it: then the memory brings several at a time.
+#define LOOK_AHEAD 8
+
+void fetch_row(const void *row, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch((const char *)row + at);
+    }
+}
+
 // Puts those of n rows that are new onto the list.
 void note_rows(ReadRows *r, const int *row, int n) {
     for (int i = 0; i < n; i++) {
@@ -101,6 +111,7 @@ double squares_of_read_rows(const Model *m) {
         for (int chunk = 0; chunk < chunks; chunk++) {
             for (int j = chunk * CHUNK; j < min_int(r->count, (chunk + 1) * CHUNK); j++) {
                 const real *row = g + (size_t)r->list[j] * C;
+                fetch_row(g + (size_t)r->list[min_int(j + LOOK_AHEAD, r->count - 1)] * C, C * sizeof(real));
                 for (size_t c = 0; c < C; c++) {
                     part[chunk] += (double)row[c] * (double)row[c];
                 }

@@ -1,7 +1,8 @@
 // dev/bench/bench: how fast train_moe.c is on this machine, and how fast it could be, in one run:
 //
 //     make bench                          everything; make bench_all also model B beside PyTorch
-//     dev/bench/bench [--quick] [--all] PART... of: products attention rows step tax generate yardsticks; --quick leaves out B
+//     dev/bench/bench [--quick] [--all] PART... of: products attention lstm rows step tax tables generate yardsticks; --quick
+//     leaves out B
 //
 // On a shared machine a core is half as fast one second as it was the second before. So no two numbers are compared that
 // were not taken side by side: in short rounds the peak of multiply-adds, ours and the yardstick take turns, a ratio is
@@ -16,6 +17,7 @@
 
 #define MODEL_A "--layers 4 --dim 256 --heads 8 --experts 8 --topk 2 --ffn 512 --seq 256 --batch 16"
 #define FINE_A  "--layers 4 --dim 256 --heads 8 --experts 64 --topk 16 --ffn 64 --seq 256 --batch 16"
+#define SMALL   "--dim 64" // of the default job: 2 layers, 512 tokens a step
 #define MODEL_B "--layers 8 --dim 512 --heads 8 --experts 16 --topk 2 --ffn 1024 --seq 512 --batch 8"
 
 // A thing to be timed: double name(void *arg), in which `a` is arg as a Type *
@@ -321,6 +323,7 @@ typedef struct Trainee {
     const char *name;
     Model *model;
     int *inputs, *targets;
+    int fresh;   // 1: each step has other tokens
     double work; // operations of a step
     int threads;
     double total[MAX_ROUNDS], part[3][MAX_ROUNDS]; // seconds: of a step; forward, backward, update
@@ -393,6 +396,8 @@ double peak_now(void) {
 void train_step(Trainee *t, int round) {
     const Config *c = &t->model->config;
     int threads = thread_count();
+    for (int i = 0; t->fresh && i < c->batch * c->seq; i++)
+        t->inputs[i] = (int)(hash64((uint64_t)round << 32 | (uint64_t)i) % (uint64_t)c->vocab);
     use(t->threads);
     double before = peak_now();
     t->total[round] = t->possible[round] = 0;
@@ -566,6 +571,46 @@ void bench_rows(void) {
     free(r.a), free(r.b), free(r.c), free(r.d), free(r.w), free(r.rstd), free(r.row);
 }
 
+// ---- tables that are looked up
+
+double fastest(const double *a, int n) {
+    double least = a[0];
+    for (int i = 1; i < n; i++)
+        least = fmin(least, a[i]);
+    return least;
+}
+
+// A step of the default job at --dim 64, with no table, a small one and a large one. Each step has other words, drawn evenly, so
+// nearly each of its 1,022 pairs and triples has a row of its own that no step before has read: the worst that a table can meet.
+void bench_tables(void) {
+    enum { LIST = 3 };
+    const char *const names[LIST] = {"no table", "1,000 rows", "1,000,000 rows"};
+    const char *const more[LIST] = {"", "--ngrams 1000 --ngram-order 3 --ngram-gate", "--ngrams 1000000 --ngram-order 3 --ngram-gate"};
+    Trainee *list[LIST];
+    printf("\na training step with a table of word pairs and triples (--ngrams): %s, one thread\n", SMALL);
+    for (int i = 0; i < LIST; i++) {
+        char options[256];
+        snprintf(options, sizeof(options), "%s %s --optimizer muon", SMALL, more[i]);
+        list[i] = new_trainee(names[i], "mixtral", options);
+        list[i]->fresh = list[i]->threads = 1;
+        Model *m = list[i]->model;
+        for (int what = GRADS; what <= MOMENT2; what++) // all pages are there, as after a long run
+            memset(m->memory[what] + m->tables, 0, (m->size - m->tables) * sizeof(real));
+    }
+    int n = train_in_turn(list, LIST, budget(12));
+    for (int i = 0; i < LIST; i++) {
+        const Trainee *t = list[i];
+        printf("  %-16s %6.2f ms, %3.0f%% of the step with 1,000 rows; the fastest of %d steps %6.2f ms, %3.0f%%: forward and head %.2f, "
+               "backward %.2f, update %.2f ms; weights, gradients and moments %.0f MB\n",
+               t->name, median(t->total, NULL, n) * 1e3, 100 * median(t->total, list[1]->total, n), n, fastest(t->total, n) * 1e3,
+               100 * fastest(t->total, n) / fastest(list[1]->total, n), fastest(t->part[0], n) * 1e3, fastest(t->part[1], n) * 1e3,
+               fastest(t->part[2], n) * 1e3, 4.0 * sizeof(real) * (double)t->model->size / 1e6);
+    }
+    fflush(stdout);
+    for (int i = 0; i < LIST; i++)
+        free_trainee(list[i]);
+}
+
 // ---- generation
 
 typedef struct Writer {
@@ -676,9 +721,11 @@ void bench_yardsticks(const char *letter, const char *options, int loops, double
     fflush(stdout);
 }
 
+#include "lstm.h" // the LSTM, alone and beside PyTorch's
+
 int main(int argc, char **argv) {
-    const char *const parts[] = {"products", "attention", "rows", "step", "tax", "generate", "yardsticks"};
-    enum { PRODUCTS, ATTENTION, ROW_BY_ROW, A_STEP, TAX, GENERATE, YARDSTICKS, PARTS };
+    const char *const parts[] = {"products", "attention", "lstm", "rows", "step", "tax", "tables", "generate", "yardsticks"};
+    enum { PRODUCTS, ATTENTION, AN_LSTM, ROW_BY_ROW, A_STEP, TAX, TABLES, GENERATE, YARDSTICKS, PARTS };
     int wanted[PARTS] = {0}, any = 0;
     program_name = "bench";
     for (int i = 1; i < argc; i++) {
@@ -692,7 +739,8 @@ int main(int argc, char **argv) {
         else if (part < PARTS)
             wanted[part] = any = 1;
         else
-            fail("%s is none of --quick, --all, products, attention, rows, step, tax, generate, yardsticks", argv[i]);
+            fail("%s is none of --quick, --all, products, attention, lstm, rows, step, tax, tables, generate, yardsticks",
+                 argv[i]);
     }
     for (int i = 0; !any && i < PARTS; i++)
         wanted[i] = 1;
@@ -705,12 +753,16 @@ int main(int argc, char **argv) {
         bench_products();
     if (wanted[ATTENTION])
         bench_attention();
+    if (wanted[AN_LSTM])
+        bench_lstm();
     if (wanted[ROW_BY_ROW])
         bench_rows();
     if (any)
         bench_model("A", MODEL_A, FINE_A, wanted[A_STEP], wanted[TAX], 35);
     if (any && !quick)
         bench_model("B", MODEL_B, NULL, wanted[A_STEP], wanted[TAX], 40);
+    if (wanted[TABLES])
+        bench_tables();
     if (wanted[GENERATE])
         bench_generation();
     if (wanted[YARDSTICKS])

@@ -140,6 +140,13 @@ check "sums of 2 ranks and of $((2 * layers)) copies" $(((4 * all_have + 2 * 2 *
     "$(step_of "$work/copy.jsonl" $steps reduce_bytes)"
 check "all-to-all of 2 ranks, --ep 1" 0 "$(step_of "$work/data.jsonl" $steps all_to_all_bytes)"
 
+# A table that is looked up, of 16 rows, which all ranks read in each step: each hears the numbers of the others' rows, and in
+# a ring it sends 2(N-1)/N of the rows' gradients. No weights travel.
+table=16
+run rows 2 $((batch / 2)) --ngrams $table
+check "sums of 2 ranks and of a table of $table rows" $((4 * all_have * 4 + (2 * dim + 2) * table * 4)) \
+    "$(step_of "$work/rows.jsonl" $steps reduce_bytes)"
+
 # Each token to all experts: each goes once to each other rank, whatever the router does.
 layers=2 dim=64 heads=4 ffn=64 batch=4 steps=1
 for ranks in 2 4; do

@@ -8,9 +8,10 @@
 // - The matrix is packed once for all steps, in panels of four vectors. Forward, the four vectors of a panel are z_0, z_1, z_2
 //   and z_3 of LANES units: so the kernel has all four gates of these units in registers, and goes on to c and h at once.
 // - A thread owns some of the sequences. They need nothing from the others, so no thread waits for another one in all T steps.
-// - Where there are fewer sequences than threads, or where the matrix is larger than a thread's cache, a team of threads owns
-//   sequences together, and each of them has a part of the units, with that part of the matrix. Then the team meets in each
-//   step, since every unit needs all of r.
+// - Where there are fewer sequences than threads, a team of threads owns a sequence together, and each of them has a part of
+//   the units, with that part of the matrix. Then the team meets in each step, since every unit needs all of r. (Such teams
+//   were tried for large matrices, too, where each thread would have a part in its cache. But where other programs share the
+//   processor, the meetings cost far more than that: a team waits for whichever of its threads does not run just then.)
 // - Each result is one sum in one order, whatever the tile's height. So the bits depend neither on the threads nor on B.
 #pragma once
 #include "matmul.h"
@@ -21,7 +22,6 @@ enum { QUAD = 4 };                                     // vectors in a row of a 
 #define LSTM_WIDTH (QUAD * LANES)                      // numbers in it
 #define LSTM_HIGH  (NV == 4 ? 8 : 4)                   // most rows of a tile
 #define LSTM_AHEAD 16                                  // rows of a panel between what is multiplied and what is fetched
-#define LSTM_SHARE ((size_t)3 << 19)                   // bytes of the matrix that a thread should have at most: 1.5 MiB
 
 // ---- functions
 
@@ -244,11 +244,7 @@ int team_threads(void) { // of this parallel region
 // Returns 0 where nothing is left for this thread.
 int share_of_thread(LstmPart *s, const Recurrence *r) {
     int threads = team_threads(), me = thread_number();
-    size_t bytes = (size_t)4 * r->M * r->P * sizeof(real);
-    int team = min_int(threads, (int)((bytes + LSTM_SHARE - 1) / LSTM_SHARE));
-    int teams = min_int(threads / team, r->B), mine;
-    team = threads / teams;
-    mine = me / team;
+    int teams = min_int(threads, r->B), team = threads / teams, mine = me / team;
     s->team = team;
     s->part = me % team;
     s->first = (int)((long)r->B * mine / teams);

@@ -117,8 +117,10 @@ void send_read_rows(Model *m) {
     await(t->sent);
     for (int kind = BY_WORD; kind < TABLE_KINDS; kind++) {
         const ReadRows *r = &m->lookup->read[kind];
-        memcpy(from, r->list, (size_t)r->count * sizeof(int));
-        copy_ints(t->list[kind], from, (size_t)r->count, cudaMemcpyHostToDevice);
+        if (r->count > 0) { // a model may have no table of this kind, and so no list
+            memcpy(from, r->list, (size_t)r->count * sizeof(int));
+            copy_ints(t->list[kind], from, (size_t)r->count, cudaMemcpyHostToDevice);
+        }
         from += r->rows;
     }
     CHECK(cudaEventRecord(t->sent, stream));

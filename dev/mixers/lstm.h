@@ -218,12 +218,17 @@ void lstm_tensors(const Config *c, int l, Tensor *list, int *count) {
 }
 
 // The forget gate's bias begins at 1, so that at first the memory is mostly kept (Jozefowicz et al. 2015, An Empirical
-// Exploration of Recurrent Network Architectures).
+// Exploration of Recurrent Network Architectures). With --norms 0 a cell reads the embedding as it is; so its numbers begin
+// with a standard deviation of 1 instead of 0.02, unless it is the output's matrix, too.
 void lstm_init(const Model *m, int i, real *w) {
+    const Config *c = &m->config;
     const Tensor *t = &m->tensors[i];
-    int M = lstm_width(&m->config);
+    int M = lstm_width(c);
     for (int j = M; !strcmp(t->kind, "lstm_bias") && j < 2 * M; j++) {
         w[j] = 1;
+    }
+    for (size_t j = 0; !strcmp(t->kind, "embed") && !c->norms && c->untied && j < t->size; j++) {
+        w[j] *= 50;
     }
 }
 
@@ -302,7 +307,7 @@ const Effect lstm_effects[] = {
 
 const Recipe lstm_recipes[] = {
     {"shazeer-lstm", 2017, 2.5, "the same router as first built: between two LSTM layers, with dropout, without norms",
-     "--mixer lstm --layers 2 --last-feed 0 --norms 0 --moe-sigmoid --dropout 0.1 --topk 4 --ffn 128 --activation relu "
+     "--mixer lstm --layers 2 --last-feed 0 --norms 0 --untied --moe-sigmoid --dropout 0.1 --topk 4 --ffn 128 --activation relu "
      "--noise 1 --balance cv2 --aux-weight 0.1 --load-weight 0.1",
      "Shazeer et al., Outrageously Large Neural Networks, appendix C.1"},
 };

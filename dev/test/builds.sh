@@ -128,7 +128,7 @@ allowed="aio ctype dirent errno fcntl float inttypes limits math poll pthread sc
     stdlib string strings sys/file sys/ioctl sys/mman sys/resource sys/stat sys/time sys/types sys/wait termios time unistd
     getopt libgen mpi omp sys/socket sys/statvfs sys/uio
     immintrin" # the last one is the compiler's own
-grep -ho '#include <[^>]*>' train_moe.c data/*.[ch] dev/*.h dev/cpu/*.h dev/routers/*.h dev/ranks/*.h | sort -u |
+grep -ho '#include <[^>]*>' train_moe.c data/*.[ch] dev/*.h dev/cpu/*.h dev/mixers/*.h dev/routers/*.h dev/ranks/*.h | sort -u |
     sed 's/.*<\(.*\)\.h>/\1/' > "$work/headers"
 while read -r header; do
     case " $(echo $allowed) mach-o/dyld sys/sysctl " in

@@ -393,6 +393,14 @@ void test_foreign_tensors(void **state) {
     assert_true(loss_from("case") == loss_from("bare"));
     make_case("bare-run/latest", "case", "! grep layernorm model.safetensors && grep '\"dropout\":0.2' config.json");
 
+    // Nor is one with an LSTM: its tensors have the names and shapes of PyTorch's nn.LSTM.
+    make_base("lstm", "--recipe shazeer-lstm --cell 24");
+    make_case("lstm", "case", "grep '\"TrainMoeForCausalLM\"' config.json && grep '\"mixer\":\"lstm\"' config.json && "
+                              "grep -a 'layers.1.lstm.weight_ih_l0.:..dtype.:.F32.,.shape.:.96,32' model.safetensors && "
+                              "grep -a 'layers.0.lstm.weight_hr_l0' model.safetensors && ! grep -a self_attn model.safetensors");
+    assert_true(loss_from("case") == loss_from("lstm"));
+    expect(start_from("case", "--cell 16"), 2, "--cell 16: in ");
+
     // The optimizer's moments, too.
     make_case("mixtral-run/latest", "case", "rm -f checksums.json");
     const Change moment[] = {{"exp_avg_sq.model.layers.2.input_layernorm.weight", 0, 32, NULL}};

@@ -1072,6 +1072,7 @@ void test_gpu_files(void **state) {
     expect(run_either(1, "wrong", "--heads 8 --steps 1"), 2, "width of a head");
     expect(run_either(1, "wrong", "--ffn 12 --steps 1"), 2, "--ffn");
     expect(run_either(1, "wrong", "--recipe mh-moe --dim 16 --steps 1"), 2, "--subtokens");
+    expect(run_either(1, "wrong", "--mixer lstm --cell 12 --steps 1"), 2, "--cell must be a multiple of 8 on a GPU");
     expect(run_either(1, "wrong", "--recipe quantile --steps 1"), 2, "no kernels for a GPU");
     expect(run_either(0, "wide", "--dim 36 --heads 3 --ffn 12 --steps 1 --save-every 1"), 0, "What next");
 }

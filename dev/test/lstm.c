@@ -116,7 +116,9 @@ void test_lstm_fast(void **state) {
     const int widths[] = {1, 2, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 129, 160};
     uint64_t random = 1;
     compare_lstm(1, 1, 1, 1);
-    compare_lstm(8, 3, 330, 330); // the matrix is larger than what a thread should have of it
+    compare_lstm(8, 3, 330, 330);
+    compare_lstm(1, 9, 130, 70); // teams of all threads
+    compare_lstm(2, 9, 70, 70);
     for (int round = 0; round < (is_slow() ? 4 : 60); round++) {
         int M = pick(&random, widths, is_slow() ? 8 : 16), P = round % 2 ? M : pick(&random, widths, is_slow() ? 8 : 16);
         compare_lstm(draw(&random, 1, round % 4 ? 9 : 33), draw(&random, 1, 12), M, P);

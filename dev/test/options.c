@@ -79,6 +79,8 @@ void test_options_idle(void **state) {
         {"--attention-experts 3 --attention-form moa", "a token cannot have more heads than there are"},
         {"--recipe moa --heads 1", "the weight of a single head would always be 1"},
         {"--recipe switchhead --head-width 7", "an even width"},
+        {"--norms 0 --norm-eps 0.1", "--norm-eps 0.1 would have no effect: it needs norms: --norms 1"},
+        {"--last-feed 0 --dense-activation relu", "--moe-every 2"},
         {"--warmup 4000", "--warmup 4000: a run of 4000 steps would be nothing but warm-up"},
         {"--warmup 100 --steps 20", "a shorter one, or more --steps"},
     };
@@ -103,6 +105,8 @@ void test_options_idle(void **state) {
         "--temperature 0 --tokens 5",
         "--prompt hello --tokens 5 --top-k 5 --seed 3 --threads 1 --tokenizer x",
         "--eval-capacity-factor 1 --overflow next",
+        "--norms 0 --norm-eps 0.1 --ngrams 50 --ngram-gate",
+        "--last-feed 0 --layers 3 --moe-every 2 --dense-activation relu",
         "--attention-experts 4 --aux-weight 0 --group sequence",
         "--recipe dense --attention-experts 16 --attention-form moa --attention-z-weight 0.1",
     };
@@ -189,8 +193,8 @@ void test_options_effective(void **state) {
     for (int r = 0; r < recipe_count; r++) {
         char base[512];
         int experts = strcmp(recipes[r].name, "dense") != 0;
-        snprintf(base, sizeof(base), "--recipe %s --layers 2 --dim 16 --heads 2 --ffn 12 --seq 12 --batch 2 --accum 2 --steps 4 --warmup 1 --lr 0.02 %s %s",
-                 recipes[r].name, experts ? "--experts 4" : "", small_sizes(recipes[r].name));
+        snprintf(base, sizeof(base), "--recipe %s --layers 2 --dim 16 %s --ffn 12 --seq 12 --batch 2 --accum 2 --steps 4 --warmup 1 --lr 0.02 %s %s",
+                 recipes[r].name, strcmp(recipes[r].name, "shazeer-lstm") ? "--heads 2" : "", experts ? "--experts 4" : "", small_sizes(recipes[r].name));
         Config plain = asked_for(base);
         uint64_t without = outcome(&plain);
         for (int i = 0; i < option_count; i++) {

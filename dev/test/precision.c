@@ -227,6 +227,8 @@ void test_rounded_gradients(void **state) {
     check_rounded_gradients("dense", "--activation swiglu");
     check_rounded_gradients("mixtral", "--experts 4 --topk 4 --gate probability");
     check_rounded_gradients("mixtral", "--experts 4 --topk 4 --shared 1 --untied 1 --recompute 1");
+    check_rounded_gradients("dense", "--mixer lstm --activation swiglu");
+    check_rounded_gradients("dense", "--mixer lstm --cell 40 --untied 1");
 }
 
 // The router is not rounded: from the same rows it has the bits of float32, forward and backward.

@@ -17,6 +17,8 @@ void test_ranks_variants(void **state) {
         {"mixtral", "--accum 3 --overlap 1"},
         {"mixtral", "--dropout 0.2 --moe-sigmoid 1 --norms 0 --last-feed 0"},
         {"mixtral", "--recompute 1 --overlap 1 --shared 1"},
+        {"mixtral", "--mixer lstm --cell 21 --accum 2 --overlap 1"},
+        {"hierarchical", "--mixer lstm --recompute 1 --dropout 0.2"},
         {"mixtral", "--capacity-factor 0.7 --overlap 1"},
         {"mixtral", "--capacity-factor 0.7 --drop-order score --drop-exempt 0.3 --eval-capacity-factor 0.8"},
         {"mixtral", "--capacity-factor 0.6 --overflow next --overlap 1"},

@@ -55,13 +55,14 @@ const char *command_line(const char *out, const char *more) {
     }
     if (recipe)
         sscanf(recipe + 9, "%63s", name);
-    // A warm-up as long as the run is refused, and so are experts for a model that has none.
+    // A warm-up as long as the run is refused, and so are experts and heads for a model that has none.
     const char *steps = strstr(more, "--steps "), *experts = strcmp(name, "dense") ? "--experts 4" : "";
+    const char *heads = strcmp(name, "shazeer-lstm") ? "--heads 2" : "";
     int warmup = steps && atoi(steps + 8) <= 2 ? 0 : 2;
     snprintf(line, sizeof(line),
-             "%s --data %s --out %s --layers 2 --dim 32 --heads 2 --ffn 32 %s --seq 32 --batch 2 --eval-tokens 64 "
+             "%s --data %s --out %s --layers 2 --dim 32 %s --ffn 32 %s --seq 32 --batch 2 --eval-tokens 64 "
              "--tokens 8 --threads 1 --log-every 1 --warmup %d --steps 12 --save-every 6 %s %s",
-             program ? program : "./train_moe", scratch_file("data"), scratch_file(out), experts, warmup, small_sizes(name), more);
+             program ? program : "./train_moe", scratch_file("data"), scratch_file(out), heads, experts, warmup, small_sizes(name), more);
     return line;
 }
 
