@@ -105,7 +105,7 @@ size_t expected_scratch(const Config *c, int N, int train) {
         }
         most = most > need ? most : need;
     }
-    size_t attention = train ? (size_t)N * (2 * C + 2 * C / c->heads * c->kv_heads) : 0;
+    size_t attention = train && !mixer_of(c) ? (size_t)N * (2 * C + 2 * C / c->heads * c->kv_heads) : mixing_scratch(c, N, train);
     size_t logits = (size_t)logit_rows(N, c->vocab) * c->vocab;
     most = most > attention ? most : attention;
     return (most > logits ? most : logits) + 4096;

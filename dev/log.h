@@ -281,10 +281,13 @@ void report_step(Run *run, double loss, double aux, double norm, double lr) {
 // nothing is lost.
 double recompute_flops(const Model *m) {
     const Config *c = &m->config;
-    double again = 2.0 * (c->layers - 1) * c->seq * c->dim;
+    double again = (c->layers - 1) * mixing_flops(c);
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         double uses = !strcmp(t->kind, "qkv") || !strcmp(t->kind, "proj") || !strcmp(t->kind, "dense_in");
+        if (strstr(t->kind, "_experts") || !strcmp(t->kind, "query_key") || !strcmp(t->kind, "key_value")) {
+            uses = mixer_uses(c, t); // attention with experts
+        }
         if (!strcmp(t->kind, "w_in") && ranks.ep == 1) { // what came from other processes is kept
             uses = (double)c->topk / c->experts * c->subtokens;
         }

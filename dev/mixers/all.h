@@ -1,6 +1,6 @@
 // What may stand in attention's place, one a file, and which of them the options ask for.
 // Gives: all_mixers, mixer_of, mixer_forward, mixer_backward, add_mixer_tensors, init_mixer_tensor, mixer_uses, mixing_flops,
-// mixer_refuses, add_mixer_options.
+// mixing_scratch, // mixer_refuses, add_mixer_options.
 // Needs: train_moe.c, which includes it twice: inside Config, for the fields of the mixers' options (CONFIG_FIELDS), and
 // behind the table of weights. A new mixer is a file, its #include here, and its name in all_mixers.
 #ifdef CONFIG_FIELDS
@@ -81,6 +81,12 @@ double mixing_flops(const Config *c) {
         return 2.0 * c->seq * c->dim;
     }
     return mixer->flops ? mixer->flops(c) : 0;
+}
+
+// Numbers of scratch memory that the mixer takes for N tokens.
+size_t mixing_scratch(const Config *c, int N, int train) {
+    const Mixer *mixer = mixer_of(c);
+    return mixer && mixer->scratch ? mixer->scratch(c, N, train) : 0;
 }
 
 // Why the mixer cannot do what the options ask for; NULL: it can.

@@ -1,7 +1,6 @@
 // Experts in attention (--attention-experts E), in two forms; doc/attention_experts.md has the pictures.
-// Gives: switchhead_mixer, moa_mixer, attention_routes, experts_of_route. Needs: the layers and the mixture of train_moe.c,
-// which includes it by way of all.h; the norms of ../qk_norm.h, the tables of ../lookup.h, attend_to_cache of
-// ../generate.h.
+// Gives: switchhead_mixer, moa_mixer, head_width, attention_routes, route_experts, route_name. Needs: the layers and the
+// mixture of train_moe.c, which includes it by way of all.h; ../qk_norm.h, ../lookup.h; attend_to_cache of ../generate.h.
 //
 // switchhead (Csordas et al. 2023, SwitchHead: Accelerating Transformers with Mixture-of-Experts Attention): queries and
 // keys are those of every attention. But each head has E matrices for its values and E for its output, of which a token
@@ -175,6 +174,15 @@ double attention_uses(const Config *c, const Tensor *t) {
 // Scores and sums: two products of (T,T) with (T,D) for each head, of which causality leaves half.
 double attention_flops(const Config *c) {
     return 2.0 * c->seq * c->heads * head_width(c);
+}
+
+// Without training the choices' answers count most, with it also what their way back takes.
+size_t attention_scratch(const Config *c, int N, int train) {
+    size_t n = (size_t)N, H = (size_t)c->heads, KV = (size_t)key_heads(c), D = (size_t)head_width(c);
+    size_t scores = n * (size_t)route_experts(c, OUTPUTS), choices = n * (size_t)route_heads(c, OUTPUTS) * (size_t)route_choices(c);
+    size_t forward = 4 * scores + n * (H + 2 * KV) * D + choices * ((size_t)c->dim + D);
+    size_t backward = 6 * scores + n * (4 * H + 6 * KV) * D + choices * ((size_t)c->dim + 3 * D + 2);
+    return train && backward > forward ? backward : forward;
 }
 
 // ---- memory
@@ -780,6 +788,7 @@ const Mixer switchhead_mixer = {
     .step = attention_step,
     .uses = attention_uses,
     .flops = attention_flops,
+    .scratch = attention_scratch,
     .options = attention_options,
     .option_count = COUNT(attention_options),
     .effects = attention_effects,
@@ -799,6 +808,7 @@ const Mixer moa_mixer = {
     .step = attention_step,
     .uses = attention_uses,
     .flops = attention_flops,
+    .scratch = attention_scratch,
     .recipes = moa_recipes,
     .recipe_count = COUNT(moa_recipes),
 };

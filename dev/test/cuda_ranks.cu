@@ -41,6 +41,8 @@ void test_gpu_ranks_variants(void **state) {
         {"mixtral", "--layers 3 --moe-every 2 --routers 2 --topk 4 --overlap 1"},
         {"shazeer-lstm", "--experts 8 --cell 24 --overlap 1 --recompute 1 --untied 1"}, // without a last norm
         {"mixtral", "--dropout 0.2 --norms 0 --shared 1 --last-feed 0 --layers 3"},
+        {"switchhead", "--attention-aux-weight 0.1 --attention-capacity-factor 0.7 --group sequence --overlap 1"},
+        {"moa", "--attention-aux-weight 0.1 --heads 2 --accum 2 --overlap 1"},
         {"dense", "--ngrams 300 --ngram-order 3 --ngram-gate 1 --accum 2"},
         {"fast", "--shared 1 --overlap 1 --weight-decay 0.5"}, // long enough that each matrix has its turn
     };
