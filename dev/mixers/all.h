@@ -1,6 +1,6 @@
 // What may stand in attention's place, one a file, and which of them the options ask for.
 // Gives: all_mixers, mixer_of, mixer_forward, mixer_backward, add_mixer_tensors, init_mixer_tensor, mixer_uses, mixing_flops,
-// mixing_scratch, // mixer_refuses, add_mixer_options.
+// mixing_scratch, mixer_refuses, add_mixer_options.
 // Needs: train_moe.c, which includes it twice: inside Config, for the fields of the mixers' options (CONFIG_FIELDS), and
 // behind the table of weights. A new mixer is a file, its #include here, and its name in all_mixers.
 #ifdef CONFIG_FIELDS
@@ -9,7 +9,9 @@
 #include "mixer.h"
 #endif
 
-#include "attention_experts.h" // SwitchHead and MoA: attention with experts
+#include "attention_experts.h" // what the next two have in common: routers of heads
+#include "switchhead.h"        // attention whose heads have experts
+#include "moa.h"               // attention whose heads are experts
 #include "lstm.h" // an LSTM: each token reads a state that the tokens before it have left
 
 #if !defined(CONFIG_FIELDS) && !defined(MIXERS_H)

@@ -1,18 +1,7 @@
-// Experts in attention (--attention-experts E), in two forms; doc/attention_experts.md has the pictures.
-// Gives: switchhead_mixer, moa_mixer, head_width, attention_routes, route_experts, route_name. Needs: the layers and the
-// mixture of train_moe.c, which includes it by way of all.h; ../qk_norm.h, ../lookup.h; attend_to_cache of ../generate.h.
-//
-// switchhead (Csordas et al. 2023, SwitchHead: Accelerating Transformers with Mixture-of-Experts Attention): queries and
-// keys are those of every attention. But each head has E matrices for its values and E for its output, of which a token
-// takes K, by sigmoid scores of two routers of that head's own. The matrices of values belong to the key and value heads.
-//     v[n] = sum over the chosen e of s_e(n) W_V^e x[n]          out[n] = sum over heads, chosen e of s_e(n) W_O^e att[n]
-//
-// moa (Zhang et al. 2022, Mixture of Attention Heads: Selecting Attention Heads Per Token): a head is an expert. There are
-// E of them, each a matrix for its queries and one for its output, and a token takes --heads of them, by one softmax
-// router. All heads share one head of keys and values.
-//     out[n] = sum over the chosen e of g_e(n) W_O^e attention(W_Q^e x[n], keys, values)
-// The weights g of the chosen ones are divided by their sum. The paper takes that sum for a constant on the way back; here
-// the gradient is the whole one, as everywhere in this program.
+// Experts in attention (--attention-experts E): what its two forms, switchhead.h and moa.h, have in common: the routers, head by
+// head; norms, positions, and the experts of the output; generation; the options. doc/attention_experts.md has the pictures.
+// Gives: head_width, attention_routes, route_experts, route_name, ExpertHeads, choose_heads, outputs_forward, ... Needs: the layers
+// and the mixture of train_moe.c, which includes it by way of all.h; ../qk_norm.h, ../lookup.h; attend_to_cache of ../generate.h.
 #ifdef CONFIG_FIELDS
     int attention_experts; // E; 0: attention has no experts
     int attention_topk;    // K; moa has K = heads
@@ -56,7 +45,6 @@ typedef struct ExpertHeads {
     real *rows;              // (rows,D)  switchhead: each chosen expert's values, sorted
 } ExpertHeads;
 
-extern const Mixer switchhead_mixer, moa_mixer;
 void lay_choices(Route *r, int *integers, size_t choices); // ../activations.h
 void attend_to_cache(real *out, real *scores, const real *queries, const real *cache, int seen, int H, int KV, int D);
 
@@ -146,25 +134,6 @@ void attention_extras(const Config *c, int l, Tensor *list, int *count) {
     add_tensor(list, count, l, IN_LAYER(k_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
     add_tensor(list, count, l, IN_LAYER(value_embed), 2, 1, c->value_embedding ? c->vocab : 0, key_heads(c) * D,
                INIT_ZERO)->looked_up = BY_WORD;
-}
-
-void switchhead_tensors(const Config *c, int l, Tensor *list, int *count) {
-    int C = c->dim, D = head_width(c), E = c->attention_experts;
-    add_tensor(list, count, l, "query_key", NO_FIELD, 2, 1, (c->heads + c->kv_heads) * D, C, INIT_NORMAL);
-    attention_extras(c, l, list, count);
-    add_tensor(list, count, l, "value_router", NO_FIELD, 2, 1, c->kv_heads * E, C, INIT_NORMAL);
-    add_tensor(list, count, l, "value_experts", NO_FIELD, 3, c->kv_heads * E, D, C, INIT_NORMAL);
-    add_tensor(list, count, l, "output_router", NO_FIELD, 2, 1, c->heads * E, C, INIT_NORMAL);
-    add_tensor(list, count, l, "output_experts", NO_FIELD, 3, c->heads * E, C, D, INIT_RESIDUAL);
-}
-
-void moa_tensors(const Config *c, int l, Tensor *list, int *count) {
-    int C = c->dim, D = head_width(c), E = c->attention_experts;
-    add_tensor(list, count, l, "query_experts", NO_FIELD, 3, E, D, C, INIT_NORMAL);
-    add_tensor(list, count, l, "key_value", NO_FIELD, 2, 1, 2 * D, C, INIT_NORMAL);
-    attention_extras(c, l, list, count);
-    add_tensor(list, count, l, "output_router", NO_FIELD, 2, 1, E, C, INIT_NORMAL);
-    add_tensor(list, count, l, "output_experts", NO_FIELD, 3, E, C, D, INIT_RESIDUAL);
 }
 
 double attention_uses(const Config *c, const Tensor *t) {
@@ -535,194 +504,27 @@ void losses_of_heads(Model *m, int l) {
     }
 }
 
-// ---- switchhead
-
-// x (N,C) -> choices, queries, keys and values.
-void switchhead_begin(Model *m, int l, const real *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    const Route *r = &s->route[VALUES].all;
-    int N = m->batch.B * m->batch.T, C = c->dim, H = c->heads, KV = c->kv_heads, D = head_width(c);
-    int Q = (H + 2 * KV) * D, dense = (H + KV) * D;
-    scratch_reset(m);
-    if (makes_choices(s)) {
-        choose_heads(m, l, VALUES, "value_router", x);
-        choose_heads(m, l, OUTPUTS, "output_router", x);
-        losses_of_heads(m, l);
-    }
-
-    // Queries and keys have one matrix, as always.
-    real *query_key = scratch(m, (size_t)N * dense), *values = scratch(m, (size_t)KV * N * D);
-    matmul(query_key, x, layer_tensor(m, l, "query_key", WEIGHTS), N, C, dense, SET);
-    copy_columns(s->qkv, Q, query_key, dense, dense, N);
-
-    // Each expert makes values of its own tokens, and each head of a token adds up those of its experts.
-    grouped_matmul(s->rows, x, r->token, layer_tensor(m, l, "value_experts", WEIGHTS), r->offset, KV * r->E, s->of_model,
-                   s->of_head);
-    memset(values, 0, (size_t)KV * N * D * sizeof(real));
-    combine(values, s->rows, r->weight, r->row, KV * N, r->K, D);
-    for (int i = 0; i < KV; i++) {
-        copy_columns(s->qkv + dense + i * D, Q, values + (size_t)i * N * D, D, D, N);
-    }
-    prepare_heads(m, l);
-}
-
-void switchhead_forward(Model *m, int l, real *out, const real *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    switchhead_begin(m, l, x);
-    attention_forward(s->att, s->lse, s->qkv, m->batch.B, m->batch.T, c->heads, c->kv_heads, head_width(c));
-    outputs_forward(m, l, out);
-}
-
-// From dqkv's columns of values to the experts, x, and the weights of the choices. dx (N,C) is added to.
-void values_backward(Model *m, int l, real *dx, real *dweight, const real *dqkv, const real *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    const Route *r = &s->route[VALUES].all;
-    int N = r->N, C = c->dim, KV = c->kv_heads, D = head_width(c), before = (c->heads + KV) * D, Q = before + KV * D;
-    int experts = KV * r->E, rows = r->offset[experts];
-    real *dvalues = scratch(m, (size_t)KV * N * D), *drows = scratch(m, (size_t)rows * D);
-    real *dx_rows = scratch(m, (size_t)rows * C);
-    for (int i = 0; i < KV; i++) {
-        copy_columns(dvalues + (size_t)i * N * D, D, dqkv + before + i * D, Q, D, N);
-    }
-    memset(dweight, 0, (size_t)KV * N * r->K * sizeof(real));
-#pragma omp parallel for if (is_worth_threads(rows, D))
-    for (int row = 0; row < rows; row++) {
-        const real *d = dvalues + (size_t)(r->choice[row] / r->K) * D, *value = s->rows + (size_t)row * D;
-        real weight = r->weight[r->choice[row]], sum = 0;
-        for (int i = 0; i < D; i++) {
-            sum += d[i] * value[i];
-            drows[(size_t)row * D + i] = weight * d[i];
-        }
-        dweight[r->choice[row]] = sum;
-    }
-    begin_products();
-    grouped_matmul_dw(layer_tensor(m, l, "value_experts", GRADS), drows, NULL, x, r->token, r->offset, experts,
-                      s->of_model, s->of_head);
-    grouped_matmul_dx(dx_rows, drows, NULL, layer_tensor(m, l, "value_experts", WEIGHTS), r->offset, experts,
-                      s->of_model, s->of_head);
-    end_products();
-    for (int i = 0; i < KV; i++) {
-        combine(dx, dx_rows, NULL, r->row + (size_t)i * N * r->K, N, r->K, C);
-    }
-}
-
-void switchhead_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim, H = c->heads, KV = c->kv_heads, D = head_width(c);
-    int Q = (H + 2 * KV) * D, dense = (H + KV) * D;
-    scratch_reset(m);
-    real *datt = scratch(m, (size_t)N * H * D), *dqkv = scratch(m, (size_t)N * Q);
-    real *dquery_key = scratch(m, (size_t)N * dense);
-    real *doutput_weight = scratch(m, (size_t)H * N * c->attention_topk);
-    real *dvalue_weight = scratch(m, (size_t)KV * N * c->attention_topk);
-
-    outputs_backward(m, l, datt, doutput_weight, dout);
-    attention_backward(dqkv, datt, s->att, s->lse, s->qkv, B, T, H, KV, D);
-    prepare_heads_backward(m, l, dqkv);
-    copy_columns(dquery_key, dense, dqkv, Q, dense, N);
-    matmul_backward(dx, layer_tensor(m, l, "query_key", GRADS), dquery_key, x, layer_tensor(m, l, "query_key", WEIGHTS), N,
-                    C, dense, SET);
-    values_backward(m, l, dx, dvalue_weight, dqkv, x);
-    choose_heads_backward(m, l, VALUES, "value_router", dx, dvalue_weight, x);
-    choose_heads_backward(m, l, OUTPUTS, "output_router", dx, doutput_weight, x);
-    end_heads_backward(m, l);
-}
-
-// ---- moa
-
-// x (N,C) -> choices, the queries of the chosen heads, keys and values.
-void moa_begin(Model *m, int l, const real *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    const Route *r = &s->route[OUTPUTS].all;
-    int N = m->batch.B * m->batch.T, C = c->dim, K = c->heads, D = head_width(c), Q = (K + 2) * D;
-    scratch_reset(m);
-    if (makes_choices(s)) {
-        choose_heads(m, l, OUTPUTS, "output_router", x);
-        losses_of_heads(m, l);
-    }
-    real *key_value = scratch(m, (size_t)N * 2 * D), *queries = scratch(m, (size_t)N * K * D);
-    real *rows = scratch(m, (size_t)r->offset[r->E] * D);
-    matmul(key_value, x, layer_tensor(m, l, "key_value", WEIGHTS), N, C, 2 * D, SET);
-    grouped_matmul(rows, x, r->token, layer_tensor(m, l, "query_experts", WEIGHTS), r->offset, r->E, s->of_model, s->of_head);
-
-    // Query k of a token is that of its k-th expert. A choice that was refused has ones, which no norm divides by 0; nobody
-    // reads what becomes of them.
-    for (int i = 0; i < N * K; i++) {
-        for (int j = 0; j < D; j++) {
-            queries[(size_t)i * D + j] = r->row[i] < 0;
-        }
-    }
-    combine(queries, rows, NULL, r->row, N * K, 1, D);
-    copy_columns(s->qkv, Q, queries, K * D, K * D, N);
-    copy_columns(s->qkv + K * D, Q, key_value, 2 * D, 2 * D, N);
-    prepare_heads(m, l);
-}
-
-void moa_forward(Model *m, int l, real *out, const real *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    moa_begin(m, l, x);
-    attention_forward(s->att, s->lse, s->qkv, m->batch.B, m->batch.T, c->heads, 1, head_width(c));
-    outputs_forward(m, l, out);
-}
-
-void moa_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    const Route *r = &s->route[OUTPUTS].all;
-    int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim, K = c->heads, D = head_width(c), Q = (K + 2) * D;
-    scratch_reset(m);
-    real *datt = scratch(m, (size_t)N * K * D), *dqkv = scratch(m, (size_t)N * Q), *dweight = scratch(m, (size_t)N * K);
-    real *dqueries = scratch(m, (size_t)N * K * D), *dkey_value = scratch(m, (size_t)N * 2 * D);
-    real *dx_rows = scratch(m, (size_t)r->offset[r->E] * C);
-
-    outputs_backward(m, l, datt, dweight, dout);
-    attention_backward(dqkv, datt, s->att, s->lse, s->qkv, B, T, K, 1, D);
-    prepare_heads_backward(m, l, dqkv);
-    copy_columns(dqueries, K * D, dqkv, Q, K * D, N);
-    copy_columns(dkey_value, 2 * D, dqkv + K * D, Q, 2 * D, N);
-    matmul_backward(dx, layer_tensor(m, l, "key_value", GRADS), dkey_value, x, layer_tensor(m, l, "key_value", WEIGHTS), N, C,
-                    2 * D, SET);
-
-    // As (N*K,D), the queries' gradients have a row for each choice.
-    begin_products();
-    grouped_matmul_dw(layer_tensor(m, l, "query_experts", GRADS), dqueries, r->choice, x, r->token, r->offset, r->E,
-                      s->of_model, s->of_head);
-    grouped_matmul_dx(dx_rows, dqueries, r->choice, layer_tensor(m, l, "query_experts", WEIGHTS), r->offset, r->E,
-                      s->of_model, s->of_head);
-    end_products();
-    combine(dx, dx_rows, NULL, r->row, N, K, C);
-    choose_heads_backward(m, l, OUTPUTS, "output_router", dx, dweight, x);
-    end_heads_backward(m, l);
-}
-
 // ---- generation: a cache as that of dense attention with as many key and value heads
 
 size_t attention_cache(const Config *c) {
     return (size_t)c->seq * 2 * key_heads(c) * head_width(c);
 }
 
-// One token; cache (seq, 2*KV*D), see Generation.
-void attention_step(Model *one, int l, real *out, const real *x, real *cache, int position) {
+// One token, whose queries, keys and values are in s->qkv; cache (seq, 2*KV*D), see Generation.
+void look_into_cache(Model *one, int l, real *out, real *cache, int position) {
     const Config *c = &one->config;
     ExpertHeads *s = heads_of(one, l);
     int H = c->heads, KV = key_heads(c), D = head_width(c), width = 2 * KV * D, seen = min_int(position + 1, c->seq);
-    if (l == 0) {
-        rope_angles(s->angles, position, 1, D, c->rope_theta);
-    }
-    if (c->attention_form == MOA) {
-        moa_begin(one, l, x);
-    } else {
-        switchhead_begin(one, l, x);
-    }
     memcpy(cache + (size_t)(position % c->seq) * width, s->qkv + H * D, (size_t)width * sizeof(real));
     attend_to_cache(s->att, scratch(one, seen), s->qkv, cache, seen, H, KV, D);
     outputs_forward(one, l, out);
+}
+
+// The angles of that token's position. All layers have the same, so the first one finds them.
+void turn_to(Model *one, int l, int position) {
+    if (l == 0) {
+        rope_angles(heads_of(one, l)->angles, position, 1, head_width(&one->config), one->config.rope_theta);
+    }
 }
 
 // ---- options
@@ -764,53 +566,6 @@ const Effect attention_effects[] = {
     {"attention-z-weight", moa_wanted, "a router with softmax scores: --attention-form moa"},
     {"attention-capacity-factor", has_attention_balance, "experts in attention: --attention-experts 4"},
     {"kv-heads", may_have_key_heads, "heads of keys and values, of which moa has one: --attention-form switchhead"},
-};
-
-const Recipe switchhead_recipes[] = {
-    {"switchhead", 2023, 2.5, "mixtral's experts, and in attention each head takes 2 of 4 experts for values and outputs",
-     "--heads 2 --attention-experts 4 --attention-topk 2 --head-width 40 --attention-aux-weight 0", "Csordas et al., SwitchHead"},
-};
-
-const Recipe moa_recipes[] = {
-    {"moa", 2022, 2.5, "mixtral's experts, and in attention a token takes 4 of 16 heads that share keys and values",
-     "--heads 4 --attention-form moa --attention-experts 16 --head-width 48 --attention-z-weight 0.001",
-     "Zhang et al., Mixture of Attention Heads"},
-};
-
-const Mixer switchhead_mixer = {
-    .wanted = switchhead_wanted,
-    .refuses = attention_refuses,
-    .tensors = switchhead_tensors,
-    .lay = attention_lay,
-    .forward = switchhead_forward,
-    .backward = switchhead_backward,
-    .cache = attention_cache,
-    .step = attention_step,
-    .uses = attention_uses,
-    .flops = attention_flops,
-    .scratch = attention_scratch,
-    .options = attention_options,
-    .option_count = COUNT(attention_options),
-    .effects = attention_effects,
-    .effect_count = COUNT(attention_effects),
-    .recipes = switchhead_recipes,
-    .recipe_count = COUNT(switchhead_recipes),
-};
-
-const Mixer moa_mixer = {
-    .wanted = moa_wanted,
-    .refuses = attention_refuses,
-    .tensors = moa_tensors,
-    .lay = attention_lay,
-    .forward = moa_forward,
-    .backward = moa_backward,
-    .cache = attention_cache,
-    .step = attention_step,
-    .uses = attention_uses,
-    .flops = attention_flops,
-    .scratch = attention_scratch,
-    .recipes = moa_recipes,
-    .recipe_count = COUNT(moa_recipes),
 };
 
 #endif

@@ -1,13 +1,14 @@
-// Experts in attention on a GPU: see dev/mixers/attention_experts.h, which says what they are, and whose arrays and functions have the
-// same names.
-// Gives: switchhead_kernels, moa_kernels, head_stats. Needs: dev/cuda/common.cuh, experts.cuh, plan.cuh, attention.cuh, qk_norm.cuh,
-// routers/pieces.cuh; mixer.cuh, combine() and the memory of train_moe.cu, which includes it.
+// Experts in attention on a GPU: see dev/mixers/attention_experts.h, which says what they are, and whose arrays and
+// functions have the same names.
+// Gives: switchhead_kernels, moa_kernels, head_stats. Needs: dev/cuda/common.cuh, experts.cuh, plan.cuh, attention.cuh,
+// qk_norm.cuh, routers/pieces.cuh; mixer.cuh, combine() and the memory of train_moe.cu, which includes it.
 //
-// The kernels of a router see a token once for each head: `rows` of heads*N, head after head. Sorting is the plan's (plan.cuh), with
-// expert e of head h as number h*E + e. The grouped products are those of the feed-forward's experts (experts.cuh), with an activation
-// that changes nothing (SAME): HIDDEN makes values or queries, ANSWER outputs, and on the way back DHIDDEN makes of dout the gradients by
-// rows of att, by weights, and what the gradient of W_O needs. Their inputs and outputs are the columns of qkv, put there by small
-// kernels of this file. A capacity over tokens of several GPUs is not here: it needs --group sequence.
+// The kernels of a router see a token once for each head: `rows` of heads*N, head after head. Sorting is the plan's
+// (plan.cuh), with expert e of head h as number h*E + e. The grouped products are those of the feed-forward's experts
+// (experts.cuh), with an activation that changes nothing (SAME): HIDDEN makes values or queries, ANSWER outputs, and on
+// the way back DHIDDEN makes of dout the gradients by rows of att, by weights, and what the gradient of W_O needs. Their
+// inputs and outputs are the columns of qkv, put there by small kernels of this file. A capacity over tokens of several
+// GPUs is not here: it needs --group sequence.
 #ifndef CUDA_ATTENTION_EXPERTS_CUH
 #define CUDA_ATTENTION_EXPERTS_CUH
 
@@ -36,8 +37,8 @@ ExpertHeads *heads_of(const Model *m, int l) {
     return (ExpertHeads *)m->layers[l].mixer;
 }
 
-// The statistics of router `which` of layer l, in the report behind those of the layers: counts of heads*E experts, and ENTROPY to
-// TOKENS.
+// The statistics of router `which` of layer l, in the report behind those of the layers: counts of heads*E experts, and
+// ENTROPY to TOKENS.
 const int HEAD_STATS = TOKENS + 1;
 
 size_t head_stats_size(const Config *c) {
@@ -153,7 +154,8 @@ size_t expert_heads_lay(Model *m, int l, int N, char *memory) {
                              {&s->rows, n * valued * D * low}});
 }
 
-// Pieces of scratch memory, of which each begins at a multiple of 256 bytes. choices: those of all heads of the larger router.
+// Pieces of scratch memory, of which each begins at a multiple of 256 bytes. choices: those of all heads of the larger
+// router.
 size_t expert_heads_scratch(const Config *c, int N, int train) {
     size_t n = (size_t)N, C = (size_t)c->dim, H = (size_t)c->heads, KV = (size_t)key_heads(c), D = (size_t)head_width(c);
     size_t heads = (size_t)route_heads(c, OUTPUTS), scores = n * heads * (size_t)c->attention_experts;
@@ -434,10 +436,10 @@ __global__ void gather_heads_kernel(floatX *to, const floatX *att, const int *at
     }
 }
 
-// to (size rows, D): row i = the sum of the sorted rows of choices first .. first+sum of that row's head and token. With per_choice the row
-// is that of choice i itself.
-__global__ void scatter_heads_kernel(floatX *to, const floatX *rows, const int *row_of, int size, int N, int heads, int K, int per_choice,
-                                     int D) {
+// to (size rows, D): row i = the sum of the sorted rows of choices first .. first+sum of that row's head and token. With
+// per_choice the row is that of choice i itself.
+__global__ void scatter_heads_kernel(floatX *to, const floatX *rows, const int *row_of, int size, int N, int heads,
+                                     int K, int per_choice, int D) {
     size_t i = 8 * thread_of_grid(), at = i / D;
     if (at >= (size_t)size) {
         return;
@@ -456,9 +458,10 @@ __global__ void scatter_heads_kernel(floatX *to, const floatX *rows, const int *
     store_pack(to + i, sum);
 }
 
-// The columns of values in qkv (N, Q apart; `values` points to the first of them): each head's weighted sum, and with a table the word's
-// values.
-__global__ void values_kernel(floatX *values, int Q, const floatX *rows, Route r, int heads, int D, const float *table, const int *tokens) {
+// The columns of values in qkv (N, Q apart; `values` points to the first of them): each head's weighted sum, and with a
+// table the word's values.
+__global__ void values_kernel(floatX *values, int Q, const floatX *rows, Route r, int heads, int D, const float *table,
+                              const int *tokens) {
     size_t i = 8 * thread_of_grid(), at = i / D, n = at / heads, head = at % heads;
     if (n >= (size_t)r.N) {
         return;
@@ -513,7 +516,8 @@ __global__ void queries_kernel(floatX *qkv, int Q, const floatX *rows, const int
     store_pack(qkv + choice / K * Q + choice % K * D + i % D, v);
 }
 
-__global__ void queries_backward_kernel(floatX *drows, const floatX *dqkv, int Q, const int *choice_of, const int *count, int K, int D) {
+__global__ void queries_backward_kernel(floatX *drows, const floatX *dqkv, int Q, const int *choice_of, const int *count,
+                                        int K, int D) {
     size_t i = 8 * thread_of_grid(), row = i / D;
     float v[8];
     if (row < (size_t)*count) {
@@ -606,7 +610,8 @@ void outputs_forward(Model *m, int l, floatX *out) {
     HeadRoute *h = &s->route[OUTPUTS];
     int D = head_width(c);
     size_t most = most_head_rows(h);
-    floatX *act = (floatX *)scratch_bytes(m, most * D * sizeof(floatX)), *rows = (floatX *)scratch_bytes(m, most * c->dim * sizeof(floatX));
+    floatX *act = (floatX *)scratch_bytes(m, most * D * sizeof(floatX));
+    floatX *rows = (floatX *)scratch_bytes(m, most * c->dim * sizeof(floatX));
     gather_heads_kernel<<<blocks(most * D, 8 * THREADS), THREADS, 0, stream>>>(act, s->att, h->att_row, served_rows(h), D);
     CHECK(cudaGetLastError());
     RowsJob job = {};
@@ -618,7 +623,8 @@ void outputs_forward(Model *m, int l, floatX *out) {
     combine(out, Sum{NULL, NULL, rows, h->token_row, h->heads * h->all.K}, h->all.N, c->dim);
 }
 
-// The gradient of matrices of experts, dw (heads*E, O, I) += rows of `to` times rows of `from`: of outputs or of what reads x.
+// The gradient of matrices of experts, dw (heads*E, O, I) += rows of `to` times rows of `from`: of outputs or of what
+// reads x.
 void add_head_gradients(const HeadRoute *h, WeightsJob job, int of_outputs) {
     const Experts *x = &h->experts;
     job.across_out = of_outputs ? div_up(x->widest, TN) : 0;
@@ -639,7 +645,8 @@ void outputs_backward(Model *m, int l, floatX *datt, float *dweight, const float
     const Route *r = &h->all;
     int N = r->N, H = c->heads, D = head_width(c), tiles = div_up(D, TN);
     size_t most = most_head_rows(h);
-    floatX *sorted = (floatX *)scratch_bytes(m, most * D * sizeof(floatX)), *drows = (floatX *)scratch_bytes(m, most * D * sizeof(floatX));
+    floatX *sorted = (floatX *)scratch_bytes(m, most * D * sizeof(floatX));
+    floatX *drows = (floatX *)scratch_bytes(m, most * D * sizeof(floatX));
     floatX *weighted = (floatX *)scratch_bytes(m, most * D * sizeof(floatX));
     float *part = scratch(m, most * tiles);
     gather_heads_kernel<<<blocks(most * D, 8 * THREADS), THREADS, 0, stream>>>(sorted, s->att, h->att_row, served_rows(h), D);
@@ -658,7 +665,8 @@ void outputs_backward(Model *m, int l, floatX *datt, float *dweight, const float
     sum_dweight(dweight, part, r->choice, served_rows(h), most, tiles);
     add_head_gradients(h, {dout, weighted, NULL, NULL, layer_tensor(m, l, "output_experts", GRADS), NULL, 0, 0, 0}, 1);
     int per_choice = c->attention_form == MOA, size = N * H;
-    scatter_heads_kernel<<<blocks((size_t)size * D, 8 * THREADS), THREADS, 0, stream>>>(datt, drows, r->row, size, N, H, r->K, per_choice, D);
+    scatter_heads_kernel<<<blocks((size_t)size * D, 8 * THREADS), THREADS, 0, stream>>>(datt, drows, r->row, size, N, H, r->K,
+                                                                                        per_choice, D);
     CHECK(cudaGetLastError());
 }
 
