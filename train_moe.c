@@ -147,7 +147,7 @@ BOTH int is_gated(int activation) {
 // whole dense layer. A dense layer is as wide as all experts that a token would see, so that it
 // costs the same work.
 int dense_width(const Config *c, int l) {
-    return (feeds(c, l) * (is_moe(c, l) ? c->shared : c->topk + c->shared) * c->ffn);
+    return feeds(c, l) * (is_moe(c, l) ? c->shared : c->topk + c->shared) * c->ffn;
 }
 
 int dense_activation(const Config *c, int l) {
@@ -1461,9 +1461,8 @@ int model_tensors(const Config *c, Tensor *list) {
     return count;
 }
 
-// Where each tensor lies: first the arena of what all processes have in common, then that of the
-// experts, then that of tables that are looked up. Each tensor begins at a multiple of `unit`
-// numbers, which a GPU wants.
+// Where each tensor lies: first what all processes have in common, then the experts, then tables
+// that are looked up. Each tensor begins at a multiple of `unit` numbers, which a GPU wants.
 void lay_out(Model *m, Tensor *list, size_t unit) {
     size_t at = 0;
     m->tensors = list;

@@ -1663,7 +1663,7 @@ void moe_backward(Model *m, int l, float *dx, const floatX *dout, const floatX *
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. Memory and first weights
 
-#include "dev/cuda/mixers/all.cuh"  // what may stand in attention's place: an LSTM
+#include "dev/cuda/mixers/all.cuh"  // what may stand in attention's place: an LSTM, experts
 #include "dev/cuda/activations.cuh" // the arrays of LayerActs, Route and Model, cut from one piece of memory
 
 // A model for N tokens. It is laid out twice, the first time to see how much memory it takes, since the driver gives

@@ -10,7 +10,8 @@ size_t lay_activations(Model *m, int l, int N, real *memory) {
     LayerActs *a = &m->acts.layer[l];
     const Mixer *mixer = mixer_of(c);
     int C = c->dim, D = C / c->heads, Q = mixer ? 0 : (c->heads + 2 * c->kv_heads) * D, hidden = 0;
-    size_t used = 0, att = mixer ? 0 : (size_t)N * C, lse = mixer ? 0 : (size_t)N * c->heads, dense = (size_t)dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
+    size_t used = 0, att = mixer ? 0 : (size_t)N * C, lse = mixer ? 0 : (size_t)N * c->heads;
+    size_t dense = (size_t)dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
     for (int e = 0; is_moe(c, l) && e < c->experts; e++) {
         hidden = max_int(hidden, expert_hidden(c, e));
     }

@@ -90,7 +90,7 @@ double mixing_flops(const Config *c) {
 // Numbers of scratch memory that the mixer takes for N tokens.
 size_t mixing_scratch(const Config *c, int N, int train) {
     const Mixer *mixer = mixer_of(c);
-    return mixer && mixer->scratch ? mixer->scratch(c, N, train) : 0;
+    return mixer ? mixer->scratch(c, N, train) : 0;
 }
 
 // Why the mixer cannot do what the options ask for; NULL: it can.

@@ -25,7 +25,7 @@ typedef struct Mixer {
     void (*step)(Model *one, int l, real *out, const real *x, real *cache, int position);
     double (*uses)(const Config *c, const Tensor *t); // how often a token uses a tensor of the mixer; NULL: once
     double (*flops)(const Config *c); // operations of a token's forward pass in one layer, but for products with weights
-    size_t (*scratch)(const Config *c, int N, int train); // numbers of scratch memory for N tokens; NULL: hardly any
+    size_t (*scratch)(const Config *c, int N, int train); // numbers of scratch memory for N tokens
     const Option *options;
     int option_count;
     const Effect *effects; // what its options need to have an effect

@@ -441,6 +441,10 @@ void check_gradients_alike(const Twins *t, double tolerance) {
         assert_alike_norm(t->name, tensor->name, found + tensor->offset, wanted + tensor->offset, tensor->size, least,
                           tolerance);
     }
+
+    // What the step does to a table it does to the rows on these lists.
+    for (int kind = BY_WORD; kind < TABLE_KINDS; kind++)
+        assert_int_equal(((const gpu::Model *)t->device)->lookup->read[kind].count, t->host->lookup->read[kind].count);
 }
 
 // The best of the experts that a row of the gate did not choose: the smooth load of the chosen ones is measured by it.

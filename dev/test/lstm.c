@@ -183,6 +183,15 @@ void test_lstm_gradients(void **state) {
     }
 }
 
+// At evaluation a process may have no window: a layer of no sequence does nothing.
+void test_lstm_no_tokens(void **state) {
+    (void)state;
+    LstmCase k = take_lstm(0, 5, 4, 6, 3);
+    assert_true(lstm_objective(&k) == 0);
+    lstm_backward(k.dx, &k.dw, k.dz, k.dr, k.g, &k.a, k.x, &k.w, k.B, k.T, k.C, k.M, k.P);
+    free_taken();
+}
+
 // Numbers of tensor `tensor` of dev/test/lstm.py, times scale.
 void golden_lstm_fill(real *to, size_t n, uint32_t tensor, double scale) {
     for (size_t i = 0; i < n; i++)
@@ -289,7 +298,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_lstm_fast),  cmocka_unit_test(test_tanh),       cmocka_unit_test(test_lstm_gradients),
         cmocka_unit_test(test_lstm_golden), cmocka_unit_test(test_lstm_steps), cmocka_unit_test(test_lstm_long_text),
-        cmocka_unit_test(test_lstm_init),
+        cmocka_unit_test(test_lstm_init),  cmocka_unit_test(test_lstm_no_tokens),
     };
     begin_tests();
     return cmocka_run_group_tests_name("lstm", tests, NULL, scratch_done);

@@ -578,6 +578,7 @@ void look_back_backward(Model *m, int l, floatX *dqkv, const floatX *datt) {
     float *delta = scratch(m, (size_t)N * H);
     attention_backward(dqkv, datt, s->att, s->lse, s->qkv, s->angles, B, T, H, KV, D, delta);
     if (dw->value_embed) {
+        note_read_rows(m, BY_WORD, m->staging + 3 * m->max_tokens, m->word_count);
         embedding_backward(dw->value_embed, dqkv + (H + KV) * D, order, order + m->max_tokens, order + 2 * m->max_tokens,
                            m->word_count, KV * D, Q);
     }
