@@ -373,6 +373,9 @@ static inline void projection_after(const Recurrence *r, const vec *sum, int fir
 
 void fast_lstm_recur(real *out, const LstmActs *a, const LstmWeights *w, int B, int T, int M, int P) {
     Recurrence r = {a, w, out, NULL, NULL, NULL, B, T, M, P, {NULL, 4 * M, P, M, 0}, {NULL, P, M, 0, 0}, NULL, 0, NULL, NULL, NULL};
+    if (B == 0) { // of several processes, one may have no sequence
+        return;
+    }
     prepare_recurrence(&r, max_int(M, P));
 #pragma omp parallel
     {
@@ -452,6 +455,9 @@ static inline void hidden_after(const Recurrence *r, const vec *sum, int first, 
 void fast_lstm_recur_backward(real *dz, real *dr, real *dbias, const real *dout, const LstmActs *a, const LstmWeights *w,
                               int B, int T, int M, int P) {
     Recurrence r = {a, w, NULL, dz, dr, dout, B, T, M, P, {NULL, P, 4 * M, 0, 1}, {NULL, M, P, 0, 1}, NULL, 0, NULL, NULL, NULL};
+    if (B == 0) {
+        return;
+    }
     prepare_recurrence(&r, max_int(4 * M, P));
 #pragma omp parallel
     {
