@@ -116,6 +116,7 @@ void test_lstm_fast(void **state) {
     const int widths[] = {1, 2, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 129, 160};
     uint64_t random = 1;
     compare_lstm(1, 1, 1, 1);
+    compare_lstm(0, 5, 9, 9); // of several processes, one may have no sequence
     compare_lstm(8, 3, 330, 330);
     compare_lstm(1, 9, 130, 70); // teams of all threads
     compare_lstm(2, 9, 70, 70);
