@@ -39,7 +39,7 @@
 //
 // Letters, with the same meaning to the end of the file (only in chapter 3 N, T and C are those of
 // what the experts read, which with --subtokens are parts of tokens):
-//   B sequences in a batch     T tokens in a sequence     N = B*T tokens      C width of the model    V words
+//   B sequences in a batch     T tokens in a sequence     N = B*T tokens      C width of the model    V words: all tokens there are
 //   L layers                   H query heads              KV key/value heads  D = C/H width of a head
 //   E experts of a layer       K experts for each token   F width of a feed-forward layer, after its activation
 // A comment such as "x (N,C)" gives the shape of an array, row after row. The gradient of a value
@@ -127,7 +127,7 @@ typedef struct Config {
 
 #include "dev/options.h" // the table of options, the recipes, and the command line
 
-// Does layer l feed forward at all? With --last-feed 0 the last one ends with what mixes.
+// Does layer l feed forward at all? With --last-feed 0 the last one has only its first half, attention.
 int feeds(const Config *c, int l) {
     return c->last_feed || l < c->layers - 1;
 }
@@ -244,8 +244,8 @@ typedef struct LayerActs {
     real *dense_hidden;  // (N,2F)
     real *hidden;        // (N*K,2F)  the experts' first products, sorted by expert
     real *fed;           // (N,C)  with --moe-sigmoid: what the layer feeds forward
-    void *mixer;         // dev/mixers: what another mixer than attention keeps
-    double mixer_aux;    // and its balance losses, weighted
+    void *mixer;         // dev/mixers, an LSTM say, in attention's place: what it keeps
+    double mixer_aux;    // its balance losses, weighted
     Route route;
 } LayerActs;
 
@@ -812,49 +812,7 @@ int router_width(const Config *c) {
 
 #include "dev/statistics.h" // what the log shows of the routing: choices of each expert, entropy of the scores, ...
 
-// A router, or a part of one. This file needs only `topk_router` below; at first reading go on
-// there. The other parts stand in dev/routers, one paper a file. A function is NULL where a part
-// has nothing to do.
-enum {
-    INPUT,    // changes what the router reads, and calls the next INPUT or the CHOICE
-    CHOICE,   // chooses the experts: each model has one such part
-    DECLINE,  // declines some choices by chance
-    LOSS,     // adds a balance loss
-    CAPACITY, // limits what an expert takes, in another way than drop_overflow()
-    ELSEWHERE // has its own line in this file (--subtokens), or is called by another part
-};
-typedef struct Router {
-    int place;                                 // one of the above
-    int (*wanted)(const Config *c);            // do the options ask for it?
-    const char *(*refuses)(const Config *c);   // why it cannot do what the options ask for; NULL: it can
-    int (*outputs)(const Config *c);           // CHOICE: rows of the router's matrix, if they are not E
-    int (*choices)(const Config *c);           // CHOICE: most experts of a token, if they are not K
-    void (*tensors)(const Config *c, int l, Tensor *list, int *count); // adds its own weights of layer l, -1: of all
-    // Changes the first values w of tensor i, if they are not to be random numbers.
-    void (*init)(const Model *m, int i, real *w, const double *frequency);
-    void (*allocate)(Model *m, int l, int n);  // its own activations, for n tokens
-    void (*forward)(Model *m, int l, const real *x);
-    void (*backward)(Model *m, int l, real *dx, real *dweight, const real *x);
-    void (*update)(Model *m, int l);           // after a step: what changes without a gradient
-    const Option *options;
-    int option_count;
-    const Effect *effects;                     // what its options need to have an effect
-    int effect_count;
-    const Recipe *recipes;
-    int recipe_count;
-} Router;
-
-// Runs the parts that work at this place; returns how many there are.
-int run_parts(Model *m, int l, const real *x, int place) {
-    int count = 0;
-    for (int i = 0; m->parts[i]; i++) {
-        if (m->parts[i]->place == place) {
-            m->parts[i]->forward(m, l, x);
-            count++;
-        }
-    }
-    return count;
-}
+#include "dev/routers/router.h" // Router: a struct of functions that route; this file has one, topk_router
 
 // ---- scores
 
@@ -1620,54 +1578,73 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
 //
 // A layer adds to the residual stream twice: mid = x + attention(rmsnorm(x)), and then the next
 // layer's x = mid + feed-forward layers(rmsnorm(mid)). So its backward pass has the gradient by the
-// residual stream in one array, dx, and each of the two norms adds its part to it.
+// residual stream in one array, dx, and each of the two norms adds its part to it. At first reading
+// norm_forward() is rmsnorm_forward(), and what has `branch` in its name copies x or does nothing.
 
-#include "dev/parts.h" // what few models have: norms of queries, tables, dropout. norm_forward() is rmsnorm here
+#include "dev/parts.h" // what few models have: norms of queries and keys, tables, dropout, a gate, or no norms
 
-// The first half of layer l, from a->x to a->h2: x + attention(rmsnorm(x)), and the norm of that.
-void attend_forward(Model *m, int l) {
+// out (N,C) += attention of layer l to x (N,C).
+void attention_layer_forward(Model *m, int l, real *out, const real *x) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->acts.layer[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
     int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
 
-    norm_forward(m, a->h1, a->rstd1, a->x, w->norm1, N);
-    begin_branch(m, l, MIXING, a->mid, a->x); // mid = x
-    if (!mixer_forward(m, l, a->mid, a->h1)) {
-        matmul(a->qkv, a->h1, w->qkv, N, C, Q, SET);
-        qk_norm_forward(m, l, a->qkv);
-        value_embedding_forward(m, l, a->qkv);
-        rope(a->qkv, Q, N, T, H + KV, D, m->angles, 1);
-        attention_forward(a->att, a->lse, a->qkv, B, T, H, KV, D);
-        matmul(a->mid, a->att, w->proj, N, C, C, ADD);
-    }
-    end_branch(m, l, MIXING, a->mid, a->x);
-    norm_forward(m, a->h2, a->rstd2, a->mid, w->norm2, N);
-    m->at_hand = l;
+    matmul(a->qkv, x, w->qkv, N, C, Q, SET);
+    qk_norm_forward(m, l, a->qkv);
+    value_embedding_forward(m, l, a->qkv);
+    rope(a->qkv, Q, N, T, H + KV, D, m->angles, 1);
+    attention_forward(a->att, a->lse, a->qkv, B, T, H, KV, D);
+    matmul(out, a->att, w->proj, N, C, C, ADD);
 }
 
-// The backward pass of attend_forward(). dx (N,C) comes in as the gradient by the layer's output,
-// and dh2 (N,C) as that by a->h2. With what the second norm adds, dx is the gradient by a->mid;
-// with what the first one adds, that by a->x. dh2 is overwritten.
-void attend_backward(Model *m, int l, real *dx, real *dh2) {
+// Given dout (N,C): writes dx (N,C), and adds to the gradients of the layer's attention.
+void attention_layer_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
     LayerActs *a = &m->acts.layer[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
     int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
     scratch_reset(m);
-    real *datt = scratch(m, (size_t)N * C), *dqkv = scratch(m, (size_t)N * Q), *dh1 = dh2;
+    real *datt = scratch(m, (size_t)N * C), *dqkv = scratch(m, (size_t)N * Q);
 
+    matmul_backward(datt, dw->proj, dout, a->att, w->proj, N, C, C, SET);
+    attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
+    rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
+    value_embedding_backward(m, l, dqkv);
+    qk_norm_backward(m, l, dqkv);
+    matmul_backward(dx, dw->qkv, dqkv, x, w->qkv, N, C, Q, SET);
+}
+
+// The first half of layer l, from a->x to a->h2: x + attention(rmsnorm(x)), and the norm of that.
+// In attention's place may stand another mixer, as dev/mixers calls what mixes along the sequence.
+void mix_forward(Model *m, int l) {
+    const LayerParams *w = &m->params.layer[l];
+    LayerActs *a = &m->acts.layer[l];
+    int N = m->batch.B * m->batch.T;
+    norm_forward(m, a->h1, a->rstd1, a->x, w->norm1, N);
+    begin_branch(m, l, MIXING, a->mid, a->x); // mid = x; with --dropout 0
+    if (!mixer_forward(m, l, a->mid, a->h1)) {
+        attention_layer_forward(m, l, a->mid, a->h1);
+    }
+    end_branch(m, l, MIXING, a->mid, a->x); // nothing; with --dropout mid = x + dropout(mid)
+    norm_forward(m, a->h2, a->rstd2, a->mid, w->norm2, N);
+    m->at_hand = l;
+}
+
+// The backward pass of mix_forward(). dx (N,C) comes in as the gradient by the layer's output, and
+// dh2 (N,C) as that by a->h2. With what the second norm adds, dx is the gradient by a->mid; with
+// what the first one adds, that by a->x. dh2 is overwritten.
+void mix_backward(Model *m, int l, real *dx, real *dh2) {
+    const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
+    LayerActs *a = &m->acts.layer[l];
+    int N = m->batch.B * m->batch.T;
+    real *dh1 = dh2;
     norm_backward(m, dx, dw->norm2, dh2, a->mid, a->rstd2, w->norm2, N);
-    const real *dmixed = branch_gradient(m, l, MIXING, dx); // dx itself
+    const real *dmixed = branch_gradient(m, l, MIXING, dx); // dx itself; with --dropout a copy, of which the same are 0
     if (!mixer_backward(m, l, dh1, dmixed, a->h1)) {
-        matmul_backward(datt, dw->proj, dmixed, a->att, w->proj, N, C, C, SET);
-        attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
-        rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
-        value_embedding_backward(m, l, dqkv);
-        qk_norm_backward(m, l, dqkv);
-        matmul_backward(dh1, dw->qkv, dqkv, a->h1, w->qkv, N, C, Q, SET);
+        attention_layer_backward(m, l, dh1, dmixed, a->h1);
     }
     norm_backward(m, dx, dw->norm1, dh1, a->x, a->rstd1, w->norm1, N);
 }
@@ -1737,11 +1714,11 @@ double model_forward(Model *m, const Batch *batch) {
     drop_embedding(m, a->layer[0].x);
     for (int l = 0; l < c->layers; l++) {
         real *out = l + 1 < c->layers ? a->layer[l + 1].x : a->x;
-        attend_forward(m, l);
+        mix_forward(m, l);
         begin_branch(m, l, FEEDING, out, a->layer[l].mid);
         feed_forward(m, l, out);
         end_branch(m, l, FEEDING, out, a->layer[l].mid);
-        take_forward(m, l, out, a->layer[l].mid); // --ngram-gate
+        ngram_gate_forward(m, l, out, a->layer[l].mid); // --ngram-gate
     }
 
     // From there to the loss. The gradient by h is taken at once, since the logits are not kept.
@@ -1774,8 +1751,8 @@ void model_backward(Model *m) {
             recompute_layer(m, l);
         }
         feed_backward(m, l, dh2, branch_gradient(m, l, FEEDING, dx));
-        take_backward(m, l, dx);
-        attend_backward(m, l, dx, dh2);
+        ngram_gate_backward(m, l, dx); // --ngram-gate
+        mix_backward(m, l, dx, dh2);
         ranks_layer_done(m, l); // several processes: this layer's gradients can be summed
     }
     drop_embedding(m, dx);
@@ -1860,7 +1837,7 @@ void model_update(Model *m, int step, double lr, double norm) {
         }
         double decay = t->dims == 1 || t->looked_up ? 0 : c->weight_decay;
         Adam a = {scale, (real)c->beta1, (real)c->beta2, correct1, correct2, (real)lr, (real)(1 - lr * decay)};
-        adamw_of_tensor(m, t, at, size, a);
+        adamw_of_tensor(m, t, at, size, a); // tables move at three times the rate
         round_moments(m, i, at, size, step); // to bfloat16, if --moments asks for it
     }
     ranks_share_weights(m);

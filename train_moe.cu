@@ -1720,7 +1720,7 @@ void round_weights(Model *m, size_t from, size_t end) {
 #include "dev/cuda/residual.cuh" // norm_forward(): rmsnorm unless --norms 0; what --dropout and --moe-sigmoid do before a sum
 
 // m->branch (N,C) = attention to a->h1.
-void attend(Model *m, int l) {
+void attention_layer_forward(Model *m, int l) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->layers[l];
@@ -1744,7 +1744,7 @@ void attend(Model *m, int l) {
 // The first half of layer l, up to the output of attention, or of what stands in its place, which is left in m->branch:
 // from `before`, what the layers below add up to, which becomes a->x. In layer 0, and with --recompute, it is a->x
 // itself, and is not written.
-void attend_forward(Model *m, int l, Sum before) {
+void mix_forward(Model *m, int l, Sum before) {
     const Config *c = &m->config;
     LayerActs *a = &m->layers[l];
     int N = m->batch.B * m->batch.T;
@@ -1753,7 +1753,7 @@ void attend_forward(Model *m, int l, Sum before) {
     NormOut to = {before.x == a->x ? NULL : a->x, a->h1, NULL, a->rstd1};
     norm_forward(to, before, m->params.layer[l].norm1, N, c->dim, c->norm_eps);
     if (!mixer_forward(m, l, m->branch, a->h1)) {
-        attend(m, l);
+        attention_layer_forward(m, l);
     }
     end_mixing(m, l);
     m->at_hand = l;
@@ -1848,7 +1848,7 @@ void feed_backward(Model *m, int l) {
 }
 
 // m->dh (N,C) = the gradient by a->h1, from dout (N,C), that by attention's output.
-void attend_back(Model *m, int l, const floatX *dout) {
+void attention_layer_backward(Model *m, int l, const floatX *dout) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
     LayerActs *a = &m->layers[l];
@@ -1866,11 +1866,11 @@ void attend_back(Model *m, int l, const floatX *dout) {
 }
 
 // From the gradient by a->mid to that by a->x, in m->dx and m->dx_low.
-void attend_backward(Model *m, int l) {
+void mix_backward(Model *m, int l) {
     LayerActs *a = &m->layers[l];
     const floatX *dout = gpu::branch_gradient(m, l, MIXING);
     if (!mixer_backward(m, l, m->dh, dout, a->h1)) {
-        attend_back(m, l, dout);
+        attention_layer_backward(m, l, dout);
     }
     NormBack norm = {m->dx, m->dx_low, a->partial[0], a->x, a->rstd1, m->params.layer[l].norm1};
     norm_backward(norm, m->dh, m->batch.B * m->batch.T, m->config.dim);
@@ -1882,7 +1882,7 @@ void recompute_layer(Model *m, int l) {
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->layers[l];
     int N = m->batch.B * m->batch.T;
-    attend_forward(m, l, {a->x, NULL, NULL, NULL, 0});
+    mix_forward(m, l, {a->x, NULL, NULL, NULL, 0});
     if (feeds(c, l)) {
         second_norm(m, l, 0);
     }
@@ -1908,9 +1908,9 @@ void layers_forward(Model *m) {
     for (int l = 0; l < c->layers; l++) {
         keep_pace(); // several GPUs: the host does not run far ahead, since the device's queue is limited (nccl.cuh)
         if (N > 0) { // without tokens of its own, a process's experts have those of others
-            attend_forward(m, l, sum);
+            mix_forward(m, l, sum);
         }
-        sum = gpu::take_forward(m, l, feed_forward(m, l)); // --ngram-gate
+        sum = gpu::ngram_gate_forward(m, l, feed_forward(m, l)); // --ngram-gate
     }
     norm_forward({m->x, m->h, NULL, m->rstd}, sum, m->params.norm, N, c->dim, c->norm_eps);
 }
@@ -2038,10 +2038,10 @@ void model_backward(::Model *base) {
         if (c->recompute && l != m->at_hand) {
             recompute_layer(m, l);
         }
-        gpu::take_backward(m, l);
+        gpu::ngram_gate_backward(m, l);
         feed_backward(m, l);
-        take_stream_backward(m, l);
-        attend_backward(m, l);
+        ngram_gate_stream_backward(m, l);
+        mix_backward(m, l);
         if (apart) {
             finish_gradients(m, done, gradients_of_layer(m, l));
             done += gradients_of_layer(m, l);

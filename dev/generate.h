@@ -100,7 +100,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
         begin_branch(one, l, FEEDING, a->mid, acts->x);
         feed_forward(one, l, a->mid);
         end_branch(one, l, FEEDING, a->mid, acts->x);
-        take_forward(one, l, a->mid, acts->x);
+        ngram_gate_forward(one, l, a->mid, acts->x);
         copy_rows(acts->x, a->mid, 1, C);
     }
     norm_forward(one, acts->h, acts->rstd, acts->x, one->params.norm, 1);

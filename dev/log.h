@@ -285,8 +285,8 @@ double recompute_flops(const Model *m) {
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
         double uses = !strcmp(t->kind, "qkv") || !strcmp(t->kind, "proj") || !strcmp(t->kind, "dense_in");
-        if (strstr(t->kind, "_experts") || !strcmp(t->kind, "query_key") || !strcmp(t->kind, "key_value")) {
-            uses = mixer_uses(c, t); // attention with experts
+        if (strstr(t->kind, "_experts") || !strncmp(t->kind, "lstm_", 5) || !strcmp(t->kind, "query_key") || !strcmp(t->kind, "key_value")) {
+            uses = mixer_uses(c, t); // attention with experts, or an LSTM
         }
         if (!strcmp(t->kind, "w_in") && ranks.ep == 1) { // what came from other processes is kept
             uses = (double)c->topk / c->experts * c->subtokens;

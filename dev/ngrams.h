@@ -1,6 +1,6 @@
 // A table of word pairs, and triples, that is looked up (--ngrams): each token's last words have a vector of their own.
-// Gives: ngram_row, ngram_orders, find_ngrams, remember_token, ngrams_forward, ngrams_backward, take_forward,
-// take_backward.
+// Gives: ngram_row, ngram_orders, find_ngrams, remember_token, ngrams_forward, ngrams_backward, ngram_gate_forward,
+// ngram_gate_backward.
 // Needs: Model, its memory and the layers of train_moe.c, which includes it; dev/tables.h. doc/ngrams.md is the chapter.
 //
 // A row is found by its number and added; no product is computed. So such a table holds many weights and costs little
@@ -28,7 +28,8 @@
 
 // ---- which rows?
 
-// The row of a pair, or with order 3 of a triple of words, in a table of so many rows; -1: there the text has not begun.
+// The row of a pair, or with order 3 of a triple of words, in a table of so many rows. first and before are -1 where the
+// text has not begun.
 int ngram_row(int first, int before, int word, int order, int rows) {
     uint64_t hash = hash64((uint64_t)(before + 1) << 32 | (uint64_t)word);
     if (order == 3) {
@@ -121,26 +122,26 @@ void ngrams_backward(Model *m, const real *dx) {
 // ---- in each layer
 
 // Of token n: 1 / rms(x), the gate's logit, and the gate.
-typedef struct Take {
+typedef struct NgramGate {
     real rstd, logit, gate;
-} Take;
+} NgramGate;
 
-Take take_of(const real *x, const real *e, const real *key, int C, double eps) {
+NgramGate ngram_gate_of(const real *x, const real *e, const real *key, int C, double eps) {
     double squares = 0;
-    real sum = 0;
+    real dot = 0;
     for (int c = 0; c < C; c++) {
         squares += (double)x[c] * (double)x[c];
-        sum += x[c] * key[c] * e[c];
+        dot += x[c] * key[c] * e[c];
     }
-    Take t;
+    NgramGate t;
     t.rstd = (real)(1 / sqrt(squares / C + eps));
-    t.logit = sum * t.rstd / (real)sqrt((double)C);
+    t.logit = dot * t.rstd / (real)sqrt((double)C);
     t.gate = (real)(1 / (1 + exp(-(double)t.logit)));
     return t;
 }
 
-// out (N,C) += what layer l takes of the tokens' vectors. x (N,C): its residual stream behind attention; may be out.
-void take_forward(Model *m, int l, real *out, const real *x) {
+// out (N,C) += what layer l takes of the tokens' vectors. x (N,C): its residual stream behind attention.
+void ngram_gate_forward(Model *m, int l, real *out, const real *x) {
     const real *key = m->params.layer[l].ngram_key, *value = m->params.layer[l].ngram_value, *sum = m->lookup->sum;
     int N = m->batch.B * m->batch.T, C = m->config.dim;
     double eps = m->config.norm_eps;
@@ -150,7 +151,7 @@ void take_forward(Model *m, int l, real *out, const real *x) {
 #pragma omp parallel for if (is_worth_threads(N, C))
     for (int n = 0; n < N; n++) {
         const real *e = sum + (size_t)n * C;
-        real gate = take_of(x + (size_t)n * C, e, key, C, eps).gate;
+        real gate = ngram_gate_of(x + (size_t)n * C, e, key, C, eps).gate;
         for (int c = 0; c < C; c++) {
             out[(size_t)n * C + c] += gate * value[c] * e[c];
         }
@@ -159,7 +160,7 @@ void take_forward(Model *m, int l, real *out, const real *x) {
 
 // The gradients by key and value. For each token, gate (N), and slope (N): the derivative by the sum over c of
 // x[c]*key[c]*e[c]. A task owns some of the columns, so any number of threads gives the same bits.
-void take_weights_backward(real *dkey, real *dvalue, const real *dout, const real *x, const real *sum, const real *gate,
+void ngram_gate_weights_backward(real *dkey, real *dvalue, const real *dout, const real *x, const real *sum, const real *gate,
                            const real *slope, int N, int C) {
     enum { WIDTH = 16 };
 #pragma omp parallel for if (is_worth_threads(N, C))
@@ -180,9 +181,9 @@ void take_weights_backward(real *dkey, real *dvalue, const real *dout, const rea
     }
 }
 
-// The way back through take_forward(): dx (N,C) comes in as the gradient by the layer's output, and gets what the gate adds
+// The way back through ngram_gate_forward(): dx (N,C) comes in as the gradient by the layer's output, and gets what the gate adds
 // to that by the residual stream behind attention. Backward goes from the last layer to the first.
-void take_backward(Model *m, int l, real *dx) {
+void ngram_gate_backward(Model *m, int l, real *dx) {
     const Config *c = &m->config;
     const real *key = m->params.layer[l].ngram_key, *value = m->params.layer[l].ngram_value;
     const real *x = m->acts.layer[l].mid, *sum = m->lookup->sum;
@@ -196,19 +197,19 @@ void take_backward(Model *m, int l, real *dx) {
 #pragma omp parallel for if (is_worth_threads(N, C))
     for (int n = 0; n < N; n++) {
         const real *e = sum + (size_t)n * C, *dout = dx + (size_t)n * C;
-        Take t = take_of(x + (size_t)n * C, e, key, C, c->norm_eps);
+        NgramGate t = ngram_gate_of(x + (size_t)n * C, e, key, C, c->norm_eps);
         real dgate = 0;
         for (int i = 0; i < C; i++) {
             dgate += dout[i] * value[i] * e[i];
         }
 
-        // The logit depends on x as such, and through the norm: d rstd / d x_j = -rstd^3 x_j / C.
+        // The logit depends on x as such, by slope, and through the norm, by fall: d rstd / d x_j = -rstd^3 x_j / C.
         real dlogit = dgate * t.gate * (1 - t.gate);
         gate[n] = t.gate;
         slope[n] = dlogit * t.rstd / root;
         fall[n] = dlogit * t.logit * t.rstd * t.rstd / (real)C;
     }
-    take_weights_backward(m->grads.layer[l].ngram_key, m->grads.layer[l].ngram_value, dx, x, sum, gate, slope, N, C);
+    ngram_gate_weights_backward(m->grads.layer[l].ngram_key, m->grads.layer[l].ngram_value, dx, x, sum, gate, slope, N, C);
 #pragma omp parallel for if (is_worth_threads(N, C))
     for (int n = 0; n < N; n++) {
         for (int i = 0; i < C; i++) {

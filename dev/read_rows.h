@@ -7,7 +7,7 @@
 // all other weights. The moments are corrected for having begun at 0 by the number of the step; a row that is read for the
 // first time late moves by (1 - beta1) / sqrt(1 - beta2) of the rate, which with the defaults is 1.
 //
-// A row is read now and then, so it learns little at each --lr; three times that was best (doc/clock.md).
+// A row is read seldom, so it needs larger steps: three times --lr was best (doc/clock.md).
 #pragma once
 #include "tables.h"
 

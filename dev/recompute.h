@@ -1,5 +1,5 @@
 // With --recompute a layer's activations are not kept: the backward pass works them out once more.
-// Gives: recompute_layer. Needs: the layers of train_moe.c, which includes it. Only a layer's input and its route are kept
+// Gives: recompute_layer. Needs: the layers of train_moe.c, which includes it. Only a layer's input and its routes, with --moe-sigmoid also what it feeds forward, are kept
 // for each layer; all layers share the memory of the other activations (dev/activations.h).
 #ifndef RECOMPUTE_H
 #define RECOMPUTE_H
@@ -10,7 +10,7 @@ void recompute_layer(Model *m, int l) {
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->acts.layer[l];
     int N = m->batch.B * m->batch.T, E = m->experts.E;
-    attend_forward(m, l);
+    mix_forward(m, l);
     if (w->dense_in) {
         int hidden = dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
         matmul(a->dense_hidden, a->h2, w->dense_in, N, c->dim, hidden, SET);

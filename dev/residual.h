@@ -4,9 +4,10 @@
 // Needs: Model and the layers of train_moe.c, which includes it.
 //
 // A layer adds two branches to the stream: what mixes along the sequence, and what feeds forward. Usually a branch adds its
-// numbers to the stream itself. With dropout they are made apart, since each becomes 0 with probability P, and the others
-// are divided by 1 - P, before they are added (Srivastava et al. 2014, Dropout). At evaluation nothing is dropped. The
-// embedding's output is dropped likewise.
+// numbers to the stream itself. With dropout they are made apart, since each becomes 0 with probability p, and the others
+// are divided by 1 - p, before they are added (Srivastava et al. 2014, Dropout). At evaluation nothing is dropped. The
+// embedding's output is dropped likewise. Chance depends only on the seed, the step, the branch, the token and the column. So
+// the backward pass draws the same numbers again, and no mask has to be kept.
 //
 // The model of Shazeer et al. 2017 (appendix C.1) has dropout on each layer's output, a sigmoid on the mixture's output
 // before it, and no norms (--norms 0).
@@ -45,7 +46,7 @@ void norm_backward(const Model *m, real *dx, real *dw, const real *dout, const r
 
 // ---- dropout
 
-int is_dropped(const Model *m) {
+int has_dropout(const Model *m) {
     return m->config.dropout > 0 && m->batch.mode == TRAIN_MODE;
 }
 
@@ -55,7 +56,7 @@ uint64_t drop_stream(const Model *m, int l, int which) {
     return random_stream((uint64_t)m->config.seed, RANDOM_DROPOUT, (uint64_t)m->batch.step, branch);
 }
 
-// Row n of a branch, row (C): 0 with probability P, else divided by 1 - P. The number of the token in its step decides,
+// Row n of a branch, row (C): 0 with probability p, else divided by 1 - p. The number of the token in its step decides,
 // so any number of processes drops the same.
 void drop_row(const Model *m, real *row, uint64_t stream, int n) {
     int C = m->config.dim;
@@ -73,7 +74,7 @@ void drop_embedding(const Model *m, real *x) {
     int N = m->batch.B * m->batch.T, C = m->config.dim;
     uint64_t stream = drop_stream(m, -1, FEEDING);
 #pragma omp parallel for if (is_worth_threads(N, C))
-    for (int n = 0; n < (is_dropped(m) ? N : 0); n++) {
+    for (int n = 0; n < (has_dropout(m) ? N : 0); n++) {
         drop_row(m, x + (size_t)n * C, stream, n);
     }
 }
@@ -86,7 +87,7 @@ int has_sigmoid(const Model *m, int l, int which) {
 
 // Is the branch made apart from the stream?
 int is_apart(const Model *m, int l, int which) {
-    return is_dropped(m) || has_sigmoid(m, l, which);
+    return has_dropout(m) || has_sigmoid(m, l, which);
 }
 
 // out (N,C), to which a branch adds its numbers next: the stream x (N,C), or 0 where the branch is made apart.
@@ -101,7 +102,7 @@ void begin_branch(const Model *m, int l, int which, real *out, const real *x) {
 
 // The branch is complete. Where it was made apart, out (N,C) becomes x + dropout(sigmoid(out)).
 void end_branch(const Model *m, int l, int which, real *out, const real *x) {
-    int N = m->batch.B * m->batch.T, C = m->config.dim, sigmoid = has_sigmoid(m, l, which), dropped = is_dropped(m);
+    int N = m->batch.B * m->batch.T, C = m->config.dim, sigmoid = has_sigmoid(m, l, which), dropped = has_dropout(m);
     real *fed = m->acts.layer[l].fed;
     uint64_t stream = drop_stream(m, l, which);
 #pragma omp parallel for if (is_worth_threads(N, C))
@@ -123,7 +124,7 @@ void end_branch(const Model *m, int l, int which, real *out, const real *x) {
 // The gradient by what the branch made, from dout (N,C), that by the stream behind it. It is dout itself unless the branch
 // was made apart: then m->dbranch. The derivative of y = sigmoid(z) is y * (1 - y).
 const real *branch_gradient(const Model *m, int l, int which, const real *dout) {
-    int N = m->batch.B * m->batch.T, C = m->config.dim, sigmoid = has_sigmoid(m, l, which), dropped = is_dropped(m);
+    int N = m->batch.B * m->batch.T, C = m->config.dim, sigmoid = has_sigmoid(m, l, which), dropped = has_dropout(m);
     const real *fed = m->acts.layer[l].fed;
     uint64_t stream = drop_stream(m, l, which);
     if (!is_apart(m, l, which)) {

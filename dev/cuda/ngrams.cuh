@@ -1,5 +1,5 @@
 // A table of word pairs, and triples, that is looked up, on the GPU (--ngrams): see dev/ngrams.h, whose functions have the same
-// names. Gives: ngrams_backward, take_forward, take_backward, take_stream_backward. Needs: dev/cuda/common.cuh, tables.cuh; Sum,
+// names. Gives: ngrams_backward, ngram_gate_forward, ngram_gate_backward, ngram_gate_stream_backward. Needs: dev/cuda/common.cuh, tables.cuh; Sum,
 // embedding_backward and gpu::Model of train_moe.cu, which includes it.
 //
 // The host has the tokens, so it finds their rows as well, and sorts them (send_batch in host.cuh). embedding_forward() of
@@ -27,19 +27,19 @@ void ngrams_backward(Model *m, const float *dx) {
 // ---- in each layer
 
 // What the kernels of a layer's take read. A warp has a token.
-struct TakeArgs {
+struct NgramGateArgs {
     const float *key, *value, *e; // (C), (C), (N,C)
     int N, C;
     float eps;
 };
 
-TakeArgs take_args(const Model *m, int l) {
+NgramGateArgs take_args(const Model *m, int l) {
     const LayerParams *w = &m->params.layer[l];
     return {w->ngram_key, w->ngram_value, m->lookup->sum, m->batch.B * m->batch.T, m->config.dim, (float)m->config.norm_eps};
 }
 
 // Of token n, whose residual stream is `stream`: 1 / rms, the gate's logit, and the gate. By a warp.
-__device__ Take take_of(const TakeArgs &t, const Sum &stream, int n) {
+__device__ NgramGate ngram_gate_of(const NgramGateArgs &t, const Sum &stream, int n) {
     float a[4], e[4], key[4], squares = 0, sum = 0;
     for (int c = 4 * (threadIdx.x % 32); c < t.C; c += 128) {
         sum_of(a, stream, n, c, t.C);
@@ -50,7 +50,7 @@ __device__ Take take_of(const TakeArgs &t, const Sum &stream, int n) {
             sum += a[j] * key[j] * e[j];
         }
     }
-    Take take;
+    NgramGate take;
     take.rstd = rsqrtf(warp_sum(squares) / t.C + t.eps);
     take.logit = warp_sum(sum) * take.rstd * rsqrtf((float)t.C);
     take.gate = 1 / (1 + expf(-take.logit));
@@ -58,12 +58,12 @@ __device__ Take take_of(const TakeArgs &t, const Sum &stream, int n) {
 }
 
 // out (N,C) = from (N,C) + what the layer takes. kept (N,C), unless NULL, gets the residual stream behind attention.
-__global__ void take_kernel(float *out, float *kept, const float *from, Sum stream, TakeArgs t) {
+__global__ void take_kernel(float *out, float *kept, const float *from, Sum stream, NgramGateArgs t) {
     int n = row_of_warp();
     if (n >= t.N) {
         return;
     }
-    float gate = take_of(t, stream, n).gate, a[4], e[4], value[4];
+    float gate = ngram_gate_of(t, stream, n).gate, a[4], e[4], value[4];
     for (int c = 4 * (threadIdx.x % 32); c < t.C; c += 128) {
         size_t at = (size_t)n * t.C + c;
         if (kept) {
@@ -82,7 +82,7 @@ __global__ void take_kernel(float *out, float *kept, const float *from, Sum stre
 
 // sum: what layer l adds up to. Returns the same, with what it takes of the tokens' vectors. (A last layer that does not feed
 // forward has not made a->mid; it is made here.)
-Sum take_forward(Model *m, int l, Sum sum) {
+Sum ngram_gate_forward(Model *m, int l, Sum sum) {
     const Config *c = &m->config;
     LayerActs *a = &m->layers[l];
     int N = m->batch.B * m->batch.T;
@@ -102,12 +102,12 @@ Sum take_forward(Model *m, int l, Sum sum) {
 }
 
 // slopes (3,N): gate, slope and fall of each token, as in the C twin. dsum (N,C) = or += the gradient by the tokens' vectors.
-__global__ void take_back_kernel(float *dsum, float *slopes, const float *dout, const float *x, TakeArgs t, int add) {
+__global__ void take_back_kernel(float *dsum, float *slopes, const float *dout, const float *x, NgramGateArgs t, int add) {
     int n = row_of_warp();
     if (n >= t.N) {
         return;
     }
-    Take take = take_of(t, {x, NULL, NULL, NULL, 0}, n);
+    NgramGate take = ngram_gate_of(t, {x, NULL, NULL, NULL, 0}, n);
     float d[4], e[4], value[4], key[4], a[4], sum[4], dgate = 0;
     for (int c = 4 * (threadIdx.x % 32); c < t.C; c += 128) {
         load_pack(d, dout + (size_t)n * t.C + c);
@@ -142,7 +142,7 @@ __global__ void take_back_kernel(float *dsum, float *slopes, const float *dout, 
 
 // part (2,chunks,C): sums over TAKE_CHUNK tokens for the gradients by key and value. A block has a chunk and 128 columns; each
 // warp takes every so many-th token, then their sums are added.
-__global__ void take_sums_kernel(float *part, const float *slopes, const float *dout, const float *x, TakeArgs t) {
+__global__ void take_sums_kernel(float *part, const float *slopes, const float *dout, const float *x, NgramGateArgs t) {
     __shared__ __align__(16) float of_warp[2][SUM_WARPS][128];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = 128 * blockIdx.y + 4 * lane;
     int from = blockIdx.x * TAKE_CHUNK, until = min(from + TAKE_CHUNK, t.N);
@@ -177,8 +177,8 @@ __global__ void take_weights_kernel(float *dkey, float *dvalue, const float *par
 }
 
 // Before layer l feeds back: m->dx (N,C) is the gradient by its output, which it takes. The gradients by the tokens' vectors, and
-// by key and value. take_stream_backward() does the rest.
-void take_backward(Model *m, int l) {
+// by key and value. ngram_gate_stream_backward() does the rest.
+void ngram_gate_backward(Model *m, int l) {
     const Config *c = &m->config;
     const LayerParams *dw = &m->grads.layer[l];
     Tables *there = m->tables_there;
@@ -198,7 +198,7 @@ void take_backward(Model *m, int l) {
 }
 
 // dx (N,C), also as dx_low, += what the gate adds to the gradient by the residual stream behind attention.
-__global__ void take_stream_kernel(float *dx, floatX *dx_low, const float *slopes, const float *x, TakeArgs t, size_t size) {
+__global__ void take_stream_kernel(float *dx, floatX *dx_low, const float *slopes, const float *x, NgramGateArgs t, size_t size) {
     size_t i = 4 * thread_of_grid();
     float d[4], a[4], e[4], key[4];
     if (i >= size) {
@@ -218,7 +218,7 @@ __global__ void take_stream_kernel(float *dx, floatX *dx_low, const float *slope
 }
 
 // Behind it: m->dx is the gradient by a->mid, but for what the gate adds.
-void take_stream_backward(Model *m, int l) {
+void ngram_gate_stream_backward(Model *m, int l) {
     size_t size = (size_t)m->batch.B * m->batch.T * m->config.dim;
     if (m->config.ngram_gate && size > 0) {
         take_stream_kernel<<<blocks(size, 4 * THREADS), THREADS, 0, stream>>>(m->dx, m->dx_low, m->tables_there->slopes,

@@ -79,7 +79,7 @@ struct Dropout {
 Dropout dropout_of(const Model *m, int l, int which) {
     const Config *c = &m->config;
     Dropout d = {};
-    d.probability = is_dropped(m) ? c->dropout : 0;
+    d.probability = has_dropout(m) ? c->dropout : 0;
     d.factor = (float)(1 / (1 - c->dropout));
     d.stream = drop_stream(m, l, which);
     d.first = (uint64_t)m->batch.first_token * (uint64_t)c->dim;
@@ -106,7 +106,7 @@ __global__ void drop_kernel(float *x, Dropout d, size_t size) {
 // x (N,C): what layer 0 reads, or the gradient by it, which is multiplied by the same factors.
 void drop_embedding(Model *m, float *x) {
     size_t size = (size_t)m->batch.B * m->batch.T * m->config.dim;
-    if (is_dropped(m) && size > 0) {
+    if (has_dropout(m) && size > 0) {
         drop_kernel<<<blocks(size, 4 * THREADS), THREADS, 0, stream>>>(x, dropout_of(m, -1, FEEDING), size);
         CHECK(cudaGetLastError());
     }

@@ -2,9 +2,10 @@
 // Gives: all_mixers, mixer_of, mixer_forward, mixer_backward, add_mixer_tensors, init_mixer_tensor, mixer_uses, mixing_flops,
 // mixing_scratch, mixer_refuses, add_mixer_options.
 // Needs: train_moe.c, which includes it twice: inside Config, for the fields of the mixers' options (CONFIG_FIELDS), and
-// behind the table of weights. A new mixer is a file, its #include here, and its name in all_mixers.
+// behind the table of weights. A new mixer is a file, its #include here, and its name in all_mixers; names of its weights in
+// data/checkpoint.h; a word of --mixer in ../options.h, or an option of its own; and for a GPU a file in ../cuda/mixers.
 #ifdef CONFIG_FIELDS
-    int mixer; // MIX_ATTENTION or MIX_LSTM
+    int mixer; // --mixer: MIX_ATTENTION, with experts or without, or MIX_LSTM
 #elif !defined(MIXERS_H)
 #include "mixer.h"
 #endif
@@ -34,7 +35,8 @@ const Mixer *mixer_of(const Config *c) {
     return NULL;
 }
 
-// out (N,C) += what the layer's mixer makes of x (N,C). Returns 0, and does nothing, where the layer has attention.
+// out (N,C) += what the layer's mixer makes of x (N,C). Returns 0, and does nothing, where the model has the lesson's attention.
+// All layers have the same mixer.
 int mixer_forward(Model *m, int l, real *out, const real *x) {
     const Mixer *mixer = mixer_of(&m->config);
     if (mixer) {
@@ -43,7 +45,7 @@ int mixer_forward(Model *m, int l, real *out, const real *x) {
     return mixer != NULL;
 }
 
-// Given dout (N,C), writes dx (N,C). Returns 0, and does nothing, where the layer has attention.
+// Given dout (N,C), writes dx (N,C). Returns 0, and does nothing, where the model has the lesson's attention.
 int mixer_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
     const Mixer *mixer = mixer_of(&m->config);
     if (mixer) {
@@ -52,7 +54,7 @@ int mixer_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
     return mixer != NULL;
 }
 
-// The weights of layer l's mixer. Returns 0, and adds none, where the layer has attention.
+// The weights of layer l's mixer. Returns 0, and adds none, where the model has the lesson's attention.
 int add_mixer_tensors(const Config *c, int l, Tensor *list, int *count) {
     const Mixer *mixer = mixer_of(c);
     if (mixer) {
@@ -61,7 +63,7 @@ int add_mixer_tensors(const Config *c, int l, Tensor *list, int *count) {
     return mixer != NULL;
 }
 
-// First values of tensor i that are not random numbers, if it is the mixer's.
+// First values w of tensor i that the mixer wants otherwise: of its own weights, or, as the LSTM without norms, of the embedding.
 void init_mixer_tensor(const Model *m, int i, real *w) {
     const Mixer *mixer = mixer_of(&m->config);
     if (mixer && mixer->init) {
@@ -69,7 +71,7 @@ void init_mixer_tensor(const Model *m, int i, real *w) {
     }
 }
 
-// How often a token uses a tensor of a layer that no other rule of count_parameters() is about.
+// How often a token uses a tensor of the mixer.
 double mixer_uses(const Config *c, const Tensor *t) {
     const Mixer *mixer = mixer_of(c);
     return mixer && mixer->uses ? mixer->uses(c, t) : 1;

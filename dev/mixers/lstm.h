@@ -17,8 +17,8 @@
 // memory passes a step by one multiplication with f, which can stay near 1: so a gradient can live for many steps, where in a
 // plain recurrent network it dies out or explodes.
 //
-// Speed: the product with W_in needs no state, so it is done for all tokens at once. Only that with W_state waits for the step
-// before; there each step multiplies the rows of all sequences. Backward, only dz W_state waits; the gradients by x and by
+// Speed: the product with W_in needs no state, so it is done for all tokens at once. The product with W_state waits for the step
+// before, and so does that with W_proj where there is a projection. Backward, both wait likewise; the gradients by x and by
 // the matrices are products over all tokens again.
 #ifdef CONFIG_FIELDS
     int cell;  // M, the width of the LSTM's cell; 0: as wide as the model
@@ -35,7 +35,7 @@ typedef struct LstmWeights {
 
 // What the forward pass keeps for the backward pass. Row n = b*T + t is step t of sequence b.
 typedef struct LstmActs {
-    real *gates;  // (N,4M)  i, f, g and o
+    real *gates;  // (N,4M)  i, f, o, and between them g, which is no gate: i, f, g, o
     real *cell;   // (N,M)   c_t
     real *before; // (N,P)   r_(t-1): what the step read; 0 in the first step of a sequence
     real *hidden; // (N,M)   h_t, where there is a projection

@@ -1,8 +1,8 @@
 // What stands in attention's place and mixes along the sequence: the struct that an LSTM, say, fills in.
 // Gives: Mixer, layer_mixer. Needs: Model, Tensor and Option of train_moe.c, which includes it by way of all.h.
 //
-// The lesson asks for a mixer in two lines, mixer_forward() and mixer_backward(), and has attention where there is none.
-// A function is NULL where a mixer has nothing to do. N is m->batch.B * m->batch.T; x (N,C) is what the layer's first
+// The lesson asks for a mixer in three lines, add_mixer_tensors(), mixer_forward() and mixer_backward(), and has attention where
+// there is none. Of the functions refuses, init, uses, flops and scratch may be NULL, where a mixer has nothing to say. N is m->batch.B * m->batch.T; x (N,C) is what the layer's first
 // norm gave.
 #ifndef MIXER_H
 #define MIXER_H
@@ -19,7 +19,7 @@ typedef struct Mixer {
     void (*forward)(Model *m, int l, real *out, const real *x); // out (N,C) += what it makes of x
     // Given dout (N,C): writes dx (N,C), and adds to the gradients of its weights.
     void (*backward)(Model *m, int l, real *dx, const real *dout, const real *x);
-    // Generation: one token at `position`, x (C), and out (C) += . The cache is what it keeps of a layer from one token
+    // Generation: one token at `position`, x (C), and out (C) += what it makes of it. The cache is what it keeps of a layer from one token
     // to the next: cache() numbers, which are 0 before the first token.
     size_t (*cache)(const Config *c);
     void (*step)(Model *one, int l, real *out, const real *x, real *cache, int position);
