@@ -28,7 +28,7 @@ RECIPES = {  # moe: which layers are (the others are dense, K*F wide)
     "switchhead": dict(SIZES, swiglu=True, renormalise=True, group="batch", capacity=None, moe=[True, True],
                        heads="switchhead", D=8, AE=3, AK=2, options="--attention-aux-weight 0.01"),
     "moa": dict(SIZES, swiglu=True, renormalise=True, group="batch", capacity=None, moe=[True, True],
-                heads="moa", KV=1, D=8, AE=6, options="--attention-z-weight 0.001"),
+                heads="moa", KV=1, D=8, AE=6, options="--attention-z-weight 0.003"),
 }
 STEPS = 5
 LR, BETA1, BETA2, ADAM_EPS, DECAY, CLIP = 1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0
@@ -151,8 +151,8 @@ def moa(x, w, l, c, notes):
     p = logits.softmax(-1)
     weight = p * chosen_of(p[:, :, None], c.H, notes)[:, :, 0]
     weight = weight / weight.sum(-1, keepdim=True)
-    # the balance losses count 0.01; the z-loss 0.001
-    notes.append(dict(aux=0.1 * logits.logsumexp(-1).pow(2).mean(), margin=math.inf))
+    # the balance losses count 0.01; the z-loss 0.003
+    notes.append(dict(aux=0.3 * logits.logsumexp(-1).pow(2).mean(), margin=math.inf))
     k, v = (x @ w[f"key_value.{l}"].T).reshape(B, T, 2, c.D).split(1, dim=2)
     att = look_back(torch.einsum("edc,btc->bted", w[f"query_experts.{l}"], x), k, v)
     return torch.einsum("bte,ecd,bted->btc", weight, w[f"output_experts.{l}"], att)
@@ -267,6 +267,7 @@ def golden(recipe, dtype=torch.float64):
             out.chosen = [note["chosen"].flatten().tolist() for note in notes if "chosen" in note]
             out.dropped = sum(note.get("dropped", 0) for note in notes)
             out.options = getattr(c, "options", "")
+            out.least = min(x[x != 0].abs().min().item() for x in g.values()) * min(1.0, CLIP / out.norms[0])
             out.tensors = []
             for name, x in g.items():
                 flat = x.flatten()
@@ -471,8 +472,10 @@ def main():
     results = [golden(recipe) for recipe in RECIPES]
     for r in results:
         print(f"{r.recipe:8} loss {r.losses[0]:.6f} -> {r.losses[-1]:.6f}  aux {r.auxes[0]:.6f}  "
-              f"grad_norm {r.norms[0]:.6f}  dropped {r.dropped}  smallest margin of a choice {r.margin:.2e}")
+              f"grad_norm {r.norms[0]:.6f}  dropped {r.dropped}  smallest margin of a choice {r.margin:.2e}"
+              f"  smallest gradient {r.least:.2e}")
         assert r.margin > 1e-4, "a near-tie: float32 may choose otherwise"
+        assert r.least > 1e-7, "AdamW's first step would make much of a gradient of which float32 knows little"
     assert results[1].dropped > 0
     write_header(args.out, results)
     print("wrote", args.out)
