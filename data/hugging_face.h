@@ -296,18 +296,19 @@ void check_fields(const ConfigReader *r, const Config *c) {
             fail("%s: hidden_act is %s; expected %s", r->path, text, wanted);
         }
     }
-    if (c->dim % c->heads) {
+    int heads = c->mixer == MIX_ATTENTION, shares = heads && !c->head_width; // a head has its share of hidden_size
+    if (shares && c->dim % c->heads) {
         fail("%s: hidden_size %d is no multiple of num_attention_heads %d", r->path, c->dim, c->heads);
     }
-    if (width && (width->type != 'n' || width->number * c->heads != c->dim)) {
+    if (shares && width && (width->type != 'n' || width->number * c->heads != c->dim)) {
         fail("%s: head_dim %g is not hidden_size %d / num_attention_heads %d", r->path, width->number, c->dim,
              c->heads);
     }
-    if (c->dim / c->heads % 2) {
+    if (shares && c->dim / c->heads % 2) {
         fail("%s: hidden_size %d / num_attention_heads %d is odd: rotary positions need an even width", r->path,
              c->dim, c->heads);
     }
-    if (c->kv_heads && c->heads % c->kv_heads) {
+    if (heads && c->kv_heads && c->heads % c->kv_heads) {
         fail("%s: num_attention_heads %d is no multiple of num_key_value_heads %d", r->path, c->heads, c->kv_heads);
     }
     for (const Json *m = types ? types->child : NULL; m; m = m->next) {

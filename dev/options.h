@@ -453,11 +453,11 @@ void config_check(Config *c) {
     if (mixer_refuses(c)) {
         usage_fail("%s", mixer_refuses(c));
     }
-    int heads = c->mixer == MIX_ATTENTION;
-    if (heads && c->dim % c->heads) {
+    int heads = c->mixer == MIX_ATTENTION, shares = heads && !c->head_width; // a head has its share of --dim
+    if (shares && c->dim % c->heads) {
         usage_fail("--dim %d is not divisible by --heads %d", c->dim, c->heads);
     }
-    if (heads && c->dim / c->heads % 2) {
+    if (shares && c->dim / c->heads % 2) {
         usage_fail("--dim %d / --heads %d: heads must have an even width for rotary positions", c->dim, c->heads);
     }
     if (heads && c->heads % c->kv_heads) {
