@@ -175,6 +175,17 @@ __device__ void end_rows(const Results &acc, float *room, const Tile &t, Warp w,
 __device__ float back_through(const float (&v)[8], const float (&gate)[8], const float (&up)[8],
                               float weight, const Tile &t, floatX *dhidden, floatX *act) {
     float dgate[8], dup[8], a[8], sum = 0;
+    if (t.activation == SAME) { // none: here, and not in activate(), since that would need more registers
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            sum += v[i] * gate[i];
+            dgate[i] = weight * v[i];
+            a[i] = weight * gate[i];
+        }
+        store_pack(dhidden, dgate);
+        store_pack(act, a);
+        return sum;
+    }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         float f, slope, u = t.gated ? up[i] : 1;

@@ -234,6 +234,7 @@ struct HeadEntropy { // of row i of p
         for (int e = 0; e < E; e++) {
             sum += score == SIGMOID ? (double)at_least_tiny(p[i * E + e]) : 0;
         }
+#pragma unroll 1 // several logarithms at a time need more registers than there are
         for (int e = 0; e < E; e++) {
             double share = score == SIGMOID ? (double)at_least_tiny(p[i * E + e]) / sum : (double)p[i * E + e];
             entropy -= share > 0 ? share * log(share) : 0;
