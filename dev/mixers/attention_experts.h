@@ -36,7 +36,6 @@ typedef struct ExpertHeads {
     HeadRoute route[2];      // of OUTPUTS and VALUES
     real *angles;            // (T, D/2, 2)  as Model's, but D may be another one; all layers have the same
     int *of_model, *of_head; // (H*E)  C and D, as grouped products want them
-    int again;               // 1: the next forward pass of this layer is that of --recompute
 
     // What --recompute does not keep.
     real *qkv, *att;         // (N,(H+2KV)*D), (N,H*D)
@@ -390,21 +389,6 @@ void choose_heads_backward(Model *m, int l, int which, const char *router, real 
     matmul_backward(dx, layer_tensor(m, l, router, GRADS), wide, x, layer_tensor(m, l, router, WEIGHTS), N, c->dim,
                     heads * E, ADD);
     multiply_in(c->precision);
-}
-
-// With --recompute the forward pass of a layer runs a second time, on the way back, right after the backward pass of the
-// layer above. The choices stay as they were: they are kept, and counted already.
-int makes_choices(ExpertHeads *s) {
-    int again = s->again;
-    s->again = 0;
-    return !again;
-}
-
-void end_heads_backward(Model *m, int l) {
-    heads_of(m, l)->again = 0;
-    if (m->config.recompute && l > 0) {
-        heads_of(m, l - 1)->again = 1;
-    }
 }
 
 // ---- what both forms have: norms and positions, attention, and the experts of the output

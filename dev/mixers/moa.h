@@ -27,7 +27,7 @@ void moa_begin(Model *m, int l, const real *x) {
     const Route *r = &s->route[OUTPUTS].all;
     int N = m->batch.B * m->batch.T, C = c->dim, K = c->heads, D = head_width(c), Q = (K + 2) * D;
     scratch_reset(m);
-    if (makes_choices(s)) {
+    if (!m->again) { // --recompute finds the choices of the first time, which are counted already
         choose_heads(m, l, OUTPUTS, "output_router", x);
         losses_of_heads(m, l);
     }
@@ -84,7 +84,6 @@ void moa_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
     end_products();
     combine(dx, dx_rows, NULL, r->row, N, K, C);
     choose_heads_backward(m, l, OUTPUTS, "output_router", dx, dweight, x);
-    end_heads_backward(m, l);
 }
 
 void moa_step(Model *one, int l, real *out, const real *x, real *cache, int position) {

@@ -27,7 +27,7 @@ void switchhead_begin(Model *m, int l, const real *x) {
     int N = m->batch.B * m->batch.T, C = c->dim, H = c->heads, KV = c->kv_heads, D = head_width(c);
     int Q = (H + 2 * KV) * D, dense = (H + KV) * D;
     scratch_reset(m);
-    if (makes_choices(s)) {
+    if (!m->again) { // --recompute finds the choices of the first time, which are counted already
         choose_heads(m, l, VALUES, "value_router", x);
         choose_heads(m, l, OUTPUTS, "output_router", x);
         losses_of_heads(m, l);
@@ -111,7 +111,6 @@ void switchhead_backward(Model *m, int l, real *dx, const real *dout, const real
     values_backward(m, l, dx, dvalue_weight, dqkv, x);
     choose_heads_backward(m, l, VALUES, "value_router", dx, dvalue_weight, x);
     choose_heads_backward(m, l, OUTPUTS, "output_router", dx, doutput_weight, x);
-    end_heads_backward(m, l);
 }
 
 void switchhead_step(Model *one, int l, real *out, const real *x, real *cache, int position) {
