@@ -311,6 +311,7 @@ typedef struct Model {
     struct Generation *generation;      // what generation keeps
     struct Crossing *crossing;          // several processes
     int at_hand;                        // with --recompute: the layer whose activations are in memory
+    int again;                          // 1: recompute_layer() is at work, a second forward pass of a layer
     // What the program says of its memory: bytes by what they are for; numbers that --recompute
     // would not keep, of all layers together and of the largest one.
     size_t bytes[MEMORY_KINDS], passing, largest;

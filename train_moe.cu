@@ -1882,7 +1882,9 @@ void recompute_layer(Model *m, int l) {
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->layers[l];
     int N = m->batch.B * m->batch.T;
+    m->again = 1; // a mixer's own choices, too, stay as they were
     mix_forward(m, l, {a->x, NULL, NULL, NULL, 0});
+    m->again = 0;
     if (feeds(c, l)) {
         second_norm(m, l, 0);
     }

@@ -10,7 +10,9 @@ void recompute_layer(Model *m, int l) {
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->acts.layer[l];
     int N = m->batch.B * m->batch.T, E = m->experts.E;
+    m->again = 1; // a mixer's own choices, too, stay as they were
     mix_forward(m, l);
+    m->again = 0;
     if (w->dense_in) {
         int hidden = dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
         matmul(a->dense_hidden, a->h2, w->dense_in, N, c->dim, hidden, SET);

@@ -226,6 +226,19 @@ typedef struct Recurrence {
     Meeting *meetings;     // of the teams
 } Recurrence;
 
+// M units, whose state has P numbers, for B sequences of T tokens. What is not said here is 0.
+Recurrence recurrence_of(const LstmActs *a, const LstmWeights *w, int B, int T, int M, int P) {
+    Recurrence r;
+    memset(&r, 0, sizeof(r));
+    r.a = a;
+    r.w = w;
+    r.B = B;
+    r.T = T;
+    r.M = M;
+    r.P = P;
+    return r;
+}
+
 // A thread's part: sequences first .. end, and of each product the panels from part/team to (part+1)/team of all.
 typedef struct LstmPart {
     int first, end, team, part;
@@ -372,10 +385,16 @@ static inline void projection_after(const Recurrence *r, const vec *sum, int fir
 }
 
 void fast_lstm_recur(real *out, const LstmActs *a, const LstmWeights *w, int B, int T, int M, int P) {
-    Recurrence r = {a, w, out, NULL, NULL, NULL, B, T, M, P, {NULL, 4 * M, P, M, 0}, {NULL, P, M, 0, 0}, NULL, 0, NULL, NULL, NULL};
+    Recurrence r = recurrence_of(a, w, B, T, M, P);
     if (B == 0) { // a process that has no window to evaluate
         return;
     }
+    r.out = out;
+    r.state.n = 4 * M;
+    r.state.nk = P;
+    r.state.units = M;
+    r.proj.n = P;
+    r.proj.nk = M;
     prepare_recurrence(&r, max_int(M, P));
 #pragma omp parallel
     {
@@ -454,10 +473,21 @@ static inline void hidden_after(const Recurrence *r, const vec *sum, int first, 
 
 void fast_lstm_recur_backward(real *dz, real *dr, real *dbias, const real *dout, const LstmActs *a, const LstmWeights *w,
                               int B, int T, int M, int P) {
-    Recurrence r = {a, w, NULL, dz, dr, dout, B, T, M, P, {NULL, P, 4 * M, 0, 1}, {NULL, M, P, 0, 1}, NULL, 0, NULL, NULL, NULL};
+    Recurrence r = recurrence_of(a, w, B, T, M, P);
     if (B == 0) {
         return;
     }
+    r.dz = dz;
+    r.dr = dr;
+    r.dout = dout;
+
+    // On the way back a product sums over what it gave forward, so both matrices are taken as they are.
+    r.state.n = P;
+    r.state.nk = 4 * M;
+    r.state.row_is_k = 1;
+    r.proj.n = M;
+    r.proj.nk = P;
+    r.proj.row_is_k = 1;
     prepare_recurrence(&r, max_int(4 * M, P));
 #pragma omp parallel
     {

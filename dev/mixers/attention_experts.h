@@ -1,7 +1,7 @@
 // Experts in attention (--attention-experts E): what its two forms, switchhead.h and moa.h, have in common: the routers, head by
 // head; norms, positions, and the experts of the output; generation; the options. doc/attention_experts.md has the pictures.
-// Gives: head_width, attention_routes, route_experts, route_name, ExpertHeads, choose_heads, outputs_forward, ... Needs: the layers
-// and the mixture of train_moe.c, which includes it by way of all.h; ../qk_norm.h, ../lookup.h; attend_to_cache of ../generate.h.
+// Gives: head_width, attention_routes, route_experts, route_name, ExpertHeads, heads_forward, heads_step, choose_heads, ... Needs: the
+// layers and the mixture of train_moe.c, which includes it by way of all.h; ../qk_norm.h, ../lookup.h; attend_to_cache of ../generate.h.
 #ifdef CONFIG_FIELDS
     int attention_experts; // E; 0: attention has no experts
     int attention_topk;    // K; moa has K = heads
@@ -36,7 +36,6 @@ typedef struct ExpertHeads {
     HeadRoute route[2];      // of OUTPUTS and VALUES
     real *angles;            // (T, D/2, 2)  as Model's, but D may be another one; all layers have the same
     int *of_model, *of_head; // (H*E)  C and D, as grouped products want them
-    int again;               // 1: the next forward pass of this layer is that of --recompute
 
     // What --recompute does not keep.
     real *qkv, *att;         // (N,(H+2KV)*D), (N,H*D)
@@ -47,6 +46,10 @@ typedef struct ExpertHeads {
 
 void lay_choices(Route *r, int *integers, size_t choices); // ../activations.h
 void attend_to_cache(real *out, real *scores, const real *queries, const real *cache, int seen, int H, int KV, int D);
+
+// Where the two forms differ on the way to attention: x (N,C) -> queries, keys and values in qkv, given the choices.
+void switchhead_project(Model *m, int l, const real *x);
+void moa_project(Model *m, int l, const real *x);
 
 // ---- sizes
 
@@ -392,21 +395,6 @@ void choose_heads_backward(Model *m, int l, int which, const char *router, real 
     multiply_in(c->precision);
 }
 
-// With --recompute the forward pass of a layer runs a second time, on the way back, right after the backward pass of the
-// layer above. The choices stay as they were: they are kept, and counted already.
-int makes_choices(ExpertHeads *s) {
-    int again = s->again;
-    s->again = 0;
-    return !again;
-}
-
-void end_heads_backward(Model *m, int l) {
-    heads_of(m, l)->again = 0;
-    if (m->config.recompute && l > 0) {
-        heads_of(m, l - 1)->again = 1;
-    }
-}
-
 // ---- what both forms have: norms and positions, attention, and the experts of the output
 
 // In qkv (N,(H+2KV)*D): norms of queries and keys, rotary positions, and the values of words.
@@ -496,12 +484,43 @@ void outputs_backward(Model *m, int l, real *datt, real *dweight, const real *do
     }
 }
 
-void losses_of_heads(Model *m, int l) {
-    ExpertHeads *s = heads_of(m, l);
-    m->acts.layer[l].mixer_aux = 0;
-    for (int which = 0; which < attention_routes(&m->config); which++) {
-        m->acts.layer[l].mixer_aux += s->route[which].all.aux;
+// ---- forward, from x (N,C) on
+
+// The choices of layer l's routers. --recompute finds those of the first time, which are counted already.
+void choose_all_heads(Model *m, int l, const real *x) {
+    const Config *c = &m->config;
+    if (m->again) {
+        return;
     }
+    if (c->attention_form == SWITCHHEAD) {
+        choose_heads(m, l, VALUES, "value_router", x);
+    }
+    choose_heads(m, l, OUTPUTS, "output_router", x);
+    m->acts.layer[l].mixer_aux = 0;
+    for (int which = 0; which < attention_routes(c); which++) {
+        m->acts.layer[l].mixer_aux += heads_of(m, l)->route[which].all.aux;
+    }
+}
+
+// x (N,C) -> choices, and queries, keys and values, ready for attention.
+void heads_begin(Model *m, int l, const real *x) {
+    scratch_reset(m);
+    choose_all_heads(m, l, x);
+    if (m->config.attention_form == MOA) {
+        moa_project(m, l, x);
+    } else {
+        switchhead_project(m, l, x);
+    }
+    prepare_heads(m, l);
+}
+
+// out (N,C) += what attention makes of x (N,C)
+void heads_forward(Model *m, int l, real *out, const real *x) {
+    const Config *c = &m->config;
+    ExpertHeads *s = heads_of(m, l);
+    heads_begin(m, l, x);
+    attention_forward(s->att, s->lse, s->qkv, m->batch.B, m->batch.T, c->heads, key_heads(c), head_width(c));
+    outputs_forward(m, l, out);
 }
 
 // ---- generation: a cache as that of dense attention with as many key and value heads
@@ -510,21 +529,20 @@ size_t attention_cache(const Config *c) {
     return (size_t)c->seq * 2 * key_heads(c) * head_width(c);
 }
 
-// One token, whose queries, keys and values are in s->qkv; cache (seq, 2*KV*D), see Generation.
-void look_into_cache(Model *one, int l, real *out, real *cache, int position) {
+// The same for one token: x (C), out (C); cache (seq, 2*KV*D), see Generation.
+void heads_step(Model *one, int l, real *out, const real *x, real *cache, int position) {
     const Config *c = &one->config;
     ExpertHeads *s = heads_of(one, l);
     int H = c->heads, KV = key_heads(c), D = head_width(c), width = 2 * KV * D, seen = min_int(position + 1, c->seq);
+
+    // The angles of that token's position. All layers have the same, so the first one finds them.
+    if (l == 0) {
+        rope_angles(s->angles, position, 1, D, c->rope_theta);
+    }
+    heads_begin(one, l, x);
     memcpy(cache + (size_t)(position % c->seq) * width, s->qkv + H * D, (size_t)width * sizeof(real));
     attend_to_cache(s->att, scratch(one, seen), s->qkv, cache, seen, H, KV, D);
     outputs_forward(one, l, out);
-}
-
-// The angles of that token's position. All layers have the same, so the first one finds them.
-void turn_to(Model *one, int l, int position) {
-    if (l == 0) {
-        rope_angles(heads_of(one, l)->angles, position, 1, head_width(&one->config), one->config.rope_theta);
-    }
 }
 
 // ---- options

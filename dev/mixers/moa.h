@@ -20,17 +20,12 @@ void moa_tensors(const Config *c, int l, Tensor *list, int *count) {
     add_tensor(list, count, l, "output_experts", NO_FIELD, 3, E, C, D, INIT_RESIDUAL);
 }
 
-// x (N,C) -> choices, the queries of the chosen heads, keys and values.
-void moa_begin(Model *m, int l, const real *x) {
+// x (N,C) -> the queries of the chosen heads, keys and values.
+void moa_project(Model *m, int l, const real *x) {
     const Config *c = &m->config;
     ExpertHeads *s = heads_of(m, l);
     const Route *r = &s->route[OUTPUTS].all;
     int N = m->batch.B * m->batch.T, C = c->dim, K = c->heads, D = head_width(c), Q = (K + 2) * D;
-    scratch_reset(m);
-    if (makes_choices(s)) {
-        choose_heads(m, l, OUTPUTS, "output_router", x);
-        losses_of_heads(m, l);
-    }
     real *key_value = scratch(m, (size_t)N * 2 * D), *queries = scratch(m, (size_t)N * K * D);
     real *rows = scratch(m, (size_t)r->offset[r->E] * D);
     matmul(key_value, x, layer_tensor(m, l, "key_value", WEIGHTS), N, C, 2 * D, SET);
@@ -46,15 +41,6 @@ void moa_begin(Model *m, int l, const real *x) {
     combine(queries, rows, NULL, r->row, N * K, 1, D);
     copy_columns(s->qkv, Q, queries, K * D, K * D, N);
     copy_columns(s->qkv + K * D, Q, key_value, 2 * D, 2 * D, N);
-    prepare_heads(m, l);
-}
-
-void moa_forward(Model *m, int l, real *out, const real *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    moa_begin(m, l, x);
-    attention_forward(s->att, s->lse, s->qkv, m->batch.B, m->batch.T, c->heads, 1, head_width(c));
-    outputs_forward(m, l, out);
 }
 
 void moa_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
@@ -84,13 +70,6 @@ void moa_backward(Model *m, int l, real *dx, const real *dout, const real *x) {
     end_products();
     combine(dx, dx_rows, NULL, r->row, N, K, C);
     choose_heads_backward(m, l, OUTPUTS, "output_router", dx, dweight, x);
-    end_heads_backward(m, l);
-}
-
-void moa_step(Model *one, int l, real *out, const real *x, real *cache, int position) {
-    turn_to(one, l, position);
-    moa_begin(one, l, x);
-    look_into_cache(one, l, out, cache, position);
 }
 
 const Recipe moa_recipes[] = {
@@ -104,10 +83,10 @@ const Mixer moa_mixer = {
     .refuses = attention_refuses,
     .tensors = moa_tensors,
     .lay = attention_lay,
-    .forward = moa_forward,
+    .forward = heads_forward,
     .backward = moa_backward,
     .cache = attention_cache,
-    .step = moa_step,
+    .step = heads_step,
     .uses = attention_uses,
     .flops = attention_flops,
     .scratch = attention_scratch,

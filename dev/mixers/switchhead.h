@@ -19,19 +19,13 @@ void switchhead_tensors(const Config *c, int l, Tensor *list, int *count) {
     add_tensor(list, count, l, "output_experts", NO_FIELD, 3, c->heads * E, C, D, INIT_RESIDUAL);
 }
 
-// x (N,C) -> choices, queries, keys and values.
-void switchhead_begin(Model *m, int l, const real *x) {
+// x (N,C) -> queries, keys and values.
+void switchhead_project(Model *m, int l, const real *x) {
     const Config *c = &m->config;
     ExpertHeads *s = heads_of(m, l);
     const Route *r = &s->route[VALUES].all;
     int N = m->batch.B * m->batch.T, C = c->dim, H = c->heads, KV = c->kv_heads, D = head_width(c);
     int Q = (H + 2 * KV) * D, dense = (H + KV) * D;
-    scratch_reset(m);
-    if (makes_choices(s)) {
-        choose_heads(m, l, VALUES, "value_router", x);
-        choose_heads(m, l, OUTPUTS, "output_router", x);
-        losses_of_heads(m, l);
-    }
 
     // Queries and keys have one matrix, as always.
     real *query_key = scratch(m, (size_t)N * dense), *values = scratch(m, (size_t)KV * N * D);
@@ -46,15 +40,6 @@ void switchhead_begin(Model *m, int l, const real *x) {
     for (int i = 0; i < KV; i++) {
         copy_columns(s->qkv + dense + i * D, Q, values + (size_t)i * N * D, D, D, N);
     }
-    prepare_heads(m, l);
-}
-
-void switchhead_forward(Model *m, int l, real *out, const real *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    switchhead_begin(m, l, x);
-    attention_forward(s->att, s->lse, s->qkv, m->batch.B, m->batch.T, c->heads, c->kv_heads, head_width(c));
-    outputs_forward(m, l, out);
 }
 
 // From dqkv's columns of values to the experts, x, and the weights of the choices. dx (N,C) is added to.
@@ -111,13 +96,6 @@ void switchhead_backward(Model *m, int l, real *dx, const real *dout, const real
     values_backward(m, l, dx, dvalue_weight, dqkv, x);
     choose_heads_backward(m, l, VALUES, "value_router", dx, dvalue_weight, x);
     choose_heads_backward(m, l, OUTPUTS, "output_router", dx, doutput_weight, x);
-    end_heads_backward(m, l);
-}
-
-void switchhead_step(Model *one, int l, real *out, const real *x, real *cache, int position) {
-    turn_to(one, l, position);
-    switchhead_begin(one, l, x);
-    look_into_cache(one, l, out, cache, position);
 }
 
 const Recipe switchhead_recipes[] = {
@@ -130,10 +108,10 @@ const Mixer switchhead_mixer = {
     .refuses = attention_refuses,
     .tensors = switchhead_tensors,
     .lay = attention_lay,
-    .forward = switchhead_forward,
+    .forward = heads_forward,
     .backward = switchhead_backward,
     .cache = attention_cache,
-    .step = switchhead_step,
+    .step = heads_step,
     .uses = attention_uses,
     .flops = attention_flops,
     .scratch = attention_scratch,

@@ -26,7 +26,6 @@ struct HeadRoute {      // of one router, on the device
 struct ExpertHeads { // of a layer
     HeadRoute route[2];
     float *angles;
-    int again;
     // What --recompute does not keep.
     floatX *qkv, *att, *raw_qk;
     float *lse, *rstd_qk;
@@ -371,12 +370,10 @@ float *router_input(Model *m, const floatX *x) {
     return x32;
 }
 
-// The choices of layer l's routers, unless this is the forward pass of --recompute.
+// The choices of layer l's routers. --recompute finds those of the first time, which are counted already.
 void choose_all_heads(Model *m, int l, const floatX *x) {
     const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    if (s->again) {
-        s->again = 0;
+    if (m->again) {
         return;
     }
     float *x32 = router_input(m, x);
@@ -695,13 +692,6 @@ void rows_of_x_backward(Model *m, const HeadRoute *h, float *dx, float *dw, cons
     combine(dx, Sum{dx, NULL, rows, h->token_row, h->heads * h->all.K}, h->all.N, C);
 }
 
-void end_heads_backward(Model *m, int l) {
-    heads_of(m, l)->again = 0;
-    if (m->config.recompute && l > 0) {
-        heads_of(m, l - 1)->again = 1;
-    }
-}
-
 // ---- switchhead
 
 void switchhead_forward(Model *m, int l, floatX *out, const floatX *x) {
@@ -746,7 +736,6 @@ void switchhead_backward(Model *m, int l, float *dx, const floatX *dout, const f
     const float *x32 = router_input(m, x);
     choose_heads_backward(m, l, VALUES, "value_router", dx, dvalue_weight, x32);
     choose_heads_backward(m, l, OUTPUTS, "output_router", dx, doutput_weight, x32);
-    end_heads_backward(m, l);
 }
 
 // ---- moa
@@ -791,7 +780,6 @@ void moa_backward(Model *m, int l, float *dx, const floatX *dout, const floatX *
     rows_of_x_backward(m, h, dx, layer_tensor(m, l, "query_experts", GRADS), drows, x,
                        layer_tensor(m, l, "query_experts", WEIGHTS));
     choose_heads_backward(m, l, OUTPUTS, "output_router", dx, dweight, router_input(m, x));
-    end_heads_backward(m, l);
 }
 
 const MixerKernels switchhead_kernels = {&switchhead_mixer,    expert_heads_refuse, expert_heads_lay,   expert_heads_scratch,
