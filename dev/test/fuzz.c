@@ -382,7 +382,7 @@ static void try_config(Config *c) {
     double width = (double)c->dim * c->layers * (c->experts + 4) * (c->topk + 1);
     double rest = (double)c->ffn * c->layers * c->experts;
     if (c->layers > 3 || c->vocab > 300 || c->seq > 32 || width > 4000 || rest > 1000 || c->dim > 64 || c->heads > 16 ||
-        c->routers > 4) {
+        c->routers > 4 || c->cell > 64 || c->ngrams > 1000 || c->attention_experts > 16 || c->head_width > 64) {
         return;
     }
     int tokens[33];
@@ -564,6 +564,12 @@ static const struct {
     {"options", "--recipe\ndeepseek-v3\n--layers\n2\n--dim\n8\n--heads\n2\n--ffn\n4\n--experts\n4\n--seq\n8"},
     {"options", "--recipe=switch\n--layers=2\n--dim=8\n--heads=2\n--ffn=4\n--experts=4\n--seq=8\n--capacity-factor=1.25\n--z-weight=0"},
     {"options", "--select\nexpert-choice\n--group\nsequence\n--balance\nswitch\n--score\nsigmoid\n--dim\n8\n--heads\n4"},
+    {"options", "--mixer=lstm\n--cell=12\n--layers=2\n--dim=8\n--ffn=4\n--experts=4\n--seq=8\n--norms=0\n--last-feed=0\n--moe-sigmoid\n"
+                "--dropout=0.5"},
+    {"options", "--attention-experts=4\n--attention-form=moa\n--head-width=6\n--layers=2\n--dim=8\n--heads=2\n--ffn=4\n--seq=8\n"
+                "--ngrams=50\n--ngram-order=3\n--ngram-gate"},
+    {"options", "--attention-experts=4\n--attention-topk=3\n--attention-capacity-factor=0.5\n--layers=2\n--dim=8\n--heads=2\n--ffn=4\n"
+                "--seq=8\n--value-embedding"},
     {"texts", "\x40It\xc3\xa2\xe2\x82\xac\xe2\x84\xa2s a day.\r\n\r\n\r\n<|endoftext|>Once, |endoftext|> the cat. \"The end\""},
     {"texts", "\xc0" "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA<|endoftext|>BBBBBBBBBBBBBBBBBBB<|endoftext|>\n<|endoftext|>c"},
     {"prompt", "\x1bOnce upon a time<|endoftext|>{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"},
