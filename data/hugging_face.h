@@ -284,8 +284,11 @@ const char *act_name(const Config *c) {
     return "gelu";
 }
 
-// Fields that need more than a row of the table says.
+int head_width(const Config *c); // dev/mixers/attention_experts.h
+
+// Fields that need more than a row of the table says. An LSTM has no heads, and those with experts may have a --head-width.
 void check_fields(const ConfigReader *r, const Config *c) {
+    int attends = c->mixer == MIX_ATTENTION, D = head_width(c), usual = D == c->dim / c->heads;
     const Json *act = find_member(r->json, "hidden_act"), *width = find_member(r->json, "head_dim");
     const Json *types = find_member(r->json, "layer_types");
     check_rope_fields(r, "rope_parameters");
@@ -296,14 +299,17 @@ void check_fields(const ConfigReader *r, const Config *c) {
             fail("%s: hidden_act is %s; expected %s", r->path, text, wanted);
         }
     }
-    if (c->dim % c->heads) {
+    if (attends && c->dim % c->heads) {
         fail("%s: hidden_size %d is no multiple of num_attention_heads %d", r->path, c->dim, c->heads);
     }
-    if (width && (width->type != 'n' || width->number * c->heads != c->dim)) {
+    if (width && !usual && (width->type != 'n' || width->number != D)) {
+        fail("%s: head_dim %g is not %d, the model's head-width", r->path, width->number, D);
+    }
+    if (width && usual && (width->type != 'n' || width->number != D)) {
         fail("%s: head_dim %g is not hidden_size %d / num_attention_heads %d", r->path, width->number, c->dim,
              c->heads);
     }
-    if (c->dim / c->heads % 2) {
+    if (attends && c->dim / c->heads % 2) {
         fail("%s: hidden_size %d / num_attention_heads %d is odd: rotary positions need an even width", r->path,
              c->dim, c->heads);
     }

@@ -50,8 +50,8 @@ void attend_to_cache(real *out, real *scores, const real *queries, const real *c
 
 // ---- sizes
 
-int head_width(const Config *c) { // D
-    return c->head_width ? c->head_width : c->dim / c->heads;
+int head_width(const Config *c) { // D; a recipe's --head-width counts only where attention has experts
+    return c->attention_experts && c->head_width ? c->head_width : c->dim / c->heads;
 }
 
 int key_heads(const Config *c) { // KV
