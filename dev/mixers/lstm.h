@@ -274,6 +274,12 @@ void lstm_mix_backward(Model *m, int l, real *dx, const real *dout, const real *
     lstm_backward(dx, &dw, dz, dr, dout, a, x, &w, m->batch.B, m->batch.T, C, M, C);
 }
 
+// In training the way back takes dz and dr.
+size_t lstm_scratch(const Config *c, int N, int train) {
+    size_t M = (size_t)lstm_width(c), C = (size_t)c->dim;
+    return train ? (size_t)N * (4 * M + (M == C ? 0 : C)) : 5 * M;
+}
+
 // Generation keeps r (C) and c (M), however long the text is.
 size_t lstm_cache(const Config *c) {
     return (size_t)c->dim + (size_t)lstm_width(c);
@@ -321,6 +327,7 @@ const Mixer lstm_mixer = {
     .backward = lstm_mix_backward,
     .cache = lstm_cache,
     .step = lstm_mix_one,
+    .scratch = lstm_scratch,
     .options = lstm_options,
     .option_count = COUNT(lstm_options),
     .effects = lstm_effects,
