@@ -284,8 +284,11 @@ const char *act_name(const Config *c) {
     return "gelu";
 }
 
-// Fields that need more than a row of the table says.
+int head_width(const Config *c); // dev/mixers/attention_experts.h
+
+// Fields that need more than a row of the table says. An LSTM has no heads, and those with experts may have a --head-width.
 void check_fields(const ConfigReader *r, const Config *c) {
+    int attends = c->mixer == MIX_ATTENTION, shares = attends && !c->head_width, D = head_width(c);
     const Json *act = find_member(r->json, "hidden_act"), *width = find_member(r->json, "head_dim");
     const Json *types = find_member(r->json, "layer_types");
     check_rope_fields(r, "rope_parameters");
@@ -296,19 +299,22 @@ void check_fields(const ConfigReader *r, const Config *c) {
             fail("%s: hidden_act is %s; expected %s", r->path, text, wanted);
         }
     }
-    int heads = c->mixer == MIX_ATTENTION, shares = heads && !c->head_width; // a head has its share of hidden_size
     if (shares && c->dim % c->heads) {
         fail("%s: hidden_size %d is no multiple of num_attention_heads %d", r->path, c->dim, c->heads);
     }
-    if (shares && width && (width->type != 'n' || width->number * c->heads != c->dim)) {
+    int is_wrong = attends && width && (width->type != 'n' || width->number != D);
+    if (is_wrong && shares) {
         fail("%s: head_dim %g is not hidden_size %d / num_attention_heads %d", r->path, width->number, c->dim,
              c->heads);
+    }
+    if (is_wrong) {
+        fail("%s: head_dim %g is not %d, the model's head-width", r->path, width->number, D);
     }
     if (shares && c->dim / c->heads % 2) {
         fail("%s: hidden_size %d / num_attention_heads %d is odd: rotary positions need an even width", r->path,
              c->dim, c->heads);
     }
-    if (heads && c->kv_heads && c->heads % c->kv_heads) {
+    if (attends && c->kv_heads && c->heads % c->kv_heads) {
         fail("%s: num_attention_heads %d is no multiple of num_key_value_heads %d", r->path, c->heads, c->kv_heads);
     }
     for (const Json *m = types ? types->child : NULL; m; m = m->next) {

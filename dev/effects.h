@@ -117,7 +117,7 @@ int has_capacity(const Config *c) {
 // Does anything look at many tokens together?
 int looks_at_groups(const Config *c) {
     double losses = c->aux_weight + c->load_weight + c->device_weight + c->comm_weight;
-    int heads = c->attention_experts > 0 && (c->attention_aux_weight > 0 || c->attention_capacity_factor > 0);
+    int heads = c->attention_experts > 1 && (c->attention_aux_weight > 0 || c->attention_capacity_factor > 0);
     return losses > 0 || c->capacity_factor > 0 || c->quantile_sweeps > 0 || c->select == EXPERT_CHOICE ||
            c->select == BALANCED || heads;
 }
@@ -195,7 +195,8 @@ const char *missing_for(const Config *c, const Option *o) {
     if (c->prompt && is_of_training(o)) {
         return "training, and --prompt only goes on from a text";
     }
-    if (!strncmp(o->heading, "Router", 6) && !has_experts(c)) {
+    int of_heads = !strcmp(o->name, "group") && c->attention_experts > 0; // the routers of heads look at groups, too
+    if (!strncmp(o->heading, "Router", 6) && !has_experts(c) && !of_heads) {
         return "layers with experts, which --moe-every 0 or --recipe dense takes away";
     }
     for (int i = 0; i < effect_count; i++) {

@@ -465,8 +465,8 @@ void config_check(Config *c) {
     }
     if (c->moe_every && !moe_layers(c)) {
         usage_fail(
-            "--moe-every %d with --dense-first %d leaves none of %d layers with experts; --recipe dense says so openly",
-            c->moe_every, c->dense_first, c->layers);
+            "--moe-every %d with --dense-first %d%s leaves none of %d layers with experts; --recipe dense says so openly",
+            c->moe_every, c->dense_first, c->last_feed ? "" : " and --last-feed 0", c->layers);
     }
     if (c->moe_every) {
         config_check_router(c);
@@ -478,6 +478,11 @@ void config_check(Config *c) {
     if (c->moe_every) {
         double scores = fmax(router_outputs(c), most_choices(c) * (double)c->groups);
         widest = fmax(widest, 2.0 * c->subtokens * scores);
+    }
+    widest = fmax(widest, c->mixer == MIX_LSTM ? 4.0 * fmax(c->cell, c->dim) : 0);
+    if (c->attention_experts) { // the scores, and the answers of all choices before they are summed
+        double answers = c->attention_topk * fmax(c->dim, c->head_width);
+        widest = fmax(widest, c->heads * fmax(c->attention_experts, answers));
     }
     if (c->moe_every && 3.0 * c->experts * c->ffn > INT_MAX) {
         usage_fail("--experts %d times --ffn %d is too much", c->experts, c->ffn);

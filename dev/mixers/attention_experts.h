@@ -53,8 +53,8 @@ void moa_project(Model *m, int l, const real *x);
 
 // ---- sizes
 
-int head_width(const Config *c) { // D
-    return c->head_width ? c->head_width : c->dim / c->heads;
+int head_width(const Config *c) { // D; a recipe's --head-width counts only where attention has experts
+    return c->attention_experts && c->head_width ? c->head_width : c->dim / c->heads;
 }
 
 int key_heads(const Config *c) { // KV

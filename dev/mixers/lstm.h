@@ -274,6 +274,7 @@ void lstm_mix_backward(Model *m, int l, real *dx, const real *dout, const real *
     lstm_backward(dx, &dw, dz, dr, dout, a, x, &w, m->batch.B, m->batch.T, C, M, C);
 }
 
+// In training the way back takes dz and dr.
 size_t lstm_scratch_numbers(const Config *c, int N, int train) {
     size_t C = (size_t)c->dim, M = (size_t)lstm_width(c), backward = (size_t)N * (4 * M + (M == C ? 0 : C));
     return train ? backward : 5 * M;

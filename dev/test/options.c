@@ -72,6 +72,7 @@ void test_options_idle(void **state) {
         {"--head-width 8", "it needs experts in attention"},
         {"--attention-aux-weight 0.1", "it needs experts in attention"},
         {"--attention-capacity-factor 1", "it needs experts in attention"},
+        {"--attention-experts 1 --attention-topk 1 --aux-weight 0 --group sequence", "--aux-weight or --capacity-factor"},
         {"--recipe moa --attention-topk 3", "--attention-experts 4 and switchhead"},
         {"--recipe moa --kv-heads 2", "moa has one"},
         {"--recipe switchhead --attention-z-weight 0.1", "--attention-form moa"},
@@ -108,6 +109,7 @@ void test_options_idle(void **state) {
         "--norms 0 --norm-eps 0.1 --ngrams 50 --ngram-gate",
         "--last-feed 0 --layers 3 --moe-every 2 --dense-activation relu",
         "--attention-experts 4 --aux-weight 0 --group sequence",
+        "--recipe dense --attention-experts 4 --group sequence", // of the heads' balance
         "--recipe dense --attention-experts 16 --attention-form moa --attention-z-weight 0.1",
     };
     for (int i = 0; i < COUNT(refused); i++)

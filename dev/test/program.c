@@ -301,6 +301,30 @@ void test_init(void **state) {
     assert_true(!exists("refused"));
 }
 
+// Heads with a width of their own, and a width that no heads divide, since there are none: such models are read again, too.
+void test_mixer_checkpoints(void **state) {
+    (void)state;
+    need_program();
+    const char *const models[] = {
+        "--recipe moa --head-width 6",
+        "--recipe switchhead --head-width 6",
+        "--recipe switchhead --attention-experts 0 --head-width 40", // which leaves the width of the recipe without a use
+        "--recipe shazeer-lstm --dim 9",
+        "--recipe shazeer-lstm --dim 8",
+    };
+    for (int i = 0; i < COUNT(models); i++) {
+        char name[64], options[512];
+        snprintf(name, sizeof(name), "mixer-%d", i);
+        snprintf(options, sizeof(options), "%s --steps 1", models[i]);
+        expect(run_tiny(name, options), 0, NULL);
+        expect(run_tiny(name, "--prompt 12"), 0, NULL);
+    }
+    expect(shell(said, sizeof(said), "sed -i.old 's/\"head_dim\": 6/\"head_dim\": 8/' %s/latest/config.json",
+                 scratch_file("mixer-0")),
+           0, NULL);
+    expect(run_tiny("mixer-0", "--prompt 12 --trust-weights"), 1, "head_dim 8 is not 6, the model's head-width");
+}
+
 // After Ctrl-C the program finishes the step, saves, and says how to go on.
 void test_interrupt(void **state) {
     (void)state;
@@ -1026,6 +1050,7 @@ int main(void) {
         cmocka_unit_test(test_run_directory),
         cmocka_unit_test(test_leftovers),
         cmocka_unit_test(test_init),
+        cmocka_unit_test(test_mixer_checkpoints),
         cmocka_unit_test(test_interrupt),
         cmocka_unit_test(test_interrupt_evaluation),
         cmocka_unit_test(test_run_safety),
