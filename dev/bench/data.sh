@@ -1,4 +1,4 @@
-# What clock.sh, compare.sh and contest.sh share: the program, the tokens to train on, and what the figures were measured on.
+# What clock.sh, mixers.sh, compare.sh and contest.sh share: the program, the tokens to train on, and what the figures were measured on.
 # Gives: fail, root, train; find_program, find_data, describe_machine. Needs: bash and set -eu of the script that sources it.
 
 fail() { # $1: what is wrong, $2: exit status
