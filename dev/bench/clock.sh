@@ -11,8 +11,8 @@ dense="--recipe dense --topk 2 --ffn 64 --lr 8e-3"
 mixture="--recipe mixtral --experts 16 --topk 4 --ffn 32 --lr 8e-3"
 steps=2000 mixture_steps='' seeds="1 2 3"
 
-. "$(dirname "$0")/data.sh" # fail, find_program, find_data
-. "$(dirname "$0")/runs.sh" # finished, awk_number, prepare_runs, train_all, end_runs
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, finished, awk_number
+. "$(dirname "$0")/runs.sh" # prepare_runs, train_all, end_runs
 called="dev/bench/clock.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/clock data='' from='' only_table=''
 sides=(dense mixture)

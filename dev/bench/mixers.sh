@@ -8,8 +8,8 @@ export LC_ALL=C
 common="--layers 4 --dim 64 --heads 4 --ffn 64 --seq 128 --batch 8 --warmup 100 --lr 8e-3"
 steps=2000 seeds="1 2 3"
 
-. "$(dirname "$0")/data.sh" # fail, find_program, find_data
-. "$(dirname "$0")/runs.sh" # finished, awk_number, prepare_runs, train_all, end_runs
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, finished, awk_number
+. "$(dirname "$0")/runs.sh" # prepare_runs, train_all, end_runs
 called="dev/bench/mixers.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/mixers data='' from='' only_table=''
 names=()

@@ -1,22 +1,7 @@
 # What clock.sh and mixers.sh share: runs of several models with several seeds, one thread each, side by side. What is finished
 # is not trained again, and what was stopped goes on. Sourced after data.sh.
-# Gives: finished, awk_number; prepare_runs, train_all, end_runs. Needs: fail, describe_machine and $train of data.sh; $out, in which
-# MODEL.txt has the options of a model; and of the script three functions that tell how far it is, see train_all.
-
-finished() { # $1: log.jsonl; is its last step evaluated?
-    [ -f "$1" ] && awk '
-        /^."type":"run"/ && match($0, /"steps":[0-9]+/) { steps = substr($0, RSTART + 8, RLENGTH - 8) }
-        /^."type":"eval"/ && match($0, /"step":[0-9]+/) { done = substr($0, RSTART + 7, RLENGTH - 7) }
-        END { exit !(steps && steps == done) }' "$1"
-}
-
-# The beginning of an awk program that reads log.jsonl.
-awk_number='
-    function number(name) { # what this line gives for that name, "" where it does not
-        if (!match($0, "\"" name "\":-?[0-9][-+.0-9e]*"))
-            return ""
-        return substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3) + 0
-    }'
+# Gives: prepare_runs, train_all, end_runs. Needs: data.sh; $out, in which MODEL.txt has the options of a model; and of the script
+# three functions that tell how far it is, see train_all.
 
 # Sets $cores, those that this program may use, where this system lets a program choose: "0-3,8" becomes 0 1 2 3 8. Sets $where,
 # what the figures are measured on. From here on, a signal stops the runs, too.
