@@ -11,7 +11,8 @@ dense="--recipe dense --topk 2 --ffn 64 --lr 8e-3"
 mixture="--recipe mixtral --experts 16 --topk 4 --ffn 32 --lr 8e-3"
 steps=2000 mixture_steps='' seeds="1 2 3"
 
-. "$(dirname "$0")/data.sh" # fail, find_program, find_data, describe_machine
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, finished, awk_number
+. "$(dirname "$0")/runs.sh" # prepare_runs, train_all, end_runs
 called="dev/bench/clock.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/clock data='' from='' only_table=''
 sides=(dense mixture)
@@ -63,13 +64,6 @@ for number in "$steps" "$mixture_steps"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number: not a number of steps" 2
 done
 
-finished() { # $1: log.jsonl; is its last step evaluated?
-    [ -f "$1" ] && awk '
-        /^."type":"run"/ && match($0, /"steps":[0-9]+/) { steps = substr($0, RSTART + 8, RLENGTH - 8) }
-        /^."type":"eval"/ && match($0, /"step":[0-9]+/) { done = substr($0, RSTART + 7, RLENGTH - 7) }
-        END { exit !(steps && steps == done) }' "$1"
-}
-
 tables() {
     local side
     for side in "${sides[@]:1}"; do
@@ -95,12 +89,7 @@ table() { # $1: what is compared with dense
     echo
     echo "- dense: \`./train_moe $(cat "$out/dense.txt") --seed SEED\`"
     echo "- $other: \`./train_moe $(cat "$out/$other.txt") --seed SEED\`"
-    awk -v other="$other" '
-    function number(name) { # what this line gives for that name, "" where it does not
-        if (!match($0, "\"" name "\":-?[0-9][-+.0-9e]*"))
-            return ""
-        return substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3) + 0
-    }
+    awk -v other="$other" "$awk_number"'
     # The curve of run r, side and seed: at[r, 1..n[r]] seconds, of[r, .] tokens, bpb[r, .].
     function value(y, r, t,    k) { # y of run r at t seconds: linear between evaluations, "" outside of them
         for (k = 1; k <= n[r] && at[r, k] < t; k++)
@@ -255,72 +244,13 @@ for side in "${sides[@]:1}"; do
     remember "$out/$side.txt" "$(options "$side" "$mixture_steps")"
 done
 
-# The cores that this program may use, where this system lets a program choose: "0-3,8" becomes 0 1 2 3 8, one for each run that starts.
-cores=()
-if command -v taskset > /dev/null && mine=$(taskset -cp $$ 2> /dev/null); then
-    for range in $(echo "${mine##*: }" | tr , ' '); do
-        for ((core = ${range%-*}; core <= ${range#*-}; core++)); do cores+=("$core"); done
-    done
-fi
-describe_machine
-pinned="not pinned"
-[ ${#cores[@]} -lt 2 ] || pinned="a core each"
-where="$machine, one thread and $pinned, commit $commit, $(date +%Y-%m-%d)"
-
-children=()
-stop() { # train_moe saves, and goes on next time
-    trap '' INT TERM HUP
-    [ ${#children[@]} -eq 0 ] || kill -TERM "${children[@]}" 2> /dev/null || :
-    wait
-    echo "stopped; the same command goes on from here" >&2
-    exit 130
-}
-trap stop INT TERM HUP
-start() { # $1: side, $2: seed, $3: which of the cores
-    local dir=$out/$1-seed$2 pin=()
-    mkdir -p "$dir"
-    ! finished "$dir/log.jsonl" || return 0
-    [ ${#cores[@]} -lt 2 ] || pin=(taskset -c "${cores[$3]}")
-    echo "$where" >> "$dir/where.txt"
-    # In the background, so that a signal to this script need not wait for the end of the run.
-    eval "exec_options=($(cat "$out/$1.txt"))"
-    OMP_NUM_THREADS=1 ${pin[@]+"${pin[@]}"} "$train" --resume --out "$dir" "${exec_options[@]}" --seed "$2" \
-        < /dev/null >> "$dir/train.txt" 2>&1 &
-    children+=($!)
-}
+prepare_runs
+say_seed() { printf %s "$1" >&2; }
+say_model() { printf ' %s' "$1" >&2; }
+say_end() { echo >&2; }
 read -r -a list <<< "$seeds"
 together=${#cores[@]} # runs at a time
 [ $together -ge 2 ] || together=${#sides[@]} # one core, or none that can be chosen: all share what there is
 echo "${#list[@]} seeds of ${sides[*]}; what train_moe says goes to train.txt in each one's folder in $out" >&2
-failed='' i=0
-for seed in "${list[@]}"; do
-    printf '[%d/%d] seed %s:' $((i + 1)) ${#list[@]} "$seed" >&2
-    children=()
-    for ((first = 0; first < ${#sides[@]}; first += together)); do
-        some=("${sides[@]:first:together}")
-        for k in "${!some[@]}"; do
-            start "${some[k]}" "$seed" $(((k + i) % ${#some[@]})) # they change cores from seed to seed
-        done
-        for child in ${children[@]+"${children[@]}"}; do
-            rc=0
-            wait "$child" || rc=$?
-            [ $rc -ne 130 ] || stop
-        done
-        children=()
-    done
-    i=$((i + 1))
-    for side in "${sides[@]}"; do
-        dir=$out/$side-seed$seed
-        if finished "$dir/log.jsonl"; then
-            sed -n "s/^.\"type\":\"eval\",.*\"val_bpb\":\([0-9.]*\).*/ $side \1/p" "$dir/log.jsonl" | tail -n 1 | tr -d '\n' >&2
-        else
-            failed="$failed ${dir##*/}"
-            printf ' %s FAILED: %s' $side "$(tail -n 1 "$dir/train.txt")" >&2
-        fi
-    done
-    echo >&2
-done
-rc=0
-(tables) || rc=1
-[ -z "$failed" ] || fail "failed:$failed; the reason is at the end of train.txt in each one's folder in $out"
-exit $rc
+train_all "$seeds" "$together" 0 "${sides[@]}"
+end_runs tables

@@ -42,7 +42,7 @@ rmoe           --ffn 256    # 3*2*256, and the GRU besides
 END
 )
 
-. "$(dirname "$0")/data.sh" # fail, find_program, find_data, describe_machine
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, finished, awk_number, describe_machine
 all=$(echo "$rows" | awk '{ printf "%s ", $1 }')
 called="dev/bench/compare.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/compare recipes=$all data='' from='' only_table=''
@@ -74,13 +74,6 @@ END
     esac
 done
 
-finished() { # $1: log.jsonl; is its last step evaluated?
-    [ -f "$1" ] && awk '
-        /^."type":"run"/ && match($0, /"steps":[0-9]+/) { steps = substr($0, RSTART + 8, RLENGTH - 8) }
-        /^."type":"eval"/ && match($0, /"step":[0-9]+/) { done = substr($0, RSTART + 7, RLENGTH - 7) }
-        END { exit !(steps && steps == done) }' "$1"
-}
-
 table() {
     local logs=() unfinished='' dir
     for dir in "$out"/*-seed*; do
@@ -97,12 +90,7 @@ table() {
     echo "| recipe | options | active / all weights, million | val_bpb | tokens/s | time, dense = 1 | max/mean load" \
         "| dropped | dead | experts a token |"
     echo "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    awk '
-    function number(name) { # what this line gives for that name, "" where it does not
-        if (!match($0, "\"" name "\":-?[0-9][-+.0-9e]*"))
-            return ""
-        return substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3) + 0
-    }
+    awk "$awk_number"'
     function median(r,    n, i) { # of speed[r, 1..n]
         n = speeds[r]
         return (speed[r, int((n + 1) / 2)] + speed[r, int(n / 2) + 1]) / 2

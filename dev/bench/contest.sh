@@ -23,7 +23,7 @@ TORCH_DENSE="$TORCH --compile"
 TORCH_MIXTURE="$TORCH --experts 8 --by all --compile"
 entrants="fast fast-third dense torch-dense torch-mixture"
 
-. "$(dirname "$0")/data.sh" # fail, find_program, find_data, describe_machine
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, awk_number, describe_machine
 python=${PYTHON:-python3}
 minutes=${MINUTES:-10}
 called="dev/bench/contest.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
@@ -74,22 +74,18 @@ minutes_of() { # $1: entrant
     if [ "$1" = fast-third ]; then awk -v m="$minutes" 'BEGIN { printf "%.4g", m / 3 }'; else echo "$minutes"; fi
 }
 
-finished() { [ -f "$1/log.jsonl" ] && grep -q '^{"type":"end"' "$1/log.jsonl"; } # $1: a run's folder
+ended() { [ -f "$1/log.jsonl" ] && grep -q '^{"type":"end"' "$1/log.jsonl"; } # $1: a run's folder
 
 table() {
     local logs=() entrant
     for entrant in $entrants; do
-        if finished "$out/$entrant"; then logs+=("$out/$entrant/log.jsonl"); fi
+        if ended "$out/$entrant"; then logs+=("$out/$entrant/log.jsonl"); fi
     done
     [ ${#logs[@]} -gt 0 ] || fail "$out: nothing there is finished"
     printf 'Printed on %s by `%s` from runs on\n\n' "$(date +%Y-%m-%d)" "$called"
     sort -u "$out"/*/where.txt | sed 's/^/- /'
     echo
-    awk '
-    function number(name) { # what this line gives for that name, "" where it does not
-        if (!match($0, "\"" name "\":-?[0-9][-+.0-9e]*")) return ""
-        return substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3) + 0
-    }
+    awk "$awk_number"'
     FNR == 1 {
         run = FILENAME; sub(/\/log.jsonl$/, "", run); sub(/.*\//, "", run)
         order[++runs] = run
@@ -135,7 +131,7 @@ table() {
         }
     }' "${logs[@]}"
     for entrant in $entrants; do
-        if finished "$out/$entrant"; then echo "- $entrant: $(cat "$out/$entrant/options.txt")"
+        if ended "$out/$entrant"; then echo "- $entrant: $(cat "$out/$entrant/options.txt")"
         else echo "- $entrant: not trained, or not to the end"; fi
     done
 }
@@ -204,7 +200,7 @@ failed=''
 for entrant in $entrants; do
     line="$(minutes_of "$entrant") minutes, $threads threads, $(options_of "$entrant") --data $data"
     dir=$out/$entrant
-    if finished "$dir"; then
+    if ended "$dir"; then
         [ "$(cat "$dir/options.txt")" = "$line" ] || fail "$dir was trained with other options; remove it or choose another \
 --out. They were $(cat "$dir/options.txt")" 2
         continue
@@ -217,7 +213,7 @@ for entrant in $entrants; do
     echo "$entrant: $(minutes_of "$entrant") minutes" >&2
     rc=0
     if [[ $entrant = torch-* ]]; then train_torch "$entrant" || rc=$?; else train_ours "$entrant" || rc=$?; fi
-    if [ $rc -ne 0 ] || ! finished "$dir"; then
+    if [ $rc -ne 0 ] || ! ended "$dir"; then
         echo "$entrant FAILED: $(tail -n 1 "$dir/train.txt")" >&2
         failed="$failed $entrant"
     fi

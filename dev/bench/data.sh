@@ -1,5 +1,5 @@
-# What clock.sh, compare.sh and contest.sh share: the program, the tokens to train on, and what the figures were measured on.
-# Gives: fail, root, train; find_program, find_data, describe_machine. Needs: bash and set -eu of the script that sources it.
+# What clock.sh, mixers.sh, compare.sh and contest.sh share: the program, the tokens to train on, what a log says, and what the
+# figures were measured on. Gives: fail, root, train; find_program, find_data, finished, awk_number, describe_machine. Needs: bash and set -eu of the script that sources it.
 
 fail() { # $1: what is wrong, $2: exit status
     echo "${0##*/}: $1" >&2
@@ -38,6 +38,21 @@ find_data() {
     [ -n "$data" ] || fail "nothing to train on: give --data DIR with tokens, or --from DIR with *train*.txt, *valid*.txt"
     data=$(cd "$data" 2> /dev/null && pwd) || fail "--data: no such folder"
 }
+
+finished() { # $1: log.jsonl; is its last step evaluated?
+    [ -f "$1" ] && awk '
+        /^."type":"run"/ && match($0, /"steps":[0-9]+/) { steps = substr($0, RSTART + 8, RLENGTH - 8) }
+        /^."type":"eval"/ && match($0, /"step":[0-9]+/) { done = substr($0, RSTART + 7, RLENGTH - 7) }
+        END { exit !(steps && steps == done) }' "$1"
+}
+
+# The beginning of an awk program that reads log.jsonl.
+awk_number='
+    function number(name) { # what this line gives for that name, "" where it does not
+        if (!match($0, "\"" name "\":-?[0-9][-+.0-9e]*"))
+            return ""
+        return substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3) + 0
+    }'
 
 # Sets $machine, the processor and its cores, and $commit.
 describe_machine() {

@@ -8,7 +8,8 @@ export LC_ALL=C
 common="--layers 4 --dim 64 --heads 4 --ffn 64 --seq 128 --batch 8 --warmup 100 --lr 8e-3"
 steps=2000 seeds="1 2 3"
 
-. "$(dirname "$0")/data.sh" # fail, find_program, find_data, describe_machine
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, finished, awk_number
+. "$(dirname "$0")/runs.sh" # prepare_runs, train_all, end_runs
 called="dev/bench/mixers.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/mixers data='' from='' only_table=''
 names=()
@@ -56,13 +57,6 @@ done
 [[ $steps =~ ^[1-9][0-9]*$ ]] || fail "--steps $steps: not a number of steps" 2
 [ ${#names[@]} -gt 0 ] || fail "no --model is named (-h shows an example)" 2
 
-finished() { # $1: log.jsonl; is its last step evaluated?
-    [ -f "$1" ] && awk '
-        /^."type":"run"/ && match($0, /"steps":[0-9]+/) { steps = substr($0, RSTART + 8, RLENGTH - 8) }
-        /^."type":"eval"/ && match($0, /"step":[0-9]+/) { done = substr($0, RSTART + 7, RLENGTH - 7) }
-        END { exit !(steps && steps == done) }' "$1"
-}
-
 table() {
     local name dir logs=() unfinished=''
     for name in "${names[@]}"; do
@@ -82,12 +76,7 @@ table() {
     for name in "${names[@]}"; do
         echo "- $name: \`./train_moe $(cat "$out/$name.txt") --seed SEED\`"
     done
-    awk '
-    function number(name) { # what this line gives for that name, "" where it does not
-        if (!match($0, "\"" name "\":-?[0-9][-+.0-9e]*"))
-            return ""
-        return substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3) + 0
-    }
+    awk "$awk_number"'
     function add(what, value) { # one more seed
         sum[what] += value
         if (!counted[what]++) low[what] = high[what] = value
@@ -163,68 +152,11 @@ for name in "${names[@]}"; do # fails where the runs there had other options
 They were $(cat "$out/$name.txt")" 2
 done
 
-# The cores that this program may use, where this system lets a program choose: "0-3,8" becomes 0 1 2 3 8.
-cores=()
-if command -v taskset > /dev/null && mine=$(taskset -cp $$ 2> /dev/null); then
-    for range in $(echo "${mine##*: }" | tr , ' '); do
-        for ((core = ${range%-*}; core <= ${range#*-}; core++)); do cores+=("$core"); done
-    done
-fi
-describe_machine
-pinned="not pinned"
-[ ${#cores[@]} -lt 2 ] || pinned="a core each"
-where="$machine, one thread and $pinned, commit $commit, $(date +%Y-%m-%d)"
-
-children=()
-stop() { # train_moe saves, and goes on next time
-    trap '' INT TERM HUP
-    [ ${#children[@]} -eq 0 ] || kill -TERM "${children[@]}" 2> /dev/null || :
-    wait
-    echo "stopped; the same command goes on from here" >&2
-    exit 130
-}
-trap stop INT TERM HUP
-start() { # $1: name, $2: seed, $3: which of the cores
-    local dir=$out/$1-seed$2 pin=()
-    mkdir -p "$dir"
-    ! finished "$dir/log.jsonl" || return 0
-    [ ${#cores[@]} -lt 2 ] || pin=(taskset -c "${cores[$3]}")
-    echo "$where" >> "$dir/where.txt"
-    eval "exec_options=($(cat "$out/$1.txt"))"
-    OMP_NUM_THREADS=1 ${pin[@]+"${pin[@]}"} "$train" --resume --out "$dir" "${exec_options[@]}" --seed "$2" \
-        < /dev/null >> "$dir/train.txt" 2>&1 &
-    children+=($!)
-}
-read -r -a list <<< "$seeds"
+prepare_runs
+say_seed() { echo "$1 ${names[*]}; what train_moe says goes to train.txt in each one's folder in $out" >&2; }
+say_model() { echo "$1" >&2; }
+say_end() { :; }
 together=${#cores[@]} # runs at a time
 [ $together -ge 2 ] || together=1
-failed='' i=0
-for seed in "${list[@]}"; do
-    echo "[$((i + 1))/${#list[@]}] seed $seed: ${names[*]}; what train_moe says goes to train.txt in each one's folder in $out" >&2
-    for ((first = 0; first < ${#names[@]}; first += together)); do
-        some=("${names[@]:first:together}")
-        for k in "${!some[@]}"; do
-            start "${some[k]}" "$seed" $(((k + i) % together)) # they change cores from seed to seed
-        done
-        for child in ${children[@]+"${children[@]}"}; do
-            rc=0
-            wait "$child" || rc=$?
-            [ $rc -ne 130 ] || stop
-        done
-        children=()
-    done
-    i=$((i + 1))
-    for name in "${names[@]}"; do
-        dir=$out/$name-seed$seed
-        if finished "$dir/log.jsonl"; then
-            sed -n "s/^.\"type\":\"eval\",.*\"val_bpb\":\([0-9.]*\).*/$name \1/p" "$dir/log.jsonl" | tail -n 1 >&2
-        else
-            failed="$failed ${dir##*/}"
-            echo "$name FAILED: $(tail -n 1 "$dir/train.txt")" >&2
-        fi
-    done
-done
-rc=0
-(table) || rc=1
-[ -z "$failed" ] || fail "failed:$failed; the reason is at the end of train.txt in each one's folder in $out"
-exit $rc
+train_all "$seeds" "$together" "$together" "${names[@]}"
+end_runs table

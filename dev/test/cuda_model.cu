@@ -760,6 +760,59 @@ void test_gpu_optimizer(void **state) {
     check_gpu_buffers("history", "--history-decay 0.9");
 }
 
+// Two steps of both twins: passes, lists of the rows that they have read, and AdamW, which moves these rows and no others. The C
+// twin takes over the device's gradients, once they have been compared: AdamW divides by their size, and would enlarge the
+// smallest ones' roundings. So the same weights have to come of it.
+void check_gpu_steps(const char *recipe, const char *choices) {
+    Twins t = make_twins(recipe, choices, 2, SPREAD);
+    size_t bytes = t.host->size * sizeof(real);
+    for (int step = 1; step <= 2; step++) {
+        int same = 0, tables = 0;
+        for (int again = 0; !same && again < 10; again++) {
+            draw_tokens(&t);
+            same = check_pass(&t, TRAIN_MODE, 1, TWIN_TOLERANCE);
+        }
+        assert_true(same);
+        for (int kind = BY_WORD; kind < TABLE_KINDS; kind++) {
+            const ReadRows *wanted = &t.host->lookup->read[kind], *found = &((gpu::Model *)t.device)->lookup->read[kind];
+            assert_int_equal(found->count, wanted->count);
+            for (int row = 0; row < wanted->rows; row++)
+                assert_true((found->place[row] > 0) == (wanted->place[row] > 0));
+        }
+        memcpy(t.host->memory[GRADS], all_of(&gpu::backend, t.device, GRADS), bytes);
+        real *before = take_reals(t.host->size), *grads = take_reals(t.host->size), *w = t.host->memory[WEIGHTS];
+        memcpy(before, w, bytes);
+        memcpy(grads, t.host->memory[GRADS], bytes);
+        cpu_update(t.host, step, 0.01);
+        gpu::model_update(t.device, step, 0.01);
+        const real *found = all_of(&gpu::backend, t.device, WEIGHTS);
+        for (int i = 0; i < t.host->tensor_count; i++) {
+            const Tensor *tensor = &t.host->tensors[i];
+            size_t at = tensor->offset, width = (size_t)tensor->shape[2];
+            assert_alike_norm(t.name, tensor->name, found + at, w + at, tensor->size, 0, 1e-6);
+            tables += tensor->looked_up;
+            for (size_t j = 0; j < tensor->size && tensor->looked_up; j += width) { // rows of tables
+                int moved = memcmp(found + at + j, before + at + j, width * sizeof(real)) != 0;
+                if (moved != (norm_of(grads + at + j, width) > 0))
+                    fail_msg("%s, step %d: row %d of %s has %smoved", t.name, step, (int)(j / width), tensor->name,
+                             moved ? "" : "not ");
+            }
+            round_numbers(w + at, tensor->size); // for the next step
+        }
+        assert_true(tables > 0);
+        copy_weights(&t);
+    }
+    free_twins(&t);
+}
+
+void test_gpu_steps(void **state) {
+    (void)state;
+    check_gpu_steps("switchhead", "--value-embedding 1");
+    check_gpu_steps("moa", "--value-embedding 1 --heads 2");
+    check_gpu_steps("mixtral", "--attention-experts 3 --heads 1 --kv-heads 1 --value-embedding 1 --ngrams 20");
+    check_gpu_steps("dense", "--value-embedding 1 --heads 2 --kv-heads 1 --ngrams 20 --ngram-order 3");
+}
+
 // The first token is given, the next one is 3 times the last one and 1, but one time in five any.
 void structured_tokens(int *tokens, int n, int vocab, uint64_t seed, int first) {
     tokens[0] = first % vocab;
@@ -1221,6 +1274,7 @@ int main(void) {
         cmocka_unit_test(test_gpu_recipes),
         cmocka_unit_test(test_gpu_variants),
         cmocka_unit_test(test_gpu_optimizer),
+        cmocka_unit_test(test_gpu_steps),
         cmocka_unit_test(test_gpu_curves),
         cmocka_unit_test(test_gpu_generation),
         cmocka_unit_test(test_gpu_accumulation),
