@@ -7,6 +7,8 @@
 #include "mixer.cuh"
 
 #include "attention_experts.cuh"
+#include "switchhead.cuh"
+#include "moa.cuh"
 #include "lstm.cuh"
 
 const MixerKernels *const all_mixer_kernels[] = {

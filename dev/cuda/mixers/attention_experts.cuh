@@ -1,14 +1,14 @@
-// Experts in attention on a GPU: see dev/mixers/attention_experts.h, which says what they are, and whose arrays and
+// Experts in attention on a GPU, what both forms have in common: see dev/mixers/attention_experts.h, whose arrays and
 // functions have the same names.
-// Gives: switchhead_kernels, moa_kernels, head_stats. Needs: dev/cuda/common.cuh, experts.cuh, plan.cuh, attention.cuh,
-// qk_norm.cuh, routers/pieces.cuh; mixer.cuh, combine() and the memory of train_moe.cu, which includes it.
+// Gives: heads_forward, choose_heads_backward, outputs_backward, rows_of_x, head_stats, ... Needs: dev/cuda/common.cuh, experts.cuh,
+// plan.cuh, attention.cuh, qk_norm.cuh, routers/pieces.cuh; mixer.cuh, combine() and the memory of train_moe.cu, which includes it.
 //
 // The kernels of a router see a token once for each head: `rows` of heads*N, head after head. Sorting is the plan's
 // (plan.cuh), with expert e of head h as number h*E + e. The grouped products are those of the feed-forward's experts
 // (experts.cuh), with an activation that changes nothing (SAME): HIDDEN makes values or queries, ANSWER outputs, and on
 // the way back DHIDDEN makes of dout the gradients by rows of att, by weights, and what the gradient of W_O needs. Their
-// inputs and outputs are the columns of qkv, put there by small kernels of this file. A capacity over tokens of several
-// GPUs is not here: it needs --group sequence.
+// inputs and outputs are the columns of qkv, put there by small kernels here, in switchhead.cuh and in moa.cuh. A capacity
+// over tokens of several GPUs is not here: it needs --group sequence.
 #ifndef CUDA_ATTENTION_EXPERTS_CUH
 #define CUDA_ATTENTION_EXPERTS_CUH
 
@@ -31,6 +31,10 @@ struct ExpertHeads { // of a layer
     float *lse, *rstd_qk;
     floatX *rows;    // (heads*N*K,D)  switchhead: each chosen expert's values, sorted
 };
+
+// Where the two forms differ on the way to attention: x (N,C) -> queries, keys and values in qkv, given the choices.
+void switchhead_project(Model *m, int l, const floatX *x);
+void moa_project(Model *m, int l, const floatX *x);
 
 ExpertHeads *heads_of(const Model *m, int l) {
     return (ExpertHeads *)m->layers[l].mixer;
@@ -422,7 +426,7 @@ void choose_heads_backward(Model *m, int l, int which, const char *router, float
     matmul_dw(layer_tensor(m, l, router, GRADS), dwide, x32, N, c->dim, h->heads * E);
 }
 
-// ---- rows on their way between qkv, att and the experts' order. A thread has eight numbers of a row of D.
+// ---- rows on their way between att and the experts' order. A thread has eight numbers of a row of D.
 
 // to (.,D) sorted = rows from[row] of att, as (N*H,D)
 __global__ void gather_heads_kernel(floatX *to, const floatX *att, const int *att_row, const int *count, int D) {
@@ -454,84 +458,6 @@ __global__ void scatter_heads_kernel(floatX *to, const floatX *rows, const int *
         }
     }
     store_pack(to + i, sum);
-}
-
-// The columns of values in qkv (N, Q apart; `values` points to the first of them): each head's weighted sum, and with a
-// table the word's values.
-__global__ void values_kernel(floatX *values, int Q, const floatX *rows, Route r, int heads, int D, const float *table,
-                              const int *tokens) {
-    size_t i = 8 * thread_of_grid(), at = i / D, n = at / heads, head = at % heads;
-    if (n >= (size_t)r.N) {
-        return;
-    }
-    float v[8], sum[8] = {};
-    for (int k = 0; k < r.K; k++) {
-        size_t choice = (head * r.N + n) * r.K + k;
-        if (r.row[choice] >= 0) {
-            load_pack(v, rows + (size_t)r.row[choice] * D + i % D);
-            for (int j = 0; j < 8; j++) {
-                sum[j] += r.weight[choice] * v[j];
-            }
-        }
-    }
-    for (int j = 0; j < 8 && table; j++) {
-        sum[j] += table[(size_t)tokens[n] * heads * D + head * D + i % D + j];
-    }
-    store_pack(values + n * Q + head * D + i % D, sum);
-}
-
-// The way back: dvalues are columns of dqkv. drows (.,D) sorted = weight * dvalue, dweight = dvalue . row. A warp has a row.
-__global__ void values_backward_kernel(floatX *drows, float *dweight, const floatX *dvalues, int Q, const floatX *rows, Route r,
-                                       const int *count, int D) {
-    int row = row_of_warp(), lane = threadIdx.x % 32;
-    if (row >= *count) {
-        return;
-    }
-    int choice = r.choice[row], head = choice / (r.N * r.K);
-    const floatX *d = dvalues + (size_t)r.token[row] * Q + head * D;
-    float weight = r.weight[choice], sum = 0;
-    for (int i = lane; i < D; i += 32) {
-        float own = to_float(d[i]);
-        sum += own * to_float(rows[(size_t)row * D + i]);
-        store(&drows[(size_t)row * D + i], weight * own);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) {
-        dweight[choice] = sum;
-    }
-}
-
-// moa: query k of each token, the first K*D columns of qkv, from sorted rows. A refused one has ones.
-__global__ void queries_kernel(floatX *qkv, int Q, const floatX *rows, const int *row_of, int size, int K, int D) {
-    size_t i = 8 * thread_of_grid(), choice = i / D;
-    if (choice >= (size_t)size) {
-        return;
-    }
-    float v[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-    if (row_of[choice] >= 0) {
-        load_pack(v, rows + (size_t)row_of[choice] * D + i % D);
-    }
-    store_pack(qkv + choice / K * Q + choice % K * D + i % D, v);
-}
-
-__global__ void queries_backward_kernel(floatX *drows, const floatX *dqkv, int Q, const int *choice_of, const int *count,
-                                        int K, int D) {
-    size_t i = 8 * thread_of_grid(), row = i / D;
-    float v[8];
-    if (row < (size_t)*count) {
-        size_t choice = choice_of[row];
-        load_pack(v, dqkv + choice / K * Q + choice % K * D + i % D);
-        store_pack(drows + i, v);
-    }
-}
-
-// qkv's columns of values get the words' values (moa; switchhead does it in values_kernel).
-__global__ void word_values_kernel(floatX *values, int Q, const float *table, const int *tokens, int N, int width) {
-    size_t i = thread_of_grid(), n = i / width;
-    if (n < (size_t)N) {
-        floatX *to = values + n * Q + i % width;
-        store(to, to_float(*to) + table[(size_t)tokens[n] * width + i % width]);
-    }
 }
 
 // ---- norms, attention, outputs
@@ -622,6 +548,18 @@ void outputs_forward(Model *m, int l, floatX *out) {
     combine(out, Sum{NULL, NULL, rows, h->token_row, h->heads * h->all.K}, h->all.N, c->dim);
 }
 
+// out (N,C) = what attention makes of x (N,C), of a batch or, in generation, of one token
+void heads_forward(Model *m, int l, floatX *out, const floatX *x) {
+    choose_all_heads(m, l, x);
+    if (m->config.attention_form == MOA) {
+        moa_project(m, l, x);
+    } else {
+        switchhead_project(m, l, x);
+    }
+    look_back(m, l);
+    outputs_forward(m, l, out);
+}
+
 // The gradient of matrices of experts, dw (heads*E, O, I) += rows of `to` times rows of `from`: of outputs or of what
 // reads x.
 void add_head_gradients(const HeadRoute *h, WeightsJob job, int of_outputs) {
@@ -691,100 +629,5 @@ void rows_of_x_backward(Model *m, const HeadRoute *h, float *dx, float *dw, cons
     rows_product<DROWS>(&h->experts, job);
     combine(dx, Sum{dx, NULL, rows, h->token_row, h->heads * h->all.K}, h->all.N, C);
 }
-
-// ---- switchhead
-
-void switchhead_forward(Model *m, int l, floatX *out, const floatX *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    const HeadRoute *h = &s->route[VALUES];
-    int N = m->batch.B * m->batch.T, C = c->dim, H = c->heads, KV = c->kv_heads, D = head_width(c);
-    int Q = (H + 2 * KV) * D, dense = (H + KV) * D;
-    choose_all_heads(m, l, x);
-    product(s->qkv, x, 0, low_of(m, layer_tensor(m, l, "query_key", WEIGHTS)), 0, N, dense, C, SET, 0, Q);
-    rows_of_x(m, h, s->rows, x, layer_tensor(m, l, "value_experts", WEIGHTS));
-    values_kernel<<<blocks((size_t)N * KV * D, 8 * THREADS), THREADS, 0, stream>>>(s->qkv + dense, Q, s->rows, h->all, KV, D,
-                                                                                   m->params.layer[l].value_embed, m->tokens);
-    CHECK(cudaGetLastError());
-    look_back(m, l);
-    outputs_forward(m, l, out);
-}
-
-void switchhead_backward(Model *m, int l, float *dx, const floatX *dout, const floatX *x) {
-    const Config *c = &m->config;
-    ExpertHeads *s = heads_of(m, l);
-    const HeadRoute *h = &s->route[VALUES];
-    int N = m->batch.B * m->batch.T, C = c->dim, H = c->heads, KV = c->kv_heads, D = head_width(c);
-    int Q = (H + 2 * KV) * D, dense = (H + KV) * D;
-    size_t most = most_head_rows(h);
-    floatX *datt = (floatX *)scratch_bytes(m, (size_t)N * H * D * sizeof(floatX));
-    floatX *dqkv = (floatX *)scratch_bytes(m, (size_t)N * Q * sizeof(floatX));
-    floatX *drows = (floatX *)scratch_bytes(m, most * D * sizeof(floatX));
-    float *doutput_weight = scratch(m, most_head_rows(&s->route[OUTPUTS])), *dvalue_weight = scratch(m, most);
-    const float *query_key = layer_tensor(m, l, "query_key", WEIGHTS);
-
-    outputs_backward(m, l, datt, doutput_weight, dout);
-    look_back_backward(m, l, dqkv, datt);
-    product(dx, dqkv, 0, low_of(m, query_key), 1, N, C, dense, SET, Q);
-    product(layer_tensor(m, l, "query_key", GRADS), dqkv, 1, x, 1, dense, C, N, ADD, Q);
-    zero(dvalue_weight, most * sizeof(float));
-    values_backward_kernel<<<row_blocks(most), THREADS, 0, stream>>>(drows, dvalue_weight, dqkv + dense, Q, s->rows, h->all,
-                                                                     served_rows(h), D);
-    CHECK(cudaGetLastError());
-    rows_of_x_backward(m, h, dx, layer_tensor(m, l, "value_experts", GRADS), drows, x,
-                       layer_tensor(m, l, "value_experts", WEIGHTS));
-    const float *x32 = router_input(m, x);
-    choose_heads_backward(m, l, VALUES, "value_router", dx, dvalue_weight, x32);
-    choose_heads_backward(m, l, OUTPUTS, "output_router", dx, doutput_weight, x32);
-}
-
-// ---- moa
-
-void moa_forward(Model *m, int l, floatX *out, const floatX *x) {
-    const Config *c = &m->config;
-    const LayerParams *w = &m->params.layer[l];
-    ExpertHeads *s = heads_of(m, l);
-    const HeadRoute *h = &s->route[OUTPUTS];
-    int N = m->batch.B * m->batch.T, C = c->dim, K = c->heads, D = head_width(c), Q = (K + 2) * D;
-    choose_all_heads(m, l, x);
-    floatX *rows = (floatX *)scratch_bytes(m, most_head_rows(h) * D * sizeof(floatX));
-    product(s->qkv + K * D, x, 0, low_of(m, layer_tensor(m, l, "key_value", WEIGHTS)), 0, N, 2 * D, C, SET, 0, Q);
-    rows_of_x(m, h, rows, x, layer_tensor(m, l, "query_experts", WEIGHTS));
-    queries_kernel<<<blocks((size_t)N * K * D, 8 * THREADS), THREADS, 0, stream>>>(s->qkv, Q, rows, h->all.row, N * K, K, D);
-    CHECK(cudaGetLastError());
-    if (w->value_embed) {
-        word_values_kernel<<<blocks((size_t)N * D), THREADS, 0, stream>>>(s->qkv + (K + 1) * D, Q, w->value_embed, m->tokens, N, D);
-        CHECK(cudaGetLastError());
-    }
-    look_back(m, l);
-    outputs_forward(m, l, out);
-}
-
-void moa_backward(Model *m, int l, float *dx, const floatX *dout, const floatX *x) {
-    const Config *c = &m->config;
-    const HeadRoute *h = &heads_of(m, l)->route[OUTPUTS];
-    int N = m->batch.B * m->batch.T, C = c->dim, K = c->heads, D = head_width(c), Q = (K + 2) * D;
-    size_t most = most_head_rows(h);
-    floatX *datt = (floatX *)scratch_bytes(m, (size_t)N * K * D * sizeof(floatX));
-    floatX *dqkv = (floatX *)scratch_bytes(m, (size_t)N * Q * sizeof(floatX));
-    floatX *drows = (floatX *)scratch_bytes(m, most * D * sizeof(floatX));
-    float *dweight = scratch(m, most);
-    const float *key_value = layer_tensor(m, l, "key_value", WEIGHTS);
-
-    outputs_backward(m, l, datt, dweight, dout);
-    look_back_backward(m, l, dqkv, datt);
-    product(dx, dqkv + K * D, 0, low_of(m, key_value), 1, N, C, 2 * D, SET, Q);
-    product(layer_tensor(m, l, "key_value", GRADS), dqkv + K * D, 1, x, 1, 2 * D, C, N, ADD, Q);
-    queries_backward_kernel<<<blocks(most * D, 8 * THREADS), THREADS, 0, stream>>>(drows, dqkv, Q, h->all.choice, served_rows(h), K, D);
-    CHECK(cudaGetLastError());
-    rows_of_x_backward(m, h, dx, layer_tensor(m, l, "query_experts", GRADS), drows, x,
-                       layer_tensor(m, l, "query_experts", WEIGHTS));
-    choose_heads_backward(m, l, OUTPUTS, "output_router", dx, dweight, router_input(m, x));
-}
-
-const MixerKernels switchhead_kernels = {&switchhead_mixer,    expert_heads_refuse, expert_heads_lay,   expert_heads_scratch,
-                                         expert_heads_cache,   switchhead_forward,  switchhead_backward};
-const MixerKernels moa_kernels = {&moa_mixer,         expert_heads_refuse, expert_heads_lay, expert_heads_scratch,
-                                  expert_heads_cache, moa_forward,         moa_backward};
 
 #endif
