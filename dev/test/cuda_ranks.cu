@@ -57,6 +57,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_ranks_checkpoints),
         cmocka_unit_test(test_ranks_first_weights),
         cmocka_unit_test(test_ranks_generate),
+        cmocka_unit_test(test_ranks_without_window),
         cmocka_unit_test(test_ranks_bytes),
         cmocka_unit_test(test_ranks_uneven),
     };
