@@ -300,7 +300,7 @@ void write_config(const char *dir, const Config *c, int eot) {
     fprintf(f, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n", c->vocab, c->dim);
     fprintf(f, "  \"intermediate_size\": %d,\n", dense ? dense_width(c, 0) : c->ffn);
     fprintf(f, "  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n", c->layers, c->heads);
-    fprintf(f, "  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->kv_heads, c->dim / c->heads);
+    fprintf(f, "  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->kv_heads, head_width(c));
     fprintf(f, "  \"hidden_act\": \"%s\",\n  \"max_position_embeddings\": %d,\n", act_name(c), c->seq);
     char number[64];
     fprintf(f, "  \"rms_norm_eps\": %s,\n", number_text(c->norm_eps, number));
