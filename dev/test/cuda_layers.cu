@@ -548,7 +548,9 @@ template <class Moment> void check_gpu_update(int size, double clip, double shar
     tensors[0].size = (size_t)size;
     tensors[1].offset = (size_t)size;
     tensors[1].size = 20;
-    m.size = (size_t)size + 20;
+    Lookup lookup = {};
+    m.lookup = &lookup;
+    m.size = m.tables = (size_t)size + 20;
     for (int i = 0; i < 4; i++) {
         m.memory[i] = draw_normal(m.size);
     }
