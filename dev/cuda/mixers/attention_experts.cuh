@@ -229,20 +229,19 @@ __global__ void count_heads_kernel(double *stats, const double *count, int group
     }
 }
 
-struct HeadEntropy { // of row i of p
+// Of row i of p. With q = p / sum for sigmoid scores, -sum of q log(q) = log(sum) - (sum of p log(p)) / sum.
+struct HeadEntropy {
     const float *p;
     int E, score;
     __device__ double operator()(size_t i) const {
-        double sum = 0, entropy = 0;
-        for (int e = 0; e < E; e++) {
-            sum += score == SIGMOID ? (double)at_least_tiny(p[i * E + e]) : 0;
-        }
+        double sum = 0, dot = 0;
 #pragma unroll 1 // several logarithms at a time need more registers than there are
         for (int e = 0; e < E; e++) {
-            double share = score == SIGMOID ? (double)at_least_tiny(p[i * E + e]) / sum : (double)p[i * E + e];
-            entropy -= share > 0 ? share * log(share) : 0;
+            double share = score == SIGMOID ? (double)at_least_tiny(p[i * E + e]) : (double)p[i * E + e];
+            sum += share;
+            dot += share > 0 ? share * log(share) : 0;
         }
-        return entropy;
+        return score == SIGMOID ? log(sum) - dot / sum : -dot;
     }
 };
 
