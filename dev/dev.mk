@@ -1,7 +1,7 @@
 # The workshop's part of the Makefile: the tests of dev/test, sanitizers, valgrind, other processors, the CUDA twin's emulator,
 # benchmarks. What is built lies in dev/build, benchmarks beside their sources.
 
-.PHONY: test_rest test_builds test_posix check_hf check_stories test_mpi test_emulated test_emulated_small test_cu test_nccl check_nccl \
+.PHONY: test_rest test_builds test_posix check_hf check_stories test_mpi test_emulated draws test_emulated_small test_cu test_nccl check_nccl \
     faults kills fuzz test_in test_sse2 test_avx2 test_arm64 sanitize sanitize_double sanitize_emulated race_emulated \
     count_emulated sanitize_cu gate_cu gpu_check tsan valgrind bench bench_all contest bench_mpi bench_cu format
 
@@ -130,6 +130,12 @@ test_emulated: $(E)/check $(E)/train_moe_cu $(E)/cuda_all_bf16 $(E)/cuda_all_fp3
 	$(E)/check
 	TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_bf16
 	TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_fp32
+
+##draws: the same tests with DRAWS (5) other sets of random numbers; SEED=number, which each prints, repeats one
+DRAWS ?= 5
+draws: $(E)/train_moe_cu $(E)/cuda_all_bf16 $(E)/cuda_all_fp32 train_moe
+	for draw in $$(seq $(DRAWS)); do for precision in bf16 fp32; do \
+	SEED=new TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_$$precision || exit 1; done; done
 
 ##test_emulated_small: the kernels' tests with a consumer card's shared memory, SHARED KiB (99) a block; TEST names some
 SHARED ?= 99

@@ -1,4 +1,4 @@
-// The layers on the device against their C twins, on numbers that are new in each run (SEED=number repeats one).
+// The layers on the device against their C twins, on random numbers (SEED=new: others).
 
 #include "dev/test/cuda_twin.h"
 

@@ -12,7 +12,7 @@
 #include "dev/test/runs.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The layers on the device against their C twins, on numbers that are new in each run
+// The layers on the device against their C twins, on random numbers
 
 void too_wide(void *arg) {
     gpu::attention_forward((gpu::floatX *)arg, NULL, NULL, NULL, 1, 1, 1, 1, 258);
@@ -252,7 +252,8 @@ void draw_tokens(Twins *t) {
         t->tokens[b * t->T] = (t->tokens[0] + b) % t->c.vocab;
 }
 
-// spread: as standard deviation of the weights, with 0.3 of randomize_weights.
+// spread: as standard deviation of the weights, with 0.3 of randomize_weights. A model wider than 32 sums more terms, each as
+// much smaller: else its attention would look at one token alone, and enlarge roundings.
 Twins make_twins(const char *recipe, const char *choices, int B, double spread) {
     Twins t;
     t.c = device_config(recipe);
@@ -260,6 +261,7 @@ Twins make_twins(const char *recipe, const char *choices, int B, double spread) 
         set_options(&t.c, choices);
     snprintf(t.name, sizeof(t.name), "%s %s", recipe, choices);
     t.rounded = 0;
+    spread *= sqrt(32.0 / max_int(32, t.c.dim));
     t.B = B;
     t.T = t.c.seq;
     t.N = B * t.T;

@@ -1,5 +1,4 @@
-// The router on the device: each function beside its C twin, on the same random numbers, and then whole layers. The numbers
-// are new in each run (SEED=number repeats one).
+// The router on the device: each function beside its C twin, on the same random numbers, and then whole layers.
 
 #include "dev/test/cuda_twin.h"
 
