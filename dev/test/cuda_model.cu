@@ -237,7 +237,7 @@ typedef struct Twins { // a model of either kind with the same weights, and a ba
     Model *host, *device;
     int *tokens, *targets;
     gpu::Decided *plans;
-    int rounded; // bfloat16: 1 if a draw of tokens gave a gradient that was unusually small beside its roundings
+    int rounded; // 1 if a draw of tokens gave a gradient that was unusually small beside its roundings
     char name[160];
 } Twins;
 
@@ -436,9 +436,10 @@ void check_stats(const Twins *t, double tolerance) { // after model_losses
 
 // A tensor's gradient is measured by its own norm, but at least by a hundredth of that of all: where a gradient all but
 // vanishes - a router's whose weights are renormalised over one expert, say - what is left is the difference of large
-// numbers, and consists of their roundings. Even so, one draw of tokens in a thousand leaves a gradient in bfloat16 whose
-// roundings are a little more than 2% of it. Such a one, of at most 4%, does not decide: returns 0, once for each model, and
-// other tokens are drawn, with which a real fault would be there again. In float32 the first draw decides.
+// numbers, and consists of their roundings. Even so, one draw of tokens in a thousand leaves a gradient whose roundings are a
+// little more than the tolerance: in float32, both twins were then 1.1e-5 away from what the C twin computes in double. Such
+// a one, of at most twice the tolerance (in float32 four times), does not decide: returns 0, once for each model, and other
+// tokens are drawn, with which a real fault would be there again.
 int check_gradients_alike(Twins *t, double tolerance) {
     const real *found = all_of(&gpu::backend, t->device, GRADS), *wanted = t->host->memory[GRADS];
     double least = 0.01 * norm_of(wanted, t->host->size);
@@ -446,7 +447,7 @@ int check_gradients_alike(Twins *t, double tolerance) {
         const Tensor *tensor = &t->host->tensors[i];
         const real *mine = found + tensor->offset, *its = wanted + tensor->offset;
         double share = distance(mine, its, tensor->size) / fmax(norm_of(its, tensor->size), least);
-        if (LOW && !t->rounded && share > tolerance && share <= 2 * tolerance) {
+        if (!t->rounded && share > tolerance && share <= (LOW ? 2 : 4) * tolerance) {
             print_message("    %s: %s is off by %.3g; other tokens decide\n", t->name, tensor->name, share);
             t->rounded = 1;
             return 0;
@@ -579,8 +580,11 @@ void check_model(const char *recipe, const char *choices, int last_mode) {
         int same = LOW ? 0 : check_pass(&t, mode, 0, tolerance);
         if (same && last_mode == TRAIN_MODE) // where nothing else is done, choices are taken over in float32, too
             same = check_pass(&t, mode, 1, tolerance);
-        for (int again = 0; !same && again < 10; again++, draw_tokens(&t))
+        for (int again = 0; !same && again < 10; again++) {
+            if (again || t.rounded)
+                draw_tokens(&t);
             same = check_pass(&t, mode, 1, tolerance);
+        }
         assert_true(same);
     }
     free_twins(&t);
