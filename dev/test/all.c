@@ -11,14 +11,14 @@
 #define main main_of_lstm
 #include "dev/test/lstm.c"
 #undef main
-#define main main_of_precision
-#include "dev/test/precision.c"
-#undef main
 #define main main_of_routers
 #include "dev/test/routers.c"
 #undef main
 #define main main_of_attention
 #include "dev/test/attention.c"
+#undef main
+#define main main_of_shapes
+#include "dev/test/shapes.c"
 #undef main
 #define main main_of_recipes
 #include "dev/test/recipes.c"
@@ -28,6 +28,12 @@
 #undef main
 #define main main_of_numbers
 #include "dev/test/numbers.c"
+#undef main
+#define main main_of_learning
+#include "dev/test/learning.c"
+#undef main
+#define main main_of_precision
+#include "dev/test/precision.c"
 #undef main
 #define main main_of_json
 #include "dev/test/json.c"
@@ -50,14 +56,8 @@
 #define main main_of_evaluate
 #include "dev/test/evaluate.c"
 #undef main
-#define main main_of_minutes
-#include "dev/test/minutes.c"
-#undef main
 #define main main_of_program
 #include "dev/test/program.c"
-#undef main
-#define main main_of_stories
-#include "dev/test/stories.c"
 #undef main
 #define main main_of_files
 #include "dev/test/files.c"
@@ -65,8 +65,11 @@
 #define main main_of_machine
 #include "dev/test/machine.c"
 #undef main
-#define main main_of_learning
-#include "dev/test/learning.c"
+#define main main_of_stories
+#include "dev/test/stories.c"
+#undef main
+#define main main_of_minutes
+#include "dev/test/minutes.c"
 #undef main
 
 int main(void) {
@@ -74,11 +77,29 @@ int main(void) {
         int (*tests)(void);
         int in_double;
     } programs[] = {
-        {main_of_proof, 1},   {main_of_layers, 1},     {main_of_lstm, 1},     {main_of_precision, 1}, {main_of_routers, 1},
-        {main_of_attention, 1}, {main_of_recipes, 1},  {main_of_training, 1}, {main_of_numbers, 1},   {main_of_learning, 1},
-        {main_of_json, 0},    {main_of_tokenizer, 0},  {main_of_tokenize, 0}, {main_of_loader, 0},    {main_of_checkpoint, 0},
-        {main_of_options, 0}, {main_of_evaluate, 0},   {main_of_minutes, 0},  {main_of_program, 0},   {main_of_stories, 0},
-        {main_of_files, 0},   {main_of_machine, 0},
+        {main_of_proof, 1},
+        {main_of_layers, 1},
+        {main_of_lstm, 1},
+        {main_of_routers, 1},
+        {main_of_attention, 1},
+        {main_of_shapes, 1},
+        {main_of_recipes, 1},
+        {main_of_training, 1},
+        {main_of_numbers, 1},
+        {main_of_learning, 1},
+        {main_of_precision, 1},
+        {main_of_json, 0},
+        {main_of_tokenizer, 0},
+        {main_of_tokenize, 0},
+        {main_of_loader, 0},
+        {main_of_checkpoint, 0},
+        {main_of_options, 0},
+        {main_of_evaluate, 0},
+        {main_of_program, 0},
+        {main_of_files, 0},
+        {main_of_machine, 0},
+        {main_of_stories, 0},
+        {main_of_minutes, 0},
     };
     int failed = 0;
     for (size_t i = 0; i < sizeof(programs) / sizeof(programs[0]); i++) {
