@@ -82,7 +82,7 @@ void part_name(char name[96], const Config *c, const Tensor *t, int e, int block
 // all of it.
 Part *model_parts(const Model *m, int *count) {
     const Config *c = &m->config;
-    int D = c->dim / c->heads, limit = 3 * m->tensor_count + 3 * c->layers * c->experts;
+    int D = head_width(c), limit = 3 * m->tensor_count + 3 * c->layers * c->experts;
     Part *list = (Part *)allocate(limit, sizeof(Part));
     *count = 0;
     for (int i = 0; i < m->tensor_count; i++) {
@@ -248,7 +248,7 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
 // The class of transformers that computes what this configuration does, or "" where there is none.
 const char *matching_class(const Config *c) {
     int moe = moe_layers(c);
-    if (c->qk_norm || c->ngrams || c->value_embedding || mixer_of(c) || !c->norms || !c->last_feed || c->moe_sigmoid) {
+    if (c->qkv_bias || c->rope_scaling || c->qk_norm || c->ngrams || c->value_embedding || mixer_of(c) || !c->norms || !c->last_feed || c->moe_sigmoid) {
         return "";
     }
     if (moe == 0) {
