@@ -259,7 +259,8 @@ void write_fields(FILE *file, const Config *c, int k) {
         if (f->form == AS_GATE) {
             value = strcmp(value, "renormalized") ? "false" : "true";
         } else if (f->form == AS_FLAG || f->form == AS_NOT) {
-            value = strcmp(value, "0") == 0 == (f->form == AS_NOT) ? "true" : "false";
+            int is_zero = !strcmp(value, "0");
+            value = is_zero == (f->form == AS_NOT) ? "true" : "false";
         }
         fprintf(file, "  \"%s\": %s,\n", f->name, value);
     }
@@ -270,11 +271,13 @@ void write_fields(FILE *file, const Config *c, int k) {
 // Which layers have experts: Qwen's layer l has, if l+1 is a multiple of decoder_sparse_step and l is not in mlp_only_layers.
 void take_layers(const ConfigReader *r, Config *c) {
     const Json *step = find_member(r->json, "decoder_sparse_step"), *only = find_member(r->json, "mlp_only_layers");
-    int every = step ? (int)step->number : 1, L = c->layers, dense = 0;
+    int L = c->layers, dense = 0;
     if (!(1 << r->kind & OF_LAYERS)) {
         return;
     }
-    if ((step && (step->type != 'n' || step->number != every || every < 1)) || (only && only->type != 'a')) {
+    int good = !step || (step->type == 'n' && step->number >= 1 && step->number <= 1e6 && step->number == floor(step->number));
+    int every = good && step ? (int)step->number : 1;
+    if (!good || (only && only->type != 'a')) {
         fail("%s: expected a whole number decoder_sparse_step, and a list mlp_only_layers", r->path);
     }
     char *wanted = (char *)allocate(L, 1); // 1: with experts
