@@ -345,7 +345,7 @@ const char *act_name(const Config *c) {
 
 // Experts of a class can be as many as the file says, unless the router could not learn.
 void check_experts(const ConfigReader *r, const Config *c) {
-    if (!moe_layers(c) || r->kind == OURS) {
+    if (r->kind == OURS || model_classes[r->kind].experts == NO_LAYERS || !moe_layers(c)) {
         return;
     }
     if (c->topk > c->experts) {
