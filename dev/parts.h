@@ -8,6 +8,8 @@
 #include "ngrams.h"        // --ngrams: each pair of words has one, and each triple, before layer 0 and in each layer
 #include "residual.h"      // --norms, --dropout, --moe-sigmoid: what stands between a layer's halves and the residual stream
 #include "shared_expert.h" // --shared-gate, --shared-ffn, --dense-ffn: shared experts with a gate, and widths of their own
+#include "../data/model_classes.h" // the class of transformers as which the model is written
+#include "../data/granite.h"       // the factors of a Granite that is read
 #if !defined(CONFIG_FIELDS) && !defined(PARTS_H)
 #define PARTS_H
 

@@ -20,6 +20,9 @@
 #define main main_of_shapes
 #include "dev/test/shapes.c"
 #undef main
+#define main main_of_classes
+#include "dev/test/classes.c"
+#undef main
 #define main main_of_recipes
 #include "dev/test/recipes.c"
 #undef main
