@@ -1477,7 +1477,7 @@ void lay_out(Model *m, Tensor *list, size_t unit) {
             Tensor *t = &list[i];
             // A matrix of words is filled up to a multiple of `unit` rows, since a GPU multiplies only such fast.
             size_t step = t->layer < 0 && t->dims == 2 ? unit * (size_t)t->shape[2] : unit;
-            if (arena_of(t) == arena) {
+            if (memory_part(t) == arena) {
                 t->offset = at;
                 at += (t->size + step - 1) / step * step;
             }

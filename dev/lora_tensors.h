@@ -1,5 +1,5 @@
 // Which matrices have a low-rank pair (--lora, --lora-targets), and where the pairs stand in the table of weights.
-// Gives: lora_refuses, lora_targets, is_pair, base_tensors, arena_of, add_pair_tensors, trained_size, find_pair, place_of,
+// Gives: lora_refuses, lora_targets, is_pair, base_tensors, memory_part, add_pair_tensors, trained_size, find_pair, place_of,
 // register_pairs, first_pair_numbers. Needs: dev/lora.h; the table of weights of train_moe.c, which includes it.
 //
 // The rows of the pairs stand behind all others, "layer3.qkv.lora_A" and "layer3.qkv.lora_B" for "layer3.qkv", and every row
@@ -61,7 +61,7 @@ int base_tensors(const Model *m) {
 }
 
 // In which part of memory a tensor lies: pairs, what all processes have in common, experts, tables that are looked up.
-int arena_of(const Tensor *t) {
+int memory_part(const Tensor *t) {
     if (is_pair(t)) {
         return 0;
     }
