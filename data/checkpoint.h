@@ -71,7 +71,7 @@ Part *parts_of_class(const Model *m, int k, int *count) {
     int limit = 3 * m->tensor_count + 3 * c->layers * c->experts;
     Part *list = (Part *)allocate(limit, sizeof(Part));
     *count = 0;
-    for (int i = 0; i < m->tensor_count; i++) {
+    for (int i = 0; i < base_tensors(m); i++) { // pairs go elsewhere: dev/adapter.h
         add_parts(c, &m->tensors[i], i, k, list, count);
     }
     return list;
@@ -331,7 +331,7 @@ int config_from_directory(Config *c, const char *dir) {
     }
     int window = config_from_hugging_face(c, json, type->text, path, own);
     check_weight_files(dir, "model.safetensors");
-    if (!c->untied) {
+    if (!c->untied && !has_file(dir, "adapter_config.json")) { // which has no output; its base had one
         untie_output(c, dir);
     }
     json_free(json);

@@ -20,9 +20,6 @@
 #define main main_of_shapes
 #include "dev/test/shapes.c"
 #undef main
-#define main main_of_classes
-#include "dev/test/classes.c"
-#undef main
 #define main main_of_recipes
 #include "dev/test/recipes.c"
 #undef main
@@ -37,6 +34,12 @@
 #undef main
 #define main main_of_precision
 #include "dev/test/precision.c"
+#undef main
+#define main main_of_adapters
+#include "dev/test/adapters.c"
+#undef main
+#define main main_of_classes
+#include "dev/test/classes.c"
 #undef main
 #define main main_of_json
 #include "dev/test/json.c"
@@ -91,6 +94,8 @@ int main(void) {
         {main_of_numbers, 1},
         {main_of_learning, 1},
         {main_of_precision, 1},
+        {main_of_adapters, 1},
+        {main_of_classes, 0},
         {main_of_json, 0},
         {main_of_tokenizer, 0},
         {main_of_tokenize, 0},
