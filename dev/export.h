@@ -47,7 +47,7 @@ const char *not_for_llama(const Config *c) {
         {moe < c->layers && dense_activation(c, 0) != SWIGLU, "its dense layers have --activation swiglu"},
         {moe > 0 && c->activation != SWIGLU, "its experts have --activation swiglu"},
         {moe > 0 && (parts || choosing_router(c) != &topk_router), "it has no router like this one"},
-        {moe > 0 && (c->score != SOFTMAX || c->bias_rate > 0), "here its scores are softmax, without a bias that chooses"},
+        {moe > 0 && (c->score != SOFTMAX || c->bias_rate > 0), "its scores are softmax, and no bias chooses (--score, --bias-rate)"},
         {moe > 0 && c->eval_capacity_factor > 0, "it drops no token (--eval-capacity-factor)"},
         {moe > 0 && moe < c->layers && (c->moe_every > 1 || c->gate != PROBABILITY),
          "only where --gate is probability the first layers can be dense, and all others have experts"},
