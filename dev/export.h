@@ -14,22 +14,33 @@
 
 typedef struct Architecture {
     const char *name;
-    int moe;          // 1: its layers have experts
-    int qk_norm;      // 1: norms of queries and keys
+    int moe;          // 1: all its layers have experts
+    int qk_norm;      // norms of queries and keys: 0: none, 1: of each head, 2: of the whole row
+    int bias;         // 1: queries, keys and values can have a bias
     int renormalized; // 1: weights of the chosen experts are divided by their sum
-    int shared;       // 1: it has shared experts, and cannot be without
+    int shared;       // NOT_SHARED, SHARED or SHARED_GATED, as in data/model_classes.h
+    int multiple;     // 1: the shared experts are as wide as so many experts, at least one
     int dense_first;  // 1: the first layers can be dense
+    int scale;        // 1: --scale
+    int wide;         // 1: heads can have a width of their own
+    int factors;      // 1: rope_freqs.weight, factors of the rotary frequencies
     int turned;       // 1: rotary positions turn neighbours, and not the halves of a head: rows are in another order
     int own_output;   // 1: the output has a matrix of its own, even if it is the embedding's
 } Architecture;
 
+// The first that fits is taken. Of the two with `multiple` a model without shared experts has one that is 0.
 const Architecture architectures[] = {
-    {"llama", 0, 0, 0, 0, 0, 1, 0},
-    {"qwen3", 0, 1, 0, 0, 0, 0, 0},
-    {"llama", 1, 0, 1, 0, 0, 1, 0},
-    {"qwen3moe", 1, 1, 1, 0, 0, 0, 1},
-    {"bailingmoe", 1, 0, 1, 1, 0, 1, 1},
-    {"deepseek", 1, 0, 0, 1, 1, 1, 1}, // where we have no shared expert, it has one that is 0
+    // moe, qk_norm, bias, renormalized, shared, multiple, dense_first, scale, wide, factors, turned, own_output
+    {"llama", 0, 0, 0, 0, NOT_SHARED, 0, 0, 0, 1, 1, 1, 0},
+    {"qwen3", 0, 1, 0, 0, NOT_SHARED, 0, 0, 0, 1, 0, 0, 0},
+    {"qwen2", 0, 0, 1, 0, NOT_SHARED, 0, 0, 0, 0, 0, 0, 0},
+    {"llama", 1, 0, 0, 1, NOT_SHARED, 0, 0, 0, 1, 1, 1, 0},
+    {"qwen3moe", 1, 1, 0, 1, NOT_SHARED, 0, 0, 0, 1, 0, 0, 1},
+    {"olmoe", 1, 2, 0, 0, NOT_SHARED, 0, 0, 0, 0, 0, 0, 1},
+    {"qwen2moe", 1, 0, 1, 0, SHARED_GATED, 0, 0, 0, 0, 0, 0, 1},
+    {"granitemoe", 1, 0, 0, 1, SHARED, 0, 0, 0, 1, 1, 1, 0},
+    {"bailingmoe", 1, 0, 0, 1, SHARED, 1, 0, 1, 1, 0, 1, 1},
+    {"deepseek", 1, 0, 0, 0, SHARED, 1, 1, 1, 0, 0, 1, 1},
 };
 
 // What no architecture of llama.cpp computes; NULL: there is nothing.
@@ -47,15 +58,9 @@ const char *not_for_llama(const Config *c) {
         {moe < c->layers && dense_activation(c, 0) != SWIGLU, "its dense layers have --activation swiglu"},
         {moe > 0 && c->activation != SWIGLU, "its experts have --activation swiglu"},
         {moe > 0 && (parts || choosing_router(c) != &topk_router), "it has no router like this one"},
-        {moe > 0 && (c->score != SOFTMAX || c->bias_rate > 0), "its scores are softmax, and no bias chooses (--score, --bias-rate)"},
+        {moe > 0 && (c->score != SOFTMAX || c->bias_rate > 0),
+         "its scores are softmax, and no bias chooses (--score, --bias-rate)"},
         {moe > 0 && c->eval_capacity_factor > 0, "it drops no token (--eval-capacity-factor)"},
-        {moe > 0 && moe < c->layers && (c->moe_every > 1 || c->gate != PROBABILITY),
-         "only where --gate is probability the first layers can be dense, and all others have experts"},
-        {c->qk_norm && moe > 0 && c->gate != RENORMALIZED,
-         "with norms of queries and keys (--qk-norm) the weights of the chosen experts are divided by their sum"},
-        {c->qk_norm && moe > 0 && c->shared > 0, "with norms of queries and keys (--qk-norm) it has no shared experts"},
-        {c->qk_norm && moe > 0 && c->scale != 1, "with norms of queries and keys (--qk-norm) weights have no --scale"},
-        {moe > 0 && c->gate == RENORMALIZED && !c->shared && c->scale != 1, "without shared experts weights have no --scale"},
         {moe > 0 && c->experts > 512, "it has at most 512 experts"},
         {c->layers > 512, "it has at most 512 layers"},
     };
@@ -67,21 +72,48 @@ const char *not_for_llama(const Config *c) {
     return NULL;
 }
 
+// Does the architecture have all that the model has?
+int fits_architecture(const Architecture *a, const Config *c) {
+    int moe = moe_layers(c), dense = c->layers - moe, gated = c->shared_gate ? SHARED_GATED : SHARED;
+    int normed = c->qk_norm ? 1 + (c->qk_norm_over == OVER_ROW) : 0;
+    if (a->moe != (moe > 0) || a->qk_norm != normed || c->qkv_bias > a->bias) {
+        return 0;
+    }
+    if ((c->rope_scaling == ROPE_LLAMA3 && !a->factors) || (head_width(c) * c->heads != c->dim && !a->wide)) {
+        return 0;
+    }
+    if (normed == 2 && c->kv_heads != c->heads) { // olmoe's norms of queries and of keys are equally wide
+        return 0;
+    }
+    if (!moe) {
+        return 1;
+    }
+    int all = dense == 0 || (a->dense_first && c->moe_every == 1), width = dense_width(c, c->layers - 1);
+    int shared = a->shared == (c->shared ? gated : NOT_SHARED) || (a->multiple && !c->shared);
+    return all && shared && a->renormalized == (c->gate == RENORMALIZED) && (c->scale == 1 || a->scale) &&
+           (!a->multiple || width % c->ffn == 0);
+}
+
 const Architecture *find_architecture(const Config *c, const char *dir) {
-    int moe = moe_layers(c) > 0;
     const char *reason = not_for_llama(c);
     for (int i = 0; i < COUNT(architectures) && !reason; i++) {
-        const Architecture *a = &architectures[i];
-        int same = a->moe == moe && a->qk_norm == c->qk_norm;
-        if (moe) {
-            same &= a->renormalized == (c->gate == RENORMALIZED) && (a->shared == (c->shared > 0) || a->dense_first);
-        }
-        if (same) {
-            return a;
+        if (fits_architecture(&architectures[i], c)) {
+            return &architectures[i];
         }
     }
-    fail("%s: llama.cpp cannot compute this model, so --export writes no file: %s", dir,
-         reason ? reason : "no architecture of it has the same parts");
+    char parts[512] = "";
+    if (!reason) { // each of these some architecture has, but none has them all
+        int moe = moe_layers(c);
+        snprintf(parts, sizeof(parts), "none of its architectures has these parts together: %s%s%s%s%s%s%s%s",
+                 moe ? "--gate " : "no experts", moe ? gate_names[c->gate] : "", moe && moe < c->layers ? ", dense layers" : "",
+                 moe && c->shared ? ", --shared" : "", moe && c->shared && c->shared_gate ? ", --shared-gate" : "",
+                 moe && c->scale != 1 ? ", --scale" : "", c->qkv_bias ? ", --qkv-bias" : "", c->qk_norm ? ", --qk-norm" : "");
+        size_t used = strlen(parts);
+        snprintf(parts + used, sizeof(parts) - used, "%s%s%s%s", c->qk_norm && c->qk_norm_over == OVER_ROW ? " over rows" : "",
+                 c->kv_heads != c->heads ? ", --kv-heads" : "", head_width(c) * c->heads != c->dim ? ", --head-width" : "",
+                 c->rope_scaling == ROPE_LLAMA3 ? ", --rope-scaling llama3" : "");
+    }
+    fail("%s: llama.cpp cannot compute this model, so --export writes no file: %s", dir, reason ? reason : parts);
 }
 
 // ---- the keys
@@ -98,10 +130,31 @@ void architecture_number(Gguf *g, const Architecture *a, const char *name, doubl
     gguf_number(g, key, value);
 }
 
+// The experts.
+void write_expert_keys(Gguf *g, const Architecture *a, const Config *c, int first) {
+    char key[128];
+    architecture_integer(g, a, "expert_count", c->experts);
+    architecture_integer(g, a, "expert_used_count", c->topk);
+    architecture_integer(g, a, "expert_feed_forward_length", c->ffn);
+    if (a->multiple) {
+        snprintf(key, sizeof(key), "%s.expert_weights_norm", a->name);
+        gguf_flag(g, key, a->renormalized);
+        architecture_integer(g, a, "expert_shared_count", max_int(dense_width(c, c->layers - 1) / c->ffn, 1));
+        architecture_integer(g, a, "leading_dense_block_count", first);
+        architecture_number(g, a, "expert_weights_scale", c->scale);
+    } else if (a->shared != NOT_SHARED) {
+        architecture_integer(g, a, "expert_shared_feed_forward_length", dense_width(c, c->layers - 1));
+    }
+    if (!strcmp(a->name, "granitemoe")) { // its factors, of which all but this one are 1 by themselves
+        architecture_number(g, a, "logit_scale", 1);
+    }
+}
+
 // What the model computes. window: of attention, 0: none; it makes no difference up to that length.
 void write_model_keys(Gguf *g, const Architecture *a, const Config *c, int format, const char *name, int window) {
     static const int file_types[] = {0, 1, 7, 2}; // LLAMA_FTYPE_...
-    int first = 0;
+    char key[128];
+    int first = 0; // layer with experts
     while (first < c->layers && a->moe && !is_moe(c, first)) {
         first++;
     }
@@ -125,19 +178,13 @@ void write_model_keys(Gguf *g, const Architecture *a, const Config *c, int forma
     architecture_integer(g, a, "rope.dimension_count", head_width(c));
     architecture_number(g, a, "rope.freq_base", c->rope_theta);
     architecture_integer(g, a, "vocab_size", c->vocab);
-    if (!a->moe) {
-        return;
+    if (c->rope_scaling == ROPE_LINEAR) {
+        snprintf(key, sizeof(key), "%s.rope.scaling.type", a->name);
+        gguf_text(g, key, "linear");
+        architecture_number(g, a, "rope.scaling.factor", c->rope_factor);
     }
-    architecture_integer(g, a, "expert_count", c->experts);
-    architecture_integer(g, a, "expert_used_count", c->topk);
-    architecture_integer(g, a, "expert_feed_forward_length", c->ffn);
-    if (a->shared) {
-        char key[128];
-        snprintf(key, sizeof(key), "%s.expert_weights_norm", a->name);
-        gguf_flag(g, key, a->renormalized);
-        architecture_integer(g, a, "expert_shared_count", max_int(c->shared, 1));
-        architecture_integer(g, a, "leading_dense_block_count", first);
-        architecture_number(g, a, "expert_weights_scale", c->scale);
+    if (a->moe) {
+        write_expert_keys(g, a, c, first);
     }
 }
 
@@ -151,6 +198,7 @@ const struct {
     {"embed", {"token_embd.weight"}},
     {"norm1", {"attn_norm.weight"}},
     {"qkv", {"attn_q.weight", "attn_k.weight", "attn_v.weight"}},
+    {"qkv_bias", {"attn_q.bias", "attn_k.bias", "attn_v.bias"}},
     {"q_norm", {"attn_q_norm.weight"}},
     {"k_norm", {"attn_k_norm.weight"}},
     {"proj", {"attn_output.weight"}},
@@ -160,15 +208,18 @@ const struct {
     {"w_out", {"ffn_down_exps.weight"}},
     {"dense_in", {"ffn_gate%s.weight", "ffn_up%s.weight"}},
     {"dense_out", {"ffn_down%s.weight"}},
+    {"shared_router", {"ffn_gate_inp_shexp.weight"}},
     {"norm", {"output_norm.weight"}},
     {"head", {"output.weight"}},
 };
 
-typedef struct Piece {     // a tensor of the file: rows of one of ours
-    int tensor;            // its number in the table of weights; -1: zeros
-    int matrices, rows;    // so many matrices of so many rows
-    size_t first, step;    // our row of its first one; our rows from one matrix to the next
-    int heads;             // not 0: the rows are those of so many heads, and are turned
+enum { ZEROS = -1, ROPE_FACTORS = -2 };
+
+typedef struct Piece {  // a tensor of the file: rows of one of ours
+    int tensor;         // its number in the table of weights; or ZEROS, or ROPE_FACTORS
+    int matrices, rows; // so many matrices of so many rows
+    size_t first, step; // where its first row begins in ours; from one matrix to the next
+    int heads;          // not 0: the rows are those of so many heads, and are turned
 } Piece;
 
 typedef struct Export {
@@ -223,26 +274,36 @@ void add_pieces(Export *x, int i, const Tensor *t) {
     while (blocks < 3 && gguf_names[n].names[blocks]) {
         blocks++;
     }
-    Piece p = {i, t->shape[0], t->shape[1] / blocks, 0, (size_t)t->shape[1], 0};
+    int columns = t->dims == 1 && blocks == 3, width = head_width(c), cols = t->shape[2]; // a vector is cut, too
+    int dims = strcmp(t->kind, "shared_router") ? t->dims : 1;
+    Piece p = {i, t->shape[0], t->shape[1] / blocks, 0, (size_t)t->shape[1] * (size_t)cols, 0};
     for (int block = 0; block < blocks; block++) {
         if (blocks == 3) { // queries, keys, values
             int heads = block ? c->kv_heads : c->heads;
-            p.rows = heads * head_width(c);
+            p.rows = columns ? 1 : heads * width;
+            cols = columns ? heads * width : cols;
             p.heads = block < 2 && x->architecture->turned ? heads : 0;
         }
-        add_piece(x, t->layer, t->kind, gguf_names[n].names[block], t->dims, p, t->shape[2]);
-        p.first += (size_t)p.rows;
+        add_piece(x, t->layer, t->kind, gguf_names[n].names[block], dims, p, cols);
+        p.first += (size_t)p.rows * (size_t)cols;
     }
-    if (!strcmp(t->kind, "embed") && !c->untied && x->architecture->own_output) {
-        p.first = 0;
-        add_piece(x, -1, "head", "output.weight", 2, p, t->shape[2]);
+    if (strcmp(t->kind, "embed")) {
+        return;
+    }
+    p.first = 0;
+    if (!c->untied && x->architecture->own_output) {
+        add_piece(x, -1, "head", "output.weight", 2, p, cols);
+    }
+    if (c->rope_scaling == ROPE_LLAMA3) {
+        Piece factors = {ROPE_FACTORS, 1, 1, 0, 0, 0};
+        add_piece(x, -1, "rope", "rope_freqs.weight", 1, factors, width / 2);
     }
 }
 
 // Adds a shared expert whose matrices are 0: the architecture has one, and we have none.
 void add_empty_expert(Export *x, int layer) {
     const Config *c = x->config;
-    Piece in = {-1, 1, c->ffn, 0, 0, 0}, out = {-1, 1, c->dim, 0, 0, 0};
+    Piece in = {ZEROS, 1, c->ffn, 0, 0, 0}, out = {ZEROS, 1, c->dim, 0, 0, 0};
     add_piece(x, layer, "dense_in", "ffn_gate%s.weight", 2, in, c->dim);
     add_piece(x, layer, "dense_in", "ffn_up%s.weight", 2, in, c->dim);
     add_piece(x, layer, "dense_out", "ffn_down%s.weight", 2, out, c->ffn);
@@ -255,44 +316,61 @@ size_t turned_row(int r, int width) {
     return (size_t)(r - in_head + in_head % 2 * (width / 2) + in_head / 2);
 }
 
-// Writes all rows of the tensor at hand, out of `numbers`, the whole tensor of ours; NULL: zeros.
-void write_piece(Export *x, const real *numbers, const real *zeros) {
+// Writes all rows of the tensor at hand, out of `numbers`, the whole tensor of ours.
+void write_piece(Export *x, const real *numbers) {
     const Piece p = x->pieces[x->file.now];
     const GgufTensor *t = &x->file.tensors[x->file.now];
     size_t cols = (size_t)t->size[t->dims - 1];
     for (int matrix = 0; matrix < p.matrices; matrix++) {
+        const real *first = numbers + p.first + (size_t)matrix * p.step;
         for (int r = 0; r < p.rows; r++) {
-            size_t row = p.first + (size_t)matrix * p.step + (p.heads ? turned_row(r, p.rows / p.heads) : (size_t)r);
-            gguf_row(&x->file, numbers ? numbers + row * cols : zeros);
+            gguf_row(&x->file, first + cols * (p.heads ? turned_row(r, p.rows / p.heads) : (size_t)r));
         }
     }
 }
 
+// Writes the tensor at hand where none of ours is in it: zeros, or what rotary frequencies are divided by.
+void write_made(Export *x) {
+    const Config *c = x->config;
+    const Piece p = x->pieces[x->file.now];
+    const GgufTensor *t = &x->file.tensors[x->file.now];
+    int cols = t->size[t->dims - 1];
+    real *row = allocate_reals((size_t)cols);
+    for (int i = 0; i < cols && p.tensor == ROPE_FACTORS; i++) {
+        double frequency = pow(c->rope_theta, -2.0 * i / head_width(c));
+        row[i] = (real)(frequency / scaled_frequency(c, frequency));
+    }
+    for (int r = 0; r < p.rows; r++) {
+        gguf_row(&x->file, row);
+    }
+    free(row);
+}
+
 // Reads the weights in dir tensor by tensor, and writes each to the file.
 void write_pieces(Export *x, const Model *m, const char *dir) {
-    const Config *c = x->config;
     WeightFiles files;
     const char *const prefix[] = {""};
     int count;
-    Part *parts = model_parts(m, &count), *p = parts;
-    real *tensor = allocate_tensor(m), *zeros = allocate_reals((size_t)max_int(c->dim, c->ffn));
+    Part *parts = parts_to_read(m, &count), *p = parts;
+    real *tensor = allocate_tensor(m);
     open_weights(&files, dir, "model.safetensors", 1);
     for (int i = 0; i < m->tensor_count; i++) {
         for (; p < parts + count && p->tensor == i; p++) {
-            const char *file = read_part(&files, "", p, c->experts, tensor + p->offset);
+            const char *file = read_part(&files, "", p, tensor + p->offset);
             check_read(file, "", p, tensor + p->offset);
         }
-        while (x->file.now < x->file.count && x->pieces[x->file.now].tensor == i) {
-            write_piece(x, tensor, NULL);
-        }
-        while (x->file.now < x->file.count && x->pieces[x->file.now].tensor < 0) {
-            write_piece(x, NULL, zeros);
+        fold_factors(x->config, &m->tensors[i], tensor); // Granite's
+        while (x->file.now < x->file.count && x->pieces[x->file.now].tensor <= i) {
+            if (x->pieces[x->file.now].tensor == i) {
+                write_piece(x, tensor);
+            } else {
+                write_made(x);
+            }
         }
     }
-    check_tensors(&files, c, parts, count, prefix, 1);
+    check_tensors(&files, x->config, parts, count, prefix, 1);
     close_weights(&files);
     free(tensor);
-    free(zeros);
     free(parts);
 }
 
@@ -364,7 +442,7 @@ void export_model(Run *run, const Config *asked) {
     for (int i = 0; i < m.tensor_count; i++) {
         const Tensor *t = &m.tensors[i];
         add_pieces(&x, i, t);
-        if (x.architecture->shared && !c->shared && !strcmp(t->kind, "w_out")) {
+        if (x.architecture->multiple && !c->shared && !strcmp(t->kind, "w_out")) {
             add_empty_expert(&x, t->layer);
         }
     }

@@ -232,7 +232,7 @@ void assert_rows(const GgufFile *f, const char *name, const real *weights, int m
 // All of the file is the model. turned: rows of queries and keys are in llama's order.
 void assert_model(const GgufFile *f, const Model *m, int turned, int own_output, double tolerance) {
     const Config *c = &m->config;
-    int C = c->dim, D = C / c->heads, Q = c->heads * D, KV = c->kv_heads * D, F = c->ffn, E = c->experts, count = 2;
+    int C = c->dim, D = head_width(c), Q = c->heads * D, KV = c->kv_heads * D, F = c->ffn, E = c->experts, count = 2;
     char name[64];
     assert_rows(f, "token_embd.weight", m->params.embed, 1, c->vocab, C, 0, 0, 0, tolerance);
     assert_rows(f, "output_norm.weight", m->params.norm, 1, 1, C, 0, 0, 0, 0);
@@ -252,8 +252,9 @@ void assert_model(const GgufFile *f, const Model *m, int turned, int own_output,
         ROWS("attn_v", w->qkv, 1, KV, C, Q + KV, 0, 0, tolerance);
         ROWS("attn_output", w->proj, 1, C, Q, 0, 0, 0, tolerance);
         if (c->qk_norm) {
-            ROWS("attn_q_norm", w->q_norm, 1, 1, D, 0, 0, 0, 0);
-            ROWS("attn_k_norm", w->k_norm, 1, 1, D, 0, 0, 0, 0);
+            int row = c->qk_norm_over == OVER_ROW;
+            ROWS("attn_q_norm", w->q_norm, 1, 1, row ? Q : D, 0, 0, 0, 0);
+            ROWS("attn_k_norm", w->k_norm, 1, 1, row ? KV : D, 0, 0, 0, 0);
         }
         if (is_moe(c, l)) {
             ROWS("ffn_gate_inp", w->router, 1, E, C, 0, 0, 0, 0);
@@ -261,12 +262,35 @@ void assert_model(const GgufFile *f, const Model *m, int turned, int own_output,
             ROWS("ffn_up_exps", w->w_in, E, F, C, F, 2 * F, 0, tolerance);
             ROWS("ffn_down_exps", w->w_out, E, C, F, 0, C, 0, tolerance);
         }
-        int beside = is_moe(c, l);
-        if (dense || (c->gate == PROBABILITY && beside)) { // where there is no shared expert, one of zeros
+        if (c->qkv_bias) {
+            snprintf(name, sizeof(name), "blk.%d.attn_q.bias", l);
+            assert_rows(f, name, w->qkv_bias, 1, 1, Q, 0, 0, 0, 0);
+            snprintf(name, sizeof(name), "blk.%d.attn_k.bias", l);
+            assert_rows(f, name, w->qkv_bias + Q, 1, 1, KV, 0, 0, 0, 0);
+            snprintf(name, sizeof(name), "blk.%d.attn_v.bias", l);
+            assert_rows(f, name, w->qkv_bias + Q + KV, 1, 1, KV, 0, 0, 0, 0);
+            count += 3;
+        }
+        if (c->shared_gate) {
+            ROWS("ffn_gate_inp_shexp", w->shared_router, 1, 1, C, 0, 0, 0, 0);
+        }
+        int beside = is_moe(c, l), empty = beside && !dense && (c->gate == PROBABILITY || c->scale != 1) && !c->qk_norm;
+        if (dense || empty) { // where there is no shared expert, one of zeros
             ROWS(beside ? "ffn_gate_shexp" : "ffn_gate", dense ? w->dense_in : zeros, 1, S, C, 0, 0, 0, tolerance);
             ROWS(beside ? "ffn_up_shexp" : "ffn_up", dense ? w->dense_in : zeros, 1, S, C, dense ? S : 0, 0, 0, tolerance);
             ROWS(beside ? "ffn_down_shexp" : "ffn_down", dense ? w->dense_out : zeros, 1, C, S, 0, 0, 0, tolerance);
         }
+    }
+    if (c->rope_scaling == ROPE_LLAMA3) { // by the formula of Llama 3: slow pairs turn a factor slower
+        const Found *t = find_numbers(f, "rope_freqs.weight");
+        assert_int_equal(t->size[0], D / 2);
+        for (int i = 0; i < D / 2; i++) {
+            double wave = 2 * 3.141592653589793 / pow(c->rope_theta, -2.0 * i / D), original = c->rope_original;
+            double smooth = (original / wave - c->rope_low) / (c->rope_high - c->rope_low), factor = c->rope_factor;
+            double wanted = wave > original / c->rope_low ? factor : 1 / ((1 - smooth) / factor + smooth);
+            assert_near(number_at(t, (size_t)i), wave < original / c->rope_high ? 1 : wanted, 1e-5);
+        }
+        count++;
     }
     assert_int_equal(count, f->tensor_count);
     free_taken();
@@ -332,7 +356,14 @@ void test_gguf_models(void **state) {
         {"dense-qk", "--recipe dense --qk-norm --kv-heads 1", "qwen3", 0, 0},
         {"qwen3", "--recipe qwen3 --topk 2 --qk-norm --rope-theta 500", "qwen3moe", 0, 1},
         {"qwen3-plain", "--recipe qwen3 --topk 2 --untied", "llama", 1, 0},
-        {"shared", "--shared 2 --scale 1.5", "bailingmoe", 1, 1},
+        {"scale", "--shared 2 --scale 1.5", "bailingmoe", 1, 1},
+        {"scale-alone", "--scale 1.5", "bailingmoe", 1, 1},
+        {"granite", "--shared 1 --shared-ffn 48", "granitemoe", 1, 0},
+        {"wide", "--head-width 32 --rope-scaling linear", "llama", 1, 0},
+        {"llama3", "--recipe dense --rope-scaling llama3 --rope-original 16", "llama", 1, 0},
+        {"qwen2", "--recipe dense --qkv-bias --kv-heads 1", "qwen2", 0, 0},
+        {"qwen2moe", "--gate probability --qkv-bias --shared 1 --shared-gate --shared-ffn 64", "qwen2moe", 0, 1},
+        {"row", "--gate probability --qk-norm --qk-norm-over row", "olmoe", 0, 1},
         {"olmoe", "--recipe olmoe --topk 3", "deepseek", 1, 1},
         {"first", "--gate probability --shared 1 --dense-first 1 --untied", "deepseek", 1, 1},
     };
@@ -352,8 +383,8 @@ void test_gguf_models(void **state) {
         assert_int_equal(key_integer(f, KEY("embedding_length")), 32);
         assert_int_equal(key_integer(f, KEY("attention.head_count")), 2);
         assert_int_equal(key_integer(f, KEY("attention.head_count_kv")), c->kv_heads);
-        assert_int_equal(key_integer(f, KEY("attention.key_length")), 16);
-        assert_int_equal(key_integer(f, KEY("rope.dimension_count")), 16);
+        assert_int_equal(key_integer(f, KEY("attention.key_length")), head_width(c));
+        assert_int_equal(key_integer(f, KEY("rope.dimension_count")), head_width(c));
         assert_int_equal(key_integer(f, KEY("vocab_size")), 265);
         assert_near(key_number(f, KEY("attention.layer_norm_rms_epsilon")), c->norm_eps, 1e-10);
         assert_near(key_number(f, KEY("rope.freq_base")), c->rope_theta, 0);
@@ -363,7 +394,13 @@ void test_gguf_models(void **state) {
             assert_int_equal(key_integer(f, KEY("expert_feed_forward_length")), 32);
         }
         assert_int_equal(key_integer(f, KEY("feed_forward_length")), is_moe(c, 0) ? 32 : dense_width(c, 0));
-        if (!strcmp(cases[i].architecture, "deepseek") || c->shared) {
+        if (c->rope_scaling == ROPE_LINEAR) {
+            assert_key_text(f, KEY("rope.scaling.type"), "linear");
+            assert_near(key_number(f, KEY("rope.scaling.factor")), c->rope_factor, 0);
+        }
+        if (c->shared && (c->shared_ffn || c->shared_gate)) {
+            assert_int_equal(key_integer(f, KEY("expert_shared_feed_forward_length")), c->shared_ffn);
+        } else if (!strcmp(cases[i].architecture, "deepseek") || c->shared || c->scale != 1) {
             assert_int_equal(key_integer(f, KEY("expert_shared_count")), c->shared ? c->shared : 1);
             assert_int_equal(key_integer(f, KEY("leading_dense_block_count")), c->dense_first);
             assert_near(key_number(f, KEY("expert_weights_scale")), c->scale, 0);
@@ -523,12 +560,17 @@ void test_gguf_refused(void **state) {
         {"--score sigmoid", "its scores are softmax"},
         {"--bias-rate 0.01", "its scores are softmax"},
         {"--eval-capacity-factor 1", "--eval-capacity-factor"},
-        {"--moe-every 2", "the first layers can be dense"},
-        {"--dense-first 1", "the first layers can be dense"},
-        {"--qk-norm 1 --gate probability", "--qk-norm"},
-        {"--qk-norm 1 --shared 1", "no shared experts"},
-        {"--qk-norm 1 --scale 2", "weights have no --scale"},
-        {"--scale 2", "weights have no --scale"},
+        {"--moe-every 2", "none of its architectures has these parts together: --gate renormalized, dense layers"},
+        {"--dense-first 1", "--gate renormalized, dense layers, --kv-heads"},
+        {"--qk-norm 1 --gate probability", "--gate probability, --qk-norm"},
+        {"--qk-norm 1 --shared 1", "--shared, --qk-norm"},
+        {"--qk-norm 1 --scale 2", "--scale, --qk-norm"},
+        {"--shared 1 --shared-gate 1", "--gate renormalized, --shared, --shared-gate"},
+        {"--qk-norm 1 --qk-norm-over row --gate probability", "--gate probability, --qk-norm over rows, --kv-heads"},
+        {"--qkv-bias 1", "--gate renormalized, --qkv-bias"},
+        {"--recipe dense --qkv-bias 1 --qk-norm 1", "no experts, --qkv-bias, --qk-norm"},
+        {"--recipe dense --qkv-bias 1 --head-width 8", "no experts, --qkv-bias, --kv-heads, --head-width"},
+        {"--recipe dense --qk-norm 1 --rope-scaling llama3", "--qk-norm, --kv-heads, --rope-scaling llama3"},
     };
     char message[1024];
     for (int i = 0; i < COUNT(cases); i++) {
