@@ -1,7 +1,7 @@
 # The workshop's part of the Makefile: the tests of dev/test, sanitizers, valgrind, other processors, the CUDA twin's emulator,
 # benchmarks. What is built lies in dev/build, benchmarks beside their sources.
 
-.PHONY: test_rest test_builds test_posix check_hf check_stories test_mpi test_emulated draws test_emulated_small test_cu test_nccl check_nccl \
+.PHONY: test_rest test_builds test_posix check_hf check_gguf check_stories test_mpi test_emulated draws test_emulated_small test_cu test_nccl check_nccl \
     faults kills fuzz test_in test_sse2 test_avx2 test_arm64 sanitize sanitize_double sanitize_emulated race_emulated \
     count_emulated sanitize_cu gate_cu gpu_check tsan valgrind bench bench_all contest bench_mpi bench_cu format
 
@@ -35,6 +35,10 @@ check_stories: train_moe dev/build/check_stories
 PYTHON ?= python3
 check_hf: train_moe data/tokenize dev/test/logits
 	$(PYTHON) dev/test/check_hf.py --foreign
+
+##check_gguf: GGUF files of --export, read by llama.cpp with the ids, logits and text that are ours; needs Python with gguf and llama-cpp-python
+check_gguf: train_moe data/tokenize dev/test/logits
+	$(PYTHON) dev/test/check_gguf.py
 
 ##test_builds: builds that must be refused, the probes of the Makefile, other C libraries; what is not installed is left out
 test_builds: data/stories/tokenizer.json

@@ -47,10 +47,16 @@ RUNS = {  # the architectures of dev/export.h
     "mixtral": "",
     "dense": "--recipe dense --ffn 64",
     "dense-qk-norm": "--recipe dense --ffn 64 --qk-norm --untied",
+    "dense-bias": "--recipe dense --ffn 64 --qkv-bias",
+    "dense-llama3": "--recipe dense --ffn 64 --head-width 48 --rope-scaling llama3 --rope-original 64",
+    "dense-linear": "--recipe dense --ffn 64 --rope-scaling linear --rope-factor 4",
     "qwen3": "--recipe qwen3 --experts 16 --topk 4 --ffn 64",
-    "qwen3-qk-norm": "--recipe qwen3 --experts 16 --topk 4 --ffn 64 --qk-norm",
+    "qwen3-qk-norm": "--recipe qwen3 --experts 16 --topk 4 --ffn 64 --qk-norm --head-width 48",
     "olmoe": "--recipe olmoe --experts 16 --topk 4 --ffn 64",
-    "shared": "--shared 1 --scale 1.5",
+    "olmoe-qk-norm": "--recipe olmoe --experts 16 --topk 4 --ffn 64 --kv-heads 4 --qk-norm --qk-norm-over row",
+    "qwen2moe": "--gate probability --qkv-bias --shared 1 --shared-gate --shared-ffn 192",
+    "granite": "--shared 1 --shared-ffn 96",
+    "scale": "--shared 2 --scale 1.5",
     "deepseekmoe": "--recipe deepseekmoe --experts 15 --topk 3 --shared 1 --ffn 64 --dense-first 1",
 }
 
