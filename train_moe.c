@@ -115,8 +115,8 @@ typedef struct Config {
     // Several processes.
     int ep, overlap, replicate, replicate_every, watchdog, trace;
     // Files, how often things happen (in steps), and generation.
-    const char *data, *out, *init, *tokenizer;
-    int resume, trust_weights;
+    const char *data, *out, *init, *tokenizer, *export_to;
+    int resume, trust_weights, export_type;
     int log_every, eval_every, eval_tokens, sample_every, save_every, keep;
     const char *prompt;
     int tokens, top_k;

@@ -158,8 +158,12 @@ int asks_for_copies(const Config *c) {
     return c->replicate > 0;
 }
 
+int exports(const Config *c) {
+    return c->export_to[0] != 0;
+}
+
 int reads_weights(const Config *c) {
-    return c->resume || c->init[0] || c->prompt;
+    return c->resume || c->init[0] || c->prompt || exports(c);
 }
 
 int is_drawn(const Config *c) {
@@ -199,7 +203,8 @@ const Effect base_effects[] = {
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},
-    {"trust-weights", reads_weights, "weights to read: --resume, --init or --prompt"},
+    {"trust-weights", reads_weights, "weights to read: --resume, --init, --prompt or --export"},
+    {"export-type", exports, "a file to write: --export FILE"},
     {"top-k", is_drawn, "tokens that are drawn by chance: a --temperature above 0"},
     {"top-p", is_drawn, "tokens that are drawn by chance: a --temperature above 0"},
 };
@@ -230,6 +235,9 @@ int is_of_training(const Option *o) {
 const char *missing_for(const Config *c, const Option *o) {
     if (c->prompt && is_of_training(o)) {
         return "training, and --prompt only goes on from a text";
+    }
+    if (exports(c) && is_of_training(o)) {
+        return "training, and --export only writes a file";
     }
     int of_heads = !strcmp(o->name, "group") && c->attention_experts > 0; // the routers of heads look at groups, too
     if (!strncmp(o->heading, "Router", 6) && !has_experts(c) && !of_heads) {

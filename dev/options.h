@@ -6,6 +6,7 @@
 #pragma once
 #include "util.h"
 #include "precision.h"
+#include "../data/blocks.h"
 
 const char *const activation_names[] = {"swiglu", "geglu", "relu", "gelu", NULL};
 const char *const dense_names[] = {"swiglu", "geglu", "relu", "gelu", "same", NULL};
@@ -74,6 +75,10 @@ const Option base_options[] = {
     FLAG("resume", resume, RUN, "Files", "go on from the last checkpoint in --out; start where there is none"),
     FLAG("trust-weights", trust_weights, RUN, "Files",
          "load a checkpoint as it is, even where its files do not have the checksums that were written beside them"),
+    TEXT("export", export_to, "", RUN, "Files",
+         "write the model in --out, or in --init, to this new file, as a GGUF file for llama.cpp, and exit"),
+    WORD("export-type", export_type, "f16", format_names, RUN, "Files",
+         "numbers of that file: float32, float16, or 8 or 4 bits and one scale for 32 of them"),
     TEXT("recipe", recipe, "mixtral", MODEL, "Model", "which router: a row of the options below; see --list-recipes"),
     FLAG("list-recipes", list_recipes, RUN, "Model", "show the recipes and what each one chooses"),
     INTEGER("layers", layers, "2", 1, 1000, MODEL, "Model", "layers (L)"),

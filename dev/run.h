@@ -55,6 +55,7 @@ void first_model(Run *run);
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
 #include "minutes.h"  // --minutes
+#include "export.h"   // --export: the model as a GGUF file
 
 volatile sig_atomic_t stop_asked = 0;
 
@@ -499,6 +500,9 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     if (asked.merge[0] && is_there(asked.merge)) {
         usage_fail("--merge %s: it is there already; choose another name, or remove it", asked.merge);
     }
+    if (asked.export_to[0] && (asked.prompt || asked.resume || ranks.size > 1)) {
+        usage_fail("--export writes a file and does nothing else; give it without --prompt, --resume and mpirun");
+    }
     if (asked.prompt && ranks.size > 1) {
         usage_fail("--prompt: one process goes on from a text; start it without mpirun");
     }
@@ -512,7 +516,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     if (asked.out[0]) {
         snprintf(run->out, sizeof(run->out), "%s", asked.out);
     } else {
-        default_out(&asked, !asked.resume && !asked.prompt && !asked.merge[0], run->out);
+        default_out(&asked, !asked.resume && !asked.prompt && !asked.merge[0] && !asked.export_to[0], run->out);
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
     data_tick = ranks_tick;               // and answer while they read
@@ -521,6 +525,10 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     broadcast(run->out, sizeof(run->out));
     if (asked.prompt || asked.merge[0]) {
         answer_prompt(run, &asked);
+        return 0;
+    }
+    if (asked.export_to[0]) {
+        export_model(run, &asked);
         return 0;
     }
     if (!prepare_run(run, &asked)) {
