@@ -53,6 +53,7 @@ void first_model(Run *run);
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
 #include "minutes.h"  // --minutes
+#include "export.h"   // --export: the model as a GGUF file
 
 volatile sig_atomic_t stop_asked = 0;
 
@@ -474,6 +475,9 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
         usage_fail("--init starts a new run from other weights; --%s goes on from --out: give one of them",
                    asked.prompt ? "prompt" : "resume");
     }
+    if (asked.export_to[0] && (asked.prompt || asked.resume || ranks.size > 1)) {
+        usage_fail("--export writes a file and does nothing else; give it without --prompt, --resume and mpirun");
+    }
     if (asked.prompt && ranks.size > 1) {
         usage_fail("--prompt: one process goes on from a text; start it without mpirun");
     }
@@ -487,7 +491,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     if (asked.out[0]) {
         snprintf(run->out, sizeof(run->out), "%s", asked.out);
     } else {
-        default_out(&asked, !asked.resume && !asked.prompt, run->out);
+        default_out(&asked, !asked.resume && !asked.prompt && !asked.export_to[0], run->out);
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
     data_tick = ranks_tick;               // and answer while they read
@@ -496,6 +500,10 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     broadcast(run->out, sizeof(run->out));
     if (asked.prompt) {
         answer_prompt(run, &asked);
+        return 0;
+    }
+    if (asked.export_to[0]) {
+        export_model(run, &asked);
         return 0;
     }
     if (!prepare_run(run, &asked)) {

@@ -210,7 +210,7 @@ void load_weights(Run *run, const char *dir, int moments) {
     Model *m = run->model;
     const char *const prefix[] = {"", "", "exp_avg.", "exp_avg_sq."};
     int count;
-    Part *parts = model_parts(m, &count);
+    Part *parts = parts_to_read(m, &count);
     real *tensor = allocate_tensor(m);
     for (int what = WEIGHTS; what <= (moments ? MOMENT2 : WEIGHTS); what++) {
         if (what == GRADS) {
@@ -221,7 +221,7 @@ void load_weights(Run *run, const char *dir, int moments) {
         const Part *p = parts;
         for (int i = 0; i < m->tensor_count; i++) {
             for (; p < parts + count && p->tensor == i; p++) {
-                const char *file = read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                const char *file = read_part(&files, prefix[what], p, tensor + p->offset);
                 check_read(file, prefix[what], p, tensor + p->offset);
             }
 
@@ -232,6 +232,9 @@ void load_weights(Run *run, const char *dir, int moments) {
             }
             if (what == WEIGHTS && !strcmp(m->tensors[i].kind, "table")) {
                 check_table(run, dir, tensor);
+            }
+            if (what == WEIGHTS) {
+                fold_factors(&run->config, &m->tensors[i], tensor); // Granite's
             }
             run->backend->write(m, what, i, tensor);
         }

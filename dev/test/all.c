@@ -19,6 +19,9 @@
 #define main main_of_attention
 #include "dev/test/attention.c"
 #undef main
+#define main main_of_shapes
+#include "dev/test/shapes.c"
+#undef main
 #define main main_of_recipes
 #include "dev/test/recipes.c"
 #undef main
@@ -67,14 +70,17 @@
 #define main main_of_learning
 #include "dev/test/learning.c"
 #undef main
+#define main main_of_gguf
+#include "dev/test/gguf.c"
+#undef main
 
 int main(void) {
     int (*const programs[])(void) = {
         main_of_proof, main_of_layers, main_of_lstm, main_of_precision, main_of_routers, main_of_attention,
-        main_of_recipes,
+        main_of_shapes, main_of_recipes,
         main_of_training, main_of_numbers, main_of_json, main_of_tokenizer, main_of_tokenize,
         main_of_loader, main_of_checkpoint, main_of_options, main_of_evaluate, main_of_minutes,
-        main_of_program, main_of_stories, main_of_files, main_of_machine, main_of_learning};
+        main_of_program, main_of_stories, main_of_files, main_of_machine, main_of_learning, main_of_gguf};
     int failed = 0;
     for (size_t i = 0; i < sizeof(programs) / sizeof(programs[0]); i++)
         failed += programs[i]() != 0;

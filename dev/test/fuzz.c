@@ -382,7 +382,7 @@ static void try_config(Config *c) {
     double width = (double)c->dim * c->layers * (c->experts + 4) * (c->topk + 1);
     double rest = (double)c->ffn * c->layers * c->experts;
     if (c->layers > 3 || c->vocab > 300 || c->seq > 32 || width > 4000 || rest > 1000 || c->dim > 64 || c->heads > 16 ||
-        c->routers > 4 || c->cell > 64 || c->ngrams > 1000 || c->attention_experts > 16 || c->head_width > 64) {
+        c->routers > 4 || c->cell > 64 || c->ngrams > 1000 || c->attention_experts > 16 || c->head_width > 64 || c->shared_ffn + c->dense_ffn > 1000) {
         return;
     }
     int tokens[33];
