@@ -172,6 +172,8 @@ void compare_tokenizers(Run *run, const char *dir) {
     tokenizer_free(other);
 }
 
+#include "few_bits.h" // --quantize, --evaluate
+
 // Stops where a process was started with other options, other data or another checkpoint than the first.
 void compare_ranks(Run *run) {
     const Config *c = &run->config;
@@ -441,9 +443,8 @@ void answer_prompt(Run *run, const Config *asked) {
     config_check(c);
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
     run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
-    run->model = run->backend->create(c, 1, 0, NULL);
-    load_weights(run, dir, 0);
-    fprintf(stderr, "%s, %s\n", dir, c->recipe);
+    load_model(run, dir, 1);
+    fprintf(stderr, "%s, %s%s%s\n", dir, c->recipe, c->blocks ? ", " : "", c->blocks ? scheme_names[c->blocks] : "");
     const char *prompt = c->prompt;
     size_t size = strlen(prompt);
     if (!strcmp(prompt, "-")) {
@@ -478,6 +479,9 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     if (asked.export_to[0] && (asked.prompt || asked.resume || ranks.size > 1)) {
         usage_fail("--export writes a file and does nothing else; give it without --prompt, --resume and mpirun");
     }
+    if (asked.quantize || asked.evaluate) {
+        refuse_others(&asked);
+    }
     if (asked.prompt && ranks.size > 1) {
         usage_fail("--prompt: one process goes on from a text; start it without mpirun");
     }
@@ -491,7 +495,8 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     if (asked.out[0]) {
         snprintf(run->out, sizeof(run->out), "%s", asked.out);
     } else {
-        default_out(&asked, !asked.resume && !asked.prompt && !asked.export_to[0], run->out);
+        default_out(&asked, !asked.resume && !asked.prompt && !asked.export_to[0] && !asked.quantize && !asked.evaluate,
+                    run->out);
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
     data_tick = ranks_tick;               // and answer while they read
@@ -504,6 +509,10 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     }
     if (asked.export_to[0]) {
         export_model(run, &asked);
+        return 0;
+    }
+    if (asked.quantize || asked.evaluate) {
+        asked.quantize ? quantize_model(run, &asked) : evaluate_model(run, &asked);
         return 0;
     }
     if (!prepare_run(run, &asked)) {

@@ -14,8 +14,8 @@ void sync_directory(const char *path) {
     }
 }
 
-// The small files of a checkpoint: what transformers wants to know, and what is needed to go on.
-void write_small_files(const Run *run, const char *dir, FILE *sums) {
+// The small files of a model: what transformers wants to know.
+void write_model_files(const Run *run, const char *dir) {
     const Tokenizer *t = run->tokenizer;
     const char *const eot = "<|endoftext|>";
     char text[512];
@@ -31,7 +31,13 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
     n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
                  t->eot, t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
-    n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f,\"val_fingerprint\":%.0f}\n", run->step,
+}
+
+// The small files of a checkpoint: those, and what is needed to go on.
+void write_small_files(const Run *run, const char *dir, FILE *sums) {
+    char text[512];
+    write_model_files(run, dir);
+    int n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f,\"val_fingerprint\":%.0f}\n", run->step,
                  run->train->fingerprint, run->val->fingerprint);
     write_text(dir, "trainer_state.json", text, (size_t)n);
     write_router_state(run, dir);
