@@ -1465,7 +1465,7 @@ int model_tensors(const Config *c, Tensor *list) {
     add_tensor(list, &count, -1, IN_MODEL(head), 2, 1, c->untied ? c->vocab : 0, C, INIT_NORMAL);
     add_router_tensors(c, -1, list, &count);
     add_pair_tensors(c, list, &count);
-    return count;
+    return without_blocks(c, list, count); // dev/quantized.h: those of few bits lie elsewhere
 }
 
 // Where each tensor lies: first what all processes have in common, then the experts, then tables

@@ -256,6 +256,7 @@ void write_config(const char *dir, const Config *c, int eot) {
     fprintf(f, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\",\n", type, type); // the newer and the older name
     fprintf(f, "  \"train_moe\": {");
     write_options(f, c);
+    write_scheme(f, c);
     fprintf(f, "}\n}\n");
     close_written(f, dir, "config.json");
 }
@@ -330,6 +331,7 @@ int config_from_directory(Config *c, const char *dir) {
         find_recipe(c->recipe);
     }
     int window = config_from_hugging_face(c, json, type->text, path, own);
+    read_scheme(c, json, path);
     check_weight_files(dir, "model.safetensors");
     if (!c->untied && !has_file(dir, "adapter_config.json")) { // which has no output; its base had one
         untie_output(c, dir);

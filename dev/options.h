@@ -24,6 +24,8 @@ enum { OVER_HEAD, OVER_ROW };
 const char *const qk_norm_names[] = {"head", "row", NULL};
 enum { ROPE_NONE, ROPE_LINEAR, ROPE_LLAMA3 };
 const char *const rope_names[] = {"none", "linear", "llama3", NULL};
+enum { NO_BLOCKS, ALL_Q8_0, ALL_Q4_0, MIXED, MIXED_OFTEN };
+const char *const scheme_names[] = {"none", "q8_0", "q4_0", "mixed", "mixed-often", NULL};
 const char *const moments_names[] = {"fp32", "bf16", NULL};
 
 // MODEL says what the model computes. ORDER says which data it sees when, and which optimizer moves it, since none can go
@@ -79,6 +81,11 @@ const Option base_options[] = {
          "write the model in --out, or in --init, to this new file, as a GGUF file for llama.cpp, and exit"),
     WORD("export-type", export_type, "f16", format_names, RUN, "Files",
          "numbers of that file: float32, float16, or 8 or 4 bits and one scale for 32 of them"),
+    WORD("quantize", quantize, "none", scheme_names, RUN, "Files",
+         "write the model in --out, or in --init, with experts of 8 or 4 bits, and exit; mixed: 4 for those chosen rarely"),
+    TEXT("quantized", quantized, "", RUN, "Files", "the new folder of that model [OUT-q8_0 and the like]"),
+    NUMBER("few", few, "0.5", 0, 1, RUN, "Files", "with --quantize mixed: the share of a layer's experts that have 4 bits"),
+    FLAG("evaluate", evaluate, RUN, "Files", "print the validation loss of the model in --out, or in --init, and exit"),
     TEXT("recipe", recipe, "mixtral", MODEL, "Model", "which router: a row of the options below; see --list-recipes"),
     FLAG("list-recipes", list_recipes, RUN, "Model", "show the recipes and what each one chooses"),
     INTEGER("layers", layers, "2", 1, 1000, MODEL, "Model", "layers (L)"),
