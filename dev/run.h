@@ -314,9 +314,6 @@ void start_run(Run *run, const Config *asked) {
     if (c->lora && !c->init[0]) {
         usage_fail("--lora %d trains pairs beside the weights of a model that exists: name it by --init DIR", c->lora);
     }
-    if (c->lora) {
-        refuse_device(run);
-    }
     config_check(c);
     refuse_idle_options(c, NULL);
     if (!c->minutes) { // with it, the number of steps is not known yet
