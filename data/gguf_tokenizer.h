@@ -9,7 +9,7 @@
 #include "json.h"
 #include "tokenizer.h"
 
-enum { TOKEN_NORMAL = 1, TOKEN_CONTROL = 3, TOKEN_ADDED = 4, TOKEN_UNUSED = 5 }; // llama.cpp's types of tokens
+enum { GGUF_NORMAL = 1, GGUF_CONTROL = 3, GGUF_ADDED = 4, GGUF_UNUSED = 5 }; // llama.cpp's types of tokens
 
 // What cuts texts into words: a step before (Digits, Split), and whether GPT-2's own pattern follows.
 const struct {
@@ -85,7 +85,7 @@ void list_tokens(const Json *root, const Tokenizer *t, int vocab, const char **t
         int id = (int)v->number;
         if (id < vocab) {
             text[id] = v->key;
-            type[id] = TOKEN_NORMAL;
+            type[id] = GGUF_NORMAL;
         }
     }
     const Json *added = json_get(root, "added_tokens");
@@ -93,11 +93,11 @@ void list_tokens(const Json *root, const Tokenizer *t, int vocab, const char **t
         int id = (int)json_get(a, "id")->number;
         if (id < vocab) {
             text[id] = json_get(a, "content")->text;
-            type[id] = is_true(a, "special") ? TOKEN_CONTROL : TOKEN_ADDED;
+            type[id] = is_true(a, "special") ? GGUF_CONTROL : GGUF_ADDED;
         }
     }
     if (t->eot >= 0 && t->eot < vocab) {
-        type[t->eot] = TOKEN_CONTROL;
+        type[t->eot] = GGUF_CONTROL;
     }
 }
 
@@ -140,7 +140,7 @@ void gguf_tokenizer(Gguf *g, const Tokenizer *t, const char *path, int vocab, in
     }
     gguf_list(g, "tokenizer.ggml.token_type", GGUF_I32, (size_t)vocab);
     for (int i = 0; i < vocab; i++) {
-        gguf_put(g->keys, (uint64_t)(text[i] ? type[i] : TOKEN_UNUSED), 4);
+        gguf_put(g->keys, (uint64_t)(text[i] ? type[i] : GGUF_UNUSED), 4);
     }
     gguf_merges(g, json_get(json_get(root, "model"), "merges"));
     gguf_integer(g, "tokenizer.ggml.bos_token_id", bos);
