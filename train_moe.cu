@@ -175,6 +175,7 @@ struct Model : ::Model {
     size_t arena_used;
     int dry;
     struct MuonScratch *muon; // --optimizer muon: see dev/cuda/muon.cuh
+    struct PairMemory *pair_memory; // --lora: see dev/cuda/lora.cuh
     // Generation: a model of one token, its cache (of each layer: keys and values (seq,2*KV*D), or a mixer's state), the
     // position of the token, and the token before it.
     Model *one;
@@ -280,9 +281,15 @@ template <class Out, class In> void matmul_dx(Out *dx, const In *dout, const In 
     product(dx, dout, 0, w, 1, N, I, O, add);
 }
 
+#include "dev/cuda/lora.cuh" // --lora: low-rank pairs beside frozen matrices, which have no gradient
+
 // dw (O,I) += dout (N,O) transposed times x (N,I)
 template <class In> void matmul_dw(float *dw, const In *dout, const In *x, int N, int I, int O) {
-    product(dw, dout, 1, x, 1, O, I, N, ADD);
+    if (is_frozen(dw)) {
+        pair_dw(dw, dout, x, N, I, O);
+    } else {
+        product(dw, dout, 1, x, 1, O, I, N, ADD);
+    }
 }
 
 // ---- RMSNorm
@@ -579,7 +586,7 @@ __global__ void embedding_backward_kernel(float *dembedding, const T *dx, int ld
 template <class T>
 void embedding_backward(float *dembedding, const T *dx, const int *order, const int *words, const int *offset,
                         int count, int C, int ld = 0) {
-    if (count > 0) {
+    if (count > 0 && dembedding) { // NULL: it is frozen
         dim3 grid(count, div_up(C, 128));
         embedding_backward_kernel<T><<<grid, 32 * SUM_WARPS, 0, stream>>>(dembedding, dx, ld ? ld : C, order, words,
                                                                           offset, C);
@@ -1320,7 +1327,10 @@ void fused_router_backward(Model *m, int l, const NormBack &norm, RouterBack b) 
     }
 
     // The router's gradient, but for the factor of the norm's weights.
-    product(a->drouter, m->router_dlogits, 1, a->mid, 1, E, C, N, SET);
+    if (wants_router(m, l)) {
+        product(a->drouter, m->router_dlogits, 1, a->mid, 1, E, C, N, SET);
+        router_pair_backward(m, l, a->drouter);
+    }
 }
 
 // The balance losses of single papers that have derivatives by the weights: dweight (N,K) +=
@@ -1715,6 +1725,7 @@ void round_weights(Model *m, size_t from, size_t end) {
     if ((void *)m->low != (void *)m->memory[WEIGHTS]) {
         to_low(m->low + from, m->memory[WEIGHTS] + from, end - from);
     }
+    merge_pairs(m, from, end);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2010,10 +2021,10 @@ void list_gradients(Model *m) {
         most += gradients_of_layer(m, l);
     }
     Gradient *list = (Gradient *)allocate(most, sizeof(Gradient));
-    if (m->grads.norm) {
+    if (m->grads.norm && !c->lora) {
         list[count++] = {m->grads.norm, m->last_partial, NULL, 0};
     }
-    for (int l = c->layers - 1; l >= 0; l--) {
+    for (int l = c->layers - 1; l >= 0 && !c->lora; l--) { // else all of them are frozen
         const LayerActs *a = &m->layers[l];
         const LayerParams *dw = &m->grads.layer[l];
         if (dw->norm1) {
@@ -2226,9 +2237,9 @@ void router_update(Model *m) {
             continue;
         }
         router_update_kernel<<<blocks(c->experts), THREADS, 0, stream>>>(
-            m->report + GRADIENT_NORM, layer_stats(m, l), m->params.layer[l].bias, c->experts, c->bias_rate);
+            m->report + GRADIENT_NORM, layer_stats(m, l), c->lora ? NULL : m->params.layer[l].bias, c->experts, c->bias_rate);
         CHECK(cudaGetLastError());
-        for (int i = 0; m->parts[i]; i++) {
+        for (int i = 0; m->parts[i] && !c->lora; i++) {
             if (kernels_of(m->parts[i])->update) {
                 kernels_of(m->parts[i])->update(m, l);
             }
@@ -2244,11 +2255,11 @@ void model_update(::Model *base, int step, double lr) {
     // The norm of all gradients stays on the device: AdamW's kernels look at it.
     if (MANY) {
         norm_over_ranks(m, norm);
-    } else if (m->tables < m->size) {
+    } else if (m->tables < train_size(m)) {
         send_read_rows(m);
         norm_with_tables(m, norm);
     } else {
-        gpu::gradient_norm(norm, m->memory[GRADS], m->size, m->norm_part);
+        gpu::gradient_norm(norm, m->memory[GRADS], train_size(m), m->norm_part);
     }
 
     // One kernel for each tensor that Muon leaves: simple, and nearly all the time goes to the large ones.
@@ -2285,6 +2296,7 @@ void model_update(::Model *base, int step, double lr) {
         a.draws = moment_stream((uint64_t)c->seed, step, i);
         adamw(a, norm);
     }
+    merge_pairs(m, 0, m->size);
     share_weights(m);
     forget_read_rows(m);
     gpu::router_update(m);
@@ -2340,6 +2352,7 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     if (device_refuses(config)) {
         usage_fail("%s", device_refuses(config));
     }
+    refuse_ranks_of_pairs(config, train);
     start_device();
 #ifdef USE_NCCL
     if (MANY) {
@@ -2350,8 +2363,10 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     Model *m = new_model(config, N, train, NULL, 0);
     zero(m->report, m->report_size * sizeof(double));
     for (int i = 0; i < (train ? 4 : 1); i++) {
-        zero(m->memory[i], i >= MOMENT1 ? moment_offset(m, m->size) * moment_size(m) : m->size * sizeof(float));
+        size_t n = i ? trained_size(m) : m->size;
+        zero(m->memory[i], i >= MOMENT1 ? moment_offset(m, n) * moment_size(m) : n * sizeof(float));
     }
+    register_pairs(m, train);
     round_weights(m, 0,
                   m->size); // to 0: the words that do not exist belong to no tensor, and nobody else writes them
     CHECK(cudaMallocHost((void **)&m->staging, batch_ints(m) * sizeof(int)));
@@ -2366,6 +2381,7 @@ void model_free(::Model *base) {
     if (m->one) {
         gpu::model_free(m->one);
     }
+    forget_pairs(m);
     if (!m->dry) {
         await_device();
         free_row_staging(m);

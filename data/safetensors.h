@@ -13,6 +13,9 @@ typedef struct Part { // a block of a tensor's rows
     int tensor;     // its number in the table of weights
     size_t offset;  // the block's first number in that tensor
     int rows, cols; // rows 0: one dimension
+    int experts;    // not 0: all experts' rows, a dimension of its own in front of them
+    char other[96]; // another name under which a file may have it: rows first, first + 1, ... of a tensor of `all`; "": none
+    int all, first;
 } Part;
 
 size_t part_size(const Part *p) {
@@ -64,8 +67,11 @@ char *safetensors_header(const Part *parts, int count, const char *const *prefix
             size_t end = at + part_size(p) * sizeof(real);
             fprintf(text, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", prefix[copy], p->name,
                     sizeof(real) == 8 ? "F64" : "F32");
+            if (p->experts) {
+                fprintf(text, "%d,", p->experts);
+            }
             if (p->rows) {
-                fprintf(text, "%d,", p->rows);
+                fprintf(text, "%d,", p->rows / max_int(1, p->experts));
             }
             fprintf(text, "%d],\"data_offsets\":[%zu,%zu]}", p->cols, at, end);
             at = end;

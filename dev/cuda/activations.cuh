@@ -197,17 +197,18 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     // Weights, their rounded copy, and for training their gradients and the optimizer's two moments.
     m->purpose = FOR_WEIGHTS;
     m->memory[WEIGHTS] = parent ? parent->memory[WEIGHTS] : own_floats(m, m->size);
-    m->low = parent ? parent->low : sizeof(floatX) == 4 ? (floatX *)m->memory[WEIGHTS] : own_low(m, m->size);
+    m->low = parent ? parent->low : sizeof(floatX) == 4 && !c->lora ? (floatX *)m->memory[WEIGHTS] : own_low(m, m->size);
     point_params(m, &m->params, m->memory[WEIGHTS]);
     if (train) {
         m->purpose = FOR_GRADIENTS;
-        m->memory[GRADS] = own_floats(m, m->size);
+        m->memory[GRADS] = own_floats(m, trained_size(m));
         point_params(m, &m->grads, m->memory[GRADS]);
         m->purpose = FOR_MOMENTS;
         for (int i = MOMENT1; i <= MOMENT2; i++) {
-            m->memory[i] = (float *)own(m, moment_offset(m, m->size), moment_size(m));
+            m->memory[i] = (float *)own(m, moment_offset(m, trained_size(m)), moment_size(m));
         }
     }
+    own_pairs(m, N, train, parent);
 
     // Activations. With --recompute all layers share one array for most of them.
     m->purpose = FOR_ACTIVATIONS;
