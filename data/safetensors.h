@@ -230,6 +230,19 @@ const char *tensor_data(const Safetensors *s, const Json *t, const char *name, i
     return s->data + (size_t)from->number;
 }
 
+// The pages of a mapped file that these bytes fill have been read: they need not stay in memory beside their copy.
+void let_pages_go(const char *from, size_t bytes) {
+#ifdef MADV_DONTNEED // the file still has them
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), skip = (page - (size_t)from % page) % page;
+    if (bytes > skip + page) {
+        madvise((void *)(from + skip), (bytes - skip) / page * page, MADV_DONTNEED);
+    }
+#else
+    (void)from;
+    (void)bytes;
+#endif
+}
+
 // Reads the part's numbers to `to`: rows from `first` on of the tensor `name`, which should have `all` rows (0: one
 // dimension). Returns 0 where the file has no such name.
 int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, int first, real *to) {
@@ -244,11 +257,12 @@ int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, 
     from += (size_t)first * (size_t)p->cols * bytes;
     if (bytes == sizeof(real)) {
         memcpy(to, from, count * bytes);
-        return 1;
+    } else {
+        for (size_t i = 0; i < count; i++) {
+            to[i] = (real)decode_number(from + i * bytes, type);
+        }
     }
-    for (size_t i = 0; i < count; i++) {
-        to[i] = (real)decode_number(from + i * bytes, type);
-    }
+    let_pages_go(from, count * bytes);
     return 1;
 }
 
