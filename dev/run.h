@@ -637,13 +637,17 @@ int close_run(Run *run) {
     } else {
         show_experts(run);
         snprintf(model, sizeof(model), run->links ? "%s/latest" : "%s/checkpoint-%d", run->out, run->step);
-        printf("The run is in %s: log.jsonl, and in %s the model, which Hugging Face's transformers %s.\n"
+        const char *whole = *matching_class(c) ? "transformers opens as it is" : "transformers has no class for";
+        printf("The run is in %s: log.jsonl, and in %s the %s, which Hugging Face's %s.\n"
                "What next:\n"
                "  ./%s --out %s --prompt \"Once upon a time\"\n"
                "  %s./%s --out %s --resume --steps %d\n"
                "  data/tinystories.sh && %s./%s        (real stories; see README.md)\n",
-               run->out, model, *matching_class(c) ? "opens as it is" : "has no class for", name, out, begin, name, out,
-               c->steps * 2, begin, name);
+               run->out, model, c->lora ? "adapter" : "model", c->lora ? "peft opens beside its base" : whole, name, out, begin,
+               name, out, c->steps * 2, begin, name);
+        if (c->lora) {
+            printf("  ./%s --out %s --merge DIR        (one model of the base and the adapter)\n", name, out);
+        }
     }
     free(out);
     report_minutes(run);
