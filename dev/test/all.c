@@ -73,6 +73,9 @@
 #define main main_of_gguf
 #include "dev/test/gguf.c"
 #undef main
+#define main main_of_quantized
+#include "dev/test/quantized.c"
+#undef main
 
 int main(void) {
     int (*const programs[])(void) = {
@@ -80,7 +83,8 @@ int main(void) {
         main_of_shapes, main_of_recipes,
         main_of_training, main_of_numbers, main_of_json, main_of_tokenizer, main_of_tokenize,
         main_of_loader, main_of_checkpoint, main_of_options, main_of_evaluate, main_of_minutes,
-        main_of_program, main_of_stories, main_of_files, main_of_machine, main_of_learning, main_of_gguf};
+        main_of_program, main_of_stories, main_of_files, main_of_machine, main_of_learning, main_of_gguf,
+        main_of_quantized};
     int failed = 0;
     for (size_t i = 0; i < sizeof(programs) / sizeof(programs[0]); i++)
         failed += programs[i]() != 0;
