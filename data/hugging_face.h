@@ -326,8 +326,8 @@ void take_granite(const ConfigReader *r, Config *c) {
     for (int i = 0; i < 4; i++) {
         const Json *m = find_member(r->json, granite_factors[i]);
         factor[i] = m ? m->number : 1;
-        if (m && (m->type != 'n' || !(m->number > 0))) {
-            refuse_field(r, granite_factors[i], m, "expected a number above 0");
+        if (m && (m->type != 'n' || !(m->number >= 1e-6 && m->number <= 1e6))) {
+            refuse_field(r, granite_factors[i], m, "expected a number from 1e-6 to 1e6");
         }
     }
     if (1 << r->kind & OF_GRANITE) {
