@@ -253,7 +253,7 @@ void write_back(Run *run) {
     write_tensors(run, "model.safetensors", weights, plain, 1, sums);
     close_memory(sums, &list);
     free(list);
-    write_config(unfinished_path, &run->config, 0);
+    write_config(unfinished_path, &run->config, 0, 0);
     unfinished_path[0] = 0;
 }
 
