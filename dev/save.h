@@ -1,5 +1,6 @@
 // The checkpoints of a run: written, found again, read.
-// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which includes it.
+// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which
+// includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
 // move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
@@ -14,7 +15,8 @@ void sync_directory(const char *path) {
     }
 }
 
-// tokenizer_config.json: which tokens are special. A tokenizer without a token for what is unknown, or to begin with, has the end's.
+// tokenizer_config.json: which tokens are special. A tokenizer without a token for what is unknown, or to begin with,
+// has the end's.
 void write_token_names(const Run *run, const char *dir, int bos) {
     const Tokenizer *t = run->tokenizer;
     const int unk = t->unk >= 0 ? t->unk : t->eot, ids[] = {bos, t->eot, unk, t->eot};
@@ -231,7 +233,8 @@ void check_table(const Run *run, const char *dir, const real *table) {
 int is_adapter(const char *dir); // dev/adapter.h
 void load_adapter(Run *run, const char *dir, int moments);
 
-// Reads the weights in dir, and with `moments` those of the optimizer. Each of several processes reads all, and keeps its own.
+// Reads the weights in dir, and with `moments` those of the optimizer. Each of several processes reads all, and keeps
+// its own.
 void load_weights(Run *run, const char *dir, int moments) {
     Model *m = run->model;
     const char *const prefix[] = {"", "", "exp_avg.", "exp_avg_sq."};
