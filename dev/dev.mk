@@ -7,7 +7,7 @@
 
 # ---- the tests of the C program: one program for each subject
 
-TESTS        = $(addprefix dev/build/,layers lstm routers attention recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes precision)
+TESTS        = $(addprefix dev/build/,layers lstm routers attention recipes training numbers json tokenizer tokenizers tokenize loader checkpoint options evaluate program files machine learning stories minutes precision)
 TESTS_DOUBLE = $(addprefix dev/build/,layers_double lstm_double routers_double attention_double recipes_double training_double numbers_double learning_double precision_double)
 
 $(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka

@@ -34,6 +34,9 @@
 #define main main_of_tokenizer
 #include "dev/test/tokenizer.c"
 #undef main
+#define main main_of_tokenizers
+#include "dev/test/tokenizers.c"
+#undef main
 #define main main_of_tokenize
 #include "dev/test/tokenize.c"
 #undef main
@@ -72,7 +75,7 @@ int main(void) {
     int (*const programs[])(void) = {
         main_of_proof, main_of_layers, main_of_lstm, main_of_precision, main_of_routers, main_of_attention,
         main_of_recipes,
-        main_of_training, main_of_numbers, main_of_json, main_of_tokenizer, main_of_tokenize,
+        main_of_training, main_of_numbers, main_of_json, main_of_tokenizer, main_of_tokenizers, main_of_tokenize,
         main_of_loader, main_of_checkpoint, main_of_options, main_of_evaluate, main_of_minutes,
         main_of_program, main_of_stories, main_of_files, main_of_machine, main_of_learning};
     int failed = 0;
