@@ -351,14 +351,15 @@ int read_first_token(const Tokenizer *t, const char *path, const Json *p) {
     return id_of(t, name);
 }
 
-// The token that a file in `dir` says ends a text: "eos_token", a text or an object with "content", or "eos_token_id",
-// a number or a list of them. -1: it does not say, or names none of these tokens.
-int read_end_of_text(const Tokenizer *t, const char *dir, const char *name) {
+// The token that the file `name` beside the file `tokenizer` says ends a text: "eos_token", a text or an object with
+// "content", or "eos_token_id", a number or a list of them. -1: it does not say, or names none of these tokens.
+int read_end_of_text(const Tokenizer *t, const char *tokenizer, const char *name) {
+    const char *slash = strrchr(tokenizer, '/');
     char path[4200];
     size_t size;
     int id = -1;
-    snprintf(path, sizeof(path), "%s/%s", dir, name);
-    if (!has_file(dir, name)) {
+    snprintf(path, sizeof(path), "%.*s%s", slash ? (int)(slash + 1 - tokenizer) : 0, tokenizer, name);
+    if (access(path, F_OK) != 0) {
         return -1;
     }
     char *text = read_file(path, &size);
@@ -379,12 +380,9 @@ int read_end_of_text(const Tokenizer *t, const char *dir, const char *name) {
 // Finds the token that ends a text, which is always cut out, even if the file has it in "vocab" only.
 void find_end_of_text(Tokenizer *t, const char *path) {
     static const char *const files[] = {"tokenizer_config.json", "generation_config.json", "config.json"};
-    const char *slash = strrchr(path, '/');
-    char dir[4096];
-    snprintf(dir, sizeof(dir), "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
     t->eot = -1;
     for (int i = 0; i < COUNT(files) && t->eot < 0; i++) {
-        t->eot = read_end_of_text(t, *dir ? dir : "/", files[i]);
+        t->eot = read_end_of_text(t, path, files[i]);
         t->eot_file = t->eot < 0 ? NULL : files[i];
     }
     if (t->eot < 0) {
