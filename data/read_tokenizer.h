@@ -355,11 +355,12 @@ int read_first_token(const Tokenizer *t, const char *path, const Json *p) {
 // "content", or "eos_token_id", a number or a list of them. -1: it does not say, or names none of these tokens.
 int read_end_of_text(const Tokenizer *t, const char *tokenizer, const char *name) {
     const char *slash = strrchr(tokenizer, '/');
-    char path[4200];
-    size_t size;
+    size_t size, room = strlen(tokenizer) + strlen(name) + 1;
     int id = -1;
-    snprintf(path, sizeof(path), "%.*s%s", slash ? (int)(slash + 1 - tokenizer) : 0, tokenizer, name);
-    if (access(path, F_OK) != 0) {
+    char *path = (char *)allocate(room, 1);
+    snprintf(path, room, "%.*s%s", slash ? (int)(slash + 1 - tokenizer) : 0, tokenizer, name);
+    if (!is_there(path)) {
+        free(path);
         return -1;
     }
     char *text = read_file(path, &size);
@@ -374,6 +375,7 @@ int read_end_of_text(const Tokenizer *t, const char *tokenizer, const char *name
     }
     json_free(root);
     free(text);
+    free(path);
     return id;
 }
 
@@ -405,8 +407,10 @@ void find_end_of_text(Tokenizer *t, const char *path) {
 // Reads a tokenizer.json, or that of a folder, to be freed by tokenizer_free. A file that is missing, damaged, or of a
 // kind that is not followed ends the program with a message.
 Tokenizer *tokenizer_load(const char *file) {
-    char path[4200];
-    snprintf(path, sizeof(path), has_file(file, "tokenizer.json") ? "%s/tokenizer.json" : "%s", file);
+    static const char *const name = "/tokenizer.json";
+    size_t room = strlen(file) + strlen(name) + 1;
+    char *path = (char *)allocate(room, 1);
+    snprintf(path, room, "%s%s", file, has_file(file, name + 1) ? name : "");
     Tokenizer *t = (Tokenizer *)allocate(1, sizeof(Tokenizer));
     t->json = read_file(path, &t->json_size);
     Json *root = json_parse(t->json, t->json_size, path);
@@ -446,6 +450,7 @@ Tokenizer *tokenizer_load(const char *file) {
     added_sort(&t->first);
     added_sort(&t->later);
     t->cache = (CachedWord *)allocate(CACHED_WORDS, sizeof(CachedWord));
+    free(path);
     return t;
 }
 
