@@ -13,6 +13,9 @@ typedef struct Part { // a block of a tensor's rows
     int tensor;     // its number in the table of weights
     size_t offset;  // the block's first number in that tensor
     int rows, cols; // rows 0: one dimension
+    int experts;    // not 0: all experts' rows, a dimension of its own in front of them
+    char other[96]; // another name under which a file may have it: rows first, first + 1, ... of a tensor of `all`; "": none
+    int all, first;
 } Part;
 
 size_t part_size(const Part *p) {
@@ -64,8 +67,11 @@ char *safetensors_header(const Part *parts, int count, const char *const *prefix
             size_t end = at + part_size(p) * sizeof(real);
             fprintf(text, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", prefix[copy], p->name,
                     sizeof(real) == 8 ? "F64" : "F32");
+            if (p->experts) {
+                fprintf(text, "%d,", p->experts);
+            }
             if (p->rows) {
-                fprintf(text, "%d,", p->rows);
+                fprintf(text, "%d,", p->rows / max_int(1, p->experts));
             }
             fprintf(text, "%d],\"data_offsets\":[%zu,%zu]}", p->cols, at, end);
             at = end;
@@ -230,19 +236,6 @@ const char *tensor_data(const Safetensors *s, const Json *t, const char *name, i
     return s->data + (size_t)from->number;
 }
 
-// The pages of a mapped file that these bytes fill have been read: they need not stay in memory beside their copy.
-void let_pages_go(const char *from, size_t bytes) {
-#ifdef MADV_DONTNEED // the file still has them
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), skip = (page - (size_t)from % page) % page;
-    if (bytes > skip + page) {
-        madvise((void *)(from + skip), (bytes - skip) / page * page, MADV_DONTNEED);
-    }
-#else
-    (void)from;
-    (void)bytes;
-#endif
-}
-
 // Reads the part's numbers to `to`: rows from `first` on of the tensor `name`, which should have `all` rows (0: one
 // dimension). Returns 0 where the file has no such name.
 int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, int first, real *to) {
@@ -262,7 +255,7 @@ int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, 
             to[i] = (real)decode_number(from + i * bytes, type);
         }
     }
-    let_pages_go(from, count * bytes);
+    forget_pages(from, count * bytes); // so that a large model is in memory once
     return 1;
 }
 
