@@ -550,7 +550,9 @@ const char *fallback_tokenizer(const char *tokens, const char *merges) {
     for (int b = 0; b < 256; b++)
         n += (size_t)sprintf(text + n, ",\"<0x%02X>\":%d", b, 3 + b);
     sprintf(text + n, ",\"\xe2\x96\x81\":259,\"a\":260,\"b\":261%s},\"merges\":[%s]}}", tokens, merges);
-    return put_text("fallback.json", text);
+    mkdir(scratch_file("fallback"), 0777);
+    put_text("fallback/tokenizer_config.json", "{\"eos_token\":\"</s>\"}");
+    return put_text("fallback/tokenizer.json", text);
 }
 
 // SentencePiece's: scores that follow the ranks of merges; and what no scores can say.
