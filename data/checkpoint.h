@@ -71,7 +71,7 @@ Part *parts_of_class(const Model *m, int k, int *count) {
     int limit = 3 * m->tensor_count + 3 * c->layers * c->experts;
     Part *list = (Part *)allocate(limit, sizeof(Part));
     *count = 0;
-    for (int i = 0; i < m->tensor_count; i++) {
+    for (int i = 0; i < base_tensors(m); i++) { // pairs go elsewhere: dev/adapter.h
         add_parts(c, &m->tensors[i], i, k, list, count);
     }
     return list;
@@ -256,6 +256,7 @@ void write_config(const char *dir, const Config *c, int eot) {
     fprintf(f, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\",\n", type, type); // the newer and the older name
     fprintf(f, "  \"train_moe\": {");
     write_options(f, c);
+    write_scheme(f, c);
     fprintf(f, "}\n}\n");
     close_written(f, dir, "config.json");
 }
@@ -330,8 +331,9 @@ int config_from_directory(Config *c, const char *dir) {
         find_recipe(c->recipe);
     }
     int window = config_from_hugging_face(c, json, type->text, path, own);
+    read_scheme(c, json, path);
     check_weight_files(dir, "model.safetensors");
-    if (!c->untied) {
+    if (!c->untied && !has_file(dir, "adapter_config.json")) { // which has no output; its base had one
         untie_output(c, dir);
     }
     json_free(json);

@@ -81,7 +81,7 @@ int fits_experts(const Config *c, const ModelClass *k) {
 
 int fits_class(const Config *c, const ModelClass *k) {
     int moe = moe_layers(c) > 0, normed = c->qk_norm ? 1 + (c->qk_norm_over == OVER_ROW) : 0;
-    if (c->ngrams || c->value_embedding || mixer_of(c) || !c->norms || !c->last_feed || c->moe_sigmoid) {
+    if (c->blocks || c->ngrams || c->value_embedding || mixer_of(c) || !c->norms || !c->last_feed || c->moe_sigmoid) {
         return 0;
     }
     if (normed != k->qk_norm || (k->qkv_bias != EITHER && c->qkv_bias != k->qkv_bias) || moe != (k->experts != NO_LAYERS)) {

@@ -162,12 +162,24 @@ int exports(const Config *c) {
     return c->export_to[0] != 0;
 }
 
+int quantizes(const Config *c) {
+    return c->quantize != NO_BLOCKS;
+}
+
+int mixes_bits(const Config *c) {
+    return c->quantize >= MIXED;
+}
+
 int reads_weights(const Config *c) {
-    return c->resume || c->init[0] || c->prompt || exports(c);
+    return c->resume || c->init[0] || c->prompt || exports(c) || quantizes(c) || c->evaluate;
 }
 
 int is_drawn(const Config *c) {
     return c->temperature > 0;
+}
+
+int trains_pairs(const Config *c) {
+    return c->lora > 0;
 }
 
 const Effect base_effects[] = {
@@ -194,10 +206,14 @@ const Effect base_effects[] = {
     {"group", looks_at_groups, "a loss or a capacity that looks at many tokens: --aux-weight or --capacity-factor"},
     {"ngram-order", has_ngrams, "a table: --ngrams 16384"},
     {"ngram-gate", has_ngrams, "a table: --ngrams 16384"},
+    {"lora-alpha", trains_pairs, "pairs: --lora 8"},
+    {"lora-targets", trains_pairs, "pairs: --lora 8"},
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},
-    {"trust-weights", reads_weights, "weights to read: --resume, --init, --prompt or --export"},
+    {"trust-weights", reads_weights, "weights to read: --resume, --init, --prompt, --evaluate or --export"},
+    {"quantized", quantizes, "a model to write: --quantize q8_0"},
+    {"few", mixes_bits, "experts of two kinds: --quantize mixed"},
     {"export-type", exports, "a file to write: --export FILE"},
     {"top-k", is_drawn, "tokens that are drawn by chance: a --temperature above 0"},
     {"top-p", is_drawn, "tokens that are drawn by chance: a --temperature above 0"},
@@ -232,6 +248,9 @@ const char *missing_for(const Config *c, const Option *o) {
     }
     if (exports(c) && is_of_training(o)) {
         return "training, and --export only writes a file";
+    }
+    if ((quantizes(c) || c->evaluate) && is_of_training(o) && strcmp(o->name, "eval-tokens") != 0) {
+        return "training, and --quantize and --evaluate only read a model";
     }
     int of_heads = !strcmp(o->name, "group") && c->attention_experts > 0; // the routers of heads look at groups, too
     if (!strncmp(o->heading, "Router", 6) && !has_experts(c) && !of_heads) {

@@ -405,24 +405,14 @@ const char *last_name(const char *path) {
 }
 
 // ./train_moe --export FILE: the model in run->out, or in --init, as a GGUF file.
-void export_model(Run *run, const Config *asked) {
-    char dir[4096], path[4200];
+// window: the length of attention's sliding window, 0: none.
+void export_model(Run *run, const Config *asked, const char *dir, int window) {
+    char path[4200];
     Config *c = &run->config;
     Export x;
     Model m;
     memset(&x, 0, sizeof(x));
     memset(&m, 0, sizeof(m));
-    snprintf(dir, sizeof(dir), "%s", asked->init[0] ? model_directory(asked->init) : run->out);
-    if (!has_file(dir, "config.json") && !find_checkpoint(run->out, 0, dir)) {
-        fail("%s: no checkpoint there to export; train first, or name a run with --out", run->out);
-    }
-    check_small_files(dir);
-    int window = config_from_directory(c, dir);
-    const Config before = *c;
-    join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
-    refuse_idle_options(c, &before);
-    c->batch = 1; // the saved one is that of all processes
-    config_check(c);
     x.config = c;
     x.format = c->export_type;
     x.architecture = find_architecture(c, dir);

@@ -72,6 +72,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
     if (!m->generation) {
         m->generation = (Generation *)own(m, 1, sizeof(Generation));
         m->generation->one = model_allocate(c, 1, 0, m->memory[WEIGHTS]);
+        share_blocks(m->generation->one, m);
         m->generation->cache = own_reals(m, c->layers * kept);
     }
     Model *one = m->generation->one;

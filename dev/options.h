@@ -24,6 +24,8 @@ enum { OVER_HEAD, OVER_ROW };
 const char *const qk_norm_names[] = {"head", "row", NULL};
 enum { ROPE_NONE, ROPE_LINEAR, ROPE_LLAMA3 };
 const char *const rope_names[] = {"none", "linear", "llama3", NULL};
+enum { NO_BLOCKS, ALL_Q8_0, ALL_Q4_0, MIXED, MIXED_OFTEN };
+const char *const scheme_names[] = {"none", "q8_0", "q4_0", "mixed", "mixed-often", NULL};
 const char *const moments_names[] = {"fp32", "bf16", NULL};
 
 // MODEL says what the model computes. ORDER says which data it sees when, and which optimizer moves it, since none can go
@@ -79,6 +81,11 @@ const Option base_options[] = {
          "write the model in --out, or in --init, to this new file, as a GGUF file for llama.cpp, and exit"),
     WORD("export-type", export_type, "f16", format_names, RUN, "Files",
          "numbers of that file: float32, float16, or 8 or 4 bits and one scale for 32 of them"),
+    WORD("quantize", quantize, "none", scheme_names, RUN, "Files",
+         "write the model in --out, or in --init, with experts of 8 or 4 bits, and exit; mixed: 4 for those chosen rarely"),
+    TEXT("quantized", quantized, "", RUN, "Files", "the new folder of that model [OUT-q8_0 and the like]"),
+    NUMBER("few", few, "0.5", 0, 1, RUN, "Files", "with --quantize mixed: the share of a layer's experts that have 4 bits"),
+    FLAG("evaluate", evaluate, RUN, "Files", "print the validation loss of the model in --out, or in --init, and exit"),
     TEXT("recipe", recipe, "mixtral", MODEL, "Model", "which router: a row of the options below; see --list-recipes"),
     FLAG("list-recipes", list_recipes, RUN, "Model", "show the recipes and what each one chooses"),
     INTEGER("layers", layers, "2", 1, 1000, MODEL, "Model", "layers (L)"),
@@ -143,6 +150,13 @@ const Option base_options[] = {
          "an expert takes at most this times its fair share; 0: all that comes"),
     NUMBER("eval-capacity-factor", eval_capacity_factor, "0", 0, 1e6, TRAIN, "Router: balance",
          "the same at evaluation, of each sequence, early tokens first"),
+    INTEGER("lora", lora, "0", 0, 4096, ORDER, "Adapters",
+            "train low-rank pairs of this rank beside the weights of --init, which stay frozen; 0: train all weights"),
+    NUMBER("lora-alpha", lora_alpha, "16", 1e-6, 1e6, ORDER, "Adapters", "what a pair adds is multiplied by this over the rank"),
+    TEXT("lora-targets", lora_targets, "attention,experts", ORDER, "Adapters",
+         "which matrices have a pair: a list of attention, experts, router"),
+    TEXT("merge", merge, "", RUN, "Adapters",
+         "write the model that the adapter in --out makes of its base, as a Hugging Face directory, and exit"),
     INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "Training", "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "Training", "micro-steps in a step"),
     INTEGER("steps", steps, "4000", 1, 2000000000, TRAIN, "Training", "optimizer steps"),
@@ -437,6 +451,7 @@ const char *routers_refuse(const Config *c); // dev/routers/all.h
 const char *mixer_refuses(const Config *c);  // dev/mixers/all.h
 const char *parts_refuse(const Config *c);   // dev/parts.h
 int head_width(const Config *c);             // dev/mixers/attention_experts.h
+const char *lora_refuses(const Config *c);   // dev/lora_tensors.h
 int router_outputs(const Config *c);
 int most_choices(const Config *c);
 
@@ -495,6 +510,12 @@ void config_check(Config *c) {
     }
     if (c->moe_every) {
         config_check_router(c);
+    }
+    if (c->lora && !c->given[find_option("optimizer")]) {
+        c->optimizer = ADAMW;
+    }
+    if (lora_refuses(c)) {
+        usage_fail("%s", lora_refuses(c));
     }
     check_precision(c);
 

@@ -1,6 +1,7 @@
 // What a layer may have besides, each a room of its own.
 // Gives: what they give; parts_refuse. Needs: train_moe.c, which includes it twice: inside Config, for the fields of their
 // options (CONFIG_FIELDS), and before the layers are put together.
+#include "lora.h"          // --lora: low-rank pairs beside frozen matrices
 #include "rope.h"          // --rope-scaling: slower rotary positions, for longer texts
 #include "qkv.h"           // --qkv-bias: a vector that is added to queries, keys and values
 #include "qk_norm.h"       // --qk-norm: queries and keys with a norm of their own
@@ -8,6 +9,7 @@
 #include "ngrams.h"        // --ngrams: each pair of words has one, and each triple, before layer 0 and in each layer
 #include "residual.h"      // --norms, --dropout, --moe-sigmoid: what stands between a layer's halves and the residual stream
 #include "shared_expert.h" // --shared-gate, --shared-ffn, --dense-ffn: shared experts with a gate, and widths of their own
+#include "quantized.h"     // --quantize: matrices in blocks of few bits
 #include "../data/model_classes.h" // the class of transformers as which the model is written
 #include "../data/granite.h"       // the factors of a Granite that is read
 #if !defined(CONFIG_FIELDS) && !defined(PARTS_H)
@@ -27,7 +29,7 @@ const char *parts_refuse(const Config *c) {
     if (c->rope_scaling == ROPE_LLAMA3 && c->rope_low >= c->rope_high) {
         return "--rope-low must be less than --rope-high";
     }
-    return NULL;
+    return blocks_refuse(c);
 }
 
 #endif

@@ -14,24 +14,41 @@ void sync_directory(const char *path) {
     }
 }
 
-// The small files of a checkpoint: what transformers wants to know, and what is needed to go on.
-void write_small_files(const Run *run, const char *dir, FILE *sums) {
+// tokenizer_config.json, with the names of the tokens that transformers has a use for.
+void write_tokenizer_config(const char *dir, const Tokenizer *t, int seq) {
+    const char *const members[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
+    const int ids[] = {t->bos, t->eot, t->unk, t->eot};
+    FILE *f = open_for_writing(dir, "tokenizer_config.json");
+    fprintf(f, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n");
+    for (int i = 0; i < COUNT(members); i++) {
+        const char *name = t->raw[ids[i] < 0 ? t->eot : ids[i]];
+        fprintf(f, "  \"%s\": ", members[i]);
+        json_write_string(f, name, strlen(name));
+        fprintf(f, ",\n");
+    }
+    fprintf(f, "  \"clean_up_tokenization_spaces\": false,\n  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n"
+               "  \"model_max_length\": %d\n}\n",
+            seq);
+    close_written(f, dir, "tokenizer_config.json");
+}
+
+// The small files of a model: what transformers wants to know.
+void write_model_files(const Run *run, const char *dir) {
     const Tokenizer *t = run->tokenizer;
-    const char *const eot = "<|endoftext|>";
     char text[512];
     write_config(dir, &run->config, t->eot);
     write_text(dir, "tokenizer.json", t->json, t->json_size);
-    int n = snprintf(
-        text, sizeof(text),
-        "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"bos_token\": \"%s\",\n  \"eos_token\": \"%s\",\n"
-        "  \"unk_token\": \"%s\",\n  \"pad_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
-        "  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n  \"model_max_length\": %d\n}\n",
-        eot, eot, eot, eot, run->config.seq);
-    write_text(dir, "tokenizer_config.json", text, (size_t)n);
-    n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
-                 t->eot, t->eot, t->eot);
+    write_tokenizer_config(dir, t, run->config.seq);
+    int n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
+                     t->bos < 0 ? t->eot : t->bos, t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
-    n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f,\"val_fingerprint\":%.0f}\n", run->step,
+}
+
+// The small files of a checkpoint: those, and what is needed to go on.
+void write_small_files(const Run *run, const char *dir, FILE *sums) {
+    char text[512];
+    write_model_files(run, dir);
+    int n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f,\"val_fingerprint\":%.0f}\n", run->step,
                  run->train->fingerprint, run->val->fingerprint);
     write_text(dir, "trainer_state.json", text, (size_t)n);
     write_router_state(run, dir);
@@ -130,7 +147,7 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
     real *tensor = allocate_tensor(m);
     for (int a = 0; a < arrays; a++) {
         const Part *p = parts;
-        for (int i = 0; i < m->tensor_count; i++) {
+        for (int i = 0; i < base_tensors(m); i++) {
             size_t size = m->tensors[i].whole;
             run->backend->read(m, what[a], i, tensor); // all processes; the first one writes
             if (!file) {
@@ -152,6 +169,8 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
     free(parts);
 }
 
+void write_adapter(const Run *run, FILE *sums); // dev/adapter.h
+
 // Writes a checkpoint into the folder unfinished_path, which has no name of a checkpoint yet.
 void write_checkpoint(Run *run) {
     int first = ranks.rank == 0, weights[] = {WEIGHTS}, moments[] = {MOMENT1, MOMENT2};
@@ -170,8 +189,12 @@ void write_checkpoint(Run *run) {
         }
     }
     fprintf(sums, "{");
-    write_tensors(run, "model.safetensors", weights, plain, 1, sums);
-    write_tensors(run, "optimizer.safetensors", moments, moment_names, 2, sums);
+    if (run->config.lora) {
+        write_adapter(run, sums);
+    } else {
+        write_tensors(run, "model.safetensors", weights, plain, 1, sums);
+        write_tensors(run, "optimizer.safetensors", moments, moment_names, 2, sums);
+    }
     if (first) {
         write_small_files(run, unfinished_path, sums);
     }
@@ -205,11 +228,18 @@ void check_table(const Run *run, const char *dir, const real *table) {
     }
 }
 
+int is_adapter(const char *dir); // dev/adapter.h
+void load_adapter(Run *run, const char *dir, int moments);
+
 // Reads the weights in dir, and with `moments` those of the optimizer. Each of several processes reads all, and keeps its own.
 void load_weights(Run *run, const char *dir, int moments) {
     Model *m = run->model;
     const char *const prefix[] = {"", "", "exp_avg.", "exp_avg_sq."};
     int count;
+    if (is_adapter(dir)) {
+        load_adapter(run, dir, moments);
+        return;
+    }
     Part *parts = parts_to_read(m, &count);
     real *tensor = allocate_tensor(m);
     for (int what = WEIGHTS; what <= (moments ? MOMENT2 : WEIGHTS); what++) {
@@ -219,7 +249,7 @@ void load_weights(Run *run, const char *dir, int moments) {
         WeightFiles files;
         open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", 1);
         const Part *p = parts;
-        for (int i = 0; i < m->tensor_count; i++) {
+        for (int i = 0; i < base_tensors(m); i++) {
             for (; p < parts + count && p->tensor == i; p++) {
                 const char *file = read_part(&files, prefix[what], p, tensor + p->offset);
                 check_read(file, prefix[what], p, tensor + p->offset);
@@ -271,3 +301,5 @@ void cut_log(const char *path, int step) {
     }
     free(text);
 }
+
+#include "adapter.h" // --lora: checkpoints without the base, --merge

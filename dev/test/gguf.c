@@ -663,7 +663,7 @@ void test_gguf_files(void **state) {
     read_gguf("files.gguf");
     expect(export_tiny("files", "nowhere/files.gguf", ""), 1, "nowhere/files.gguf.unfinished: cannot create");
     expect(export_tiny("nothing", "nothing.gguf", ""), 1, "no checkpoint there to export");
-    expect(export_tiny("files", "more.gguf", "--prompt x"), 2, "--export writes a file and does nothing else");
+    expect(export_tiny("files", "more.gguf", "--prompt x"), 2, "--prompt does nothing else: give it without --export");
     expect(export_tiny("files", "more.gguf", "--lr 0.3"), 2, "training, and --export only writes a file");
     expect(export_tiny("files", "more.gguf", "--layers 3"), 2, "--layers 3");
     expect(export_tiny("files", "more.gguf", "--export-type q5"), 2, "one of: f32, f16, q8_0, q4_0");
