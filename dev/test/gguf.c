@@ -668,6 +668,10 @@ void test_gguf_files(void **state) {
     expect(export_tiny("files", "more.gguf", "--layers 3"), 2, "--layers 3");
     expect(export_tiny("files", "more.gguf", "--export-type q5"), 2, "one of: f32, f16, q8_0, q4_0");
     expect(shell(said, sizeof(said), "%s --export-type q8_0 --steps 1 --out %s", program, scratch_file("more")), 2, "--export FILE");
+    expect(shell(said, sizeof(said), "%s --out %s --quantize q8_0 --quantized %s --threads 1", program, scratch_file("files"),
+                 scratch_file("few")),
+           0, NULL);
+    expect(export_tiny("few", "more.gguf", ""), 2, "few bits");
     assert_false(exists("more.gguf"));
 
     // A full disk, and what a program that was killed had left.
