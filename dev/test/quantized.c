@@ -6,6 +6,12 @@
 #include "dev/test/runs.h"
 #include "dev/test/plain.h"
 
+#ifdef PLAIN // such a program refuses blocks
+#define IS_PLAIN 1
+#else
+#define IS_PLAIN 0
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks
 
@@ -260,6 +266,8 @@ Model *put_in_blocks(Model *from, int scheme) {
 // generation is the forward pass, token by token.
 void test_blocks_model(void **state) {
     (void)state;
+    if (IS_PLAIN)
+        skip();
     enum { T = 8 };
     for (int scheme = ALL_Q8_0; scheme <= MIXED; scheme++) {
         Config c = small_config("deepseek-v3"); // a dense layer, shared experts, and experts
@@ -330,6 +338,8 @@ int count_format(const char *dir, const char *kind, int format) {
 
 void make_run(void) {
     need_program();
+    if (IS_PLAIN)
+        skip();
     if (access(scratch_file("run"), F_OK) != 0)
         expect(run_tiny("run", "--shared 1 --lr 0.02"), 0, "What next");
 }
