@@ -141,7 +141,9 @@ struct Model : ::Model {
     floatX *rows, *act, *dhidden;  // (N*K,C), (N*K,F), (N*K,2F)  of the experts; a dense layer uses act and dhidden
     floatX *datt, *dqkv;           // (N,C), (N,(H+2KV)*D)
     float *delta;                  // (B,H,T)  dout . out of attention
-    double *qk_part;               // with --qk-norm, sums for the gradients of its vectors: see dev/cuda/qk_norm.cuh
+    double *qk_part;               // with --qk-norm or --qkv-bias, sums for the gradients of their vectors: see dev/cuda/qk_norm.cuh
+    float *dgate;                  // (N)  with --shared-gate: see dev/cuda/shared_expert.cuh
+    double *dgate_part;
     float *dh;                     // (N,C)
     float *router_in;              // (N,C)  what routers read that are not fused: the norm, not rounded
     float *dweight, *dweight_part; // (N,K), (tiles of columns, N*K)
@@ -492,6 +494,7 @@ void rmsnorm_backward(NormBack b, const float *dh, int N, int C) {
 
 #include "dev/cuda/attention.cuh" // attention, with the rotary positions in it, and that of one token in generation
 #include "dev/cuda/qk_norm.cuh"   // --qk-norm: queries and keys with a norm of their own
+#include "dev/cuda/qkv.cuh"       // --qkv-bias: a vector that is added to queries, keys and values
 
 // ---- embedding and loss
 
@@ -1552,6 +1555,8 @@ void dispatched_backward(Model *m, int l, int C) {
 
 // ---- feed-forward layers that every token passes: dense ones, and shared experts
 
+#include "dev/cuda/shared_expert.cuh" // --shared-gate: each token decides how much it takes of the shared experts' answer
+
 // Writes m->branch (N,C).
 void dense_forward(Model *m, int l) {
     const Config *c = &m->config;
@@ -1563,6 +1568,7 @@ void dense_forward(Model *m, int l) {
     }
     matmul(a->dense_hidden, a->h2, low_of(m, w->dense_in), N, c->dim, F * (1 + is_gated(kind)), SET);
     activation_forward(m->act, a->dense_hidden, N, F, kind);
+    shared_gate_forward(m, l, N, F);
     matmul(m->branch, m->act, low_of(m, w->dense_out), N, F, c->dim, SET);
 }
 
@@ -1577,10 +1583,11 @@ void dense_backward(Model *m, int l) {
         return;
     }
     matmul_dx(m->act, m->dfed, low_of(m, w->dense_out), N, F, c->dim, SET);
-    activation_backward(m->dhidden, m->act, a->dense_hidden, N, F, kind);
+    shared_activation_backward(m, l, N, F, kind); // activation_backward(), with --shared-gate times a gate of each token
     matmul_dw(dw->dense_out, m->dfed, m->act, N, F, c->dim); // act is f(hidden) again by now
     matmul_dw(dw->dense_in, m->dhidden, a->h2, N, c->dim, H);
     matmul_dx(m->dh, m->dhidden, low_of(m, w->dense_in), N, c->dim, H, SET);
+    shared_gate_backward(m, l, N);
 }
 
 // ---- the layer
@@ -1736,9 +1743,10 @@ void attention_layer_forward(Model *m, int l) {
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->layers[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
-    int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D;
 
     matmul(a->qkv, a->h1, low_of(m, w->qkv), N, C, Q, SET);
+    gpu::qkv_bias_forward(m, l, a->qkv);
     gpu::qk_norm_forward(m, l, a->qkv);
     gpu::value_embedding_forward(m, l, a->qkv);
 
@@ -1749,7 +1757,7 @@ void attention_layer_forward(Model *m, int l) {
     } else {
         attention_forward(a->att, a->lse, a->qkv, m->angles, B, T, H, KV, D);
     }
-    matmul(m->branch, a->att, low_of(m, w->proj), N, C, C, SET);
+    matmul(m->branch, a->att, low_of(m, w->proj), N, H * D, C, SET);
 }
 
 // The first half of layer l, up to the output of attention, or of what stands in its place, which is left in m->branch:
@@ -1864,14 +1872,15 @@ void attention_layer_backward(Model *m, int l, const floatX *dout) {
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
     LayerActs *a = &m->layers[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
-    int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D;
 
     // proj, attention (which turns dq and dk back), qkv
-    matmul_dx(m->datt, dout, low_of(m, w->proj), N, C, C, SET);
-    matmul_dw(dw->proj, dout, a->att, N, C, C);
+    matmul_dx(m->datt, dout, low_of(m, w->proj), N, H * D, C, SET);
+    matmul_dw(dw->proj, dout, a->att, N, H * D, C);
     attention_backward(m->dqkv, m->datt, a->att, a->lse, a->qkv, m->angles, B, T, H, KV, D, m->delta);
     gpu::value_embedding_backward(m, l, m->dqkv);
     gpu::qk_norm_backward(m, l, m->dqkv);
+    gpu::qkv_bias_backward(m, l, m->dqkv);
     matmul_dx(m->dh, m->dqkv, low_of(m, w->qkv), N, C, Q, SET);
     matmul_dw(dw->qkv, m->dqkv, a->h1, N, C, Q);
 }
@@ -2302,7 +2311,7 @@ void model_update(::Model *base, int step, double lr) {
 void model_generate(::Model *base, int token, int position, real *logits) {
     Model *m = (Model *)base, *one = m->one;
     const Config *c = &m->config;
-    int D = c->dim / c->heads;
+    int D = head_width(c);
     if (!one) {
         one = m->one = new_model(c, 1, 0, m, 0);
         one->batch.B = one->batch.T = 1;
@@ -2315,7 +2324,7 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     // The token and the angles of its position go to the device, the logits come back.
     one->position = position;
     float *angles = (float *)allocate(D, sizeof(float));
-    rope_angles(angles, position, 1, D, c->rope_theta);
+    head_angles(c, angles, position, 1);
     CHECK(cudaMemcpyAsync(one->angles, angles, (size_t)D * sizeof(float), cudaMemcpyHostToDevice, stream));
     CHECK(cudaMemcpyAsync(one->tokens, &token, sizeof(int), cudaMemcpyHostToDevice, stream));
     int row[2]; // out here, since a copy may read it as late as in download()

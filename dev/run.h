@@ -55,6 +55,7 @@ void first_model(Run *run);
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
 #include "minutes.h"  // --minutes
+#include "export.h"   // --export: the model as a GGUF file
 
 volatile sig_atomic_t stop_asked = 0;
 
@@ -172,6 +173,8 @@ void compare_tokenizers(Run *run, const char *dir) {
     }
     tokenizer_free(other);
 }
+
+#include "few_bits.h" // --quantize, --evaluate
 
 // Stops where a process was started with other options, other data or another checkpoint than the first.
 void compare_ranks(Run *run) {
@@ -446,18 +449,17 @@ void answer_prompt(Run *run, const Config *asked) {
     config_check(c);
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
     run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
-    run->model = run->backend->create(c, 1, 0, NULL);
     if (c->merge[0] && !c->lora) {
         usage_fail("--merge: %s is a whole model, and no adapter that --lora has trained", dir);
     }
-    load_weights(run, dir, 0);
+    load_model(run, dir, 1);
     if (c->merge[0]) {
         merge_adapter(run, dir, c->merge);
         run->backend->release(run->model);
         tokenizer_free(run->tokenizer);
         return;
     }
-    fprintf(stderr, "%s, %s\n", dir, c->recipe);
+    fprintf(stderr, "%s, %s%s%s\n", dir, c->recipe, c->blocks ? ", " : "", c->blocks ? scheme_names[c->blocks] : "");
     const char *prompt = c->prompt;
     size_t size = strlen(prompt);
     if (!strcmp(prompt, "-")) {
@@ -496,6 +498,12 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     if (asked.merge[0] && is_there(asked.merge)) {
         usage_fail("--merge %s: it is there already; choose another name, or remove it", asked.merge);
     }
+    if (asked.export_to[0] && (asked.prompt || asked.resume || ranks.size > 1)) {
+        usage_fail("--export writes a file and does nothing else; give it without --prompt, --resume and mpirun");
+    }
+    if (asked.quantize || asked.evaluate) {
+        refuse_others(&asked);
+    }
     if (asked.prompt && ranks.size > 1) {
         usage_fail("--prompt: one process goes on from a text; start it without mpirun");
     }
@@ -509,7 +517,8 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     if (asked.out[0]) {
         snprintf(run->out, sizeof(run->out), "%s", asked.out);
     } else {
-        default_out(&asked, !asked.resume && !asked.prompt && !asked.merge[0], run->out);
+        int makes_new = !asked.resume && !asked.prompt && !asked.merge[0] && !asked.export_to[0] && !asked.quantize;
+        default_out(&asked, makes_new && !asked.evaluate, run->out);
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
     data_tick = ranks_tick;               // and answer while they read
@@ -518,6 +527,14 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     broadcast(run->out, sizeof(run->out));
     if (asked.prompt || asked.merge[0]) {
         answer_prompt(run, &asked);
+        return 0;
+    }
+    if (asked.export_to[0]) {
+        export_model(run, &asked);
+        return 0;
+    }
+    if (asked.quantize || asked.evaluate) {
+        asked.quantize ? quantize_model(run, &asked) : evaluate_model(run, &asked);
         return 0;
     }
     if (!prepare_run(run, &asked)) {
@@ -620,13 +637,17 @@ int close_run(Run *run) {
     } else {
         show_experts(run);
         snprintf(model, sizeof(model), run->links ? "%s/latest" : "%s/checkpoint-%d", run->out, run->step);
-        printf("The run is in %s: log.jsonl, and in %s the model, which Hugging Face's transformers %s.\n"
+        const char *whole = *matching_class(c) ? "transformers opens as it is" : "transformers has no class for";
+        printf("The run is in %s: log.jsonl, and in %s the %s, which Hugging Face's %s.\n"
                "What next:\n"
                "  ./%s --out %s --prompt \"Once upon a time\"\n"
                "  %s./%s --out %s --resume --steps %d\n"
                "  data/tinystories.sh && %s./%s        (real stories; see README.md)\n",
-               run->out, model, *matching_class(c) ? "opens as it is" : "has no class for", name, out, begin, name, out,
-               c->steps * 2, begin, name);
+               run->out, model, c->lora ? "adapter" : "model", c->lora ? "peft opens beside its base" : whole, name, out, begin,
+               name, out, c->steps * 2, begin, name);
+        if (c->lora) {
+            printf("  ./%s --out %s --merge DIR        (one model of the base and the adapter)\n", name, out);
+        }
     }
     free(out);
     report_minutes(run);

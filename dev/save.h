@@ -229,7 +229,7 @@ void load_weights(Run *run, const char *dir, int moments) {
         load_adapter(run, dir, moments);
         return;
     }
-    Part *parts = model_parts(m, &count);
+    Part *parts = parts_to_read(m, &count);
     real *tensor = allocate_tensor(m);
     for (int what = WEIGHTS; what <= (moments ? MOMENT2 : WEIGHTS); what++) {
         if (what == GRADS) {
@@ -240,7 +240,7 @@ void load_weights(Run *run, const char *dir, int moments) {
         const Part *p = parts;
         for (int i = 0; i < base_tensors(m); i++) {
             for (; p < parts + count && p->tensor == i; p++) {
-                const char *file = read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                const char *file = read_part(&files, prefix[what], p, tensor + p->offset);
                 check_read(file, prefix[what], p, tensor + p->offset);
             }
 
@@ -251,6 +251,9 @@ void load_weights(Run *run, const char *dir, int moments) {
             }
             if (what == WEIGHTS && !strcmp(m->tensors[i].kind, "table")) {
                 check_table(run, dir, tensor);
+            }
+            if (what == WEIGHTS) {
+                fold_factors(&run->config, &m->tensors[i], tensor); // Granite's
             }
             run->backend->write(m, what, i, tensor);
         }

@@ -644,6 +644,12 @@ void test_gpu_variants(void **state) {
         {"qwen3", "--attention-experts 3 --heads 1 --kv-heads 1 --head-width 0 --attention-aux-weight 0.5"},
         {"mh-moe", "--dim 64 --attention-experts 6 --attention-form moa --heads 2 --attention-capacity-factor 0.5"},
         {"dense", "--attention-experts 3 --attention-capacity-factor 0.5 --group sequence --dropout 0.2"},
+        {"mixtral", "--qkv-bias 1 --head-width 24 --heads 3 --kv-heads 1 --recompute 1"},
+        {"mixtral", "--qkv-bias 1 --qk-norm 1 --qk-norm-over row --heads 4 --kv-heads 2 --head-width 40 --value-embedding 1"},
+        {"dense", "--qk-norm 1 --qk-norm-over row --dense-ffn 40 --rope-scaling llama3 --rope-original 40 --rope-theta 30 --seq 33"},
+        {"mixtral", "--shared 1 --shared-gate 1"},
+        {"deepseek-v3", "--shared-gate 1 --shared-ffn 40 --activation gelu --recompute 1 --layers 3"},
+        {"mixtral", "--shared 2 --shared-gate 1 --shared-ffn 136 --dropout 0.2 --norms 0 --dim 136 --heads 1 --kv-heads 1"},
         {"mixtral", "--overflow next --capacity-factor 0.5"},
     };
     int count = (int)(sizeof(variants) / sizeof(variants[0])) - LOW; // the last one's first choices cannot be taken over
@@ -917,6 +923,8 @@ void test_gpu_generation(void **state) {
     check_gpu_generation("mixtral", "--dim 48 --heads 2 --kv-heads 1 --ffn 8 --seq 11 --untied 1");
     check_gpu_generation("deepseek-v3", "--kv-heads 4 --seq 1");
     check_gpu_generation("shazeer-lstm", "--cell 40 --seq 11");
+    check_gpu_generation("mixtral", "--qkv-bias 1 --qk-norm 1 --qk-norm-over row --head-width 24 --heads 2 --kv-heads 1 "
+                                    "--rope-scaling llama3 --rope-original 20 --rope-theta 30 --shared 1 --shared-gate 1 --seq 11");
     check_gpu_generation("fast", "--ngrams 200 --ngram-order 3 --ngram-gate 1 --seq 7");
     check_gpu_generation("dense", "--ngrams 200 --ngram-order 3 --ngram-gate 1 --last-feed 0 --seq 2");
     check_gpu_generation("mixtral", "--mixer lstm --seq 7 --shared 1");
