@@ -38,7 +38,8 @@ int edit_distance(const char *a, const char *b) {
 // Looks at one more name: *nearest becomes the nearest one so far that is near at all. *distance begins at 0.
 void compare_name(const char *word, const char *name, const char **nearest, int *distance) {
     int apart = edit_distance(word, name), limit = max_int(1, (int)strlen(word) / 3);
-    if (apart <= limit && (!*nearest || apart < *distance)) {
+    int is_longer = *nearest && apart == *distance && !strncmp(name, word, strlen(word)); // --experts for --expert, not --export
+    if (apart <= limit && (!*nearest || apart < *distance || is_longer)) {
         *nearest = name;
         *distance = apart;
     }
