@@ -40,7 +40,7 @@
 // Letters, with the same meaning to the end of the file (only in chapter 3 N, T and C are those of
 // what the experts read, which with --subtokens are parts of tokens):
 //   B sequences in a batch     T tokens in a sequence     N = B*T tokens      C width of the model    V words: all tokens there are
-//   L layers                   H query heads              KV key/value heads  D = C/H width of a head
+//   L layers                   H query heads              KV key/value heads  D = C/H width of a head (or --head-width)
 //   E experts of a layer       K experts for each token   F width of a feed-forward layer, after its activation
 // A comment such as "x (N,C)" gives the shape of an array, row after row. The gradient of a value
 // has the value's name with a d in front: dx is the derivative of the loss with respect to x, in
@@ -115,8 +115,8 @@ typedef struct Config {
     // Several processes.
     int ep, overlap, replicate, replicate_every, watchdog, trace;
     // Files, how often things happen (in steps), and generation.
-    const char *data, *out, *init, *tokenizer;
-    int resume, trust_weights;
+    const char *data, *out, *init, *tokenizer, *export_to;
+    int resume, trust_weights, export_type;
     int log_every, eval_every, eval_tokens, sample_every, save_every, keep;
     const char *prompt;
     int tokens, top_k;
@@ -147,7 +147,8 @@ BOTH int is_gated(int activation) {
 // whole dense layer. A dense layer is as wide as all experts that a token would see, so that it
 // costs the same work.
 int dense_width(const Config *c, int l) {
-    return feeds(c, l) * (is_moe(c, l) ? c->shared : c->topk + c->shared) * c->ffn;
+    int own = is_moe(c, l) ? (c->shared > 0) * c->shared_ffn : c->dense_ffn; // --shared-ffn, --dense-ffn
+    return feeds(c, l) * (own ? own : (is_moe(c, l) ? c->shared : c->topk + c->shared) * c->ffn);
 }
 
 int dense_activation(const Config *c, int l) {
@@ -166,8 +167,8 @@ int moe_layers(const Config *c) {
 typedef struct LayerParams {
     real *norm1;     // (C)
     real *qkv;       // ((H+2KV)*D, C)  rows of all query heads, then of the keys, then of the values
-    real *q_norm;    // (D)             with --qk-norm
-    real *k_norm;    // (D)
+    real *qkv_bias;  // ((H+2KV)*D)     with --qkv-bias
+    real *q_norm, *k_norm; // (D)       with --qk-norm
     real *value_embed; // (V, KV*D)    with --value-embedding
     real *proj;      // (C, H*D)
     real *ngram_key, *ngram_value; // (C)  with --ngram-gate
@@ -177,6 +178,7 @@ typedef struct LayerParams {
     real *w_out;     // (E, C, F)
     real *dense_in;  // (2F, C)         a dense layer, or the shared experts together: here F is dense_width()
     real *dense_out; // (C, F)
+    real *shared_router; // (1, C)      with --shared-gate
     real *bias;      // (E)             selection bias: moved after each step, without a gradient
 } LayerParams;
 
@@ -197,7 +199,7 @@ typedef struct Tensor {
     int layer;             // -1: of the whole model
     int dims, shape[3];    // 1 to 3 dimensions; the others are 1 and come first
     int init;              // how it begins
-    int trained;           // 0: a buffer, which is saved but has no gradient
+    int trained;           // 0: no gradient: a buffer, or with --lora frozen (dev/lora_tensors.h)
     int of_experts;        // 1: in the experts' arena
     int looked_up;         // not 0: a table, of which the optimizer moves only the rows that the step has read; see dev/tables.h
     size_t field;          // where LayerParams or Params has its pointer; NO_FIELD: a router's own, see layer_tensor()
@@ -295,10 +297,10 @@ typedef struct Model {
     int max_tokens;                     // N that the buffers hold
     // The table of weights, and the four arrays that it describes: weights, gradients, the optimizer's two
     // moments. In each, what all processes have in common comes first, then the experts, from number
-    // `common` on, then the tables that are looked up, from number `tables` on.
+    // `common` on, then the tables that are looked up, from number `tables` on. With --lora the pairs come before all.
     Tensor *tensors;
     int tensor_count;
-    size_t size, common, tables;
+    size_t size, common, tables, pairs;
     real *memory[4];
     real *dx;                           // (N,C)  the gradient that flows back through the residual stream
     struct Lookup *lookup;              // tables that are looked up: which rows
@@ -696,6 +698,7 @@ double sum_of_squares(const real *x, size_t n) {
 #ifndef PLAIN
 #include "dev/cpu/fast.h" // from here on, the names above mean the fast functions of dev/cpu
 #endif
+#include "dev/lora.h" // --lora: products look whether a low-rank pair stands beside their matrix
 
 // ---- rows, embedding and loss
 
@@ -1316,7 +1319,7 @@ void router_update(Model *m) {
     const Config *c = &m->config;
     sum_statistics(m);
     for (int l = 0; l < c->layers; l++) {
-        if (!is_moe(c, l)) {
+        if (!is_moe(c, l) || c->lora) { // frozen
             continue;
         }
         real *bias = m->params.layer[l].bias;
@@ -1335,6 +1338,8 @@ void router_update(Model *m) {
 
 // ---- feed-forward layers that every token passes: dense ones, and shared experts
 
+#include "dev/shared_expert.h" // --shared-gate: each token decides how much it takes of the shared experts' answer
+
 void dense_forward(Model *m, int l, real *out) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l];
@@ -1345,6 +1350,7 @@ void dense_forward(Model *m, int l, real *out) {
     real *act = scratch(m, (size_t)N * F);
     matmul(a->dense_hidden, a->h2, w->dense_in, N, c->dim, hidden, SET);
     activation_forward(act, a->dense_hidden, N, F, kind);
+    shared_gate_forward(m, l, act, N, F); // nothing; with --shared-gate act times a gate of each token
     matmul(out, act, w->dense_out, N, F, c->dim, ADD);
 }
 
@@ -1358,7 +1364,7 @@ void dense_backward(Model *m, int l, real *dx, const real *dout) {
     scratch_reset(m);
     real *dact = scratch(m, (size_t)N * F), *dhidden = scratch(m, (size_t)N * hidden);
     matmul_dx(dact, dout, w->dense_out, N, F, c->dim, SET);
-    activation_backward(dhidden, NULL, dact, a->dense_hidden, NULL, NULL, N, F, kind);
+    shared_activation_backward(m, l, dx, dhidden, dact, N, F, kind); // activation_backward(), and through that gate
     begin_products();
     matmul_dw(dw->dense_out, dout, dact, N, F, c->dim); // dact is act by now
     matmul_backward(dx, dw->dense_in, dhidden, a->h2, w->dense_in, N, c->dim, hidden, ADD);
@@ -1416,14 +1422,15 @@ real *layer_tensor(const Model *m, int l, const char *kind, int what) {
 
 #include "dev/mixers/all.h"  // what may stand in attention's place: an LSTM, attention with experts
 #include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
+#include "dev/lora_tensors.h" // --lora: which matrices have a pair; all else is frozen
 
 int tensor_limit(const Config *c) { // more rows than any model's table has
-    return 20 * c->layers + 20;
+    return 40 * c->layers + 20;
 }
 
 // Writes the table of all weights into list, which must hold tensor_limit(c) rows; returns their number.
 int model_tensors(const Config *c, Tensor *list) {
-    int count = 0, C = c->dim, D = C / c->heads, narrow = C / c->subtokens;
+    int count = 0, C = c->dim, D = head_width(c), narrow = C / c->subtokens;
     add_tensor(list, &count, -1, IN_MODEL(embed), 2, 1, c->vocab, C, INIT_NORMAL);
     add_tensor(list, &count, -1, IN_MODEL(ngrams), 2, 1, c->ngrams, C, INIT_ZERO)->looked_up = BY_NGRAM;
     for (int l = 0; l < c->layers; l++) {
@@ -1435,11 +1442,8 @@ int model_tensors(const Config *c, Tensor *list) {
         add_tensor(list, &count, l, IN_LAYER(norm1), 1, 1, 1, c->norms ? C : 0, INIT_ONE);
         if (!add_mixer_tensors(c, l, list, &count)) {
             add_tensor(list, &count, l, IN_LAYER(qkv), 2, 1, (c->heads + 2 * c->kv_heads) * D, C, INIT_NORMAL);
-            add_tensor(list, &count, l, IN_LAYER(q_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
-            add_tensor(list, &count, l, IN_LAYER(k_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
-            add_tensor(list, &count, l, IN_LAYER(value_embed), 2, 1, c->value_embedding ? c->vocab : 0,
-                       c->kv_heads * D, INIT_ZERO)->looked_up = BY_WORD;
-            add_tensor(list, &count, l, IN_LAYER(proj), 2, 1, C, C, INIT_RESIDUAL);
+            attention_extras(c, l, list, &count); // qkv_bias, q_norm, k_norm, value_embed: few models have them
+            add_tensor(list, &count, l, IN_LAYER(proj), 2, 1, C, c->heads * D, INIT_RESIDUAL);
         }
         add_tensor(list, &count, l, IN_LAYER(ngram_key), 1, 1, 1, c->ngram_gate ? C : 0, INIT_ZERO);
         add_tensor(list, &count, l, IN_LAYER(ngram_value), 1, 1, 1, c->ngram_gate ? C : 0, INIT_ONE);
@@ -1451,6 +1455,7 @@ int model_tensors(const Config *c, Tensor *list) {
         }
         add_tensor(list, &count, l, IN_LAYER(dense_in), 2, 1, F * (1 + gated), C, INIT_NORMAL);
         add_tensor(list, &count, l, IN_LAYER(dense_out), 2, 1, C, F, INIT_RESIDUAL);
+        add_tensor(list, &count, l, IN_LAYER(shared_router), 2, 1, c->shared_gate && E && F, C, INIT_NORMAL);
         if (E) {
             add_router_tensors(c, l, list, &count);
             add_tensor(list, &count, l, IN_LAYER(bias), 1, 1, 1, c->bias_rate > 0 ? E : 0, INIT_ZERO)->trained = 0;
@@ -1459,7 +1464,8 @@ int model_tensors(const Config *c, Tensor *list) {
     add_tensor(list, &count, -1, IN_MODEL(norm), 1, 1, 1, c->norms ? C : 0, INIT_ONE);
     add_tensor(list, &count, -1, IN_MODEL(head), 2, 1, c->untied ? c->vocab : 0, C, INIT_NORMAL);
     add_router_tensors(c, -1, list, &count);
-    return count;
+    add_pair_tensors(c, list, &count);
+    return without_blocks(c, list, count); // dev/quantized.h: those of few bits lie elsewhere
 }
 
 // Where each tensor lies: first what all processes have in common, then the experts, then tables
@@ -1468,13 +1474,13 @@ void lay_out(Model *m, Tensor *list, size_t unit) {
     size_t at = 0;
     m->tensors = list;
     m->tensor_count = model_tensors(&m->config, list);
-    size_t *ends[] = {&m->common, &m->tables, &m->size};
-    for (int arena = 0; arena < 3; arena++) {
+    size_t *ends[] = {&m->pairs, &m->common, &m->tables, &m->size};
+    for (int arena = 0; arena < 4; arena++) {
         for (int i = 0; i < m->tensor_count; i++) {
             Tensor *t = &list[i];
             // A matrix of words is filled up to a multiple of `unit` rows, since a GPU multiplies only such fast.
             size_t step = t->layer < 0 && t->dims == 2 ? unit * (size_t)t->shape[2] : unit;
-            if ((t->looked_up ? 2 : t->of_experts) == arena) {
+            if (memory_part(t) == arena) {
                 t->offset = at;
                 at += (t->size + step - 1) / step * step;
             }
@@ -1492,7 +1498,7 @@ void point_params(Model *m, Params *p, real *memory) {
         const Tensor *t = &m->tensors[i];
         char *base = t->layer < 0 ? (char *)p : (char *)&p->layer[t->layer];
         if (t->field != NO_FIELD) {
-            *(real **)(base + t->field) = memory + t->offset;
+            *(real **)(base + t->field) = place_of(m, i, memory);
         }
     }
     if (!p->head) {
@@ -1562,13 +1568,14 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     point_params(m, &m->params, m->memory[WEIGHTS]);
     if (train) {
         m->purpose = FOR_GRADIENTS;
-        m->memory[GRADS] = own_reals(m, m->size);
+        m->memory[GRADS] = own_reals(m, trained_size(m));
         point_params(m, &m->grads, m->memory[GRADS]);
         m->purpose = FOR_MOMENTS;
-        m->memory[MOMENT1] = own_reals(m, moment_offset(m, m->size));
-        m->memory[MOMENT2] = own_reals(m, moment_offset(m, m->size));
+        m->memory[MOMENT1] = own_reals(m, moment_offset(m, trained_size(m)));
+        m->memory[MOMENT2] = own_reals(m, moment_offset(m, trained_size(m)));
     }
 
+    register_pairs(m, train);
     allocate_activations(m, N, train); // and what is needed only while something works
     return m;
 }
@@ -1589,14 +1596,15 @@ void attention_layer_forward(Model *m, int l, real *out, const real *x) {
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->acts.layer[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
-    int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D;
 
     matmul(a->qkv, x, w->qkv, N, C, Q, SET);
+    qkv_bias_forward(m, l, a->qkv);
     qk_norm_forward(m, l, a->qkv);
     value_embedding_forward(m, l, a->qkv);
     rope(a->qkv, Q, N, T, H + KV, D, m->angles, 1);
     attention_forward(a->att, a->lse, a->qkv, B, T, H, KV, D);
-    matmul(out, a->att, w->proj, N, C, C, ADD);
+    matmul(out, a->att, w->proj, N, H * D, C, ADD);
 }
 
 // Given dout (N,C): writes dx (N,C), and adds to the gradients of the layer's attention.
@@ -1605,15 +1613,16 @@ void attention_layer_backward(Model *m, int l, real *dx, const real *dout, const
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
     LayerActs *a = &m->acts.layer[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
-    int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D;
     scratch_reset(m);
-    real *datt = scratch(m, (size_t)N * C), *dqkv = scratch(m, (size_t)N * Q);
+    real *datt = scratch(m, (size_t)N * H * D), *dqkv = scratch(m, (size_t)N * Q);
 
-    matmul_backward(datt, dw->proj, dout, a->att, w->proj, N, C, C, SET);
+    matmul_backward(datt, dw->proj, dout, a->att, w->proj, N, H * D, C, SET);
     attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
     rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
     value_embedding_backward(m, l, dqkv);
     qk_norm_backward(m, l, dqkv);
+    qkv_bias_backward(m, l, dqkv);
     matmul_backward(dx, dw->qkv, dqkv, x, w->qkv, N, C, Q, SET);
 }
 
@@ -1756,7 +1765,7 @@ void model_backward(Model *m) {
         ranks_layer_done(m, l); // several processes: this layer's gradients can be summed
     }
     drop_embedding(m, dx);
-    embedding_backward(m->grads.embed, dx, m->batch.inputs, N, C);
+    embedding_backward(m->grads.embed, dx, m->batch.inputs, m->grads.embed ? N : 0, C); // none where it is frozen
     ngrams_backward(m, dx);
     ranks_layer_done(m, -1);
 }

@@ -1,5 +1,5 @@
 // Checkpoints: Hugging Face model directories.
-// Gives: model_parts, read_part, check_tensors, write_options, write_config, config_from_directory, join_options.
+// Gives: model_parts, parts_to_read, read_part, check_tensors, write_options, write_config, config_from_directory, join_options.
 // Needs: data/safetensors.h, dev/options.h, dev/quote.h, and of train_moe.c Config and the table of weights, which includes it.
 //
 // config.json, model.safetensors and tokenizer.json are as transformers opens them; optimizer.safetensors has the
@@ -12,152 +12,100 @@
 
 // ---- the weights under their Hugging Face names
 
-// What Mixtral's and Llama's files call each kind of tensor: more than one name where they store blocks of its rows
-// apart. A kind that is not here, of dev/routers, keeps its own name.
-const struct {
-    const char *kind, *names[3];
-} file_names[] = {
-    {"embed", {"model.embed_tokens.weight"}},
-    {"ngrams", {"model.embed_ngrams.weight"}},
-    {"norm1", {"input_layernorm.weight"}},
-    {"qkv", {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}},
-    {"q_norm", {"self_attn.q_norm.weight"}},
-    {"k_norm", {"self_attn.k_norm.weight"}},
-    {"value_embed", {"self_attn.value_embedding.weight"}},
-    {"proj", {"self_attn.o_proj.weight"}},
-    {"ngram_key", {"ngram_gate.key.weight"}},
-    {"ngram_value", {"ngram_gate.value.weight"}},
-    {"query_key", {"self_attn.qk_proj.weight"}},
-    {"key_value", {"self_attn.kv_proj.weight"}},
-    {"query_experts", {"self_attn.q_experts.weight"}},
-    {"value_router", {"self_attn.v_gate.weight"}},
-    {"value_experts", {"self_attn.v_experts.weight"}},
-    {"output_router", {"self_attn.o_gate.weight"}},
-    {"output_experts", {"self_attn.o_experts.weight"}},
-    {"lstm_in", {"lstm.weight_ih_l0"}}, // these have the names and shapes of PyTorch's nn.LSTM, whose bias_hh_l0 is 0 here
-    {"lstm_state", {"lstm.weight_hh_l0"}},
-    {"lstm_bias", {"lstm.bias_ih_l0"}},
-    {"lstm_proj", {"lstm.weight_hr_l0"}},
-    {"norm2", {"post_attention_layernorm.weight"}},
-    {"router", {"block_sparse_moe.gate.weight"}},
-    {"w_in", {"block_sparse_moe.experts.%d.w1.weight", "block_sparse_moe.experts.%d.w3.weight"}},
-    {"w_out", {"block_sparse_moe.experts.%d.w2.weight"}},
-    {"dense_in", {"gate_proj.weight", "up_proj.weight"}},
-    {"dense_out", {"down_proj.weight"}},
-    {"split", {"block_sparse_moe.split.weight"}},
-    {"merge", {"block_sparse_moe.merge.weight"}},
-    {"project", {"block_sparse_moe.project.weight"}},
-    {"bias", {"block_sparse_moe.gate.e_score_correction_bias"}},
-    {"slow", {"block_sparse_moe.gate.moving_average"}},
-    {"level", {"block_sparse_moe.gate.level"}},
-    {"norm", {"model.norm.weight"}},
-    {"head", {"lm_head.weight"}},
-    {"gru_x", {"model.router_gru.weight_ih"}},
-    {"gru_h", {"model.router_gru.weight_hh"}},
-    {"gru_bx", {"model.router_gru.bias_ih"}},
-    {"gru_bh", {"model.router_gru.bias_hh"}},
-};
+// A block of an expert's rows: where transformers 5 can store it instead, in one tensor of all experts of a layer.
+void pack_part(Part *p, const Tensor *t, int e, int experts, int block, int blocks) {
+    int is_in = !strcmp(t->kind, "w_in"), each = p->rows * blocks;
+    snprintf(p->other, sizeof(p->other), "model.layers.%d.mlp.experts.%s", t->layer, is_in ? "gate_up_proj" : "down_proj");
+    p->all = experts * each;
+    p->first = e * each + block * p->rows;
+}
 
-// The name of a block of rows of a tensor; of its expert e, where it has experts.
-void part_name(char name[96], const Config *c, const Tensor *t, int e, int block) {
-    const char *format = NULL;
-    for (int i = 0; i < COUNT(file_names) && !format; i++) {
-        format = strcmp(file_names[i].kind, t->kind) ? NULL : file_names[i].names[block];
-    }
-    size_t used = 0, size = 96;
-    if (t->layer >= 0) {
-        used = (size_t)snprintf(name, size, "model.layers.%d.", t->layer);
-    }
-    if (!strncmp(t->kind, "dense", 5)) {
-        used += (size_t)snprintf(name + used, size - used, is_moe(c, t->layer) ? "mlp.shared_experts." : "mlp.");
-    }
-    if (format) {
-        snprintf(name + used, size - used, format, e);
-    } else {
-        snprintf(name + used, size - used, "%s.%s", t->layer < 0 ? "model" : "block_sparse_moe", t->kind);
+// The parts of one tensor, in files with such names: blocks of rows that together are all of it.
+void add_parts(const Config *c, const Tensor *t, int number, int k, Part *list, int *count) {
+    int names = k < 0 ? OUR_NAMES : model_classes[k].names, D = head_width(c), packed = names == GRANITE_NAMES;
+    int qkv = !strcmp(t->kind, "qkv") || !strcmp(t->kind, "qkv_bias"), w_in = !strcmp(t->kind, "w_in");
+    int dense_in = !strcmp(t->kind, "dense_in"), whole = packed && t->of_experts; // all experts in one
+    size_t offset = 0;
+    for (int e = 0; e < (t->of_experts && !whole ? c->experts : 1); e++) {
+        // An expert has its own matrices, and a gated one's first matrix is two, as that of a dense layer is.
+        int rows = (t->of_experts && !whole ? 1 : t->shape[0]) * t->shape[1], cols = t->shape[2], blocks = qkv ? 3 : 1, first = 0;
+        if (w_in && !whole) {
+            rows = expert_width(c, e);
+            blocks += is_gated(expert_activation(c, e));
+        } else if (t->of_experts && !whole) {
+            cols = expert_width(c, e);
+        } else if (dense_in && !(packed && is_moe(c, t->layer))) {
+            blocks += is_gated(dense_activation(c, t->layer));
+            rows /= blocks;
+            first = 2 - blocks; // one that is not gated is called up_proj
+        }
+        for (int block = 0; block < blocks; block++) {
+            Part *part = &list[(*count)++];
+            int length = (block ? c->kv_heads : c->heads) * D;
+            if (qkv && t->dims == 1) {
+                cols = length;
+                rows = 1;
+            } else if (qkv) {
+                rows = length;
+            }
+            part_name(part->name, c, names, t, e, first + block);
+            part->tensor = number;
+            part->offset = offset;
+            part->rows = t->dims == 1 ? 0 : rows;
+            part->cols = cols;
+            part->experts = whole ? c->experts : 0;
+            if (k >= 0 && t->of_experts && !whole) {
+                pack_part(part, t, e, c->experts, block, blocks);
+            } else if (k == MIXTRAL && !strcmp(t->kind, "router")) {
+                snprintf(part->other, sizeof(part->other), "model.layers.%d.mlp.gate.weight", t->layer);
+                part->all = rows;
+            }
+            offset += (size_t)rows * (size_t)cols;
+        }
     }
 }
 
-// All weights of a model as Hugging Face files hold them: tensor by tensor, each as blocks of rows that together are
-// all of it.
-Part *model_parts(const Model *m, int *count) {
+// All weights of a model as files of class k hold them (-1: our own models), tensor by tensor.
+Part *parts_of_class(const Model *m, int k, int *count) {
     const Config *c = &m->config;
-    int D = c->dim / c->heads, limit = 3 * m->tensor_count + 3 * c->layers * c->experts;
+    int limit = 3 * m->tensor_count + 3 * c->layers * c->experts;
     Part *list = (Part *)allocate(limit, sizeof(Part));
     *count = 0;
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        int qkv = !strcmp(t->kind, "qkv"), w_in = !strcmp(t->kind, "w_in"), dense_in = !strcmp(t->kind, "dense_in");
-        size_t offset = 0;
-        for (int e = 0; e < (t->of_experts ? c->experts : 1); e++) {
-            // An expert has its own matrices, and a gated one's first matrix is two, as that of a dense layer is.
-            int rows = (t->of_experts ? 1 : t->shape[0]) * t->shape[1], cols = t->shape[2], blocks = qkv ? 3 : 1, first = 0;
-            if (w_in) {
-                rows = expert_width(c, e);
-                blocks += is_gated(expert_activation(c, e));
-            } else if (t->of_experts) {
-                cols = expert_width(c, e);
-            } else if (dense_in) {
-                blocks += is_gated(dense_activation(c, t->layer));
-                rows /= blocks;
-                first = 2 - blocks; // one that is not gated is called up_proj
-            }
-            for (int block = 0; block < blocks; block++) {
-                Part *part = &list[(*count)++];
-                if (qkv) {
-                    rows = (block ? c->kv_heads : c->heads) * D;
-                }
-                part_name(part->name, c, t, e, first + block);
-                part->tensor = i;
-                part->offset = offset;
-                part->rows = t->dims == 1 ? 0 : rows;
-                part->cols = cols;
-                offset += (size_t)rows * (size_t)cols;
-            }
-        }
+    for (int i = 0; i < base_tensors(m); i++) { // pairs go elsewhere: dev/adapter.h
+        add_parts(c, &m->tensors[i], i, k, list, count);
     }
     return list;
 }
 
-// The name under which transformers 5 can store a tensor of Mixtral's, which for experts is one tensor of all of them.
-// Returns 0 where it has no such name, else 1, and for experts which of w1, w2 and w3 it is.
-int fused_name(const char *name, char fused[96], int *expert) {
-    int layer, w, used = 0;
-    if (sscanf(name, "model.layers.%d.block_sparse_moe.experts.%d.w%d%n", &layer, expert, &w, &used) == 3) {
-        snprintf(fused, 96, "model.layers.%d.mlp.experts.%s", layer, w == 2 ? "down_proj" : "gate_up_proj");
-        return w;
-    }
-    *expert = -1;
-    if (sscanf(name, "model.layers.%d.block_sparse_moe.gate.weight%n", &layer, &used) == 1 && used) {
-        snprintf(fused, 96, "model.layers.%d.mlp.gate.weight", layer);
-        return 1;
-    }
-    return 0;
+// All weights as this model is written.
+Part *model_parts(const Model *m, int *count) {
+    return parts_of_class(m, class_of(&m->config), count);
 }
 
-// Reads a part under its own name or, as transformers 5 can store Mixtral's experts, out of one tensor of all experts.
-// Returns 0 where the file has neither.
-int find_part(const Safetensors *s, const char *name, const Part *p, int experts, real *to) {
-    int expert, rows = p->rows;
-    char fused[96];
-    if (read_tensor(s, name, p, rows, 0, to)) {
+// All weights as the files have them from which the model is read.
+Part *parts_to_read(const Model *m, int *count) {
+    int as = m->config.read_as;
+    return as ? parts_of_class(m, as - 2 < 0 ? -1 : as - 2, count) : model_parts(m, count);
+}
+
+// Reads a part under its own name or under its other one. Returns 0 where the file has neither.
+int find_part(const Safetensors *s, const char *prefix, const Part *p, real *to) {
+    char name[160];
+    snprintf(name, sizeof(name), "%s%s", prefix, p->name);
+    if (read_tensor(s, name, p, p->rows, 0, to)) {
         return 1;
     }
-    int w = fused_name(name, fused, &expert);
-    if (!w || expert < 0) {
-        return w ? read_tensor(s, fused, p, rows, 0, to) : 0;
-    }
-    int each = w == 2 ? rows : 2 * rows;
-    return read_tensor(s, fused, p, experts * each, expert * each + (w == 3 ? rows : 0), to);
+    snprintf(name, sizeof(name), "%s%s", prefix, p->other);
+    return p->other[0] ? read_tensor(s, name, p, p->all, p->first, to) : 0;
 }
 
 // Reads a part, under prefix, from whichever file has it, and returns that file's path.
-const char *read_part(const WeightFiles *files, const char *prefix, const Part *p, int experts, real *to) {
+const char *read_part(const WeightFiles *files, const char *prefix, const Part *p, real *to) {
     char name[160];
     const char *found = NULL;
     snprintf(name, sizeof(name), "%s%s", prefix, p->name);
     for (int i = 0; i < files->count && !found; i++) {
-        found = find_part(&files->list[i], name, p, experts, to) ? files->list[i].path : NULL;
+        found = find_part(&files->list[i], prefix, p, to) ? files->list[i].path : NULL;
     }
 
     // A file may have only the output's matrix, where it is the embedding's; where it is not, check_tensors() refuses it.
@@ -187,16 +135,11 @@ int is_idle_tensor(const char *name, int untied) {
 }
 
 // Ends the program where the files have one part under both of its names: only one of the two was read.
-void check_both_names(const Table *seen, const WeightFiles *files, const char *name) {
-    int expert;
-    char fused[96];
-    if (!fused_name(name, fused, &expert)) {
-        return;
-    }
-    int64_t first = table_get(seen, name, strlen(name)) - 2, second = table_get(seen, fused, strlen(fused)) - 2;
+void check_both_names(const Table *seen, const WeightFiles *files, const char *name, const char *other) {
+    int64_t first = table_get(seen, name, strlen(name)) - 2, second = table_get(seen, other, strlen(other)) - 2;
     if (first >= 0 && second >= 0) {
         fail("%s: %s is there twice, in %s as %s; remove the one that is old", files->list[first].path, name,
-             files->list[second].path, fused);
+             files->list[second].path, other);
     }
 }
 
@@ -204,13 +147,15 @@ void check_both_names(const Table *seen, const WeightFiles *files, const char *n
 void check_tensors(const WeightFiles *files, const Config *c, const Part *parts, int count, const char *const *prefix,
                    int copies) {
     Table asked;
-    char name[160], fused[96];
+    char name[160], other[160];
     memset(&asked, 0, sizeof(asked));
     for (int i = 0; i < copies * count; i++) {
-        int expert, n = snprintf(name, sizeof(name), "%s%s", prefix[i / count], parts[i % count].name);
+        const Part *p = &parts[i % count];
+        int n = snprintf(name, sizeof(name), "%s%s", prefix[i / count], p->name);
         *table_put(&asked, name, (size_t)n) = 1;
-        if (fused_name(name, fused, &expert)) {
-            *table_put(&asked, fused, strlen(fused)) = 1;
+        n = snprintf(other, sizeof(other), "%s%s", prefix[i / count], p->other);
+        if (p->other[0]) {
+            *table_put(&asked, other, (size_t)n) = 1;
         }
     }
     for (int i = 0; i < files->count; i++) {
@@ -220,9 +165,9 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
                 continue;
             }
             if (!table_get(&asked, t->key, strlen(t->key))) {
-                fail("%s: %s is no tensor of the model that config.json describes (%d layers, no biases, %s norms of "
+                fail("%s: %s is no tensor of the model that config.json describes (%d layers, %s biases, %s norms of "
                      "queries and keys), and without it this would be another model",
-                     s->path, t->key, c->layers, c->qk_norm ? "with" : "no");
+                     s->path, t->key, c->layers, c->qkv_bias ? "with" : "no", c->qk_norm ? "with" : "no");
             }
             int64_t *seen = table_put(&asked, t->key, strlen(t->key));
             if (*seen != 1) {
@@ -234,7 +179,10 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
     }
     for (int i = 0; i < copies * count; i++) {
         snprintf(name, sizeof(name), "%s%s", prefix[i / count], parts[i % count].name);
-        check_both_names(&asked, files, name);
+        snprintf(other, sizeof(other), "%s%s", prefix[i / count], parts[i % count].other);
+        if (parts[i % count].other[0]) {
+            check_both_names(&asked, files, name, other);
+        }
     }
     const char *const embed = "model.embed_tokens.weight";
     if (c->untied && table_get(&asked, embed, strlen(embed)) == 1) {
@@ -244,21 +192,6 @@ void check_tensors(const WeightFiles *files, const Config *c, const Part *parts,
 }
 
 // ---- config.json
-
-// The class of transformers that computes what this configuration does, or "" where there is none.
-const char *matching_class(const Config *c) {
-    int moe = moe_layers(c);
-    if (c->qk_norm || c->ngrams || c->value_embedding || mixer_of(c) || !c->norms || !c->last_feed || c->moe_sigmoid) {
-        return "";
-    }
-    if (moe == 0) {
-        return dense_activation(c, 0) == SWIGLU ? "LlamaForCausalLM" : "";
-    }
-    int plain = c->activation == SWIGLU && !c->shared && !c->mixed && c->subtokens == 1 && !c->recurrent;
-    plain &= choosing_router(c) == &topk_router; // of the other routers transformers knows nothing
-    plain &= c->score == SOFTMAX && c->scale == 1 && !c->bias_rate && !c->eval_capacity_factor;
-    return plain && moe == c->layers && c->gate == RENORMALIZED ? "MixtralForCausalLM" : "";
-}
 
 // "name":value for every option but those of this call alone.
 void write_options(FILE *file, const Config *config) {
@@ -284,37 +217,46 @@ void write_options(FILE *file, const Config *config) {
     }
 }
 
-void write_config(const char *dir, const Config *c, int eot) {
-    const char *name = matching_class(c), *model_type = "train_moe";
-    int moe = !strcmp(name, "MixtralForCausalLM"), dense = !strcmp(name, "LlamaForCausalLM");
-    if (moe || dense) {
-        model_type = moe ? "mixtral" : "llama";
+// What class k's config.json says besides the fields that are options.
+void write_class_fields(FILE *f, const Config *c, int k) {
+    char number[64];
+    write_rope(f, c);
+    if (k < 0) {
+        return;
     }
+    if (model_classes[k].experts != NO_LAYERS) { // transformers' balance loss is K at balance, ours 1
+        fprintf(f, "  \"router_aux_loss_coef\": %s,\n", number_text(c->aux_weight / c->topk, number));
+    }
+    if (model_classes[k].experts == SOME_LAYERS) {
+        write_layers(f, c);
+    }
+    if (k == MISTRAL) { // which has one where it says nothing
+        fprintf(f, "  \"sliding_window\": null,\n");
+    }
+    if (model_classes[k].names == GRANITE_NAMES) {
+        write_factors(f, c);
+    }
+}
+
+void write_config(const char *dir, const Config *c, int eot) {
+    int k = class_of(c);
     FILE *f = open_for_writing(dir, "config.json");
-    fprintf(f, "{\n  \"architectures\": [\"%s\"],\n", *name ? name : "TrainMoeForCausalLM");
-    fprintf(f, "  \"model_type\": \"%s\",\n", model_type);
-    if (!*name) {
+    fprintf(f, "{\n  \"architectures\": [\"%s\"],\n", k < 0 ? "TrainMoeForCausalLM" : model_classes[k].name);
+    fprintf(f, "  \"model_type\": \"%s\",\n", k < 0 ? "train_moe" : model_classes[k].type);
+    if (k < 0) {
         fprintf(f, "  \"comment\": \"no class of transformers computes this model; the object train_moe says what it "
                    "computes\",\n");
     }
-    fprintf(f, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n", c->vocab, c->dim);
-    fprintf(f, "  \"intermediate_size\": %d,\n", dense ? dense_width(c, 0) : c->ffn);
-    fprintf(f, "  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n", c->layers, c->heads);
-    fprintf(f, "  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->kv_heads, head_width(c));
-    fprintf(f, "  \"hidden_act\": \"%s\",\n  \"max_position_embeddings\": %d,\n", act_name(c), c->seq);
-    char number[64];
-    fprintf(f, "  \"rms_norm_eps\": %s,\n", number_text(c->norm_eps, number));
-    fprintf(f, "  \"rope_theta\": %s,\n", number_text(c->rope_theta, number));
-    if (moe) { // transformers' balance loss is K at balance, ours 1
-        fprintf(f, "  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n", c->experts, c->topk);
-        fprintf(f, "  \"router_aux_loss_coef\": %s,\n", number_text(c->aux_weight / c->topk, number));
-    }
-    fprintf(f, "  \"tie_word_embeddings\": %s,\n", c->untied ? "false" : "true");
+    fprintf(f, "  \"vocab_size\": %d,\n", c->vocab);
+    write_fields(f, c, k < 0 ? OURS : k);
+    fprintf(f, "  \"hidden_act\": \"%s\",\n", act_name(c));
+    write_class_fields(f, c, k);
     fprintf(f, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", eot, eot);
     const char *type = sizeof(real) == 8 ? "float64" : "float32";
     fprintf(f, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\",\n", type, type); // the newer and the older name
     fprintf(f, "  \"train_moe\": {");
     write_options(f, c);
+    write_scheme(f, c);
     fprintf(f, "}\n}\n");
     close_written(f, dir, "config.json");
 }
@@ -372,15 +314,16 @@ int config_from_directory(Config *c, const char *dir) {
     char *text = read_file(path, &size);
     Json *json = json_parse(text, size, path);
     config_defaults(c);
-    double vocab = 32000; // of both classes, where the file says nothing
-    if (json_get(json, "vocab_size") || !json_get(json, "model_type")) {
+    const Json *type = expect_member(json, "model_type", 's', path);
+    int k = find_class(type->text);
+    double vocab = k < 0 ? 32000 : model_classes[k].vocab; // where the file says nothing
+    if (json_get(json, "vocab_size")) {
         vocab = expect_member(json, "vocab_size", 'i', path)->number;
     }
     if (!(vocab >= 1 && vocab <= 1 << 24)) {
         fail("%s: vocab_size %.15g is not possible", path, vocab);
     }
     c->vocab = (int)vocab;
-    const Json *type = expect_member(json, "model_type", 's', path);
     int own = json_get(json, "train_moe") != NULL;
     c->optimizer = ADAMW; // as older checkpoints have, which do not say it
     if (own) {
@@ -388,8 +331,9 @@ int config_from_directory(Config *c, const char *dir) {
         find_recipe(c->recipe);
     }
     int window = config_from_hugging_face(c, json, type->text, path, own);
+    read_scheme(c, json, path);
     check_weight_files(dir, "model.safetensors");
-    if (!c->untied) {
+    if (!c->untied && !has_file(dir, "adapter_config.json")) { // which has no output; its base had one
         untie_output(c, dir);
     }
     json_free(json);

@@ -1,152 +1,21 @@
-// Hugging Face's config.json: what each of its fields means to this program, and what lies beside it.
-// Gives: config_fields, config_from_hugging_face, check_weight_files. Needs: data/json.h; json_word of data/tokenizer.h;
-// dev/options.h, and Config of train_moe.c; data/checkpoint.h includes it.
+// Hugging Face's config.json: what the fields of a model's class say of it, and what lies beside it.
+// Gives: config_from_hugging_face, check_weight_files, write_fields, write_rope. Needs: data/json.h; json_word of data/tokenizer.h;
+// the tables of data/class_fields.h; data/granite.h; dev/options.h, and Config of train_moe.c; data/checkpoint.h includes it.
 //
-// One table says it all. A field that changes what the model computes is taken, or refused by its name; the others are
-// known to be idle, or named once. A field that a file lacks has the value that its class documents. What this program can
-// compute and neither class can, as norms of queries and keys (--qk-norm), only its own checkpoints say, in their object
+// What this program can compute and no class can, as pairs of words (--ngrams), only its own checkpoints say, in their object
 // train_moe; in another model's files its fields are refused here, and its tensors by check_tensors().
 #pragma once
 #include "json.h"
 #include "tokenizer.h"
-
-// ---- the table
-
-enum { MIXTRAL, LLAMA, CLASSES }; // one more class is one more column
-
-const struct {
-    const char *type, *name, *recipe; // model_type; the class of transformers; the recipe that computes the same
-} model_classes[CLASSES] = {{"mixtral", "MixtralForCausalLM", "mixtral"}, {"llama", "LlamaForCausalLM", "dense"}};
-
-enum {
-    FIELD_TAKEN,    // it is an option
-    FIELD_OFF,      // only null, false, 0 or nothing
-    FIELD_ONE,      // only 1
-    FIELD_TRUE,     // only true
-    FIELD_CHECKED,  // by a function of its own, below
-    FIELD_TRAINING, // it acts in training only, and here not at all: said if it is not 0
-    FIELD_IDLE      // it changes nothing
-};
-
-typedef struct Field {
-    const char *name;
-    int rule;
-    const char *what;              // FIELD_TAKEN: the option; else why another value is refused
-    const char *if_missing[CLASSES]; // FIELD_TAKEN: its value where a file lacks it; "": as it was; NULL: not of this class
-} Field;
-
-const Field config_fields[] = {
-    {"hidden_size", FIELD_TAKEN, "dim", {"4096", "4096"}},
-    {"num_hidden_layers", FIELD_TAKEN, "layers", {"32", "32"}},
-    {"num_attention_heads", FIELD_TAKEN, "heads", {"32", "32"}},
-    {"num_key_value_heads", FIELD_TAKEN, "kv-heads", {"8", "0"}}, // 0: as many as heads
-    {"num_local_experts", FIELD_TAKEN, "experts", {"8", NULL}},
-    {"num_experts", FIELD_TAKEN, "experts", {"", NULL}}, // another name for it, which wins in transformers
-    {"num_experts_per_tok", FIELD_TAKEN, "topk", {"2", NULL}},
-    {"intermediate_size", FIELD_TAKEN, "ffn", {"14336", "11008"}},
-    {"max_position_embeddings", FIELD_TAKEN, "seq", {"131072", "2048"}},
-    {"rms_norm_eps", FIELD_TAKEN, "norm-eps", {"1e-5", "1e-6"}},
-    {"rope_theta", FIELD_TAKEN, "rope-theta", {"1e6", "10000"}}, // also in the two objects below
-    {"tie_word_embeddings", FIELD_TAKEN, "untied", {"1", "1"}},
-
-    {"rope_parameters", FIELD_CHECKED, NULL, {NULL}},
-    {"rope_scaling", FIELD_CHECKED, NULL, {NULL}},
-    {"hidden_act", FIELD_CHECKED, NULL, {NULL}},
-    {"head_dim", FIELD_CHECKED, NULL, {NULL}},
-    {"sliding_window", FIELD_CHECKED, NULL, {NULL}},
-    {"layer_types", FIELD_CHECKED, NULL, {NULL}},
-
-    {"rope_interleaved", FIELD_OFF, "positions turn the two halves of a head here", {NULL}},
-    {"alibi", FIELD_OFF, "positions turn heads here", {NULL}},
-    {"partial_rotary_factor", FIELD_ONE, "here positions turn the whole of a head", {NULL}},
-    {"attention_bias", FIELD_OFF, "this model has no biases", {NULL}},
-    {"qkv_bias", FIELD_OFF, "this model has no biases", {NULL}},
-    {"mlp_bias", FIELD_OFF, "this model has no biases", {NULL}},
-    {"attn_bias", FIELD_OFF, "this model has no biases", {NULL}},
-    {"attention_out_bias", FIELD_OFF, "this model has no biases", {NULL}},
-    {"use_bias", FIELD_OFF, "this model has no biases", {NULL}},
-    {"clip_qkv", FIELD_OFF, "queries, keys and values are not clipped here", {NULL}},
-    {"qk_norm", FIELD_OFF, "queries and keys of a Mixtral or a Llama have no norms", {NULL}},
-    {"use_qk_norm", FIELD_OFF, "queries and keys of a Mixtral or a Llama have no norms", {NULL}},
-    {"qk_layernorm", FIELD_OFF, "queries and keys of a Mixtral or a Llama have no norms", {NULL}},
-    {"attn_logit_softcapping", FIELD_OFF, "scores of attention have no cap here", {NULL}},
-    {"final_logit_softcapping", FIELD_OFF, "logits have no cap here", {NULL}},
-    {"logits_soft_cap", FIELD_OFF, "logits have no cap here", {NULL}},
-    {"query_pre_attn_scalar", FIELD_OFF, "scores of attention are divided by the root of a head's width here", {NULL}},
-    {"attention_multiplier", FIELD_OFF, "scores of attention are divided by the root of a head's width here", {NULL}},
-    {"embedding_multiplier", FIELD_ONE, "embeddings are not multiplied by a factor here", {NULL}},
-    {"residual_multiplier", FIELD_ONE, "what a layer adds is not multiplied by a factor here", {NULL}},
-    {"logits_scaling", FIELD_ONE, "logits are not divided by a factor here", {NULL}},
-    {"logit_scale", FIELD_ONE, "logits are not multiplied by a factor here", {NULL}},
-    {"routed_scaling_factor", FIELD_ONE, "a Mixtral does not multiply its experts' weights by a factor", {NULL}},
-    {"norm_topk_prob", FIELD_TRUE, "a Mixtral divides the weights of the chosen experts by their sum", {NULL}},
-    {"mlp_only_layers", FIELD_OFF, "all layers of a Mixtral have experts", {NULL}},
-    {"first_k_dense_replace", FIELD_OFF, "all layers of a Mixtral have experts", {NULL}},
-    {"decoder_sparse_step", FIELD_ONE, "all layers of a Mixtral have experts", {NULL}},
-    {"n_shared_experts", FIELD_OFF, "a Mixtral has no shared experts", {NULL}},
-    {"num_shared_experts", FIELD_OFF, "a Mixtral has no shared experts", {NULL}},
-    {"shared_expert_intermediate_size", FIELD_OFF, "a Mixtral has no shared experts", {NULL}},
-    {"per_layer_config", FIELD_OFF, "all layers are alike here", {NULL}},
-    {"pruned_heads", FIELD_OFF, "all layers are alike here", {NULL}},
-    {"quantization_config", FIELD_OFF, "its numbers are quantized; give the model that it was made of", {NULL}},
-    {"transformers_weights", FIELD_OFF, "the weights must be in model.safetensors, or in what its index lists", {NULL}},
-
-    {"attention_dropout", FIELD_TRAINING, NULL, {NULL}},
-    {"hidden_dropout", FIELD_TRAINING, NULL, {NULL}},
-    {"resid_pdrop", FIELD_TRAINING, NULL, {NULL}},
-    {"embd_pdrop", FIELD_TRAINING, NULL, {NULL}},
-    {"router_jitter_noise", FIELD_TRAINING, NULL, {NULL}},
-
-    {"train_moe", FIELD_IDLE, NULL, {NULL}}, // read before
-    {"comment", FIELD_IDLE, NULL, {NULL}},
-    {"vocab_size", FIELD_IDLE, NULL, {NULL}}, // read before
-    {"model_type", FIELD_IDLE, NULL, {NULL}}, // read before
-    {"architectures", FIELD_IDLE, NULL, {NULL}},
-    {"dtype", FIELD_IDLE, NULL, {NULL}}, // each tensor says what numbers it has
-    {"torch_dtype", FIELD_IDLE, NULL, {NULL}},
-    {"transformers_version", FIELD_IDLE, NULL, {NULL}},
-    {"bos_token_id", FIELD_IDLE, NULL, {NULL}},
-    {"eos_token_id", FIELD_IDLE, NULL, {NULL}},
-    {"pad_token_id", FIELD_IDLE, NULL, {NULL}},
-    {"unk_token_id", FIELD_IDLE, NULL, {NULL}},
-    {"initializer_range", FIELD_IDLE, NULL, {NULL}},
-    {"use_cache", FIELD_IDLE, NULL, {NULL}},
-    {"pretraining_tp", FIELD_IDLE, NULL, {NULL}}, // the same products, in pieces
-    {"router_aux_loss_coef", FIELD_IDLE, NULL, {NULL}}, // a run has the options of its own training
-    {"output_router_logits", FIELD_IDLE, NULL, {NULL}},
-    {"output_attentions", FIELD_IDLE, NULL, {NULL}},
-    {"output_hidden_states", FIELD_IDLE, NULL, {NULL}},
-    {"tie_last_hidden_states", FIELD_IDLE, NULL, {NULL}},
-    {"return_dict", FIELD_IDLE, NULL, {NULL}},
-    {"chunk_size_feed_forward", FIELD_IDLE, NULL, {NULL}},
-    {"is_encoder_decoder", FIELD_IDLE, NULL, {NULL}},
-    {"id2label", FIELD_IDLE, NULL, {NULL}},
-    {"label2id", FIELD_IDLE, NULL, {NULL}},
-    {"num_labels", FIELD_IDLE, NULL, {NULL}},
-    {"problem_type", FIELD_IDLE, NULL, {NULL}},
-    {"torchscript", FIELD_IDLE, NULL, {NULL}},
-    {"auto_map", FIELD_IDLE, NULL, {NULL}},
-    {"name_or_path", FIELD_IDLE, NULL, {NULL}},
-    {"_name_or_path", FIELD_IDLE, NULL, {NULL}},
-    {"_commit_hash", FIELD_IDLE, NULL, {NULL}},
-    {"attn_implementation", FIELD_IDLE, NULL, {NULL}},
-    {"_attn_implementation", FIELD_IDLE, NULL, {NULL}},
-    {"_attn_implementation_autoset", FIELD_IDLE, NULL, {NULL}},
-    {"experts_implementation", FIELD_IDLE, NULL, {NULL}},
-    {"_experts_implementation", FIELD_IDLE, NULL, {NULL}},
-    {"max_length", FIELD_IDLE, NULL, {NULL}}, // of generation, which has options of its own
-    {"temperature", FIELD_IDLE, NULL, {NULL}},
-    {"top_k", FIELD_IDLE, NULL, {NULL}},
-    {"top_p", FIELD_IDLE, NULL, {NULL}},
-    {"do_sample", FIELD_IDLE, NULL, {NULL}},
-};
+#include "class_fields.h"
+#include "granite.h"
 
 // ---- reading it
 
 typedef struct ConfigReader {
     const Json *json;
     const char *path;
-    int kind; // which of model_classes; -1: a model of this program, which transformers has no class for
+    int kind; // which of model_classes; OURS: a model of this program, which transformers has no class for
     int own;  // 1: this program wrote the file once, and its object train_moe has been read
     char changed[1024], unknown[1024], training[512]; // lists, for the user
 } ConfigReader;
@@ -184,95 +53,285 @@ int is_off(const Json *m) {
     return m->type == 'f' || m->type == '0' || (m->type == 'n' && m->number == 0) || (m->type == 's' && !m->length);
 }
 
-// Rotary positions: version 5 of transformers writes them into rope_parameters, older ones beside the other fields and
-// into rope_scaling. Where there are several, version 5 takes rope_scaling alone, then rope_parameters.
+// ---- rotary positions
+//
+// Version 5 of transformers writes them into rope_parameters, older ones beside the other fields and into rope_scaling. Where there
+// are several, version 5 takes rope_scaling alone, then rope_parameters.
+
+const char *rope_source(const Json *json) {
+    const Json *scaling = find_member(json, "rope_scaling");
+    return scaling && scaling->child ? "rope_scaling" : "rope_parameters";
+}
+
 const Json *rope_member(const Json *json, const char *name) {
-    const Json *scaling = find_member(json, "rope_scaling"), *parameters = find_member(json, "rope_parameters");
-    const Json *m = find_member(scaling && scaling->child ? scaling : parameters, name);
+    const Json *source = find_member(json, rope_source(json)), *m = source ? find_member(source, name) : NULL;
     return m ? m : find_member(json, name);
 }
 
-// No kind of scaling is computed here, wherever the file says it.
-void check_rope_fields(const ConfigReader *r, const char *name) {
-    static const char *const idle[] = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings", NULL};
+// What kind of scaling an object says; NULL: none.
+const Json *rope_kind(const Json *object) {
+    const Json *m = find_member(object, "rope_type");
+    m = m ? m : find_member(object, "type");
+    return m && m->type == 's' && !strcmp(m->text, "default") ? NULL : m;
+}
+
+// A member of one of the two objects that this program does not follow.
+__attribute__((noreturn)) void refuse_rope(const ConfigReader *r, const char *name, const Json *m) {
+    char text[96];
+    snprintf(text, sizeof(text), "%s's %.40s", name, m->key);
+    refuse_field(r, text, m, "its rotary positions are scaled in a way that this program does not compute");
+}
+
+// Takes the scaling that an object says into the options, or refuses it; `counts` 0: the other object counts, and this one may say none.
+void take_rope(ConfigReader *r, Config *c, const char *name, int counts) {
+    static const char *const idle[] = {"rope_type", "type", "rope_theta", "partial_rotary_factor", NULL};
+    static const char *const numbers[] = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", NULL};
+    static const char *const names[] = {"rope-factor", "rope-low", "rope-high", "rope-original"};
     const Json *rope = find_member(r->json, name);
-    if (rope && rope->type != 'o') {
+    if (!rope) {
+        return;
+    }
+    if (rope->type != 'o') {
         refuse_field(r, name, rope, "expected an object");
     }
-    for (const Json *m = rope ? rope->child : NULL; m; m = m->next) {
-        int is_default = m->type == '0' || (m->type == 's' && !strcmp(m->text, "default"));
-        int is_one = m->type == 'n' && m->number == 1;
-        int kind = !strcmp(m->key, "rope_type") || !strcmp(m->key, "type");
-        if (!strcmp(m->key, "partial_rotary_factor") && !is_one && m->type != '0') {
-            refuse_field(r, m->key, m, "here positions turn the whole of a head");
+    const Json *kind = rope_kind(rope), *part = find_member(rope, "partial_rotary_factor");
+    int scaling = kind && kind->type == 's' ? find_word(rope_names, kind->text) : 0;
+    if (part && !(part->type == 'n' && part->number == 1)) {
+        refuse_field(r, part->key, part, "here positions turn the whole of a head");
+    }
+    if (kind && (scaling <= ROPE_NONE || !counts)) {
+        refuse_rope(r, name, kind);
+    }
+    int used = scaling == ROPE_LINEAR ? 1 : 4 * (scaling == ROPE_LLAMA3); // of the numbers
+    for (const Json *m = rope->child; m; m = m->next) {
+        int i = find_word(numbers, m->key), is_one = m->type == 'n' && m->number == 1;
+        if (m->type == '0' || find_word(idle, m->key) >= 0 || (i >= 0 && i < used) || is_one || i == 3) {
+            continue;
         }
-        if (!is_default && (kind || !is_one) && find_word(idle, m->key) < 0) {
-            char text[96];
-            snprintf(text, sizeof(text), "%s's %.40s", name, m->key);
-            refuse_field(r, text, m, "its rotary positions are scaled, which this program does not compute");
+        refuse_rope(r, name, m);
+    }
+    if (!counts) {
+        return;
+    }
+    c->rope_scaling = scaling;
+    for (int i = 0; i < used; i++) {
+        char text[64], path[4300];
+        const Json *m = find_member(rope, numbers[i]);
+        if (!m || m->type != 'n') {
+            fail("%s: %s has no number %s, which %s positions need", r->path, name, numbers[i], kind->text);
         }
+        snprintf(path, sizeof(path), "%s: %s's %s", r->path, name, numbers[i]);
+        set_option(c, &options[find_option(names[i])], number_text(m->number, text), path);
     }
 }
 
-// The value of a field that is an option, as text; NULL where nothing is said of it.
-const char *field_text(const ConfigReader *r, const Config *c, const Field *f, char number[64]) {
-    int is_theta = !strcmp(f->name, "rope_theta"), is_tied = !strcmp(f->name, "tie_word_embeddings");
-    const Json *raw = json_get(r->json, f->name), *m = is_theta ? rope_member(r->json, f->name) : raw;
-    const char *text = r->kind < 0 ? "" : f->if_missing[r->kind];
-    int heads = !strcmp(f->name, "num_key_value_heads");
-    if (!text) {
-        return NULL;
+// The object that says how positions are scaled; nothing where they are not.
+void write_rope(FILE *file, const Config *c) {
+    char text[64];
+    if (c->rope_scaling == ROPE_NONE) {
+        return;
     }
-    if (m && m->type != '0') {
-        if (is_tied ? m->type != 't' && m->type != 'f' : m->type != 'n') {
-            refuse_field(r, f->name, m, is_tied ? "expected true or false" : "expected a number");
+    fprintf(file, "  \"rope_scaling\": {\"rope_type\": \"%s\", \"factor\": %s", rope_names[c->rope_scaling],
+            number_text(c->rope_factor, text));
+    if (c->rope_scaling == ROPE_LLAMA3) {
+        fprintf(file, ", \"low_freq_factor\": %s", number_text(c->rope_low, text));
+        fprintf(file, ", \"high_freq_factor\": %s", number_text(c->rope_high, text));
+        fprintf(file, ", \"original_max_position_embeddings\": %d", c->rope_original);
+    }
+    fprintf(file, "},\n");
+}
+
+// ---- fields that are options
+
+int head_width(const Config *c); // dev/mixers/attention_experts.h
+
+// The width of what every token passes in the layers with experts, or in those without.
+int width_beside(const Config *c, int with_experts) {
+    for (int l = 0; l < c->layers; l++) {
+        if (is_moe(c, l) == with_experts) {
+            return dense_width(c, l);
         }
-        if (is_tied) {
-            text = m->type == 't' ? "0" : "1"; // the option --untied says the contrary
+    }
+    int dense = c->dense_ffn ? c->dense_ffn : (c->topk + c->shared) * c->ffn;
+    return with_experts ? 0 : dense;
+}
+
+// What the model says of a field, as its option's text.
+const char *field_value(const Config *c, const TakenField *f, char text[64]) {
+    switch (f->form) {
+    case AS_WIDTH:
+        return number_text(dense_width(c, 0), text);
+    case AS_HEADS:
+        return number_text(c->kv_heads ? c->kv_heads : c->heads, text);
+    case AS_HEAD:
+        return number_text(head_width(c), text);
+    case AS_DENSE:
+    case AS_SHARED:
+        return number_text(width_beside(c, f->form == AS_SHARED), text);
+    default:
+        return option_text(c, &options[find_option(f->option)], text);
+    }
+}
+
+// The value of a field as its option's text; NULL where nothing is said of it.
+const char *field_text(const ConfigReader *r, const Config *c, const TakenField *f, char number[64]) {
+    int is_theta = !strcmp(f->name, "rope_theta"), is_seq = !strcmp(f->name, "max_position_embeddings");
+    int is_bool = f->form == AS_FLAG || f->form == AS_NOT || f->form == AS_GATE;
+    const Json *raw = json_get(r->json, f->name), *m = is_theta ? rope_member(r->json, f->name) : raw;
+    const char *text = f->if_missing[r->kind];
+    if (m && m->type != '0') {
+        if (is_bool ? m->type != 't' && m->type != 'f' : m->type != 'n') {
+            refuse_field(r, f->name, m, is_bool ? "expected true or false" : "expected a number");
+        }
+        int is_true = m->type == 't';
+        if (f->form == AS_GATE) {
+            text = gate_names[is_true ? RENORMALIZED : PROBABILITY];
+        } else if (is_bool) {
+            text = is_true == (f->form == AS_FLAG) ? "1" : "0";
         } else {
-            int is_seq = !strcmp(f->name, "max_position_embeddings");
             text = number_text(is_seq ? fmin(m->number, 1 << 20) : m->number, number);
         }
-    } else if (raw && heads) { // null says that each head has its own, in every class
+    } else if (raw && (f->form == AS_HEADS || f->form == AS_HEAD)) {
         text = "0";
     }
-    if (heads && !strcmp(text, "0")) {
+    if (!strcmp(text, "0") && f->form == AS_HEADS) {
         text = number_text(c->heads, number);
+    }
+    if (!strcmp(text, "0") && f->form == AS_HEAD) {
+        text = number_text(c->dim / c->heads, number);
     }
     return *text ? text : NULL;
 }
 
+// Says that a field of a file of ours is no longer what it was.
+void note_change(ConfigReader *r, const TakenField *f, const char *was, const char *now) {
+    double before = strtod(was, NULL), after = strtod(now, NULL);
+    if (f->form == AS_NOT || f->form == AS_FLAG) {
+        list_word(r->changed, sizeof(r->changed), "%s is %s now", f->name, (after != 0) == (f->form == AS_FLAG) ? "true" : "false");
+    } else if (f->form == AS_GATE) {
+        list_word(r->changed, sizeof(r->changed), "%s is %s now", f->name, strcmp(now, "renormalized") ? "false" : "true");
+    } else {
+        list_word(r->changed, sizeof(r->changed), "%s %s from %s to %s", f->name, after < before ? "fell" : "rose", was, now);
+    }
+}
+
 // Takes a field into its option.
-void take_field(ConfigReader *r, Config *c, const Field *f) {
+void take_field(ConfigReader *r, Config *c, const TakenField *f) {
     char number[64], old[64], path[4300];
-    const char *text = field_text(r, c, f, number);
-    const Option *o = &options[find_option(f->what)];
-    int is_width = !strcmp(f->name, "intermediate_size") && r->kind == LLAMA; // of a dense layer, which is (K+S)*F wide
-    if (!text) {
+    const char *text = field_text(r, c, f, number), *before = field_value(c, f, old);
+    if (!text || (f->form == AS_DENSE && moe_layers(c) == c->layers)) {
         return;
     }
-    const char *before = option_text(c, o, old);
-    if (is_width) {
-        before = number_text(dense_width(c, 0), old);
-    }
-    double now = strtod(text, NULL), was = strtod(before, NULL);
-    if (r->own && now == was) {
+    int is_same = !strcmp(text, before) || (f->form != AS_GATE && strtod(text, NULL) == strtod(before, NULL));
+    if (is_same && (r->own || f->form == AS_HEAD)) {
         return;
     }
-    if (r->own && !strcmp(f->what, "untied")) {
-        list_word(r->changed, sizeof(r->changed), "%s is %s now", f->name, now != 0 ? "false" : "true");
-    } else if (r->own) {
-        list_word(r->changed, sizeof(r->changed), "%s %s from %s to %s", f->name, now < was ? "fell" : "rose", before,
-                  text);
+    if (r->own) {
+        note_change(r, f, before, text);
     }
-    if (is_width) {
+    if (f->form == AS_HEAD && r->kind == OURS) {
+        fail("%s: head_dim %s is not %s, the model's head-width", r->path, text, before);
+    }
+    if (f->form == AS_WIDTH) {
         c->topk = 1;
         c->shared = 0;
+        c->dense_ffn = 0;
+    }
+    if (f->form == AS_SHARED) {
+        c->shared = strcmp(text, "0") ? max_int(1, c->shared) : 0;
     }
     snprintf(path, sizeof(path), "%s: %s", r->path, f->name);
-    set_option(c, o, text, path);
-    if (!strcmp(f->what, "seq")) {
+    set_option(c, &options[find_option(f->option)], text, path);
+    if (!strcmp(f->option, "seq")) {
         c->seq = min_int(c->seq, 4096); // the cache of generation
+    }
+}
+
+// Class k's fields, for the model c.
+void write_fields(FILE *file, const Config *c, int k) {
+    for (int i = 0; i < COUNT(taken_fields); i++) {
+        char text[64];
+        const TakenField *f = &taken_fields[i];
+        if (!f->if_missing[k] || !is_written(f, k)) {
+            continue;
+        }
+        const char *value = field_value(c, f, text);
+        if (f->form == AS_GATE) {
+            value = strcmp(value, "renormalized") ? "false" : "true";
+        } else if (f->form == AS_FLAG || f->form == AS_NOT) {
+            int is_zero = !strcmp(value, "0");
+            value = is_zero == (f->form == AS_NOT) ? "true" : "false";
+        }
+        fprintf(file, "  \"%s\": %s,\n", f->name, value);
+    }
+}
+
+// ---- fields that need more than a row of a table
+
+// Which layers have experts: Qwen's layer l has, if l+1 is a multiple of decoder_sparse_step and l is not in mlp_only_layers.
+void take_layers(const ConfigReader *r, Config *c) {
+    const Json *step = find_member(r->json, "decoder_sparse_step"), *only = find_member(r->json, "mlp_only_layers");
+    int L = c->layers, dense = 0;
+    if (!(1 << r->kind & OF_LAYERS)) {
+        return;
+    }
+    int good = !step || (step->type == 'n' && step->number >= 1 && step->number <= 1e6 && step->number == floor(step->number));
+    int every = good && step ? (int)step->number : 1;
+    if (!good || (only && only->type != 'a')) {
+        fail("%s: expected a whole number decoder_sparse_step, and a list mlp_only_layers", r->path);
+    }
+    char *wanted = (char *)allocate(L, 1); // 1: with experts
+    for (int l = 0; l < L; l++) {
+        wanted[l] = (l + 1) % every == 0;
+        for (const Json *m = only ? only->child : NULL; m; m = m->next) {
+            wanted[l] &= m->number != l;
+        }
+        dense += !wanted[l];
+    }
+
+    // The same in our options: the pair that agrees in all layers; first that which the model has.
+    int agrees = 0;
+    for (int pair = -1; pair < L * L && !agrees; pair++) {
+        if (pair >= 0) {
+            c->moe_every = dense == L ? 0 : 1 + pair / L;
+            c->dense_first = dense == L ? 0 : pair % L;
+        }
+        agrees = 1;
+        for (int l = 0; l < L && agrees; l++) {
+            agrees = is_moe(c, l) == wanted[l];
+        }
+    }
+    free(wanted);
+    if (!agrees) {
+        fail("%s: by mlp_only_layers and decoder_sparse_step the layers without experts stand where --moe-every and --dense-first "
+             "cannot have them: here the first layers may have none, and then each n-th one has", r->path);
+    }
+}
+
+void write_layers(FILE *file, const Config *c) {
+    const char *comma = "";
+    fprintf(file, "  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [");
+    for (int l = 0; l < c->layers; l++) {
+        if (!is_moe(c, l)) {
+            fprintf(file, "%s%d", comma, l);
+            comma = ", ";
+        }
+    }
+    fprintf(file, "],\n");
+}
+
+// Granite's factors, as numbers; where they are missing, 1.
+void take_granite(const ConfigReader *r, Config *c) {
+    double factor[4];
+    for (int i = 0; i < 4; i++) {
+        const Json *m = find_member(r->json, granite_factors[i]);
+        factor[i] = m ? m->number : 1;
+        if (m && (m->type != 'n' || !(m->number >= 1e-6 && m->number <= 1e6))) {
+            refuse_field(r, granite_factors[i], m, "expected a number from 1e-6 to 1e6");
+        }
+    }
+    if (1 << r->kind & OF_GRANITE) {
+        take_factors(c, factor);
     }
 }
 
@@ -284,15 +343,26 @@ const char *act_name(const Config *c) {
     return "gelu";
 }
 
-int head_width(const Config *c); // dev/mixers/attention_experts.h
+// Experts of a class can be as many as the file says, unless the router could not learn.
+void check_expert_fields(const ConfigReader *r, const Config *c) {
+    if (r->kind == OURS || model_classes[r->kind].experts == NO_LAYERS || !moe_layers(c)) {
+        return;
+    }
+    if (c->topk > c->experts) {
+        fail("%s: num_experts_per_tok %d is more than num_local_experts %d", r->path, c->topk, c->experts);
+    }
+    if (c->topk == 1 && c->experts > 1 && c->gate == RENORMALIZED) {
+        fail("%s: num_experts_per_tok is 1: a %s makes the weight of its only expert always 1, so that its router "
+             "cannot learn, and it is not trained here; set num_experts_per_tok to 2, which makes it another model, or "
+             "give a model with more experts a token",
+             r->path, r->kind == MIXTRAL ? "Mixtral" : model_classes[r->kind].type);
+    }
+}
 
-// Fields that need more than a row of the table says. An LSTM has no heads, and those with experts may have a --head-width.
+// Fields that need more than a row of the table says. An LSTM has no heads.
 void check_fields(const ConfigReader *r, const Config *c) {
-    int attends = c->mixer == MIX_ATTENTION, shares = attends && !c->head_width, D = head_width(c);
-    const Json *act = find_member(r->json, "hidden_act"), *width = find_member(r->json, "head_dim");
-    const Json *types = find_member(r->json, "layer_types");
-    check_rope_fields(r, "rope_parameters");
-    check_rope_fields(r, "rope_scaling");
+    int attends = c->mixer == MIX_ATTENTION, shares = attends && !c->head_width;
+    const Json *act = find_member(r->json, "hidden_act"), *types = find_member(r->json, "layer_types");
     if (act) {
         const char *text = act->type == 's' ? act->text : "", *wanted = r->own ? act_name(c) : "silu";
         if (strcmp(text, wanted) && (strcmp(text, "swish") || strcmp(wanted, "silu"))) {
@@ -302,51 +372,34 @@ void check_fields(const ConfigReader *r, const Config *c) {
     if (shares && c->dim % c->heads) {
         fail("%s: hidden_size %d is no multiple of num_attention_heads %d", r->path, c->dim, c->heads);
     }
-    int is_wrong = attends && width && (width->type != 'n' || width->number != D);
-    if (is_wrong && shares) {
-        fail("%s: head_dim %g is not hidden_size %d / num_attention_heads %d", r->path, width->number, c->dim,
-             c->heads);
-    }
-    if (is_wrong) {
-        fail("%s: head_dim %g is not %d, the model's head-width", r->path, width->number, D);
-    }
-    if (shares && c->dim / c->heads % 2) {
-        fail("%s: hidden_size %d / num_attention_heads %d is odd: rotary positions need an even width", r->path,
-             c->dim, c->heads);
+    if (attends && head_width(c) % 2) {
+        fail("%s: head_dim, or hidden_size %d / num_attention_heads %d, is %d, which is odd: rotary positions need an even width",
+             r->path, c->dim, c->heads, head_width(c));
     }
     if (attends && c->kv_heads && c->heads % c->kv_heads) {
         fail("%s: num_attention_heads %d is no multiple of num_key_value_heads %d", r->path, c->heads, c->kv_heads);
     }
+    int sliding = r->kind != OURS && model_classes[r->kind].window == WINDOW_IF_USED; // then read_window() has the window
     for (const Json *m = types ? types->child : NULL; m; m = m->next) {
-        if (m->type != 's' || strcmp(m->text, "full_attention")) {
+        int is_sliding = m->type == 's' && !strcmp(m->text, "sliding_attention");
+        if ((m->type != 's' || strcmp(m->text, "full_attention")) && !(sliding && is_sliding)) {
             refuse_field(r, "layer_types", m, "each token attends to all before it here");
         }
     }
-    if (r->kind != MIXTRAL) {
-        return;
-    }
-    if (c->topk > c->experts) {
-        fail("%s: num_experts_per_tok %d is more than num_local_experts %d", r->path, c->topk, c->experts);
-    }
-    if (c->topk == 1 && c->experts > 1) {
-        fail("%s: num_experts_per_tok is 1: a Mixtral makes the weight of its only expert always 1, so that its router "
-             "cannot learn, and it is not trained here; set num_experts_per_tok to 2, which makes it another model, or "
-             "give a model with more experts a token",
-             r->path);
-    }
+    check_expert_fields(r, c);
 }
 
-// All fields, by the table. What is in none of its rows is named.
+// All fields, by the tables. What is in none of their rows is named.
 void check_rules(ConfigReader *r) {
     for (const Json *m = r->json->child; m; m = m->next) {
         const Field *f = NULL;
-        for (int i = 0; i < COUNT(config_fields) && !f; i++) {
-            f = strcmp(config_fields[i].name, m->key) ? NULL : &config_fields[i];
+        for (int i = 0; i < COUNT(other_fields) && !f; i++) {
+            f = strcmp(other_fields[i].name, m->key) ? NULL : &other_fields[i];
         }
-        if (m->type == '0') {
+        if (m->type == '0' || find_taken(m->key, r->kind) || (f && f->checked >> r->kind & 1)) {
             continue;
         }
-        if (!f || (f->rule == FIELD_TAKEN && r->kind >= 0 && !f->if_missing[r->kind])) {
+        if (!f) {
             list_word(r->unknown, sizeof(r->unknown), "%s", m->key);
             continue;
         }
@@ -360,52 +413,77 @@ void check_rules(ConfigReader *r) {
     }
 }
 
-// How far attention looks back; 0: to the beginning. Llama's class does not look at the field.
+// How far attention looks back; 0: to the beginning.
 int read_window(const ConfigReader *r, Config *c) {
-    const Json *m = r->kind == LLAMA ? NULL : find_member(r->json, "sliding_window");
-    if (!m) {
+    const Json *m = find_member(r->json, "sliding_window"), *used = find_member(r->json, "use_sliding_window");
+    int rule = r->kind == OURS ? HAS_WINDOW : model_classes[r->kind].window;
+    double window = r->kind == MISTRAL && !json_get(r->json, "sliding_window") ? 4096 : 0; // what a Mistral has where nothing is said
+    if (rule == NO_WINDOW || (rule == WINDOW_IF_USED && (!used || is_off(used)))) {
         return 0;
     }
-    if (m->type != 'n' || !(m->number >= 1)) {
+    if (m && (m->type != 'n' || !(m->number >= 1))) {
         refuse_field(r, "sliding_window", m, "expected a number of tokens, or null");
     }
-    if (m->number < c->seq && r->own) {
-        refuse_field(r, "sliding_window", m, "this run's sequences are longer, and attention has no window here");
+    window = m ? m->number : window;
+    if (window > 0 && window < c->seq && r->own) {
+        fail("%s: sliding_window is %g: this run's sequences are longer, and attention has no window here", r->path, window);
     }
-    c->seq = (int)fmin(m->number, c->seq);
-    return (int)fmin(m->number, INT_MAX);
+    if (window > 0) {
+        c->seq = (int)fmin(window, c->seq);
+    }
+    return (int)fmin(window, INT_MAX);
 }
 
-const char *matching_class(const Config *c); // data/checkpoint.h
+// ---- all of it
 
-// What the fields of a Mixtral or a Llama say. own: c has what the object train_moe of the same file says, and where
-// the two differ the fields count, which other tools change. Returns the length of attention's sliding window, 0: none.
+// The class that the file says, and what no field of it says of the model.
+void begin_class(ConfigReader *r, Config *c, const char *type) {
+    char known[256];
+    r->kind = find_class(type);
+    if (r->kind < 0 && !(r->own && !strcmp(type, "train_moe"))) {
+        list_classes(known, sizeof(known));
+        fail("%s: model_type is %s; expected one of %s, or a checkpoint of train_moe", r->path, type, known);
+    }
+    c->read_as = r->kind < 0 ? 1 : 2 + r->kind;
+    r->kind = r->kind < 0 ? OURS : r->kind;
+    if (r->own) {
+        return;
+    }
+    config_recipe(c, model_classes[r->kind].recipe);
+    c->topk = 1; // a dense layer is K*F wide
+    c->shared = 0;
+    char *text = copy_text(model_classes[r->kind].choices), *rest = NULL;
+    for (char *word = strtok_r(text, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
+        const Option *o = &options[find_option(word + 2)];
+        set_option(c, o, o->kind == 'f' ? "1" : strtok_r(NULL, " ", &rest), NULL);
+    }
+    free(text);
+}
+
+// What the fields say of a model. own: c has what the object train_moe of the same file says, and where the two differ the fields
+// count, which other tools change. Returns the length of attention's sliding window, 0: none.
 int config_from_hugging_face(Config *c, const Json *json, const char *type, const char *path, int own) {
     ConfigReader r;
     memset(&r, 0, sizeof(r));
     r.json = json;
     r.path = path;
     r.own = own;
-    r.kind = -1;
-    for (int i = 0; i < CLASSES; i++) {
-        r.kind = strcmp(type, model_classes[i].type) ? r.kind : i;
-    }
-    if (r.kind < 0 && !(own && !strcmp(type, "train_moe"))) {
-        fail("%s: model_type is %s; expected mixtral, llama, or a checkpoint of train_moe", path, type);
-    }
-    if (!own) {
-        config_recipe(c, model_classes[r.kind].recipe);
-        c->topk = 1; // a dense layer is K*F wide
-        c->shared = 0;
-    }
+    begin_class(&r, c, type);
     check_rules(&r);
-    for (int i = 0; i < COUNT(config_fields); i++) {
-        if (config_fields[i].rule == FIELD_TAKEN) {
-            take_field(&r, c, &config_fields[i]);
+    const char *scaling = rope_source(json);
+    take_rope(&r, c, "rope_parameters", !strcmp(scaling, "rope_parameters"));
+    take_rope(&r, c, "rope_scaling", !strcmp(scaling, "rope_scaling"));
+    for (int i = 0; i < COUNT(taken_fields); i++) {
+        if (taken_fields[i].form == AS_DENSE) {
+            take_layers(&r, c);
+        }
+        if (taken_fields[i].if_missing[r.kind]) {
+            take_field(&r, c, &taken_fields[i]);
         }
     }
     check_fields(&r, c);
-    if (own && r.kind >= 0 && strcmp(matching_class(c), model_classes[r.kind].name)) {
+    take_granite(&r, c);
+    if (own && r.kind != OURS && class_of(c) != r.kind) {
         fail("%s: model_type is %s, but its object train_moe (--recipe %s) says another model: take that object out of "
              "the file if the other fields are right",
              path, type, c->recipe);

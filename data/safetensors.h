@@ -13,6 +13,9 @@ typedef struct Part { // a block of a tensor's rows
     int tensor;     // its number in the table of weights
     size_t offset;  // the block's first number in that tensor
     int rows, cols; // rows 0: one dimension
+    int experts;    // not 0: all experts' rows, a dimension of its own in front of them
+    char other[96]; // another name under which a file may have it: rows first, first + 1, ... of a tensor of `all`; "": none
+    int all, first;
 } Part;
 
 size_t part_size(const Part *p) {
@@ -64,8 +67,11 @@ char *safetensors_header(const Part *parts, int count, const char *const *prefix
             size_t end = at + part_size(p) * sizeof(real);
             fprintf(text, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", prefix[copy], p->name,
                     sizeof(real) == 8 ? "F64" : "F32");
+            if (p->experts) {
+                fprintf(text, "%d,", p->experts);
+            }
             if (p->rows) {
-                fprintf(text, "%d,", p->rows);
+                fprintf(text, "%d,", p->rows / max_int(1, p->experts));
             }
             fprintf(text, "%d],\"data_offsets\":[%zu,%zu]}", p->cols, at, end);
             at = end;
@@ -244,11 +250,12 @@ int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, 
     from += (size_t)first * (size_t)p->cols * bytes;
     if (bytes == sizeof(real)) {
         memcpy(to, from, count * bytes);
-        return 1;
+    } else {
+        for (size_t i = 0; i < count; i++) {
+            to[i] = (real)decode_number(from + i * bytes, type);
+        }
     }
-    for (size_t i = 0; i < count; i++) {
-        to[i] = (real)decode_number(from + i * bytes, type);
-    }
+    forget_pages(from, count * bytes); // so that a large model is in memory once
     return 1;
 }
 

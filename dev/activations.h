@@ -9,8 +9,8 @@ size_t lay_activations(Model *m, int l, int N, real *memory) {
     const Config *c = &m->config;
     LayerActs *a = &m->acts.layer[l];
     const Mixer *mixer = mixer_of(c);
-    int C = c->dim, D = C / c->heads, Q = mixer ? 0 : (c->heads + 2 * c->kv_heads) * D, hidden = 0;
-    size_t used = 0, att = mixer ? 0 : (size_t)N * C, lse = mixer ? 0 : (size_t)N * c->heads;
+    int C = c->dim, D = head_width(c), Q = mixer ? 0 : (c->heads + 2 * c->kv_heads) * D, hidden = 0;
+    size_t used = 0, att = mixer ? 0 : (size_t)N * c->heads * D, lse = mixer ? 0 : (size_t)N * c->heads;
     size_t dense = (size_t)dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
     for (int e = 0; is_moe(c, l) && e < c->experts; e++) {
         hidden = max_int(hidden, expert_hidden(c, e));
@@ -97,7 +97,7 @@ size_t expected_scratch(const Config *c, int N, int train) {
     size_t C = (size_t)c->dim, most = 0;
     size_t choices = (size_t)N * most_choices(c), width = (size_t)c->ffn;
     for (int l = 0; l < c->layers; l++) {
-        size_t need = (size_t)N * dense_width(c, l) * (train ? 3 : 1);
+        size_t need = (size_t)N * dense_width(c, l) * (train ? 3 : 1) + (c->shared_gate ? 2 * (size_t)N : 0);
         if (is_moe(c, l)) {
             size_t scores = (size_t)N * c->subtokens * router_outputs(c);
             size_t moe = choices * (C + c->subtokens * width * (train ? 3 : 1)) + scores * (train ? 2 : 1);
@@ -106,7 +106,8 @@ size_t expected_scratch(const Config *c, int N, int train) {
         }
         most = most > need ? most : need;
     }
-    size_t attention = train && !mixer_of(c) ? (size_t)N * (2 * C + 2 * C / c->heads * c->kv_heads) : mixing_scratch(c, N, train);
+    size_t heads = (size_t)(2 * c->heads + 2 * c->kv_heads) * head_width(c); // the gradients by attention and by qkv
+    size_t attention = train && !mixer_of(c) ? (size_t)N * heads : mixing_scratch(c, N, train);
     size_t logits = (size_t)logit_rows(N, c->vocab) * c->vocab;
     most = most > attention ? most : attention;
     return (most > logits ? most : logits) + 4096;
@@ -147,8 +148,8 @@ void allocate_activations(Model *m, int N, int train) {
     // What is needed only while something works.
     m->purpose = FOR_BUFFERS;
     allocate_lookup(m, N, train);
-    m->angles = own_reals(m, (size_t)c->seq * (C / c->heads));
-    rope_angles(m->angles, 0, c->seq, C / c->heads, c->rope_theta);
+    m->angles = own_reals(m, (size_t)c->seq * head_width(c));
+    head_angles(c, m->angles, 0, c->seq);
     if (train) {
         m->acts.dh = own_reals(m, (size_t)N * C);
         m->dx = own_reals(m, (size_t)N * C);
@@ -162,7 +163,7 @@ void allocate_activations(Model *m, int N, int train) {
     arena_reserve(&m->scratch, scratch_size);
     m->bytes[FOR_BUFFERS] += scratch_size;
 #ifndef PLAIN
-    m->bytes[FOR_BUFFERS] += attention_bytes(c->seq, C / c->heads) + packing_bytes();
+    m->bytes[FOR_BUFFERS] += attention_bytes(c->seq, head_width(c)) + packing_bytes();
 #endif
 }
 
@@ -170,6 +171,7 @@ void generation_free(Model *m); // dev/generate.h
 
 void model_free(Model *m) {
     generation_free(m);
+    forget_pairs(m);
     ranks_free(m);
     arena_free(&m->scratch);
     for (int i = 0; i < m->owned_count; i++) {

@@ -122,6 +122,26 @@ int looks_at_groups(const Config *c) {
            c->select == BALANCED || heads;
 }
 
+int has_shared_experts(const Config *c) {
+    return has_experts(c) && c->shared > 0;
+}
+
+int has_heads(const Config *c) {
+    return c->mixer == MIX_ATTENTION;
+}
+
+int has_qk_norm(const Config *c) {
+    return c->qk_norm;
+}
+
+int is_rope_scaled(const Config *c) {
+    return has_heads(c) && c->rope_scaling != ROPE_NONE;
+}
+
+int is_rope_llama3(const Config *c) {
+    return has_heads(c) && c->rope_scaling == ROPE_LLAMA3;
+}
+
 int has_ngrams(const Config *c) {
     return c->ngrams > 0;
 }
@@ -138,12 +158,28 @@ int asks_for_copies(const Config *c) {
     return c->replicate > 0;
 }
 
+int exports(const Config *c) {
+    return c->export_to[0] != 0;
+}
+
+int quantizes(const Config *c) {
+    return c->quantize != NO_BLOCKS;
+}
+
+int mixes_bits(const Config *c) {
+    return c->quantize >= MIXED;
+}
+
 int reads_weights(const Config *c) {
-    return c->resume || c->init[0] || c->prompt;
+    return c->resume || c->init[0] || c->prompt || exports(c) || quantizes(c) || c->evaluate;
 }
 
 int is_drawn(const Config *c) {
     return c->temperature > 0;
+}
+
+int trains_pairs(const Config *c) {
+    return c->lora > 0;
 }
 
 const Effect base_effects[] = {
@@ -155,20 +191,35 @@ const Effect base_effects[] = {
     {"mixed", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"dense-first", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"dense-activation", has_dense_layers, "dense layers: --moe-every 2, --dense-first 1 or --recipe dense"},
+    {"shared-gate", has_shared_experts, "shared experts beside routed ones: --shared 1"},
+    {"shared-ffn", has_shared_experts, "shared experts beside routed ones: --shared 1"},
+    {"dense-ffn", has_dense_layers, "dense layers: --moe-every 2, --dense-first 1 or --recipe dense"},
+    {"head-width", has_heads, "heads: --mixer attention"},
+    {"qk-norm-over", has_qk_norm, "norms of queries and keys: --qk-norm"},
+    {"rope-scaling", has_heads, "heads: --mixer attention"},
+    {"rope-factor", is_rope_scaled, "scaled positions: --rope-scaling linear or llama3"},
+    {"rope-low", is_rope_llama3, "scaled positions: --rope-scaling llama3"},
+    {"rope-high", is_rope_llama3, "scaled positions: --rope-scaling llama3"},
+    {"rope-original", is_rope_llama3, "scaled positions: --rope-scaling llama3"},
     {"score", has_scores, "scores, which --select hash does not have: --select topk"},
     {"balance", has_balance_loss, "a balance loss: --aux-weight 0.01"},
     {"group", looks_at_groups, "a loss or a capacity that looks at many tokens: --aux-weight or --capacity-factor"},
     {"ngram-order", has_ngrams, "a table: --ngrams 16384"},
     {"ngram-gate", has_ngrams, "a table: --ngrams 16384"},
+    {"lora-alpha", trains_pairs, "pairs: --lora 8"},
+    {"lora-targets", trains_pairs, "pairs: --lora 8"},
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},
-    {"trust-weights", reads_weights, "weights to read: --resume, --init or --prompt"},
+    {"trust-weights", reads_weights, "weights to read: --resume, --init, --prompt, --evaluate or --export"},
+    {"quantized", quantizes, "a model to write: --quantize q8_0"},
+    {"few", mixes_bits, "experts of two kinds: --quantize mixed"},
+    {"export-type", exports, "a file to write: --export FILE"},
     {"top-k", is_drawn, "tokens that are drawn by chance: a --temperature above 0"},
     {"top-p", is_drawn, "tokens that are drawn by chance: a --temperature above 0"},
 };
 
-Effect effects[64];
+Effect effects[96];
 int effect_count = 0;
 
 void add_effects(const Effect *list, int count) {
@@ -194,6 +245,12 @@ int is_of_training(const Option *o) {
 const char *missing_for(const Config *c, const Option *o) {
     if (c->prompt && is_of_training(o)) {
         return "training, and --prompt only goes on from a text";
+    }
+    if (exports(c) && is_of_training(o)) {
+        return "training, and --export only writes a file";
+    }
+    if ((quantizes(c) || c->evaluate) && is_of_training(o) && strcmp(o->name, "eval-tokens") != 0) {
+        return "training, and --quantize and --evaluate only read a model";
     }
     int of_heads = !strcmp(o->name, "group") && c->attention_experts > 0; // the routers of heads look at groups, too
     if (!strncmp(o->heading, "Router", 6) && !has_experts(c) && !of_heads) {

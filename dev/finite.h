@@ -110,6 +110,9 @@ Find search_tensors(Run *run, int what) {
     real *numbers = allocate_tensor(m);
     for (int turn = 0; turn < m->tensor_count; turn++) {
         int tensor = what == GRADS ? m->tensor_count - 1 - turn : turn;
+        if (what == GRADS && m->config.lora && !is_pair(&m->tensors[tensor])) { // frozen
+            continue;
+        }
         Share share = ranks_share(m, what, tensor);
         run->backend->read(m, what, tensor, numbers);
         size_t i = first_not_finite(numbers, share.size), count = 0;
@@ -160,7 +163,7 @@ void search_experts(Find *find, const Model *m, int l) {
 void search_layer(Find *find, Model *m, int l) {
     const Config *c = &m->config;
     const LayerActs *a = &m->acts.layer[l];
-    int N = m->batch.B * m->batch.T, C = c->dim, Q = (c->heads + 2 * c->kv_heads) * (C / c->heads), moe = is_moe(c, l);
+    int N = m->batch.B * m->batch.T, C = c->dim, D = head_width(c), Q = (c->heads + 2 * c->kv_heads) * D, moe = is_moe(c, l);
     int parts = moe ? c->subtokens : 1, dense = dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
     int outputs = moe ? router_outputs(c) : 0, K = moe ? a->route.K : 0;
     char what[100];
@@ -173,7 +176,7 @@ void search_layer(Find *find, Model *m, int l) {
     } list[] = {
         {"norm1", a->h1, C, 1},
         {"the queries, keys and values", a->qkv, a->qkv ? Q : 0, 1},
-        {"the attention", a->att, a->att ? C : 0, 1},
+        {"the attention", a->att, a->att ? c->heads * D : 0, 1},
         {"the residual stream behind the attention", a->mid, C, 1},
         {"norm2", a->h2, C, 1},
         {"the router's logits", a->route.logits, outputs, parts},

@@ -42,8 +42,9 @@ void attend_one(Model *one, int l, real *x, real *cache, int position) {
     const Config *c = &one->config;
     const LayerParams *w = &one->params.layer[l];
     LayerActs *a = &one->acts.layer[l];
-    int C = c->dim, H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D, width = 2 * KV * D;
+    int C = c->dim, H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D, width = 2 * KV * D;
     matmul(a->qkv, a->h1, w->qkv, 1, C, Q, SET);
+    qkv_bias_forward(one, l, a->qkv);
     qk_norm_forward(one, l, a->qkv);
     value_embedding_forward(one, l, a->qkv);
     rope(a->qkv, Q, 1, 1, H + KV, D, one->angles, 1);
@@ -52,13 +53,13 @@ void attend_one(Model *one, int l, real *x, real *cache, int position) {
     scratch_reset(one);
     int seen = min_int(position + 1, c->seq);
     attend_to_cache(a->att, scratch(one, seen), a->qkv, cache, seen, H, KV, D);
-    matmul(x, a->att, w->proj, 1, C, C, ADD);
+    matmul(x, a->att, w->proj, 1, H * D, C, ADD);
 }
 
 // Numbers that generation keeps of a layer, for a text of seq tokens.
 size_t kept_numbers(const Config *c) {
     const Mixer *mixer = mixer_of(c);
-    return mixer ? mixer->cache(c) : (size_t)c->seq * 2 * c->kv_heads * (c->dim / c->heads);
+    return mixer ? mixer->cache(c) : (size_t)c->seq * 2 * c->kv_heads * head_width(c);
 }
 
 // One token at `position`: logits (V) of the next one. The cache has the last seq positions, so a longer text
@@ -66,11 +67,12 @@ size_t kept_numbers(const Config *c) {
 void model_generate(Model *m, int token, int position, real *logits) {
     const Config *c = &m->config;
     const Mixer *mixer = mixer_of(c);
-    int C = c->dim, D = C / c->heads;
+    int C = c->dim;
     size_t kept = kept_numbers(c);
     if (!m->generation) {
         m->generation = (Generation *)own(m, 1, sizeof(Generation));
         m->generation->one = model_allocate(c, 1, 0, m->memory[WEIGHTS]);
+        share_blocks(m->generation->one, m);
         m->generation->cache = own_reals(m, c->layers * kept);
     }
     Model *one = m->generation->one;
@@ -81,7 +83,7 @@ void model_generate(Model *m, int token, int position, real *logits) {
     ranks_begin_batch(one);
 
     // The same layers as in model_forward, but for attention, which looks into the cache.
-    rope_angles(one->angles, position, 1, D, c->rope_theta);
+    head_angles(c, one->angles, position, 1);
     embedding_forward(acts->x, one->params.embed, &token, 1, C);
     ngrams_forward(one, acts->x, position ? m->generation->before : NULL);
     remember_token(m->generation->before, token, position);

@@ -47,7 +47,7 @@ void add_word_gradients(Model *m, real *dtable, const real *dx, int width, int v
 void value_embedding_forward(Model *m, int l, real *qkv) {
     const Config *c = &m->config;
     const real *table = m->params.layer[l].value_embed;
-    int N = m->batch.B * m->batch.T, D = c->dim / c->heads, values = c->kv_heads * D, width = c->heads * D + 2 * values;
+    int N = m->batch.B * m->batch.T, D = head_width(c), values = c->kv_heads * D, width = c->heads * D + 2 * values;
     if (table) {
         add_word_values(qkv + width - values, width, table, m->batch.inputs, N, values);
     }
@@ -57,7 +57,7 @@ void value_embedding_forward(Model *m, int l, real *qkv) {
 void value_embedding_backward(Model *m, int l, const real *dqkv) {
     const Config *c = &m->config;
     real *dtable = m->grads.layer[l].value_embed;
-    int D = c->dim / c->heads, values = c->kv_heads * D, width = c->heads * D + 2 * values;
+    int D = head_width(c), values = c->kv_heads * D, width = c->heads * D + 2 * values;
     if (dtable) {
         add_word_gradients(m, dtable, dqkv + width - values, width, values);
     }

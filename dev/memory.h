@@ -36,4 +36,6 @@ void scratch_reset(Model *m) {
     arena_reset(&m->scratch);
 }
 
+#include "quantized.h" // weights of few bits, which have memory of their own
+
 #endif

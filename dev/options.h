@@ -6,6 +6,7 @@
 #pragma once
 #include "util.h"
 #include "precision.h"
+#include "../data/blocks.h"
 
 const char *const activation_names[] = {"swiglu", "geglu", "relu", "gelu", NULL};
 const char *const dense_names[] = {"swiglu", "geglu", "relu", "gelu", "same", NULL};
@@ -19,6 +20,12 @@ const char *const schedule_names[] = {"cosine", "wsd", "constant", NULL};
 const char *const optimizer_names[] = {"adamw", "muon", NULL};
 enum { MIX_ATTENTION, MIX_LSTM };
 const char *const mixer_names[] = {"attention", "lstm", NULL};
+enum { OVER_HEAD, OVER_ROW };
+const char *const qk_norm_names[] = {"head", "row", NULL};
+enum { ROPE_NONE, ROPE_LINEAR, ROPE_LLAMA3 };
+const char *const rope_names[] = {"none", "linear", "llama3", NULL};
+enum { NO_BLOCKS, ALL_Q8_0, ALL_Q4_0, MIXED, MIXED_OFTEN };
+const char *const scheme_names[] = {"none", "q8_0", "q4_0", "mixed", "mixed-often", NULL};
 const char *const moments_names[] = {"fp32", "bf16", NULL};
 
 // MODEL says what the model computes. ORDER says which data it sees when, and which optimizer moves it, since none can go
@@ -70,17 +77,36 @@ const Option base_options[] = {
     FLAG("resume", resume, RUN, "Files", "go on from the last checkpoint in --out; start where there is none"),
     FLAG("trust-weights", trust_weights, RUN, "Files",
          "load a checkpoint as it is, even where its files do not have the checksums that were written beside them"),
+    TEXT("export", export_to, "", RUN, "Files",
+         "write the model in --out, or in --init, to this new file, as a GGUF file for llama.cpp, and exit"),
+    WORD("export-type", export_type, "f16", format_names, RUN, "Files",
+         "numbers of that file: float32, float16, or 8 or 4 bits and one scale for 32 of them"),
+    WORD("quantize", quantize, "none", scheme_names, RUN, "Files",
+         "write the model in --out, or in --init, with experts of 8 or 4 bits, and exit; mixed: 4 for those chosen rarely"),
+    TEXT("quantized", quantized, "", RUN, "Files", "the new folder of that model [OUT-q8_0 and the like]"),
+    NUMBER("few", few, "0.5", 0, 1, RUN, "Files", "with --quantize mixed: the share of a layer's experts that have 4 bits"),
+    FLAG("evaluate", evaluate, RUN, "Files", "print the validation loss of the model in --out, or in --init, and exit"),
     TEXT("recipe", recipe, "mixtral", MODEL, "Model", "which router: a row of the options below; see --list-recipes"),
     FLAG("list-recipes", list_recipes, RUN, "Model", "show the recipes and what each one chooses"),
     INTEGER("layers", layers, "2", 1, 1000, MODEL, "Model", "layers (L)"),
     INTEGER("dim", dim, "128", 2, 65536, MODEL, "Model", "width of the model (C)"),
     INTEGER("heads", heads, "8", 1, 1024, MODEL, "Model", "query heads (H)"),
     INTEGER("kv-heads", kv_heads, "0", 0, 1024, MODEL, "Model", "key and value heads (KV) [as many as --heads]"),
+    INTEGER("head-width", head_width, "0", 0, 1 << 16, MODEL, "Model", "width of a head (D) [--dim / --heads]"),
     INTEGER("seq", seq, "256", 1, 1 << 20, ORDER, "Model", "tokens in a sequence (T)"),
     FLAG("untied", untied, MODEL, "Model", "give the output its own matrix instead of the embedding's"),
     NUMBER("norm-eps", norm_eps, "1e-5", 0, 1, MODEL, "Model", "epsilon inside RMSNorm's root"),
     NUMBER("rope-theta", rope_theta, "10000", 1, 1e12, MODEL, "Model", "base of the rotary position frequencies"),
+    WORD("rope-scaling", rope_scaling, "none", rope_names, MODEL, "Model",
+         "slower positions for longer texts: linear divides all frequencies by --rope-factor, llama3 only the low ones"),
+    NUMBER("rope-factor", rope_factor, "8", 1, 1e6, MODEL, "Model", "what they are divided by"),
+    NUMBER("rope-low", rope_low, "1", 0, 1e6, MODEL, "Model", "llama3: what turns fewer times in --rope-original tokens is slow"),
+    NUMBER("rope-high", rope_high, "4", 0, 1e6, MODEL, "Model", "llama3: what turns more often than this stays as it is"),
+    INTEGER("rope-original", rope_original, "8192", 1, 1 << 30, MODEL, "Model", "llama3: tokens of a text before the scaling"),
+    FLAG("qkv-bias", qkv_bias, MODEL, "Model", "a bias is added to queries, keys and values"),
     FLAG("qk-norm", qk_norm, MODEL, "Model", "queries and keys have an RMSNorm of their own in each head"),
+    WORD("qk-norm-over", qk_norm_over, "head", qk_norm_names, MODEL, "Model",
+         "the numbers that share such a norm: those of a head, or all queries, and all keys, of a token"),
     INTEGER("ngrams", ngrams, "0", 0, 1 << 26, MODEL, "Model",
             "rows of a table of word pairs, found by a hash and added to the embedding; 0: no table"),
     INTEGER("ngram-order", ngram_order, "2", 2, 3, MODEL, "Model", "3: word triples have rows of that table, too"),
@@ -95,6 +121,9 @@ const Option base_options[] = {
     INTEGER("shared", shared, "0", 0, 256, MODEL, "Experts", "shared experts, which see every token (S)"),
     INTEGER("ffn", ffn, "256", 1, 1 << 20, MODEL, "Experts",
          "hidden width of one expert (F); a dense layer has (K+S)*F"),
+    INTEGER("shared-ffn", shared_ffn, "0", 0, 1 << 20, MODEL, "Experts", "width of the shared experts together [S*F]"),
+    INTEGER("dense-ffn", dense_ffn, "0", 0, 1 << 20, MODEL, "Experts", "width of a dense layer [(K+S)*F]"),
+    FLAG("shared-gate", shared_gate, MODEL, "Experts", "a token takes the sigmoid of a gate times the shared experts' answer"),
     INTEGER("moe-every", moe_every, "1", 0, 1000, MODEL, "Experts",
          "every n-th layer has experts, the others are dense; 0: none has"),
     INTEGER("dense-first", dense_first, "0", 0, 1000, MODEL, "Experts", "this many first layers are dense"),
@@ -121,6 +150,13 @@ const Option base_options[] = {
          "an expert takes at most this times its fair share; 0: all that comes"),
     NUMBER("eval-capacity-factor", eval_capacity_factor, "0", 0, 1e6, TRAIN, "Router: balance",
          "the same at evaluation, of each sequence, early tokens first"),
+    INTEGER("lora", lora, "0", 0, 4096, ORDER, "Adapters",
+            "train low-rank pairs of this rank beside the weights of --init, which stay frozen; 0: train all weights"),
+    NUMBER("lora-alpha", lora_alpha, "16", 1e-6, 1e6, ORDER, "Adapters", "what a pair adds is multiplied by this over the rank"),
+    TEXT("lora-targets", lora_targets, "attention,experts", ORDER, "Adapters",
+         "which matrices have a pair: a list of attention, experts, router"),
+    TEXT("merge", merge, "", RUN, "Adapters",
+         "write the model that the adapter in --out makes of its base, as a Hugging Face directory, and exit"),
     INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "Training", "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "Training", "micro-steps in a step"),
     INTEGER("steps", steps, "4000", 1, 2000000000, TRAIN, "Training", "optimizer steps"),
@@ -413,6 +449,9 @@ void parse_command_line(Config *c, int argc, char **argv) {
 int moe_layers(const Config *c);             // train_moe.c
 const char *routers_refuse(const Config *c); // dev/routers/all.h
 const char *mixer_refuses(const Config *c);  // dev/mixers/all.h
+const char *parts_refuse(const Config *c);   // dev/parts.h
+int head_width(const Config *c);             // dev/mixers/attention_experts.h
+const char *lora_refuses(const Config *c);   // dev/lora_tensors.h
 int router_outputs(const Config *c);
 int most_choices(const Config *c);
 
@@ -450,8 +489,9 @@ void config_check(Config *c) {
     if (!c->kv_heads) {
         c->kv_heads = c->heads;
     }
-    if (mixer_refuses(c)) {
-        usage_fail("%s", mixer_refuses(c));
+    const char *reason = mixer_refuses(c) ? mixer_refuses(c) : parts_refuse(c);
+    if (reason) {
+        usage_fail("%s", reason);
     }
     int heads = c->mixer == MIX_ATTENTION, shares = heads && !c->head_width; // a head has its share of --dim
     if (shares && c->dim % c->heads) {
@@ -471,10 +511,17 @@ void config_check(Config *c) {
     if (c->moe_every) {
         config_check_router(c);
     }
+    if (c->lora && !c->given[find_option("optimizer")]) {
+        c->optimizer = ADAMW;
+    }
+    if (lora_refuses(c)) {
+        usage_fail("%s", lora_refuses(c));
+    }
     check_precision(c);
 
     // Rows of a batch are counted by int, and so are their numbers.
     double tokens = (double)c->batch * c->seq, widest = fmax(3.0 * c->dim, 2.0 * (c->topk + c->shared) * c->ffn);
+    widest = fmax(widest, fmax((c->heads + 2.0 * c->kv_heads) * head_width(c), 2.0 * fmax(c->dense_ffn, c->shared_ffn)));
     if (c->moe_every) {
         double scores = fmax(router_outputs(c), most_choices(c) * (double)c->groups);
         widest = fmax(widest, 2.0 * c->subtokens * scores);

@@ -32,8 +32,8 @@ void write_tokenizer_config(const char *dir, const Tokenizer *t, int seq) {
     close_written(f, dir, "tokenizer_config.json");
 }
 
-// The small files of a checkpoint: what transformers wants to know, and what is needed to go on.
-void write_small_files(const Run *run, const char *dir, FILE *sums) {
+// The small files of a model: what transformers wants to know.
+void write_model_files(const Run *run, const char *dir) {
     const Tokenizer *t = run->tokenizer;
     char text[512];
     write_config(dir, &run->config, t->eot);
@@ -42,7 +42,13 @@ void write_small_files(const Run *run, const char *dir, FILE *sums) {
     int n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
                      t->bos < 0 ? t->eot : t->bos, t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
-    n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f,\"val_fingerprint\":%.0f}\n", run->step,
+}
+
+// The small files of a checkpoint: those, and what is needed to go on.
+void write_small_files(const Run *run, const char *dir, FILE *sums) {
+    char text[512];
+    write_model_files(run, dir);
+    int n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f,\"val_fingerprint\":%.0f}\n", run->step,
                  run->train->fingerprint, run->val->fingerprint);
     write_text(dir, "trainer_state.json", text, (size_t)n);
     write_router_state(run, dir);
@@ -141,7 +147,7 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
     real *tensor = allocate_tensor(m);
     for (int a = 0; a < arrays; a++) {
         const Part *p = parts;
-        for (int i = 0; i < m->tensor_count; i++) {
+        for (int i = 0; i < base_tensors(m); i++) {
             size_t size = m->tensors[i].whole;
             run->backend->read(m, what[a], i, tensor); // all processes; the first one writes
             if (!file) {
@@ -163,6 +169,8 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
     free(parts);
 }
 
+void write_adapter(const Run *run, FILE *sums); // dev/adapter.h
+
 // Writes a checkpoint into the folder unfinished_path, which has no name of a checkpoint yet.
 void write_checkpoint(Run *run) {
     int first = ranks.rank == 0, weights[] = {WEIGHTS}, moments[] = {MOMENT1, MOMENT2};
@@ -181,8 +189,12 @@ void write_checkpoint(Run *run) {
         }
     }
     fprintf(sums, "{");
-    write_tensors(run, "model.safetensors", weights, plain, 1, sums);
-    write_tensors(run, "optimizer.safetensors", moments, moment_names, 2, sums);
+    if (run->config.lora) {
+        write_adapter(run, sums);
+    } else {
+        write_tensors(run, "model.safetensors", weights, plain, 1, sums);
+        write_tensors(run, "optimizer.safetensors", moments, moment_names, 2, sums);
+    }
     if (first) {
         write_small_files(run, unfinished_path, sums);
     }
@@ -216,12 +228,19 @@ void check_table(const Run *run, const char *dir, const real *table) {
     }
 }
 
+int is_adapter(const char *dir); // dev/adapter.h
+void load_adapter(Run *run, const char *dir, int moments);
+
 // Reads the weights in dir, and with `moments` those of the optimizer. Each of several processes reads all, and keeps its own.
 void load_weights(Run *run, const char *dir, int moments) {
     Model *m = run->model;
     const char *const prefix[] = {"", "", "exp_avg.", "exp_avg_sq."};
     int count;
-    Part *parts = model_parts(m, &count);
+    if (is_adapter(dir)) {
+        load_adapter(run, dir, moments);
+        return;
+    }
+    Part *parts = parts_to_read(m, &count);
     real *tensor = allocate_tensor(m);
     for (int what = WEIGHTS; what <= (moments ? MOMENT2 : WEIGHTS); what++) {
         if (what == GRADS) {
@@ -230,9 +249,9 @@ void load_weights(Run *run, const char *dir, int moments) {
         WeightFiles files;
         open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", 1);
         const Part *p = parts;
-        for (int i = 0; i < m->tensor_count; i++) {
+        for (int i = 0; i < base_tensors(m); i++) {
             for (; p < parts + count && p->tensor == i; p++) {
-                const char *file = read_part(&files, prefix[what], p, run->config.experts, tensor + p->offset);
+                const char *file = read_part(&files, prefix[what], p, tensor + p->offset);
                 check_read(file, prefix[what], p, tensor + p->offset);
             }
 
@@ -243,6 +262,9 @@ void load_weights(Run *run, const char *dir, int moments) {
             }
             if (what == WEIGHTS && !strcmp(m->tensors[i].kind, "table")) {
                 check_table(run, dir, tensor);
+            }
+            if (what == WEIGHTS) {
+                fold_factors(&run->config, &m->tensors[i], tensor); // Granite's
             }
             run->backend->write(m, what, i, tensor);
         }
@@ -279,3 +301,5 @@ void cut_log(const char *path, int step) {
     }
     free(text);
 }
+
+#include "adapter.h" // --lora: checkpoints without the base, --merge

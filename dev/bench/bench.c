@@ -438,7 +438,7 @@ void print_step(const Trainee *t, int n) {
            median(t->part[2], NULL, n) * 1e3);
 }
 
-CALL(call_layer_attention, Model, const Config *c = &a->config; LayerActs *x = a->acts.layer; int D = c->dim / c->heads;
+CALL(call_layer_attention, Model, const Config *c = &a->config; LayerActs *x = a->acts.layer; int D = head_width(c);
      scratch_reset(a); real *dqkv = scratch(a, (size_t)c->batch * c->seq * (c->heads + 2 * c->kv_heads) * D);
      attention_forward(x->att, x->lse, x->qkv, c->batch, c->seq, c->heads, c->kv_heads, D);
      attention_backward(dqkv, a->dx, x->att, x->lse, x->qkv, c->batch, c->seq, c->heads, c->kv_heads, D))

@@ -25,6 +25,7 @@
 //    one order, so the bits do not depend on the number of threads.
 #pragma once
 #include "vector.h"
+#include "blocks.h"
 #include "../precision.h"
 #include "../ranks/comm.h"
 
@@ -511,6 +512,10 @@ void product(real *out, Operand a, Operand b, int m, int n, int k, int add) {
 
 // out (N,O) = or += x (N,I) times w (O,I) transposed
 void fast_matmul(real *out, const real *x, const real *w, int N, int I, int O, int add) {
+    if (in_blocks(w)) {
+        blocks_matmul(out, x, w, N, I, O, add);
+        return;
+    }
     product(out, along_rows(x, I, NULL), along_rows(w, I, NULL), N, O, I, add);
 }
 
@@ -544,6 +549,10 @@ Operand expert_rows(const real **x, const int *token, const int *offset, int wid
 // out (rows,O) = each row of x (.., I) times its expert's w (O,I) transposed
 void fast_grouped_matmul(real *out, const real *x, const int *token, const real *w, const int *offset, int E,
                          const int *I, const int *O) {
+    if (in_blocks(w)) {
+        blocks_grouped_matmul(out, x, token, w, offset, E, I, O);
+        return;
+    }
     Product *list = (Product *)allocate(E, sizeof(Product));
     for (int e = 0; e < E; e++) {
         int rows = offset[e + 1] - offset[e];

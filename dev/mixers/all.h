@@ -82,7 +82,7 @@ double mixer_uses(const Config *c, const Tensor *t) {
 double mixing_flops(const Config *c) {
     const Mixer *mixer = mixer_of(c);
     if (!mixer) {
-        return 2.0 * c->seq * c->dim;
+        return 2.0 * c->seq * c->heads * head_width(c);
     }
     return mixer->flops ? mixer->flops(c) : 0;
 }

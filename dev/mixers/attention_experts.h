@@ -6,13 +6,14 @@
     int attention_experts; // E; 0: attention has no experts
     int attention_topk;    // K; moa has K = heads
     int attention_form;    // SWITCHHEAD or MOA
-    int head_width;        // D; 0: C/H
+    int head_width;        // D, also without experts; 0: C/H
     double attention_aux_weight, attention_z_weight, attention_capacity_factor;
 #elif !defined(ATTENTION_EXPERTS_H)
 #define ATTENTION_EXPERTS_H
 #include "mixer.h"
 #include "../lookup.h"
 #include "../qk_norm.h"
+#include "../rope.h"
 #include "../ranks/gather.h"
 
 enum { SWITCHHEAD, MOA };
@@ -53,12 +54,12 @@ void moa_project(Model *m, int l, const real *x);
 
 // ---- sizes
 
-int head_width(const Config *c) { // D; a recipe's --head-width counts only where attention has experts
-    return c->attention_experts && c->head_width ? c->head_width : c->dim / c->heads;
+int head_width(const Config *c) { // D, with experts or without
+    return c->head_width ? c->head_width : c->dim / c->heads;
 }
 
 int key_heads(const Config *c) { // KV
-    return c->attention_form == MOA ? 1 : c->kv_heads;
+    return c->attention_experts && c->attention_form == MOA ? 1 : c->kv_heads;
 }
 
 int route_heads(const Config *c, int which) {
@@ -130,11 +131,12 @@ const char *route_name(const Config *c, int which) {
 
 // ---- weights
 
-// What both forms have besides: norms of queries and keys, and values of words.
+// What both forms, and attention without experts, may have besides: a bias, norms of queries and keys, and values of words.
 void attention_extras(const Config *c, int l, Tensor *list, int *count) {
-    int D = head_width(c);
-    add_tensor(list, count, l, IN_LAYER(q_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
-    add_tensor(list, count, l, IN_LAYER(k_norm), 1, 1, 1, c->qk_norm ? D : 0, INIT_ONE);
+    int D = head_width(c), row = c->qk_norm_over == OVER_ROW;
+    add_tensor(list, count, l, IN_LAYER(qkv_bias), 1, 1, 1, c->qkv_bias ? (c->heads + 2 * c->kv_heads) * D : 0, INIT_ZERO);
+    add_tensor(list, count, l, IN_LAYER(q_norm), 1, 1, 1, c->qk_norm ? D * (row ? c->heads : 1) : 0, INIT_ONE);
+    add_tensor(list, count, l, IN_LAYER(k_norm), 1, 1, 1, c->qk_norm ? D * (row ? c->kv_heads : 1) : 0, INIT_ONE);
     add_tensor(list, count, l, IN_LAYER(value_embed), 2, 1, c->value_embedding ? c->vocab : 0, key_heads(c) * D,
                INIT_ZERO)->looked_up = BY_WORD;
 }
@@ -194,7 +196,7 @@ void allocate_heads(Model *m, int l, int N) {
         return;
     }
     s->angles = own_reals(m, (size_t)c->seq * D);
-    rope_angles(s->angles, 0, c->seq, D, c->rope_theta);
+    head_angles(c, s->angles, 0, c->seq);
     s->of_model = (int *)own(m, (size_t)2 * H * E, sizeof(int));
     s->of_head = s->of_model + (size_t)H * E;
     for (int e = 0; e < H * E; e++) {
@@ -404,7 +406,7 @@ void prepare_heads(Model *m, int l) {
     ExpertHeads *s = heads_of(m, l);
     int N = m->batch.B * m->batch.T, H = c->heads, KV = key_heads(c), D = head_width(c), Q = (H + 2 * KV) * D;
     if (w->q_norm) {
-        norm_heads_forward(s->qkv, s->raw_qk, s->rstd_qk, w->q_norm, w->k_norm, N, H, KV, D, c->norm_eps);
+        norm_heads_forward(s->qkv, s->raw_qk, s->rstd_qk, w->q_norm, w->k_norm, N, H, KV, D, D, c->norm_eps);
     }
     rope(s->qkv, Q, N, m->batch.T, H + KV, D, s->angles, 1);
     if (w->value_embed) {
@@ -423,7 +425,7 @@ void prepare_heads_backward(Model *m, int l, real *dqkv) {
     }
     rope(dqkv, Q, N, m->batch.T, H + KV, D, s->angles, -1);
     if (w->q_norm) {
-        norm_heads_backward(dqkv, dw->q_norm, dw->k_norm, s->raw_qk, s->rstd_qk, w->q_norm, w->k_norm, N, H, KV, D);
+        norm_heads_backward(dqkv, dw->q_norm, dw->k_norm, s->raw_qk, s->rstd_qk, w->q_norm, w->k_norm, N, H, KV, D, D);
     }
 }
 
@@ -537,7 +539,7 @@ void heads_step(Model *one, int l, real *out, const real *x, real *cache, int po
 
     // The angles of that token's position. All layers have the same, so the first one finds them.
     if (l == 0) {
-        rope_angles(s->angles, position, 1, D, c->rope_theta);
+        head_angles(c, s->angles, position, 1);
     }
     heads_begin(one, l, x);
     memcpy(cache + (size_t)(position % c->seq) * width, s->qkv + H * D, (size_t)width * sizeof(real));
@@ -568,7 +570,6 @@ const Option attention_options[] = {
             "switchhead: experts that a head takes for each token; with moa a token takes --heads heads"),
     WORD("attention-form", attention_form, "switchhead", attention_forms, MODEL, ATTENTION_EXPERTS,
          "switchhead: experts are matrices of values and of outputs; moa: experts are heads"),
-    INTEGER("head-width", head_width, "0", 0, 1 << 16, MODEL, ATTENTION_EXPERTS, "width of a head (D) [--dim / --heads]"),
     NUMBER("attention-aux-weight", attention_aux_weight, "0.01", 0, 1e6, TRAIN, ATTENTION_EXPERTS,
            "weight of their balance loss, which is 1 at balance for each router"),
     NUMBER("attention-z-weight", attention_z_weight, "0", 0, 1e6, TRAIN, ATTENTION_EXPERTS, "moa: weight of the router's z-loss"),
@@ -579,7 +580,6 @@ const Option attention_options[] = {
 const Effect attention_effects[] = {
     {"attention-topk", switchhead_wanted, "experts in attention that are counted: --attention-experts 4 and switchhead"},
     {"attention-form", has_attention_experts, "experts in attention: --attention-experts 4"},
-    {"head-width", has_attention_experts, "experts in attention: --attention-experts 4"},
     {"attention-aux-weight", has_attention_balance, "experts in attention: --attention-experts 4"},
     {"attention-z-weight", moa_wanted, "a router with softmax scores: --attention-form moa"},
     {"attention-capacity-factor", has_attention_balance, "experts in attention: --attention-experts 4"},
