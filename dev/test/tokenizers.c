@@ -109,7 +109,7 @@ typedef struct IdCase {
 } IdCase;
 
 // A tokenizer of characters, as Llama 2's and Mistral's are: <unk> <s> </s>, the bytes, and a few more.
-static const char *fallback_case(const char *name, const IdCase *c) {
+static const char *sentence_tokenizer(const char *name, const IdCase *c) {
     static const char *const tokens[] = {"\xe2\x96\x81", "h", "e", "l", "o", "a", "he", "ll", "llo", "hello", "\xe2\x96\x81hello",
                                          "\xe2\x96\x81\xe2\x96\x81", "\xe2\x96\x81" "a", "\xc3\xa9", "\xe2\x96\x81h"};
     char *text = NULL;
@@ -189,7 +189,7 @@ void test_tokenizers_fallback(void **state) {
         {"null", never, NULL, "true", "h h", "260 259 260"},
     };
     for (int i = 0; i < COUNT(cases); i++) {
-        Tokenizer *t = tokenizer_load(fallback_case("tokenizer.json", &cases[i]));
+        Tokenizer *t = tokenizer_load(sentence_tokenizer("tokenizer.json", &cases[i]));
         assert_encoded(t, cases[i].text, cases[i].ids);
         assert_int_equal(t->eot, 2);
         assert_int_equal(t->bos, 1);
@@ -253,7 +253,7 @@ void test_tokenizers_fallback_text(void **state) {
     (void)state;
     const IdCase plain = {SENTENCE, "null", NULL, "false", "", ""};
     const char *const text = "hello \xe4\xb8\xad  a\xff\n h\xc3\xa9";
-    Tokenizer *t = tokenizer_load(fallback_case("tokenizer.json", &plain));
+    Tokenizer *t = tokenizer_load(sentence_tokenizer("tokenizer.json", &plain));
     int *ids = (int *)allocate(tokenizer_bound(t, strlen(text)), sizeof(int)), length;
     size_t count = tokenizer_encode(t, text, strlen(text), ids), n = 0;
     char back[256];
@@ -276,7 +276,7 @@ void test_tokenizers_fallback_text(void **state) {
 void test_tokenizers_fallback_long(void **state) {
     (void)state;
     const IdCase plain = {SENTENCE, "null", NULL, "false", "", ""};
-    Tokenizer *t = tokenizer_load(fallback_case("tokenizer.json", &plain));
+    Tokenizer *t = tokenizer_load(sentence_tokenizer("tokenizer.json", &plain));
     size_t n = 200000;
     char *text = (char *)allocate(n + 1, 1);
     for (size_t i = 0; i < n; i++) {
@@ -321,7 +321,7 @@ void test_tokenizers_end_of_text(void **state) {
 }
 
 static void load_fallback(void *arg) {
-    tokenizer_free(tokenizer_load(fallback_case("bad.json", (const IdCase *)arg)));
+    tokenizer_free(tokenizer_load(sentence_tokenizer("bad.json", (const IdCase *)arg)));
 }
 
 void test_tokenizers_bad(void **state) {
