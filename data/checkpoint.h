@@ -238,7 +238,7 @@ void write_class_fields(FILE *f, const Config *c, int k) {
     }
 }
 
-void write_config(const char *dir, const Config *c, int eot) {
+void write_config(const char *dir, const Config *c, int bos, int eos) {
     int k = class_of(c);
     FILE *f = open_for_writing(dir, "config.json");
     fprintf(f, "{\n  \"architectures\": [\"%s\"],\n", k < 0 ? "TrainMoeForCausalLM" : model_classes[k].name);
@@ -251,7 +251,7 @@ void write_config(const char *dir, const Config *c, int eot) {
     write_fields(f, c, k < 0 ? OURS : k);
     fprintf(f, "  \"hidden_act\": \"%s\",\n", act_name(c));
     write_class_fields(f, c, k);
-    fprintf(f, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", eot, eot);
+    fprintf(f, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", bos, eos);
     const char *type = sizeof(real) == 8 ? "float64" : "float32";
     fprintf(f, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\",\n", type, type); // the newer and the older name
     fprintf(f, "  \"train_moe\": {");

@@ -315,13 +315,6 @@ void read_pairs(Run *run, const char *dir, const char *name, int whole, int what
     free(parts);
 }
 
-void refuse_device(const Run *run) {
-    if (strcmp(run->backend->name, "cpu")) {
-        usage_fail("--lora: low-rank pairs are not computed on this device (%s) yet; ./train_moe does it on the CPU",
-                   run->backend->name);
-    }
-}
-
 // The base that an adapter names, and its fingerprint.
 void find_base(Run *run, const char *dir) {
     char path[4200];
@@ -362,7 +355,6 @@ void read_as_base(Run *run) {
 
 // The base and the adapter in dir, with `moments` those of the optimizer, too.
 void load_adapter(Run *run, const char *dir, int moments) {
-    refuse_device(run);
     find_base(run, dir);
     read_as_base(run);
     load_weights(run, run->base, 0);

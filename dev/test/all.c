@@ -38,6 +38,9 @@
 #define main main_of_adapters
 #include "dev/test/adapters.c"
 #undef main
+#define main main_of_quantized
+#include "dev/test/quantized.c"
+#undef main
 #define main main_of_classes
 #include "dev/test/classes.c"
 #undef main
@@ -80,6 +83,9 @@
 #define main main_of_gguf
 #include "dev/test/gguf.c"
 #undef main
+#define main main_of_tokenizers
+#include "dev/test/tokenizers.c"
+#undef main
 
 int main(void) {
     const struct {
@@ -98,6 +104,7 @@ int main(void) {
         {main_of_learning, 1},
         {main_of_precision, 1},
         {main_of_adapters, 1},
+        {main_of_quantized, 1},
         {main_of_classes, 0},
         {main_of_json, 0},
         {main_of_tokenizer, 0},
@@ -112,6 +119,7 @@ int main(void) {
         {main_of_stories, 0},
         {main_of_minutes, 0},
         {main_of_gguf, 0},
+        {main_of_tokenizers, 0},
     };
     int failed = 0;
     for (size_t i = 0; i < sizeof(programs) / sizeof(programs[0]); i++) {
