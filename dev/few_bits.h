@@ -348,18 +348,25 @@ void write_quantized(Run *run, const Plan *plan, const char *dir, const char *to
     free(list);
 }
 
+// The folder that is written: that of --quantized, else the source's name and the scheme.
+void name_quantized(const Config *c, const char *source, char to[4096]) {
+    int length = (int)strlen(source);
+    while (length > 1 && source[length - 1] == '/') {
+        length--;
+    }
+    if (c->quantized[0]) {
+        snprintf(to, 4096, "%s", c->quantized);
+    } else {
+        snprintf(to, 4096, "%.*s-%s", length, source, scheme_names[c->quantize]);
+    }
+}
+
 // --quantize: reads a model and writes it with few bits.
 void quantize_model(Run *run, const Config *asked) {
     char dir[4096], to[4096], path[4200];
     Config *c = &run->config;
     find_model(run, asked, "quantise", dir);
-    const char *source = asked->init[0] ? asked->init : run->out;
-    int length = (int)strlen(source);
-    while (length > 1 && source[length - 1] == '/') {
-        length--;
-    }
-    snprintf(to, sizeof(to), "%.*s-%s", length, source, scheme_names[c->quantize]);
-    snprintf(to, sizeof(to), "%s", c->quantized[0] ? c->quantized : copy_text(to));
+    name_quantized(c, asked->init[0] ? asked->init : run->out, to);
     if (is_there(to)) {
         usage_fail("%s is there already: remove it, or name another folder by --quantized", to);
     }
@@ -375,12 +382,13 @@ void quantize_model(Run *run, const Config *asked) {
     c->blocks = run->model->config.blocks = c->quantize;
     Plan plan = make_plan(run, dir, few);
     write_quantized(run, &plan, dir, to);
+    char *name = quote_for_shell(to);
     printf("%s is %s with few bits: %.0f weights in %.2f MiB, %.2f bits each, instead of %.2f MiB; the other %.0f take %.2f MiB as "
            "before. What next:\n"
            "  ./%s --out %s --evaluate\n  ./%s --out %s --prompt \"Once upon a time\"\n",
            to, dir, plan.numbers[0], plan.bytes[0] / 1048576, 8 * plan.bytes[0] / plan.numbers[0],
-           plan.numbers[0] * sizeof(real) / 1048576, plan.numbers[1], plan.bytes[1] / 1048576, program_name, quote_for_shell(to),
-           program_name, quote_for_shell(to));
+           plan.numbers[0] * sizeof(real) / 1048576, plan.numbers[1], plan.bytes[1] / 1048576, program_name, name, program_name, name);
+    free(name);
     free(plan.parts);
     free(plan.format);
     free(few);
