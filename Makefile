@@ -151,7 +151,7 @@ cmocka:
 	else echo "no known package manager: install cmocka by hand"; exit 1; fi; }
 
 ##test: the proof and all other tests (dev/test), the CUDA twin's too, in an emulator; TEST='test_name*' runs only some
-test: test_moe test_rest
+test: test_rest
 
 ##clean: removes what was built (the built-in stories too), but not other data and the runs
 clean:

@@ -521,7 +521,8 @@ void test_gradients_of_variants(void **state) {
         {"mixtral", "--qkv-bias 1 --qk-norm 1 --qk-norm-over row --rope-scaling llama3 --rope-original 40 --rope-theta 30"},
         {"fast", "--qk-norm-over row --kv-heads 1 --head-width 10 --optimizer adamw"},
         {"mixtral", "--shared 1 --shared-gate 1 --shared-ffn 7"},
-        {"deepseek-v3", "--shared-gate 1 --activation relu --dense-ffn 9 --recompute 1 --layers 3"},
+        {"deepseek-v3", "--shared-gate 1 --dense-ffn 9 --recompute 1 --layers 3"},
+        {"mixtral", "--shared 1 --shared-gate 1 --activation gelu"},
     };
     for (int i = 0; i < (int)(sizeof(variants) / sizeof(variants[0])); i++) {
         Config c = small_config(variants[i][0]);

@@ -199,7 +199,7 @@ typedef struct Tensor {
     int layer;             // -1: of the whole model
     int dims, shape[3];    // 1 to 3 dimensions; the others are 1 and come first
     int init;              // how it begins
-    int trained;           // 0: a buffer, which is saved but has no gradient
+    int trained;           // 0: no gradient: a buffer, or with --lora frozen (dev/lora_tensors.h)
     int of_experts;        // 1: in the experts' arena
     int looked_up;         // not 0: a table, of which the optimizer moves only the rows that the step has read; see dev/tables.h
     size_t field;          // where LayerParams or Params has its pointer; NO_FIELD: a router's own, see layer_tensor()
@@ -297,10 +297,10 @@ typedef struct Model {
     int max_tokens;                     // N that the buffers hold
     // The table of weights, and the four arrays that it describes: weights, gradients, the optimizer's two
     // moments. In each, what all processes have in common comes first, then the experts, from number
-    // `common` on, then the tables that are looked up, from number `tables` on.
+    // `common` on, then the tables that are looked up, from number `tables` on. With --lora the pairs come before all.
     Tensor *tensors;
     int tensor_count;
-    size_t size, common, tables;
+    size_t size, common, tables, pairs;
     real *memory[4];
     real *dx;                           // (N,C)  the gradient that flows back through the residual stream
     struct Lookup *lookup;              // tables that are looked up: which rows
@@ -698,6 +698,7 @@ double sum_of_squares(const real *x, size_t n) {
 #ifndef PLAIN
 #include "dev/cpu/fast.h" // from here on, the names above mean the fast functions of dev/cpu
 #endif
+#include "dev/lora.h" // --lora: products look whether a low-rank pair stands beside their matrix
 
 // ---- rows, embedding and loss
 
@@ -1318,7 +1319,7 @@ void router_update(Model *m) {
     const Config *c = &m->config;
     sum_statistics(m);
     for (int l = 0; l < c->layers; l++) {
-        if (!is_moe(c, l)) {
+        if (!is_moe(c, l) || c->lora) { // frozen
             continue;
         }
         real *bias = m->params.layer[l].bias;
@@ -1421,9 +1422,10 @@ real *layer_tensor(const Model *m, int l, const char *kind, int what) {
 
 #include "dev/mixers/all.h"  // what may stand in attention's place: an LSTM, attention with experts
 #include "dev/routers/all.h" // the routers of single papers, and which of them the options ask for
+#include "dev/lora_tensors.h" // --lora: which matrices have a pair; all else is frozen
 
 int tensor_limit(const Config *c) { // more rows than any model's table has
-    return 24 * c->layers + 20;
+    return 40 * c->layers + 20;
 }
 
 // Writes the table of all weights into list, which must hold tensor_limit(c) rows; returns their number.
@@ -1462,6 +1464,7 @@ int model_tensors(const Config *c, Tensor *list) {
     add_tensor(list, &count, -1, IN_MODEL(norm), 1, 1, 1, c->norms ? C : 0, INIT_ONE);
     add_tensor(list, &count, -1, IN_MODEL(head), 2, 1, c->untied ? c->vocab : 0, C, INIT_NORMAL);
     add_router_tensors(c, -1, list, &count);
+    add_pair_tensors(c, list, &count);
     return without_blocks(c, list, count); // dev/quantized.h: those of few bits lie elsewhere
 }
 
@@ -1471,13 +1474,13 @@ void lay_out(Model *m, Tensor *list, size_t unit) {
     size_t at = 0;
     m->tensors = list;
     m->tensor_count = model_tensors(&m->config, list);
-    size_t *ends[] = {&m->common, &m->tables, &m->size};
-    for (int arena = 0; arena < 3; arena++) {
+    size_t *ends[] = {&m->pairs, &m->common, &m->tables, &m->size};
+    for (int arena = 0; arena < 4; arena++) {
         for (int i = 0; i < m->tensor_count; i++) {
             Tensor *t = &list[i];
             // A matrix of words is filled up to a multiple of `unit` rows, since a GPU multiplies only such fast.
             size_t step = t->layer < 0 && t->dims == 2 ? unit * (size_t)t->shape[2] : unit;
-            if ((t->looked_up ? 2 : t->of_experts) == arena) {
+            if (memory_part(t) == arena) {
                 t->offset = at;
                 at += (t->size + step - 1) / step * step;
             }
@@ -1495,7 +1498,7 @@ void point_params(Model *m, Params *p, real *memory) {
         const Tensor *t = &m->tensors[i];
         char *base = t->layer < 0 ? (char *)p : (char *)&p->layer[t->layer];
         if (t->field != NO_FIELD) {
-            *(real **)(base + t->field) = memory + t->offset;
+            *(real **)(base + t->field) = place_of(m, i, memory);
         }
     }
     if (!p->head) {
@@ -1565,13 +1568,14 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
     point_params(m, &m->params, m->memory[WEIGHTS]);
     if (train) {
         m->purpose = FOR_GRADIENTS;
-        m->memory[GRADS] = own_reals(m, m->size);
+        m->memory[GRADS] = own_reals(m, trained_size(m));
         point_params(m, &m->grads, m->memory[GRADS]);
         m->purpose = FOR_MOMENTS;
-        m->memory[MOMENT1] = own_reals(m, moment_offset(m, m->size));
-        m->memory[MOMENT2] = own_reals(m, moment_offset(m, m->size));
+        m->memory[MOMENT1] = own_reals(m, moment_offset(m, trained_size(m)));
+        m->memory[MOMENT2] = own_reals(m, moment_offset(m, trained_size(m)));
     }
 
+    register_pairs(m, train);
     allocate_activations(m, N, train); // and what is needed only while something works
     return m;
 }
@@ -1761,7 +1765,7 @@ void model_backward(Model *m) {
         ranks_layer_done(m, l); // several processes: this layer's gradients can be summed
     }
     drop_embedding(m, dx);
-    embedding_backward(m->grads.embed, dx, m->batch.inputs, N, C);
+    embedding_backward(m->grads.embed, dx, m->batch.inputs, m->grads.embed ? N : 0, C); // none where it is frozen
     ngrams_backward(m, dx);
     ranks_layer_done(m, -1);
 }

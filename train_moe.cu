@@ -141,7 +141,9 @@ struct Model : ::Model {
     floatX *rows, *act, *dhidden;  // (N*K,C), (N*K,F), (N*K,2F)  of the experts; a dense layer uses act and dhidden
     floatX *datt, *dqkv;           // (N,C), (N,(H+2KV)*D)
     float *delta;                  // (B,H,T)  dout . out of attention
-    double *qk_part;               // with --qk-norm, sums for the gradients of its vectors: see dev/cuda/qk_norm.cuh
+    double *qk_part;               // with --qk-norm or --qkv-bias, sums for the gradients of their vectors: see dev/cuda/qk_norm.cuh
+    float *dgate;                  // (N)  with --shared-gate: see dev/cuda/shared_expert.cuh
+    double *dgate_part;
     float *dh;                     // (N,C)
     float *router_in;              // (N,C)  what routers read that are not fused: the norm, not rounded
     float *dweight, *dweight_part; // (N,K), (tiles of columns, N*K)
@@ -173,6 +175,7 @@ struct Model : ::Model {
     size_t arena_used;
     int dry;
     struct MuonScratch *muon; // --optimizer muon: see dev/cuda/muon.cuh
+    struct PairMemory *pair_memory; // --lora: see dev/cuda/lora.cuh
     // Generation: a model of one token, its cache (of each layer: keys and values (seq,2*KV*D), or a mixer's state), the
     // position of the token, and the token before it.
     Model *one;
@@ -278,9 +281,15 @@ template <class Out, class In> void matmul_dx(Out *dx, const In *dout, const In 
     product(dx, dout, 0, w, 1, N, I, O, add);
 }
 
+#include "dev/cuda/lora.cuh" // --lora: low-rank pairs beside frozen matrices, which have no gradient
+
 // dw (O,I) += dout (N,O) transposed times x (N,I)
 template <class In> void matmul_dw(float *dw, const In *dout, const In *x, int N, int I, int O) {
-    product(dw, dout, 1, x, 1, O, I, N, ADD);
+    if (is_frozen(dw)) {
+        pair_dw(dw, dout, x, N, I, O);
+    } else {
+        product(dw, dout, 1, x, 1, O, I, N, ADD);
+    }
 }
 
 // ---- RMSNorm
@@ -485,6 +494,7 @@ void rmsnorm_backward(NormBack b, const float *dh, int N, int C) {
 
 #include "dev/cuda/attention.cuh" // attention, with the rotary positions in it, and that of one token in generation
 #include "dev/cuda/qk_norm.cuh"   // --qk-norm: queries and keys with a norm of their own
+#include "dev/cuda/qkv.cuh"       // --qkv-bias: a vector that is added to queries, keys and values
 
 // ---- embedding and loss
 
@@ -576,7 +586,7 @@ __global__ void embedding_backward_kernel(float *dembedding, const T *dx, int ld
 template <class T>
 void embedding_backward(float *dembedding, const T *dx, const int *order, const int *words, const int *offset,
                         int count, int C, int ld = 0) {
-    if (count > 0) {
+    if (count > 0 && dembedding) { // NULL: it is frozen
         dim3 grid(count, div_up(C, 128));
         embedding_backward_kernel<T><<<grid, 32 * SUM_WARPS, 0, stream>>>(dembedding, dx, ld ? ld : C, order, words,
                                                                           offset, C);
@@ -1317,7 +1327,10 @@ void fused_router_backward(Model *m, int l, const NormBack &norm, RouterBack b) 
     }
 
     // The router's gradient, but for the factor of the norm's weights.
-    product(a->drouter, m->router_dlogits, 1, a->mid, 1, E, C, N, SET);
+    if (wants_router(m, l)) {
+        product(a->drouter, m->router_dlogits, 1, a->mid, 1, E, C, N, SET);
+        router_pair_backward(m, l, a->drouter);
+    }
 }
 
 // The balance losses of single papers that have derivatives by the weights: dweight (N,K) +=
@@ -1542,6 +1555,8 @@ void dispatched_backward(Model *m, int l, int C) {
 
 // ---- feed-forward layers that every token passes: dense ones, and shared experts
 
+#include "dev/cuda/shared_expert.cuh" // --shared-gate: each token decides how much it takes of the shared experts' answer
+
 // Writes m->branch (N,C).
 void dense_forward(Model *m, int l) {
     const Config *c = &m->config;
@@ -1553,6 +1568,7 @@ void dense_forward(Model *m, int l) {
     }
     matmul(a->dense_hidden, a->h2, low_of(m, w->dense_in), N, c->dim, F * (1 + is_gated(kind)), SET);
     activation_forward(m->act, a->dense_hidden, N, F, kind);
+    shared_gate_forward(m, l, N, F);
     matmul(m->branch, m->act, low_of(m, w->dense_out), N, F, c->dim, SET);
 }
 
@@ -1567,10 +1583,11 @@ void dense_backward(Model *m, int l) {
         return;
     }
     matmul_dx(m->act, m->dfed, low_of(m, w->dense_out), N, F, c->dim, SET);
-    activation_backward(m->dhidden, m->act, a->dense_hidden, N, F, kind);
+    shared_activation_backward(m, l, N, F, kind); // activation_backward(), with --shared-gate times a gate of each token
     matmul_dw(dw->dense_out, m->dfed, m->act, N, F, c->dim); // act is f(hidden) again by now
     matmul_dw(dw->dense_in, m->dhidden, a->h2, N, c->dim, H);
     matmul_dx(m->dh, m->dhidden, low_of(m, w->dense_in), N, c->dim, H, SET);
+    shared_gate_backward(m, l, N);
 }
 
 // ---- the layer
@@ -1708,6 +1725,7 @@ void round_weights(Model *m, size_t from, size_t end) {
     if ((void *)m->low != (void *)m->memory[WEIGHTS]) {
         to_low(m->low + from, m->memory[WEIGHTS] + from, end - from);
     }
+    merge_pairs(m, from, end);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1725,9 +1743,10 @@ void attention_layer_forward(Model *m, int l) {
     const LayerParams *w = &m->params.layer[l];
     LayerActs *a = &m->layers[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
-    int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D;
 
     matmul(a->qkv, a->h1, low_of(m, w->qkv), N, C, Q, SET);
+    gpu::qkv_bias_forward(m, l, a->qkv);
     gpu::qk_norm_forward(m, l, a->qkv);
     gpu::value_embedding_forward(m, l, a->qkv);
 
@@ -1738,7 +1757,7 @@ void attention_layer_forward(Model *m, int l) {
     } else {
         attention_forward(a->att, a->lse, a->qkv, m->angles, B, T, H, KV, D);
     }
-    matmul(m->branch, a->att, low_of(m, w->proj), N, C, C, SET);
+    matmul(m->branch, a->att, low_of(m, w->proj), N, H * D, C, SET);
 }
 
 // The first half of layer l, up to the output of attention, or of what stands in its place, which is left in m->branch:
@@ -1853,14 +1872,15 @@ void attention_layer_backward(Model *m, int l, const floatX *dout) {
     const LayerParams *w = &m->params.layer[l], *dw = &m->grads.layer[l];
     LayerActs *a = &m->layers[l];
     int B = m->batch.B, T = m->batch.T, N = B * T, C = c->dim;
-    int H = c->heads, KV = c->kv_heads, D = C / H, Q = (H + 2 * KV) * D;
+    int H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D;
 
     // proj, attention (which turns dq and dk back), qkv
-    matmul_dx(m->datt, dout, low_of(m, w->proj), N, C, C, SET);
-    matmul_dw(dw->proj, dout, a->att, N, C, C);
+    matmul_dx(m->datt, dout, low_of(m, w->proj), N, H * D, C, SET);
+    matmul_dw(dw->proj, dout, a->att, N, H * D, C);
     attention_backward(m->dqkv, m->datt, a->att, a->lse, a->qkv, m->angles, B, T, H, KV, D, m->delta);
     gpu::value_embedding_backward(m, l, m->dqkv);
     gpu::qk_norm_backward(m, l, m->dqkv);
+    gpu::qkv_bias_backward(m, l, m->dqkv);
     matmul_dx(m->dh, m->dqkv, low_of(m, w->qkv), N, C, Q, SET);
     matmul_dw(dw->qkv, m->dqkv, a->h1, N, C, Q);
 }
@@ -2001,10 +2021,10 @@ void list_gradients(Model *m) {
         most += gradients_of_layer(m, l);
     }
     Gradient *list = (Gradient *)allocate(most, sizeof(Gradient));
-    if (m->grads.norm) {
+    if (m->grads.norm && !c->lora) {
         list[count++] = {m->grads.norm, m->last_partial, NULL, 0};
     }
-    for (int l = c->layers - 1; l >= 0; l--) {
+    for (int l = c->layers - 1; l >= 0 && !c->lora; l--) { // else all of them are frozen
         const LayerActs *a = &m->layers[l];
         const LayerParams *dw = &m->grads.layer[l];
         if (dw->norm1) {
@@ -2217,9 +2237,9 @@ void router_update(Model *m) {
             continue;
         }
         router_update_kernel<<<blocks(c->experts), THREADS, 0, stream>>>(
-            m->report + GRADIENT_NORM, layer_stats(m, l), m->params.layer[l].bias, c->experts, c->bias_rate);
+            m->report + GRADIENT_NORM, layer_stats(m, l), c->lora ? NULL : m->params.layer[l].bias, c->experts, c->bias_rate);
         CHECK(cudaGetLastError());
-        for (int i = 0; m->parts[i]; i++) {
+        for (int i = 0; m->parts[i] && !c->lora; i++) {
             if (kernels_of(m->parts[i])->update) {
                 kernels_of(m->parts[i])->update(m, l);
             }
@@ -2235,11 +2255,11 @@ void model_update(::Model *base, int step, double lr) {
     // The norm of all gradients stays on the device: AdamW's kernels look at it.
     if (MANY) {
         norm_over_ranks(m, norm);
-    } else if (m->tables < m->size) {
+    } else if (m->tables < train_size(m)) {
         send_read_rows(m);
         norm_with_tables(m, norm);
     } else {
-        gpu::gradient_norm(norm, m->memory[GRADS], m->size, m->norm_part);
+        gpu::gradient_norm(norm, m->memory[GRADS], train_size(m), m->norm_part);
     }
 
     // One kernel for each tensor that Muon leaves: simple, and nearly all the time goes to the large ones.
@@ -2276,6 +2296,7 @@ void model_update(::Model *base, int step, double lr) {
         a.draws = moment_stream((uint64_t)c->seed, step, i);
         adamw(a, norm);
     }
+    merge_pairs(m, 0, m->size);
     share_weights(m);
     forget_read_rows(m);
     gpu::router_update(m);
@@ -2290,7 +2311,7 @@ void model_update(::Model *base, int step, double lr) {
 void model_generate(::Model *base, int token, int position, real *logits) {
     Model *m = (Model *)base, *one = m->one;
     const Config *c = &m->config;
-    int D = c->dim / c->heads;
+    int D = head_width(c);
     if (!one) {
         one = m->one = new_model(c, 1, 0, m, 0);
         one->batch.B = one->batch.T = 1;
@@ -2303,7 +2324,7 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     // The token and the angles of its position go to the device, the logits come back.
     one->position = position;
     float *angles = (float *)allocate(D, sizeof(float));
-    rope_angles(angles, position, 1, D, c->rope_theta);
+    head_angles(c, angles, position, 1);
     CHECK(cudaMemcpyAsync(one->angles, angles, (size_t)D * sizeof(float), cudaMemcpyHostToDevice, stream));
     CHECK(cudaMemcpyAsync(one->tokens, &token, sizeof(int), cudaMemcpyHostToDevice, stream));
     int row[2]; // out here, since a copy may read it as late as in download()
@@ -2331,6 +2352,7 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     if (device_refuses(config)) {
         usage_fail("%s", device_refuses(config));
     }
+    refuse_ranks_of_pairs(config, train);
     start_device();
 #ifdef USE_NCCL
     if (MANY) {
@@ -2341,8 +2363,10 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     Model *m = new_model(config, N, train, NULL, 0);
     zero(m->report, m->report_size * sizeof(double));
     for (int i = 0; i < (train ? 4 : 1); i++) {
-        zero(m->memory[i], i >= MOMENT1 ? moment_offset(m, m->size) * moment_size(m) : m->size * sizeof(float));
+        size_t n = i ? trained_size(m) : m->size;
+        zero(m->memory[i], i >= MOMENT1 ? moment_offset(m, n) * moment_size(m) : n * sizeof(float));
     }
+    register_pairs(m, train);
     round_weights(m, 0,
                   m->size); // to 0: the words that do not exist belong to no tensor, and nobody else writes them
     CHECK(cudaMallocHost((void **)&m->staging, batch_ints(m) * sizeof(int)));
@@ -2357,6 +2381,7 @@ void model_free(::Model *base) {
     if (m->one) {
         gpu::model_free(m->one);
     }
+    forget_pairs(m);
     if (!m->dry) {
         await_device();
         free_row_staging(m);

@@ -71,7 +71,7 @@ Part *parts_of_class(const Model *m, int k, int *count) {
     int limit = 3 * m->tensor_count + 3 * c->layers * c->experts;
     Part *list = (Part *)allocate(limit, sizeof(Part));
     *count = 0;
-    for (int i = 0; i < m->tensor_count; i++) {
+    for (int i = 0; i < base_tensors(m); i++) { // pairs go elsewhere: dev/adapter.h
         add_parts(c, &m->tensors[i], i, k, list, count);
     }
     return list;
@@ -238,7 +238,7 @@ void write_class_fields(FILE *f, const Config *c, int k) {
     }
 }
 
-void write_config(const char *dir, const Config *c, int eot) {
+void write_config(const char *dir, const Config *c, int bos, int eos) {
     int k = class_of(c);
     FILE *f = open_for_writing(dir, "config.json");
     fprintf(f, "{\n  \"architectures\": [\"%s\"],\n", k < 0 ? "TrainMoeForCausalLM" : model_classes[k].name);
@@ -251,7 +251,7 @@ void write_config(const char *dir, const Config *c, int eot) {
     write_fields(f, c, k < 0 ? OURS : k);
     fprintf(f, "  \"hidden_act\": \"%s\",\n", act_name(c));
     write_class_fields(f, c, k);
-    fprintf(f, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", eot, eot);
+    fprintf(f, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", bos, eos);
     const char *type = sizeof(real) == 8 ? "float64" : "float32";
     fprintf(f, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\",\n", type, type); // the newer and the older name
     fprintf(f, "  \"train_moe\": {");
@@ -333,7 +333,7 @@ int config_from_directory(Config *c, const char *dir) {
     int window = config_from_hugging_face(c, json, type->text, path, own);
     read_scheme(c, json, path);
     check_weight_files(dir, "model.safetensors");
-    if (!c->untied) {
+    if (!c->untied && !has_file(dir, "adapter_config.json")) { // which has no output; its base had one
         untie_output(c, dir);
     }
     json_free(json);

@@ -1,25 +1,26 @@
 # The workshop's part of the Makefile: the tests of dev/test, sanitizers, valgrind, other processors, the CUDA twin's emulator,
 # benchmarks. What is built lies in dev/build, benchmarks beside their sources.
 
-.PHONY: test_rest test_builds test_posix check_hf check_stories test_mpi test_emulated draws test_emulated_small test_cu test_nccl check_nccl \
+.PHONY: test_rest test_builds test_posix check_hf check_peft check_gguf check_stories test_mpi test_emulated draws test_emulated_small test_cu test_nccl check_nccl \
     faults kills fuzz test_in test_sse2 test_avx2 test_arm64 sanitize sanitize_double sanitize_emulated race_emulated \
     count_emulated sanitize_cu gate_cu gpu_check tsan valgrind bench bench_all contest bench_mpi bench_cu format
 
-# ---- the tests of the C program: one program for each subject
+# ---- the tests of the C program: one program for each subject, dev/build/SUBJECT and SUBJECT_double, and all of them in one
 
-TESTS        = $(addprefix dev/build/,layers lstm routers attention shapes recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes precision gguf quantized)
-TESTS_DOUBLE = $(addprefix dev/build/,layers_double lstm_double routers_double attention_double shapes_double recipes_double training_double numbers_double learning_double precision_double quantized_double)
+TESTS        = $(addprefix dev/build/,layers lstm routers attention shapes classes recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes precision adapters gguf quantized tokenizers)
+TESTS_DOUBLE = $(addprefix dev/build/,layers_double lstm_double routers_double attention_double shapes_double recipes_double training_double numbers_double learning_double precision_double adapters_double quantized_double)
 
-$(TESTS) dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
+$(TESTS) dev/build/all dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
 	$(TEST_BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ -lcmocka $(LIBS)
 
-$(TESTS_DOUBLE): dev/build/%_double: dev/test/%.c $(CHOICE) | cmocka
+$(TESTS_DOUBLE) dev/build/all_double: dev/build/%_double: dev/test/%.c $(CHOICE) | cmocka
 	$(TEST_BUILD) $(DEPS) $(LOOPS) $(OPENMP) -DREAL=double $< -o $@ -lcmocka $(LIBS)
 
-##test_rest: the tests of dev/test: layers, routers, recipes, training in float and double; files, data and the program; the CUDA twin
+##test_rest: the tests of the C program in one program, in float and in double, and those of the CUDA twin
 test_rest:
-	@$(PAIR) $(TESTS) $(TESTS_DOUBLE) train_moe train_moe_double data/tokenize data/make_stories dev/build/check_stories
-	@for test in $(TESTS) $(TESTS_DOUBLE); do echo $$test; $$test || exit 1; done
+	@$(PAIR) dev/build/all dev/build/all_double train_moe train_moe_double data/tokenize data/make_stories dev/build/check_stories
+	dev/build/all
+	dev/build/all_double
 	@if command -v $(CXX) >/dev/null; then $(PAIR) test_emulated; \
 	else echo "the CUDA twin's tests are not run: they need a C++ compiler"; fi
 
@@ -35,6 +36,14 @@ check_stories: train_moe dev/build/check_stories
 PYTHON ?= python3
 check_hf: train_moe data/tokenize dev/test/logits
 	$(PYTHON) dev/test/check_hf.py --foreign
+
+##check_peft: adapters of --lora, opened by Hugging Face's PEFT, and merged by --merge, with our logits; needs Python with it
+check_peft: train_moe dev/test/logits
+	$(PYTHON) dev/test/check_peft.py
+
+##check_gguf: GGUF files of --export, read by llama.cpp with the ids, logits and text that are ours; needs Python with gguf and llama-cpp-python
+check_gguf: train_moe data/tokenize dev/test/logits
+	$(PYTHON) dev/test/check_gguf.py
 
 ##test_builds: builds that must be refused, the probes of the Makefile, other C libraries; what is not installed is left out
 test_builds: data/stories/tokenizer.json

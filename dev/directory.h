@@ -45,6 +45,7 @@ int is_whole(const char *dir, int moments) {
     static const char *const names[] = {"config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"};
     for (int i = 0; i < (moments ? 4 : 2); i++) {
         int spread = i == 1 && has_file(dir, "model.safetensors.index.json"); // over several files
+        spread |= i == 1 && has_file(dir, "adapter_model.safetensors");       // beside a base (dev/adapter.h)
         if (!spread && !has_file(dir, names[i])) {
             return 0;
         }
@@ -152,16 +153,15 @@ const char *model_directory(const char *name) {
     if (!S_ISDIR(info.st_mode)) {
         fail("%s: a file; give the folder that holds config.json and model.safetensors", name);
     }
-    if (has_file(name, "adapter_config.json")) {
-        fail("%s: an adapter (adapter_config.json), which is only a change of another model; merge the two "
-             "(merge_and_unload and save_pretrained of Python's peft) and give the folder of the whole model",
-             name);
+    int is_model = has_file(name, "config.json"), is_run = !is_model && find_checkpoint(name, 0, path);
+    if (has_file(name, "adapter_config.json") || (is_run && has_file(path, "adapter_config.json"))) {
+        fail("%s: an adapter (adapter_config.json), which is only a change of another model; merge the two (of a run of "
+             "this program, --out %s --merge DIR; else merge_and_unload and save_pretrained of Python's peft) and give the "
+             "folder of the whole model",
+             name, name);
     }
-    if (has_file(name, "config.json")) {
-        return name;
-    }
-    if (find_checkpoint(name, 0, path)) {
-        return keep_text(path);
+    if (is_model || is_run) {
+        return is_model ? name : keep_text(path);
     }
     fail("%s: neither config.json nor latest/config.json is there: neither a model nor a run that has saved one", name);
 }

@@ -38,7 +38,8 @@ int edit_distance(const char *a, const char *b) {
 // Looks at one more name: *nearest becomes the nearest one so far that is near at all. *distance begins at 0.
 void compare_name(const char *word, const char *name, const char **nearest, int *distance) {
     int apart = edit_distance(word, name), limit = max_int(1, (int)strlen(word) / 3);
-    if (apart <= limit && (!*nearest || apart < *distance)) {
+    int is_longer = *nearest && apart == *distance && !strncmp(name, word, strlen(word)); // --experts for --expert, not --export
+    if (apart <= limit && (!*nearest || apart < *distance || is_longer)) {
         *nearest = name;
         *distance = apart;
     }
@@ -178,6 +179,10 @@ int is_drawn(const Config *c) {
     return c->temperature > 0;
 }
 
+int trains_pairs(const Config *c) {
+    return c->lora > 0;
+}
+
 const Effect base_effects[] = {
     {"experts", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"topk", counts_topk, "experts that are counted: --select topk"},
@@ -202,6 +207,8 @@ const Effect base_effects[] = {
     {"group", looks_at_groups, "a loss or a capacity that looks at many tokens: --aux-weight or --capacity-factor"},
     {"ngram-order", has_ngrams, "a table: --ngrams 16384"},
     {"ngram-gate", has_ngrams, "a table: --ngrams 16384"},
+    {"lora-alpha", trains_pairs, "pairs: --lora 8"},
+    {"lora-targets", trains_pairs, "pairs: --lora 8"},
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},

@@ -110,6 +110,9 @@ Find search_tensors(Run *run, int what) {
     real *numbers = allocate_tensor(m);
     for (int turn = 0; turn < m->tensor_count; turn++) {
         int tensor = what == GRADS ? m->tensor_count - 1 - turn : turn;
+        if (what == GRADS && m->config.lora && !is_pair(&m->tensors[tensor])) { // frozen
+            continue;
+        }
         Share share = ranks_share(m, what, tensor);
         run->backend->read(m, what, tensor, numbers);
         size_t i = first_not_finite(numbers, share.size), count = 0;

@@ -363,6 +363,7 @@ void announce(Run *run) {
            c->dim, moe, moe ? c->experts + c->shared : 0, moe ? c->topk + c->shared : 0);
     printf("%.2f million weights, %.2f million at work for each token; vocabulary %d\n", total / 1e6, active / 1e6,
            c->vocab);
+    describe_adapter(run, total);
     printf("data %s: %.2f million tokens, %ld windows of %d; a step takes %d of them\n", c->data,
            run->train->tokens / 1e6, run->train->windows, c->seq, c->batch * c->accum * ranks.size);
     if (ranks.size > 1) {

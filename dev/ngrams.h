@@ -107,7 +107,7 @@ void ngrams_backward(Model *m, const real *dx) {
     const Config *c = &m->config;
     Lookup *lookup = m->lookup;
     int N = m->batch.B * m->batch.T, C = c->dim;
-    if (!c->ngrams) {
+    if (!m->grads.ngrams) { // there is no table, or it is frozen
         return;
     }
     for (size_t i = 0; c->ngram_gate && i < (size_t)N * C; i++) {

@@ -150,6 +150,13 @@ const Option base_options[] = {
          "an expert takes at most this times its fair share; 0: all that comes"),
     NUMBER("eval-capacity-factor", eval_capacity_factor, "0", 0, 1e6, TRAIN, "Router: balance",
          "the same at evaluation, of each sequence, early tokens first"),
+    INTEGER("lora", lora, "0", 0, 4096, ORDER, "Adapters",
+            "train low-rank pairs of this rank beside the weights of --init, which stay frozen; 0: train all weights"),
+    NUMBER("lora-alpha", lora_alpha, "16", 1e-6, 1e6, ORDER, "Adapters", "what a pair adds is multiplied by this over the rank"),
+    TEXT("lora-targets", lora_targets, "attention,experts", ORDER, "Adapters",
+         "which matrices have a pair: a list of attention, experts, router"),
+    TEXT("merge", merge, "", RUN, "Adapters",
+         "write the model that the adapter in --out makes of its base, as a Hugging Face directory, and exit"),
     INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "Training", "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "Training", "micro-steps in a step"),
     INTEGER("steps", steps, "4000", 1, 2000000000, TRAIN, "Training", "optimizer steps"),
@@ -444,6 +451,7 @@ const char *routers_refuse(const Config *c); // dev/routers/all.h
 const char *mixer_refuses(const Config *c);  // dev/mixers/all.h
 const char *parts_refuse(const Config *c);   // dev/parts.h
 int head_width(const Config *c);             // dev/mixers/attention_experts.h
+const char *lora_refuses(const Config *c);   // dev/lora_tensors.h
 int router_outputs(const Config *c);
 int most_choices(const Config *c);
 
@@ -502,6 +510,12 @@ void config_check(Config *c) {
     }
     if (c->moe_every) {
         config_check_router(c);
+    }
+    if (c->lora && !c->given[find_option("optimizer")]) {
+        c->optimizer = ADAMW;
+    }
+    if (lora_refuses(c)) {
+        usage_fail("%s", lora_refuses(c));
     }
     check_precision(c);
 

@@ -1,6 +1,7 @@
 // What a layer may have besides, each a room of its own.
 // Gives: what they give; parts_refuse. Needs: train_moe.c, which includes it twice: inside Config, for the fields of their
 // options (CONFIG_FIELDS), and before the layers are put together.
+#include "lora.h"          // --lora: low-rank pairs beside frozen matrices
 #include "rope.h"          // --rope-scaling: slower rotary positions, for longer texts
 #include "qkv.h"           // --qkv-bias: a vector that is added to queries, keys and values
 #include "qk_norm.h"       // --qk-norm: queries and keys with a norm of their own

@@ -41,6 +41,8 @@ typedef struct Run {
     double paused;         // when the last step ended
     double began;          // when the run was opened
     Pace pace;
+    char base[4096];       // with --lora: where the frozen weights are, and what tells them from others
+    uint64_t base_print;
     Traffic traffic;       // messages since the log's last line, by then
 } Run;
 
@@ -53,7 +55,6 @@ void first_model(Run *run);
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
 #include "minutes.h"  // --minutes
-#include "export.h"   // --export: the model as a GGUF file
 
 volatile sig_atomic_t stop_asked = 0;
 
@@ -172,7 +173,7 @@ void compare_tokenizers(Run *run, const char *dir) {
     tokenizer_free(other);
 }
 
-#include "few_bits.h" // --quantize, --evaluate
+#include "tasks.h" // what the program does instead of training: --prompt, --evaluate, --merge, --quantize, --export
 
 // Stops where a process was started with other options, other data or another checkpoint than the first.
 void compare_ranks(Run *run) {
@@ -309,6 +310,9 @@ void start_run(Run *run, const Config *asked) {
                  c->init, window, window, c->seq);
         }
     }
+    if (c->lora && !c->init[0]) {
+        usage_fail("--lora %d trains pairs beside the weights of a model that exists: name it by --init DIR", c->lora);
+    }
     config_check(c);
     refuse_idle_options(c, NULL);
     if (!c->minutes) { // with it, the number of steps is not known yet
@@ -333,6 +337,7 @@ void first_model(Run *run) {
     run->model = run->backend->create(c, c->batch * c->seq, 1, NULL);
     if (c->init[0]) {
         load_weights(run, c->init, 0);
+        begin_adapter(run);
     } else {
         double *frequency = data_frequency(run->train, c->vocab);
         run->backend->init(run->model, frequency);
@@ -426,41 +431,6 @@ void open_log(Run *run) {
     }
 }
 
-// ./train_moe --prompt: the model in run->out goes on from a text.
-void answer_prompt(Run *run, const Config *asked) {
-    char dir[4096], path[4200], *text = NULL;
-    Config *c = &run->config;
-    snprintf(dir, sizeof(dir), "%s", run->out); // a checkpoint or Hugging Face directory itself
-    if (!has_file(dir, "config.json") && !find_checkpoint(run->out, 0, dir)) {
-        fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
-    }
-    check_small_files(dir);
-    config_from_directory(c, dir);
-    const Config before = *c;
-    join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
-    refuse_idle_options(c, &before);
-    c->batch = 1; // generation needs none, and the saved one is that of all processes
-    config_check(c);
-    snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
-    run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
-    load_model(run, dir, 1);
-    fprintf(stderr, "%s, %s%s%s\n", dir, c->recipe, c->blocks ? ", " : "", c->blocks ? scheme_names[c->blocks] : "");
-    const char *prompt = c->prompt;
-    size_t size = strlen(prompt);
-    if (!strcmp(prompt, "-")) {
-        prompt = text = read_stream(stdin, "standard input", &size);
-    }
-    while (size && (prompt[size - 1] == '\n' || prompt[size - 1] == '\r')) { // as an editor or a shell leaves them there
-        size--;
-    }
-    fwrite(prompt, 1, size, stdout);
-    generate(run, prompt, size, stdout);
-    printf("\n");
-    free(text);
-    run->backend->release(run->model);
-    tokenizer_free(run->tokenizer);
-}
-
 // Everything before the first step. run->opened says if there is something to train; if not, the exit status is
 // returned.
 int open_run(Run *run, int argc, char **argv, const Backend *backend) {
@@ -476,15 +446,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
         usage_fail("--init starts a new run from other weights; --%s goes on from --out: give one of them",
                    asked.prompt ? "prompt" : "resume");
     }
-    if (asked.export_to[0] && (asked.prompt || asked.resume || ranks.size > 1)) {
-        usage_fail("--export writes a file and does nothing else; give it without --prompt, --resume and mpirun");
-    }
-    if (asked.quantize || asked.evaluate) {
-        refuse_others(&asked);
-    }
-    if (asked.prompt && ranks.size > 1) {
-        usage_fail("--prompt: one process goes on from a text; start it without mpirun");
-    }
+    refuse_two_tasks(&asked);
     share_cores(&asked);
     run->config = asked;
     trust_files = asked.trust_weights;
@@ -495,24 +457,15 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     if (asked.out[0]) {
         snprintf(run->out, sizeof(run->out), "%s", asked.out);
     } else {
-        default_out(&asked, !asked.resume && !asked.prompt && !asked.export_to[0] && !asked.quantize && !asked.evaluate,
-                    run->out);
+        default_out(&asked, !asked.resume && !task_of(&asked), run->out);
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
     data_tick = ranks_tick;               // and answer while they read
     data_part = ranks.rank;               // each checks a part of the token files
     data_parts = ranks.size;
     broadcast(run->out, sizeof(run->out));
-    if (asked.prompt) {
-        answer_prompt(run, &asked);
-        return 0;
-    }
-    if (asked.export_to[0]) {
-        export_model(run, &asked);
-        return 0;
-    }
-    if (asked.quantize || asked.evaluate) {
-        asked.quantize ? quantize_model(run, &asked) : evaluate_model(run, &asked);
+    if (task_of(&asked)) {
+        do_task(run, &asked);
         return 0;
     }
     if (!prepare_run(run, &asked)) {
@@ -615,13 +568,17 @@ int close_run(Run *run) {
     } else {
         show_experts(run);
         snprintf(model, sizeof(model), run->links ? "%s/latest" : "%s/checkpoint-%d", run->out, run->step);
-        printf("The run is in %s: log.jsonl, and in %s the model, which Hugging Face's transformers %s.\n"
+        const char *whole = *matching_class(c) ? "transformers opens as it is" : "transformers has no class for";
+        printf("The run is in %s: log.jsonl, and in %s the %s, which Hugging Face's %s.\n"
                "What next:\n"
                "  ./%s --out %s --prompt \"Once upon a time\"\n"
                "  %s./%s --out %s --resume --steps %d\n"
                "  data/tinystories.sh && %s./%s        (real stories; see README.md)\n",
-               run->out, model, *matching_class(c) ? "opens as it is" : "has no class for", name, out, begin, name, out,
-               c->steps * 2, begin, name);
+               run->out, model, c->lora ? "adapter" : "model", c->lora ? "peft opens beside its base" : whole, name, out, begin,
+               name, out, c->steps * 2, begin, name);
+        if (c->lora) {
+            printf("  ./%s --out %s --merge DIR        (one model of the base and the adapter)\n", name, out);
+        }
     }
     free(out);
     report_minutes(run);

@@ -1,5 +1,6 @@
 // The checkpoints of a run: written, found again, read.
-// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which includes it.
+// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which
+// includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
 // move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
@@ -14,22 +15,34 @@ void sync_directory(const char *path) {
     }
 }
 
+// tokenizer_config.json: which tokens are special. A tokenizer without a token for what is unknown, or to begin with,
+// has the end's.
+void write_token_names(const Run *run, const char *dir, int bos) {
+    const Tokenizer *t = run->tokenizer;
+    const int unk = t->unk >= 0 ? t->unk : t->eot, ids[] = {bos, t->eot, unk, t->eot};
+    const char *const names[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
+    FILE *f = open_for_writing(dir, "tokenizer_config.json");
+    fprintf(f, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n");
+    for (int i = 0; i < COUNT(names); i++) {
+        fprintf(f, "  \"%s\": ", names[i]);
+        json_write_string(f, t->raw[ids[i]], strlen(t->raw[ids[i]]));
+        fprintf(f, ",\n");
+    }
+    fprintf(f, "  \"clean_up_tokenization_spaces\": false,\n  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n"
+               "  \"model_max_length\": %d\n}\n", run->config.seq);
+    close_written(f, dir, "tokenizer_config.json");
+}
+
 // The small files of a model: what transformers wants to know.
 void write_model_files(const Run *run, const char *dir) {
     const Tokenizer *t = run->tokenizer;
-    const char *const eot = "<|endoftext|>";
     char text[512];
-    write_config(dir, &run->config, t->eot);
+    int bos = t->bos >= 0 ? t->bos : t->eot;
+    write_config(dir, &run->config, bos, t->eot);
     write_text(dir, "tokenizer.json", t->json, t->json_size);
-    int n = snprintf(
-        text, sizeof(text),
-        "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"bos_token\": \"%s\",\n  \"eos_token\": \"%s\",\n"
-        "  \"unk_token\": \"%s\",\n  \"pad_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
-        "  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n  \"model_max_length\": %d\n}\n",
-        eot, eot, eot, eot, run->config.seq);
-    write_text(dir, "tokenizer_config.json", text, (size_t)n);
-    n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
-                 t->eot, t->eot, t->eot);
+    write_token_names(run, dir, bos);
+    int n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n", bos,
+                     t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
 }
 
@@ -136,7 +149,7 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
     real *tensor = allocate_tensor(m);
     for (int a = 0; a < arrays; a++) {
         const Part *p = parts;
-        for (int i = 0; i < m->tensor_count; i++) {
+        for (int i = 0; i < base_tensors(m); i++) {
             size_t size = m->tensors[i].whole;
             run->backend->read(m, what[a], i, tensor); // all processes; the first one writes
             if (!file) {
@@ -158,6 +171,8 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
     free(parts);
 }
 
+void write_adapter(const Run *run, FILE *sums); // dev/adapter.h
+
 // Writes a checkpoint into the folder unfinished_path, which has no name of a checkpoint yet.
 void write_checkpoint(Run *run) {
     int first = ranks.rank == 0, weights[] = {WEIGHTS}, moments[] = {MOMENT1, MOMENT2};
@@ -176,8 +191,12 @@ void write_checkpoint(Run *run) {
         }
     }
     fprintf(sums, "{");
-    write_tensors(run, "model.safetensors", weights, plain, 1, sums);
-    write_tensors(run, "optimizer.safetensors", moments, moment_names, 2, sums);
+    if (run->config.lora) {
+        write_adapter(run, sums);
+    } else {
+        write_tensors(run, "model.safetensors", weights, plain, 1, sums);
+        write_tensors(run, "optimizer.safetensors", moments, moment_names, 2, sums);
+    }
     if (first) {
         write_small_files(run, unfinished_path, sums);
     }
@@ -211,11 +230,19 @@ void check_table(const Run *run, const char *dir, const real *table) {
     }
 }
 
-// Reads the weights in dir, and with `moments` those of the optimizer. Each of several processes reads all, and keeps its own.
+int is_adapter(const char *dir); // dev/adapter.h
+void load_adapter(Run *run, const char *dir, int moments);
+
+// Reads the weights in dir, and with `moments` those of the optimizer. Each of several processes reads all, and keeps
+// its own.
 void load_weights(Run *run, const char *dir, int moments) {
     Model *m = run->model;
     const char *const prefix[] = {"", "", "exp_avg.", "exp_avg_sq."};
     int count;
+    if (is_adapter(dir)) {
+        load_adapter(run, dir, moments);
+        return;
+    }
     Part *parts = parts_to_read(m, &count);
     real *tensor = allocate_tensor(m);
     for (int what = WEIGHTS; what <= (moments ? MOMENT2 : WEIGHTS); what++) {
@@ -225,7 +252,7 @@ void load_weights(Run *run, const char *dir, int moments) {
         WeightFiles files;
         open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", 1);
         const Part *p = parts;
-        for (int i = 0; i < m->tensor_count; i++) {
+        for (int i = 0; i < base_tensors(m); i++) {
             for (; p < parts + count && p->tensor == i; p++) {
                 const char *file = read_part(&files, prefix[what], p, tensor + p->offset);
                 check_read(file, prefix[what], p, tensor + p->offset);
@@ -277,3 +304,5 @@ void cut_log(const char *path, int step) {
     }
     free(text);
 }
+
+#include "adapter.h" // --lora: checkpoints without the base, --merge

@@ -165,7 +165,9 @@ double mixing_flops(const Config *c);
 // several times counts so often: experts by each of its sub-tokens, a recurrent router in each layer.
 void count_parameters(const Config *c, double *total, double *active) {
     Tensor *list = (Tensor *)allocate(tensor_limit(c), sizeof(Tensor));
-    int count = model_tensors(c, list);
+    Config whole = *c;
+    whole.lora = 0; // all weights are at work, also those that are frozen beside pairs
+    int count = model_tensors(&whole, list);
     *total = *active = 0;
     for (int i = 0; i < count; i++) {
         const Tensor *t = &list[i];
@@ -195,7 +197,7 @@ void count_parameters(const Config *c, double *total, double *active) {
 double flops_per_token(const Config *c) {
     double total, active;
     count_parameters(c, &total, &active);
-    return 6 * active + 3 * c->layers * mixing_flops(c);
+    return (c->lora ? 4 : 6) * active + 3 * c->layers * mixing_flops(c);
 }
 
 #endif

@@ -8,18 +8,18 @@
 size_t lay_activations(Model *m, int l, int N, char *memory) {
     const Config *c = &m->config;
     LayerActs *a = &m->layers[l];
-    size_t C = (size_t)c->dim, Q = C + 2 * C / c->heads * c->kv_heads, low = sizeof(floatX), used = 0;
+    size_t C = (size_t)c->dim, D = (size_t)head_width(c), H = (size_t)c->heads, KV = (size_t)c->kv_heads, low = sizeof(floatX), used = 0;
     size_t attends = mixer_of(c) ? 0 : N, norms = c->qk_norm ? attends : 0; // tokens
     size_t dense = (size_t)dense_width(c, l) * (1 + is_gated(dense_activation(c, l)));
     size_t choices = is_moe(c, l) && ranks.ep == 1 ? (size_t)N * c->subtokens * most_choices(c) : 0;
     const Piece list[] = {
         {&a->h1, N * C * low},
         {&a->rstd1, N * sizeof(float)},
-        {&a->qkv, attends * Q * low},
-        {&a->att, attends * C * low},
-        {&a->raw_qk, norms * (Q + C) / 2 * low}, // (H+KV)*D is the mean of (H+2KV)*D and H*D
-        {&a->rstd_qk, norms * (c->heads + c->kv_heads) * sizeof(float)},
-        {&a->lse, attends * c->heads * sizeof(float)},
+        {&a->qkv, attends * (H + 2 * KV) * D * low},
+        {&a->att, attends * H * D * low},
+        {&a->raw_qk, norms * (H + KV) * D * low},
+        {&a->rstd_qk, norms * (H + KV) * sizeof(float)},
+        {&a->lse, attends * H * sizeof(float)},
         {&a->mid, N * C * sizeof(float)},
         {&a->h2, N * C * low},
         {&a->rstd2, N * sizeof(float)},
@@ -144,7 +144,7 @@ void allocate_plan(Model *m, int n) {
 // Memory for a backward pass of N tokens.
 void allocate_backward(Model *m, int N) {
     const Config *c = &m->config;
-    int L = c->layers, C = c->dim, Q = C + 2 * C / c->heads * c->kv_heads, n = N * c->subtokens,
+    int L = c->layers, C = c->dim, Q = (c->heads + 2 * c->kv_heads) * head_width(c), n = N * c->subtokens,
         moe = moe_layers(c) > 0;
     size_t NC = (size_t)N * C, choices = (size_t)n * most_choices(c), hidden = 0;
     m->purpose = FOR_BUFFERS;
@@ -152,7 +152,7 @@ void allocate_backward(Model *m, int N) {
     m->dx_low = own_low(m, NC);
     m->dh = own_floats(m, NC);
     if (!mixer_of(c)) {
-        m->datt = own_low(m, NC);
+        m->datt = own_low(m, (size_t)N * c->heads * head_width(c));
         m->dqkv = own_low(m, (size_t)N * Q);
         m->delta = own_floats(m, (size_t)N * c->heads);
         m->qk_part = (double *)own(m, qk_sums(c, N), sizeof(double));
@@ -173,6 +173,7 @@ void allocate_backward(Model *m, int N) {
     m->dweight_part = own_floats(m, ranks.ep == 1 ? moe * choices * div_up(m->experts.widest, TN) : 0);
     m->last_partial = own_floats(m, (size_t)div_up(N, BLOCK_ROWS) * C);
     m->norm_part = (double *)own(m, NORM_PARTS, sizeof(double));
+    own_shared_gate(m, N);
     list_gradients(m);
     own_muon(m);
 }
@@ -196,17 +197,18 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     // Weights, their rounded copy, and for training their gradients and the optimizer's two moments.
     m->purpose = FOR_WEIGHTS;
     m->memory[WEIGHTS] = parent ? parent->memory[WEIGHTS] : own_floats(m, m->size);
-    m->low = parent ? parent->low : sizeof(floatX) == 4 ? (floatX *)m->memory[WEIGHTS] : own_low(m, m->size);
+    m->low = parent ? parent->low : sizeof(floatX) == 4 && !c->lora ? (floatX *)m->memory[WEIGHTS] : own_low(m, m->size);
     point_params(m, &m->params, m->memory[WEIGHTS]);
     if (train) {
         m->purpose = FOR_GRADIENTS;
-        m->memory[GRADS] = own_floats(m, m->size);
+        m->memory[GRADS] = own_floats(m, trained_size(m));
         point_params(m, &m->grads, m->memory[GRADS]);
         m->purpose = FOR_MOMENTS;
         for (int i = MOMENT1; i <= MOMENT2; i++) {
-            m->memory[i] = (float *)own(m, moment_offset(m, m->size), moment_size(m));
+            m->memory[i] = (float *)own(m, moment_offset(m, trained_size(m)), moment_size(m));
         }
     }
+    own_pairs(m, N, train, parent);
 
     // Activations. With --recompute all layers share one array for most of them.
     m->purpose = FOR_ACTIVATIONS;
@@ -248,10 +250,11 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     m->head_rows = max_int(1, min_int(N, (1 << 28) / V / 128 * 128)); // 1 GiB of float logits at most
     m->word_logits = own_floats(m, (size_t)m->head_rows * V);
     m->nll = own_floats(m, N);
-    m->angles = own_floats(m, (size_t)c->seq * (C / c->heads));
-    float *angles = (float *)allocate((size_t)c->seq * (C / c->heads), sizeof(float));
-    rope_angles(angles, 0, c->seq, C / c->heads, c->rope_theta);
-    upload(m, m->angles, angles, (size_t)c->seq * (C / c->heads) * sizeof(float));
+    size_t turns = (size_t)c->seq * head_width(c);
+    m->angles = own_floats(m, turns);
+    float *angles = (float *)allocate(turns, sizeof(float));
+    head_angles(c, angles, 0, c->seq);
+    upload(m, m->angles, angles, turns * sizeof(float));
     free(angles);
     size_t mixing = mixer_scratch(c, N, train);
     m->scratch_size = m->scratch_size > mixing ? m->scratch_size : mixing;

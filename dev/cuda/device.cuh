@@ -47,7 +47,7 @@ void check_memory(const Config *c, int N, int train) {
 
 // Why a GPU cannot do what the options ask for; NULL: it can. Its kernels read eight numbers at a time.
 const char *device_refuses(const Config *c) {
-    int head = c->dim / c->heads;
+    int head = head_width(c);
     for (int e = 0; e < c->experts && moe_layers(c) > 0; e++) {
         if (expert_width(c, e) % 8) {
             return "--ffn must be such that each expert's width is a multiple of 8 on a GPU";
@@ -56,11 +56,14 @@ const char *device_refuses(const Config *c) {
     if (c->ffn % 8 || c->dim / c->subtokens % 8) {
         return "--dim and --ffn must be multiples of 8 on a GPU (with --subtokens, --dim of 8 times that)";
     }
+    if (c->shared_ffn % 8 || c->dense_ffn % 8) {
+        return "--shared-ffn and --dense-ffn must be multiples of 8 on a GPU";
+    }
     if (mixer_kernels(c) && mixer_kernels(c)->refuses(c)) {
         return mixer_kernels(c)->refuses(c);
     }
     if (!mixer_of(c) && (head % 8 || head > 256)) {
-        return "--heads: the width of a head, --dim / --heads, must be a multiple of 8 and at most 256 on a GPU";
+        return "--heads: the width of a head, --dim / --heads or --head-width, must be a multiple of 8 and at most 256 on a GPU";
     }
     if (c->recurrent % 4) {
         return "--recurrent must be a multiple of 4 on a GPU";

@@ -462,6 +462,9 @@ void sum_dweight(float *dweight, const float *part, const int *choice, const int
 
 // ---- the experts
 
+int is_frozen(const float *dw); // --lora: see dev/cuda/lora.cuh
+void expert_pairs_backward(const Experts *x, const WeightsJob &d);
+
 // hidden (slots,H) = x[token] W_in^T; act (slots,F) = f(hidden). x (n,C)
 void experts_hidden(floatX *hidden, floatX *act, const floatX *x, const floatX *w_in,
                     const Experts *experts) {
@@ -505,7 +508,11 @@ void experts_backward(floatX *rows, float *dw_in, float *dw_out, const floatX *d
     rows_product<DHIDDEN>(experts, inner);
 
     WeightsJob weights = {dout, dact, dhidden, x, dw_out, dw_in, 0, 0, 0};
-    weights_product(experts, weights);
+    if (is_frozen(dw_in)) {
+        expert_pairs_backward(experts, weights);
+    } else {
+        weights_product(experts, weights);
+    }
 
     RowsJob to_x = {};
     to_x.a = dhidden;

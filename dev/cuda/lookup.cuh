@@ -27,7 +27,7 @@ __global__ void value_embedding_kernel(floatX *qkv, const float *table, const in
 void value_embedding_forward(Model *m, int l, floatX *qkv) {
     const Config *c = &m->config;
     const float *table = m->params.layer[l].value_embed;
-    int N = m->batch.B * m->batch.T, D = c->dim / c->heads, values = c->kv_heads * D, width = c->dim + 2 * values;
+    int N = m->batch.B * m->batch.T, D = head_width(c), values = c->kv_heads * D, width = c->heads * D + 2 * values;
     size_t size = (size_t)N * values;
     if (table && N > 0) {
         value_embedding_kernel<<<blocks(size, 4 * THREADS), THREADS, 0, stream>>>(qkv, table, m->tokens, size, values,
@@ -39,7 +39,7 @@ void value_embedding_forward(Model *m, int l, floatX *qkv) {
 // The table's gradient, from dqkv (N,(H+2KV)*D).
 void value_embedding_backward(Model *m, int l, const floatX *dqkv) {
     const Config *c = &m->config;
-    int D = c->dim / c->heads, values = c->kv_heads * D, width = c->dim + 2 * values;
+    int D = head_width(c), values = c->kv_heads * D, width = c->heads * D + 2 * values;
     const int *order = m->tokens + 2 * m->max_tokens;
     if (m->grads.layer[l].value_embed) {
         note_read_rows(m, BY_WORD, m->staging + 3 * m->max_tokens, m->word_count);

@@ -4,7 +4,8 @@
 //
 // The norm comes before the rotary positions, and attention turns queries and keys as it reads them. So the norm is a
 // kernel of its own between the product that makes qkv and attention. A row is one head of one token, D numbers. Several
-// lanes of a warp share a row, and each reads four numbers at a time: 2, 4, ... 32 lanes, as many as D asks for.
+// lanes of a warp share a row, and each reads four numbers at a time: 2, 4, ... 32 lanes, as many as D asks for. With
+// --qk-norm-over row there are two rows, all queries and all keys of a token, and a warp has one.
 #pragma once
 
 const int QK_TOKENS = 64; // that a block has, backward
@@ -27,17 +28,18 @@ __device__ float row_sum(float x, int lanes) {
 
 // The two vectors, their layer's rows before the norm (N,(H+KV)*D), and of each row 1 / rms (N,H+KV).
 struct QkNorm {
-    const float *q_norm, *k_norm; // (D)
+    const float *q_norm, *k_norm; // (DQ), (DK)
     floatX *raw;
     float *rstd;
 };
 
 // Block (.,h) has head h of some tokens: a query's, or from H on a key's.
-__global__ void qk_norm_forward_kernel(floatX *qkv, QkNorm a, HeadSizes z, int N, int lanes, float eps) {
-    int h = blockIdx.y, heads = z.H + z.KV, D = z.D, lane = threadIdx.x % lanes;
+__global__ void qk_norm_forward_kernel(floatX *qkv, QkNorm a, NormHeads z, int N, int lanes, float eps) {
+    int h = blockIdx.y, heads = z.H + z.KV, D = h < z.H ? z.DQ : z.DK, lane = threadIdx.x % lanes;
     int n = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes, end = n < N ? D : 0; // end 0: there is no such token
+    int kept = z.H * z.DQ + z.KV * z.DK, from = h < z.H ? h * D : z.H * z.DQ + (h - z.H) * D;
     size_t row = (size_t)n * heads + h;
-    floatX *x = qkv + ((size_t)n * (heads + z.KV) + h) * D, *raw = a.raw + row * D;
+    floatX *x = qkv + (size_t)n * (kept + z.KV * z.DK) + from, *raw = a.raw + (size_t)n * kept + from;
     const float *norm = h < z.H ? a.q_norm : a.k_norm;
     float v[4], w[4], squares = 0;
 
@@ -125,10 +127,63 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Numbers of m->qk_part, for N tokens.
+// ---- norms of rows
+
+// Warp n of block (.,0) has the queries of token n, that of (.,1) its keys; the formula is the one above.
+__global__ void qk_row_backward_kernel(floatX *dqkv, QkNorm a, NormHeads z, int N) {
+    int n = row_of_warp(), keys = blockIdx.y, D = keys ? z.DK : z.DQ, lane = threadIdx.x % 32;
+    if (n >= N) {
+        return;
+    }
+    const floatX *raw = a.raw + (size_t)n * (z.DQ + z.DK) + keys * z.DQ;
+    const float *norm = keys ? a.k_norm : a.q_norm;
+    floatX *to = dqkv + (size_t)n * (z.DQ + 2 * z.DK) + keys * z.DQ;
+    float d[4], y[4], w[4], mean = 0, rstd = a.rstd[2 * (size_t)n + keys];
+    for (int c = 4 * lane; c < D; c += 128) {
+        load_pack(d, to + c);
+        load_pack(y, raw + c);
+        load_pack(w, norm + c);
+        for (int i = 0; i < 4; i++) {
+            mean += d[i] * w[i] * y[i] * rstd;
+        }
+    }
+    mean = warp_sum(mean) / D;
+    for (int c = 4 * lane; c < D; c += 128) {
+        load_pack(d, to + c);
+        load_pack(y, raw + c);
+        load_pack(w, norm + c);
+        for (int i = 0; i < 4; i++) {
+            d[i] = rstd * (d[i] * w[i] - y[i] * rstd * mean);
+        }
+        store_pack(to + c, d);
+    }
+}
+
+struct RowGradient { // what token n adds to the gradient of number c of q_norm, or of k_norm
+    const floatX *d, *raw; // of the first token
+    const float *rstd;
+    int width, kept; // of a row of d, of a row of raw
+    __device__ double operator()(size_t n, int c) const {
+        return (double)(to_float(d[n * width + c]) * to_float(raw[n * kept + c]) * rstd[2 * n]);
+    }
+};
+
+// The gradients of both vectors are taken first, since the kernel overwrites dqkv.
+void qk_row_backward(const LayerParams *dw, floatX *dqkv, double *part, QkNorm a, NormHeads z, int N) {
+    int kept = z.DQ + z.DK, width = kept + z.DK;
+    column_sums(dw->q_norm, RowGradient{dqkv, a.raw, a.rstd, width, kept}, 1, N, z.DQ, 1, part);
+    column_sums(dw->k_norm, RowGradient{dqkv + z.DQ, a.raw + z.DQ, a.rstd + 1, width, kept}, 1, N, z.DK, 1, part);
+    qk_row_backward_kernel<<<dim3(row_blocks(N), 2), THREADS, 0, stream>>>(dqkv, a, z, N);
+    CHECK(cudaGetLastError());
+}
+
+// ---- the same for a layer
+
+// Numbers of m->qk_part, for N tokens; --qkv-bias needs it, too.
 size_t qk_sums(const Config *c, int N) {
-    size_t heads = (size_t)(c->heads + c->kv_heads), D = (size_t)(c->dim / c->heads);
-    return c->qk_norm ? heads * (size_t)div_up(N, QK_TOKENS) * D : 0;
+    size_t kept = (size_t)(c->heads + c->kv_heads) * head_width(c), all = kept + (size_t)c->kv_heads * head_width(c);
+    size_t norms = c->qk_norm ? kept * (size_t)div_up(N, QK_TOKENS) : 0, bias = c->qkv_bias ? all * (size_t)div_up(N, CHUNK) : 0;
+    return norms > bias ? norms : bias;
 }
 
 QkNorm qk_norm_of(const Model *m, int l) {
@@ -139,11 +194,11 @@ QkNorm qk_norm_of(const Model *m, int l) {
 // In qkv (N,(H+2KV)*D) queries and keys become their norms.
 void qk_norm_forward(Model *m, int l, floatX *qkv) {
     const Config *c = &m->config;
-    int N = m->batch.B * m->batch.T, H = c->heads, KV = c->kv_heads, D = c->dim / H, lanes = lanes_of_head(D);
+    NormHeads z = norm_heads(c);
+    int N = m->batch.B * m->batch.T, lanes = lanes_of_head(z.DQ);
     if (c->qk_norm && N > 0) {
-        dim3 grid(blocks(N, THREADS / lanes), H + KV);
-        qk_norm_forward_kernel<<<grid, THREADS, 0, stream>>>(qkv, qk_norm_of(m, l), HeadSizes{0, H, KV, D}, N, lanes,
-                                                             (float)c->norm_eps);
+        dim3 grid(blocks(N, THREADS / lanes), z.H + z.KV);
+        qk_norm_forward_kernel<<<grid, THREADS, 0, stream>>>(qkv, qk_norm_of(m, l), z, N, lanes, (float)c->norm_eps);
         CHECK(cudaGetLastError());
     }
 }
@@ -152,8 +207,12 @@ void qk_norm_forward(Model *m, int l, floatX *qkv) {
 void qk_norm_backward(Model *m, int l, floatX *dqkv) {
     const Config *c = &m->config;
     const LayerParams *dw = &m->grads.layer[l];
-    int N = m->batch.B * m->batch.T, H = c->heads, KV = c->kv_heads, D = c->dim / H, chunks = div_up(N, QK_TOKENS);
+    int N = m->batch.B * m->batch.T, H = c->heads, KV = c->kv_heads, D = head_width(c), chunks = div_up(N, QK_TOKENS);
     if (!c->qk_norm || N == 0) {
+        return;
+    }
+    if (c->qk_norm_over == OVER_ROW) {
+        qk_row_backward(dw, dqkv, m->qk_part, qk_norm_of(m, l), norm_heads(c), N);
         return;
     }
     qk_norm_backward_kernel<<<dim3(chunks, H + KV), THREADS, 0, stream>>>(dqkv, m->qk_part, qk_norm_of(m, l),

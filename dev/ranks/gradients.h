@@ -149,7 +149,7 @@ void ranks_layer_done(Model *m, int l) {
 double ranks_sum_of_squares(Model *m) {
     const real *g = m->memory[GRADS];
     if (!MANY) {
-        return sum_of_squares(g, m->tables);
+        return sum_of_squares(g, m->config.lora ? m->pairs : m->tables);
     }
     const Crossing *x = m->crossing;
     await_sums();

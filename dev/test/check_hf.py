@@ -5,11 +5,13 @@
     python dev/test/check_hf.py DIR                          loads DIR as any user would; prints a greedy continuation
     python dev/test/check_hf.py DIR --logits dev/test/logits      and compares logits with ours, to 1e-4
     python dev/test/check_hf.py DIR --tokenize data/tokenize and token ids with ours, all of them
-    python dev/test/check_hf.py --make DIR [--llama] [--untied] [--bfloat16] [--sharded] [--fused]
+    python dev/test/check_hf.py --make DIR [--kind Qwen3Moe] [--llama] [--untied] [--bfloat16] [--sharded] [--fused]
                                                         a tiny random model of theirs, for ./train_moe --init DIR
-    python dev/test/check_hf.py --foreign                    makes some eighty directories of theirs, each with something in its
-                                                        config.json or its weights, and brings them home by ./train_moe --init:
-                                                        the loss is theirs to 1e-4, or the directory is refused by name.
+    python dev/test/check_hf.py --foreign                    makes some two hundred directories of theirs, of all classes that this
+                                                        program knows, each with something in its config.json or its weights,
+                                                        and brings them home by ./train_moe --init: the loss is theirs to 1e-5,
+                                                        what is written back, also after some steps, is the same class with the
+                                                        loss that we give it; or the directory is refused by name.
                                                         Needs make train_moe data/tokenize dev/test/logits; ONLY=text picks some
 
 dev/test/logits DIR reads token ids from standard input and writes float32 logits (T,V).
@@ -28,7 +30,7 @@ try:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 except ImportError as error:
     print(f"check_hf.py: not run: {error}; pip install torch transformers safetensors tokenizers")
     sys.exit(0 if "--foreign" in sys.argv else 1)
@@ -131,25 +133,40 @@ def make_tokenizer():
                                    model_input_names=["input_ids", "attention_mask"])
 
 
+FEW = dict(num_experts=4, num_experts_per_tok=2)
+FEW_LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
+GRANITE = dict(FEW_LOCAL, embedding_multiplier=12.0, attention_multiplier=0.2, residual_multiplier=0.4, logits_scaling=3.0)
+# Sizes that only some classes have.
+KINDS = {
+    "Mixtral": FEW_LOCAL, "Llama": {}, "Mistral": {}, "Qwen2": {}, "Qwen3": dict(head_dim=16),
+    "Qwen2Moe": dict(FEW, moe_intermediate_size=40, shared_expert_intermediate_size=56),
+    "Qwen3Moe": dict(FEW, moe_intermediate_size=40, head_dim=16),
+    "Olmoe": dict(FEW), "GraniteMoe": GRANITE, "GraniteMoeShared": dict(GRANITE, shared_intermediate_size=56),
+}
+
+
 def make(folder, args, **more):
     tokenizer = make_tokenizer()
+    kind = more.pop("kind", None) or args.kind or ("Llama" if args.llama else "Mixtral")
     sizes = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=48, num_hidden_layers=3,
                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5,
-                 rope_theta=10000.0, bos_token_id=0, eos_token_id=0, tie_word_embeddings=not args.untied,
+                 rope_theta=10000.0, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=not args.untied,
                  initializer_range=0.1)  # large, so that a wrong place shows in the logits
+    sizes.update(KINDS[kind])
     sizes.update(more)
     torch.manual_seed(1)
-    config = LlamaConfig(**sizes) if args.llama else MixtralConfig(**{"num_local_experts": 4, "num_experts_per_tok": 2, **sizes})
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind + "Config")(**sizes))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("norm.weight"):  # all one at the start, which would hide a norm that is left out
                 p += 0.2 * torch.randn_like(p)
-    model = model.to(torch.bfloat16 if args.bfloat16 else torch.float32)
+            if name.endswith(".bias"):
+                p += 0.3 * torch.randn_like(p)
+    model = model.to(torch.float16 if args.float16 else torch.bfloat16 if args.bfloat16 else torch.float32)
     how = {"max_shard_size": "60KB"} if args.sharded else {}
     if args.fused:  # the names inside version 5, all experts of a layer in one tensor; it saves so only by request
-        if int(transformers.__version__.split(".")[0]) < 5 or args.llama:
-            sys.exit("--fused needs transformers 5 and a Mixtral")
+        if int(transformers.__version__.split(".")[0]) < 5 or kind not in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"):
+            sys.exit("--fused needs transformers 5 and a class with experts")
         how["save_original_format"] = False
     model.save_pretrained(folder, **how)
     tokenizer.save_pretrained(folder)
@@ -256,6 +273,81 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 HEAD = put("lm_head.weight", 384, 64)
+
+
+def of_class(kind, **more):
+    return dict(kind=kind, **more)
+
+
+# What every class is asked, and then what only one of them has. One expert of a router with weights that are not divided learns.
+OF_CLASSES = []
+for kind in KINDS:
+    OF_CLASSES += [
+        (f"{kind} as it is", of_class(kind), None, None),
+        (f"{kind} untied bfloat16", of_class(kind, untied=True, bfloat16=True), None, None),
+        (f"{kind} float16 sharded", of_class(kind, float16=True, sharded=True), None, None),
+        (f"{kind} one head of keys, five layers", of_class(kind, num_key_value_heads=1, num_hidden_layers=5), None, None),
+        (f"{kind} as many heads of keys", of_class(kind, num_key_value_heads=4), None, None),
+        (f"{kind} old form", of_class(kind), old(), None),
+        (f"{kind} theta and eps", of_class(kind, rope_theta=700.0, rms_norm_eps=0.01), None, None),
+        (f"{kind} llama3", of_class(kind), rope(**LLAMA3), None),
+        (f"{kind} yarn", of_class(kind), rope(**YARN), "rope_type is yarn"),
+        (f"{kind} a bias of attention's output", of_class(kind), put("model.layers.0.self_attn.o_proj.bias", 64),
+         "self_attn.o_proj.bias is no tensor"),
+        (f"{kind} a tensor is missing", of_class(kind), take("model.layers.1.self_attn.v_proj.weight"),
+         "there is no model.layers.1.self_attn.v_proj.weight"),
+        (f"{kind} gelu", of_class(kind, hidden_act="gelu"), None, "hidden_act is gelu"),
+    ]
+    if "num_experts" in KINDS[kind] or "num_local_experts" in KINDS[kind]:
+        local = "num_local_experts" in KINDS[kind]
+        OF_CLASSES += [
+            (f"{kind} three of six experts", of_class(kind, num_experts_per_tok=3, **({"num_local_experts": 6} if local else {"num_experts": 6})),
+             None, None),
+            (f"{kind} too few experts", of_class(kind), fields(num_experts_per_tok=5), "num_experts_per_tok 5 is more than"),
+        ]
+for kind in ("Qwen2Moe", "Qwen3Moe", "Olmoe"):
+    OF_CLASSES += [
+        (f"{kind} fused", of_class(kind, fused=True), None, None),
+        (f"{kind} fused sharded bfloat16", of_class(kind, fused=True, sharded=True, bfloat16=True), None, None),
+        (f"{kind} renormalised", of_class(kind, norm_topk_prob=True), None, None),
+        (f"{kind} one expert a token", of_class(kind, num_experts_per_tok=1), None, None),
+        (f"{kind} one expert a token, renormalised", of_class(kind, num_experts_per_tok=1, norm_topk_prob=True), None,
+         "num_experts_per_tok is 1"),
+    ]
+for kind in ("Qwen2Moe", "Qwen3Moe"):
+    OF_CLASSES += [
+        (f"{kind} first layer dense", of_class(kind, mlp_only_layers=[0]), None, None),
+        (f"{kind} two dense layers of five", of_class(kind, num_hidden_layers=5, mlp_only_layers=[0, 1]), None, None),
+        (f"{kind} every second layer", of_class(kind, num_hidden_layers=4, decoder_sparse_step=2), None, None),
+        (f"{kind} sparse and listed", of_class(kind, num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[1]), None, None),
+        (f"{kind} no even pattern", of_class(kind, mlp_only_layers=[1]), None, "mlp_only_layers"),
+        (f"{kind} experts under the other name", of_class(kind), fields(num_experts=None, num_local_experts=4), None),
+    ]
+for kind in ("Qwen2", "Qwen3"):
+    OF_CLASSES += [
+        (f"{kind} short window", of_class(kind, use_sliding_window=True, sliding_window=16, max_window_layers=1), None, "sliding_window is 16"),
+        (f"{kind} window as long as seq", of_class(kind, use_sliding_window=True, sliding_window=64, max_window_layers=1), None, None),
+        (f"{kind} window not used", of_class(kind, use_sliding_window=False, sliding_window=16), None, None),
+    ]
+for kind in ("Mixtral", "Llama", "Mistral", "Qwen3", "Qwen3Moe"):
+    OF_CLASSES += [(f"{kind} wide heads", of_class(kind, head_dim=32), None, None)]
+OF_CLASSES += [
+    ("Qwen3 attention_bias", of_class("Qwen3", attention_bias=True), None, "attention_bias is true"),
+    ("Qwen3Moe attention_bias", of_class("Qwen3Moe", attention_bias=True), None, "attention_bias is true"),
+    ("Qwen2Moe without biases", of_class("Qwen2Moe", qkv_bias=False), None, None),
+    ("Qwen2Moe narrow shared expert", of_class("Qwen2Moe", shared_expert_intermediate_size=8), None, None),
+    ("Qwen2 no bias", of_class("Qwen2"), take("model.layers.2.self_attn.q_proj.bias"), "there is no model.layers.2.self_attn.q_proj.bias"),
+    ("Qwen3 no norm", of_class("Qwen3"), take("model.layers.2.self_attn.q_norm.weight"), "there is no model.layers.2.self_attn.q_norm.weight"),
+    ("Mistral short window", of_class("Mistral", sliding_window=16), None, "sliding_window is 16"),
+    ("Mistral no window", of_class("Mistral", sliding_window=None), None, None),
+    ("Olmoe clipped", of_class("Olmoe", clip_qkv=0.5), None, "clip_qkv is 0.5"),
+    ("GraniteMoe plain", of_class("GraniteMoe", embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0), None, None),
+    ("GraniteMoe without factors", of_class("GraniteMoe"), fields(embedding_multiplier=None, attention_multiplier=None,
+                                                                  residual_multiplier=None, logits_scaling=None), None),
+    ("GraniteMoe bad factor", of_class("GraniteMoe"), fields(logits_scaling=0.0), "logits_scaling is 0"),
+    ("GraniteMoeShared nothing shared", of_class("GraniteMoeShared", shared_intermediate_size=0), None, None),
+    ("a factor of another class", of_class("Qwen3Moe"), fields(embedding_multiplier=2.0), "only a Granite"),
+]
 # name, how make() makes it, what is changed then, and None if it has to load with the loss that transformers gives it, else
 # what the refusal says
 FOREIGN = [
@@ -275,7 +367,7 @@ FOREIGN = [
     ("llama untied", dict(llama=True, untied=True), None, None),
     ("llama bfloat16 sharded", dict(llama=True, bfloat16=True, sharded=True), None, None),
     ("llama old form", L, old(), None),
-    ("llama wide head", dict(llama=True, head_dim=32), None, "head_dim 32"),
+    ("llama wide head", dict(llama=True, head_dim=32), None, None),
     ("llama gelu", dict(llama=True, hidden_act="gelu"), None, "hidden_act is gelu"),
     ("mixtral relu", dict(hidden_act="relu"), None, "hidden_act is relu"),
     ("mixtral swish", dict(hidden_act="swish"), None, None),
@@ -299,14 +391,16 @@ FOREIGN = [
     ("rope_scaling with theta", L, old(rope_scaling={"rope_type": "default", "rope_theta": 77.0}), None),
     ("rope_scaling before rope_parameters", L, both(rope(rope_type="default"), fields(rope_scaling={"rope_theta": 77.0})), None),
     ("theta in both places", L, both(rope(rope_type="default"), fields(rope_theta=77.0)), None),
-    ("rope linear", M, rope(rope_type="linear", **LINEAR), "rope_type is linear"),
-    ("rope type linear", M, rope(type="linear", **LINEAR), "type is linear"),
-    ("rope_scaling linear", L, old(rope_scaling={"type": "linear", **LINEAR}), "type is linear"),
-    ("rope_scaling beside rope_parameters", L, both(rope(rope_type="default"), fields(rope_scaling={"type": "linear", **LINEAR})),
-     "type is linear"),
+    ("rope linear", M, rope(rope_type="linear", **LINEAR), None),
+    ("rope type linear", M, rope(type="linear", **LINEAR), None),
+    ("rope_scaling linear", L, old(rope_scaling={"type": "linear", **LINEAR}), None),
+    ("rope_scaling beside rope_parameters", L, both(rope(rope_type="default"), fields(rope_scaling={"type": "linear", **LINEAR})), None),
     ("rope dynamic", L, rope(rope_type="dynamic", **LINEAR), "rope_type is dynamic"),
     ("rope yarn", L, rope(**YARN), "rope_type is yarn"),
-    ("rope llama3", L, rope(**LLAMA3), "rope_type is llama3"),
+    ("rope llama3", L, rope(**LLAMA3), None),
+    ("rope llama3 old form", L, old(rope_scaling=LLAMA3), None),
+    ("rope llama3 mixtral", M, rope(**LLAMA3), None),
+    ("rope llama3 without a number", L, rope(rope_type="llama3", factor=8.0), "has no number low_freq_factor"),
     ("partial_rotary_factor", L, fields(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     ("partial in rope_parameters", L, rope(rope_type="default", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     ("window shorter than seq", dict(sliding_window=16), None, "sliding_window is 16"),
@@ -325,8 +419,7 @@ FOREIGN = [
     ("jitter", dict(router_jitter_noise=0.3), None, None),
     ("logits of the router", dict(output_router_logits=True, router_aux_loss_coef=0.5), None, None),
     ("pretraining_tp", dict(llama=True, pretraining_tp=2), None, None),
-    ("mistral", M, fields(model_type="mistral"), "model_type is mistral"),
-    ("qwen2_moe", M, fields(model_type="qwen2_moe"), "model_type is qwen2_moe"),
+    ("gpt2", M, fields(model_type="gpt2"), "model_type is gpt2; expected one of mixtral, llama, mistral, qwen2"),
     # tensors
     ("tied, another lm_head", M, HEAD, None),
     ("llama tied, another lm_head", L, HEAD, None),
@@ -344,6 +437,7 @@ FOREIGN = [
     ("a tensor is missing", L, take("model.norm.weight"), "there is no model.norm.weight"),
     ("no head", M, base_model, "AutoModelForCausalLM"),
     ("interleaved", L, fields(rope_interleaved=True), "rope_interleaved is true"),
+    *OF_CLASSES,
     # files
     ("whole and old shards", M, old_shards, None),
     ("pytorch_model.bin", M, as_bin, "save_pretrained"),
@@ -357,10 +451,13 @@ def run(command, **more):
 
 
 def their_loss(folder, ids):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """The loss, and the class."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not info[kind], f"{kind}: {sorted(info[kind])[:8]}"
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0]
-    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:])))
+        logits = model.eval()(torch.tensor([ids])).logits[0]
+    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]))), type(model).__name__
 
 
 def our_loss(folder, ids):
@@ -370,9 +467,9 @@ def our_loss(folder, ids):
     return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])))
 
 
-def bring_home(folder, home, data):
-    """./train_moe --init: one step with a learning rate of 0, whose checkpoint has the same weights."""
-    return run(["./train_moe", "--init", folder, "--data", data, "--out", home, "--steps", "1", "--lr", "0", "--warmup", "0",
+def bring_home(folder, home, data, steps=1, rate=0):
+    """./train_moe --init: one step with a learning rate of 0, whose checkpoint has the same weights; or some that change them."""
+    return run(["./train_moe", "--init", folder, "--data", data, "--out", home, "--steps", str(steps), "--lr", str(rate), "--warmup", "0",
                 "--batch", "1", "--seq", "64", "--eval-tokens", "64", "--tokens", "4"])
 
 
@@ -387,13 +484,21 @@ def check_foreign(folder, data, ids, refusal):
     if out.returncode:
         return False, f"should load: {said}"
     try:
-        theirs, ours, again = their_loss(folder, ids), our_loss(folder, ids), our_loss(os.path.join(home, "latest"), ids)
+        theirs, name = their_loss(folder, ids)
+        ours, again = our_loss(folder, ids), our_loss(os.path.join(home, "latest"), ids)
+        back, same = their_loss(os.path.join(home, "latest"), ids)
+        out = bring_home(folder, home + "-on", data, 3, 0.001)
+        if out.returncode:
+            return False, f"should train: {out.stderr.decode()}"
+        trained, trained_theirs = our_loss(os.path.join(home + "-on", "latest"), ids), their_loss(os.path.join(home + "-on", "latest"), ids)
     except Exception as error:  # transformers refuses it
         return False, f"{type(error).__name__}: {str(error)[:300]}"
-    good = abs(theirs - ours) < 1e-4 and abs(theirs - again) < 1e-4
+    errors = [ours - theirs, again - theirs, back - theirs, trained_theirs[0] - trained]
+    good = max(map(abs, errors)) < 1e-5 and name == same == trained_theirs[1] and trained != ours
     if AutoTokenizer.from_pretrained(folder).get_vocab() != AutoTokenizer.from_pretrained(os.path.join(home, "latest")).get_vocab():
         return False, "the tokenizer that comes home has other tokens"
-    return good, f"loss {theirs:.6f}, ours {ours:.6f}, brought home {again:.6f}  {said.strip()}"
+    return good, (f"loss {theirs:.6f}, ours {ours:.6f}, brought home {again:.6f}, there {back:.6f} ({same}), trained {trained:.6f}, "
+                  f"there {trained_theirs[0]:.6f} ({trained_theirs[1]})  {said.strip()}")
 
 
 def change_ours(kind, model):
@@ -516,7 +621,8 @@ def main():
     parser.add_argument("--logits", metavar="PROGRAM")
     parser.add_argument("--tokenize", metavar="PROGRAM")
     parser.add_argument("--make", metavar="DIR")
-    for option in ("llama", "untied", "bfloat16", "sharded", "fused", "foreign"):
+    parser.add_argument("--kind", choices=list(KINDS))
+    for option in ("llama", "untied", "bfloat16", "float16", "sharded", "fused", "foreign"):
         parser.add_argument("--" + option, action="store_true")
     args = parser.parse_args()
     if not args.folder and not args.make and not args.foreign:

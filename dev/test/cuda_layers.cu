@@ -203,12 +203,14 @@ void check_gpu_ngrams(int N, int T, int C, int V, int rows, int order) {
 void assert_columns_alike(const char *what, const real *found, const real *wanted, size_t N, size_t ld, size_t begin,
                           size_t until);
 
-// What a layer does to qkv (N,(H+2KV)*D) between its product and attention, and the way back: norms of queries and keys,
-// and rows of the values' table. Tokens are sorted for the device by the function that sorts a batch.
-void check_gpu_qkv(int N, int H, int KV, int D, int V) {
-    int heads = H + KV, Q = (H + 2 * KV) * D, values = KV * D;
-    size_t size = (size_t)N * Q, norms = (size_t)N * heads, of_table = (size_t)V * values;
-    real *qkv = draw_normal(size), *dqkv = draw_normal(size), *w = draw_normal(2 * D), *dw = draw_normal(2 * D);
+// What a layer does to qkv (N,(H+2KV)*D) between its product and attention, and the way back: a bias, norms of queries and
+// keys, over heads or over rows, and rows of the values' table. Tokens are sorted for the device by the function that sorts a batch.
+void check_gpu_qkv(int N, int H, int KV, int D, int V, int over) {
+    int heads = H + KV, Q = (H + 2 * KV) * D, values = KV * D, DQ = over == OVER_ROW ? H * D : D, DK = over == OVER_ROW ? KV * D : D;
+    int rows = over == OVER_ROW ? 2 : heads;
+    size_t size = (size_t)N * Q, norms = (size_t)N * rows, of_table = (size_t)V * values;
+    real *qkv = draw_normal(size), *dqkv = draw_normal(size), *w = draw_normal(DQ + DK), *dw = draw_normal(DQ + DK);
+    real *bias = draw_normal(Q), *dbias = draw_normal(Q);
     real *table = draw_normal(of_table), *dtable = draw_normal(of_table);
     int *tokens = take_ints((size_t)5 * N + 1);
     for (int n = 0; n < N; n++) {
@@ -223,7 +225,8 @@ void check_gpu_qkv(int N, int H, int KV, int D, int V) {
     host->config.dim = H * D;
     host->config.heads = H;
     host->config.kv_heads = KV;
-    host->config.qk_norm = host->config.value_embedding = 1;
+    host->config.qk_norm = host->config.value_embedding = host->config.qkv_bias = 1;
+    host->config.qk_norm_over = over;
     host->config.norm_eps = 1e-5;
     host->batch.B = N;
     host->batch.T = 1;
@@ -231,12 +234,14 @@ void check_gpu_qkv(int N, int H, int KV, int D, int V) {
     host->params.layer = &params;
     host->grads.layer = &grads;
     params.q_norm = w;
-    params.k_norm = w + D;
+    params.k_norm = w + DQ;
+    params.qkv_bias = bias;
     params.value_embed = table;
     grads.q_norm = dw;
-    grads.k_norm = dw + D;
+    grads.k_norm = dw + DQ;
+    grads.qkv_bias = dbias;
     grads.value_embed = dtable;
-    host->acts.layer->raw_qk = take_reals(norms * D);
+    host->acts.layer->raw_qk = take_reals((size_t)N * heads * D);
     host->acts.layer->rstd_qk = take_reals(norms);
 
     // The same on the device.
@@ -256,38 +261,48 @@ void check_gpu_qkv(int N, int H, int KV, int D, int V) {
     there.staging = tokens;
     there.tokens = (int *)device_copy(tokens, (5 * N + 1) * sizeof(int));
     there.qk_part = (double *)device_poison(gpu::qk_sums(&there.config, N) * sizeof(double));
-    float *w_there = device_reals(w, 2 * D), *dw_there = device_reals(dw, 2 * D);
+    float *w_there = device_reals(w, DQ + DK), *dw_there = device_reals(dw, DQ + DK);
     params_there.q_norm = w_there;
-    params_there.k_norm = w_there + D;
+    params_there.k_norm = w_there + DQ;
+    params_there.qkv_bias = device_reals(bias, Q);
     params_there.value_embed = device_reals(table, of_table);
     grads_there.q_norm = dw_there;
-    grads_there.k_norm = dw_there + D;
+    grads_there.k_norm = dw_there + DQ;
+    grads_there.qkv_bias = device_reals(dbias, Q);
     grads_there.value_embed = device_reals(dtable, of_table);
-    acts.raw_qk = (gpu::floatX *)device_poison(norms * D * sizeof(gpu::floatX));
+    acts.raw_qk = (gpu::floatX *)device_poison((size_t)N * heads * D * sizeof(gpu::floatX));
     acts.rstd_qk = (float *)device_poison(norms * 4);
     gpu::floatX *qkv_there = device_low(qkv, size), *dqkv_there = device_low(dqkv, size);
 
+    gpu::qkv_bias_forward(&there, 0, qkv_there);
+    qkv_bias_forward(host, 0, qkv);
+    real *found = fetch_low(qkv_there, size);
+    assert_columns_alike("queries, keys and values with their bias", found, qkv, N, Q, 0, Q);
+    memcpy(qkv, found, size * sizeof(real)); // the sums are rounded before the norm reads them
     gpu::qk_norm_forward(&there, 0, qkv_there);
     gpu::value_embedding_forward(&there, 0, qkv_there);
     qk_norm_forward(host, 0, qkv);
     value_embedding_forward(host, 0, qkv);
-    real *found = fetch_low(qkv_there, size);
+    found = fetch_low(qkv_there, size);
     assert_columns_alike("queries and keys", found, qkv, N, Q, 0, (size_t)heads * D);
     assert_columns_alike("values", found, qkv, N, Q, (size_t)heads * D, Q);
     assert_alike("rstd of queries and keys", fetch_reals(acts.rstd_qk, norms), host->acts.layer->rstd_qk, norms, EXACT);
 
     gpu::value_embedding_backward(&there, 0, dqkv_there);
     gpu::qk_norm_backward(&there, 0, dqkv_there);
+    gpu::qkv_bias_backward(&there, 0, dqkv_there);
     assert_int_equal(read->count, there.word_count);
     value_embedding_backward(host, 0, dqkv);
     assert_int_equal(read->count, there.word_count); // the same rows
     qk_norm_backward(host, 0, dqkv);
     found = fetch_low(dqkv_there, size);
+    qkv_bias_backward(host, 0, found); // of the same rounded numbers
     assert_columns_alike("dq", found, dqkv, N, Q, 0, (size_t)H * D);
     assert_columns_alike("dk", found, dqkv, N, Q, (size_t)H * D, (size_t)heads * D);
     assert_columns_alike("dv", found, dqkv, N, Q, (size_t)heads * D, Q);
-    assert_alike("gradient of q_norm", fetch_reals(dw_there, D), dw, D, EXACT);
-    assert_alike("gradient of k_norm", fetch_reals(dw_there + D, D), dw + D, D, EXACT);
+    assert_alike("gradient of q_norm", fetch_reals(dw_there, DQ), dw, DQ, EXACT);
+    assert_alike("gradient of k_norm", fetch_reals(dw_there + DQ, DK), dw + DQ, DK, EXACT);
+    assert_alike("gradient of the bias", fetch_reals(grads_there.qkv_bias, Q), dbias, Q, EXACT);
     assert_alike("gradient of the values' table", fetch_reals(grads_there.value_embed, of_table), dtable, of_table, EXACT);
     end_layers();
 }
@@ -296,11 +311,13 @@ void test_gpu_tables_and_norms(void **state) {
     (void)state;
     layers_draw = fresh();
     const int widths[] = {8, 16, 24, 40, 64, 104, 128, 136, 256}; // two, ... 32 lanes of a head, and twice as many fours
-    for (int i = 0; i < 9; i++) {
-        check_gpu_qkv(draw(&layers_draw, 1, 20), draw(&layers_draw, 1, 4), draw(&layers_draw, 1, 2), widths[i], 10);
+    for (int i = 0; i < 18; i++) {
+        check_gpu_qkv(draw(&layers_draw, 1, 20), draw(&layers_draw, 1, 4), draw(&layers_draw, 1, 2), widths[i / 2], 10,
+                      i % 2 ? OVER_ROW : OVER_HEAD);
     }
-    check_gpu_qkv(150, 3, 1, 16, 30); // several blocks of tokens
-    check_gpu_qkv(64, 1, 1, 64, 7);
+    check_gpu_qkv(150, 3, 1, 16, 30, OVER_HEAD); // several blocks of tokens
+    check_gpu_qkv(150, 3, 1, 16, 30, OVER_ROW);
+    check_gpu_qkv(64, 1, 1, 64, 7, OVER_HEAD);
     for (int i = 0; i < 5; i++) {
         check_gpu_ngrams(12 * draw(&layers_draw, 1, 20), 12, widths[i], 9, draw(&layers_draw, 1, 40), 2 + i % 2);
     }

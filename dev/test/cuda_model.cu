@@ -310,7 +310,7 @@ void decide(Twins *t, int yes) {
 }
 
 void clear_gradients(Twins *t) {
-    memset(t->host->memory[GRADS], 0, t->host->size * sizeof(real));
+    memset(t->host->memory[GRADS], 0, trained_size(t->host) * sizeof(real));
     set_all(&gpu::backend, t->device, GRADS, t->host->memory[GRADS]);
 }
 
@@ -442,8 +442,8 @@ void check_stats(const Twins *t, double tolerance) { // after model_losses
 // tokens are drawn, with which a real fault would be there again.
 int check_gradients_alike(Twins *t, double tolerance) {
     const real *found = all_of(&gpu::backend, t->device, GRADS), *wanted = t->host->memory[GRADS];
-    double least = 0.01 * norm_of(wanted, t->host->size);
-    for (int i = 0; i < t->host->tensor_count; i++) {
+    double least = 0.01 * norm_of(wanted, gpu::train_size(t->host));
+    for (int i = first_kept(t->host, GRADS); i < t->host->tensor_count; i++) {
         const Tensor *tensor = &t->host->tensors[i];
         const real *mine = found + tensor->offset, *its = wanted + tensor->offset;
         double share = distance(mine, its, tensor->size) / fmax(norm_of(its, tensor->size), least);
@@ -644,6 +644,12 @@ void test_gpu_variants(void **state) {
         {"qwen3", "--attention-experts 3 --heads 1 --kv-heads 1 --head-width 0 --attention-aux-weight 0.5"},
         {"mh-moe", "--dim 64 --attention-experts 6 --attention-form moa --heads 2 --attention-capacity-factor 0.5"},
         {"dense", "--attention-experts 3 --attention-capacity-factor 0.5 --group sequence --dropout 0.2"},
+        {"mixtral", "--qkv-bias 1 --head-width 24 --heads 3 --kv-heads 1 --recompute 1"},
+        {"mixtral", "--qkv-bias 1 --qk-norm 1 --qk-norm-over row --heads 4 --kv-heads 2 --head-width 40 --value-embedding 1"},
+        {"dense", "--qk-norm 1 --qk-norm-over row --dense-ffn 40 --rope-scaling llama3 --rope-original 40 --rope-theta 30 --seq 33"},
+        {"mixtral", "--shared 1 --shared-gate 1"},
+        {"deepseek-v3", "--shared-gate 1 --shared-ffn 40 --activation gelu --recompute 1 --layers 3"},
+        {"mixtral", "--shared 2 --shared-gate 1 --shared-ffn 136 --dropout 0.2 --norms 0 --dim 136 --heads 1 --kv-heads 1"},
         {"mixtral", "--overflow next --capacity-factor 0.5"},
     };
     int count = (int)(sizeof(variants) / sizeof(variants[0])) - LOW; // the last one's first choices cannot be taken over
@@ -917,6 +923,8 @@ void test_gpu_generation(void **state) {
     check_gpu_generation("mixtral", "--dim 48 --heads 2 --kv-heads 1 --ffn 8 --seq 11 --untied 1");
     check_gpu_generation("deepseek-v3", "--kv-heads 4 --seq 1");
     check_gpu_generation("shazeer-lstm", "--cell 40 --seq 11");
+    check_gpu_generation("mixtral", "--qkv-bias 1 --qk-norm 1 --qk-norm-over row --head-width 24 --heads 2 --kv-heads 1 "
+                                    "--rope-scaling llama3 --rope-original 20 --rope-theta 30 --shared 1 --shared-gate 1 --seq 11");
     check_gpu_generation("fast", "--ngrams 200 --ngram-order 3 --ngram-gate 1 --seq 7");
     check_gpu_generation("dense", "--ngrams 200 --ngram-order 3 --ngram-gate 1 --last-feed 0 --seq 2");
     check_gpu_generation("mixtral", "--mixer lstm --seq 7 --shared 1");
@@ -1286,6 +1294,8 @@ void test_gpu_peak(void **state) {
     assert_string_equal(text, "40% of the data sheet's peak, 50% of the measured one");
 }
 
+#include "dev/test/cuda_adapters.h"
+
 int main(void) {
     const struct CMUnitTest tests[] = { // the first two fork, which a process that has used a GPU cannot
         cmocka_unit_test(test_gpu_no_room),
@@ -1300,6 +1310,9 @@ int main(void) {
         cmocka_unit_test(test_gpu_accumulation),
         cmocka_unit_test(test_gpu_same_bits),
         cmocka_unit_test(test_gpu_files),
+        cmocka_unit_test(test_gpu_adapters),
+        cmocka_unit_test(test_gpu_adapter_steps),
+        cmocka_unit_test(test_gpu_adapter_files),
         cmocka_unit_test(test_gpu_precision),
         cmocka_unit_test(test_gpu_init),
         cmocka_unit_test(test_gpu_memory),

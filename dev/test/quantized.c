@@ -304,7 +304,7 @@ int count_format(const char *dir, const char *kind, int format) {
     return count;
 }
 
-void make_run(void) {
+void make_small_run(void) {
     need_program();
     if (IS_PLAIN)
         skip();
@@ -315,7 +315,7 @@ void make_run(void) {
 // Each scheme: what is in the file, and that the model is still nearly the same.
 void test_quantized_program(void **state) {
     (void)state;
-    make_run();
+    make_small_run();
     double loss = evaluated("run", "");
     assert_near(loss, logged("run", "eval", 12, "val_loss"), 1e-5);
     assert_near(evaluated("run", "--eval-tokens 320"), loss, 0.1);
@@ -348,7 +348,7 @@ void test_quantized_program(void **state) {
 // What is refused, and damage of every kind.
 void test_quantized_refused(void **state) {
     (void)state;
-    make_run();
+    make_small_run();
     if (access(scratch_file("run-q8_0"), F_OK) != 0)
         expect(ask("run", "--quantize q8_0"), 0, "run-q8_0 --evaluate");
     check_leaks(0);

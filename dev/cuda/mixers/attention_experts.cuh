@@ -136,7 +136,7 @@ void own_expert_heads(Model *m, int l, int N) {
     }
     s->angles = own_floats(m, (size_t)c->seq * D);
     float *angles = (float *)allocate((size_t)c->seq * D, sizeof(float));
-    rope_angles(angles, 0, c->seq, D, c->rope_theta);
+    head_angles(c, angles, 0, c->seq);
     upload(m, s->angles, angles, (size_t)c->seq * D * sizeof(float));
     free(angles);
 }
@@ -474,7 +474,7 @@ void look_back(Model *m, int l) {
     int B = m->batch.B, T = m->batch.T, N = B * T, H = c->heads, KV = key_heads(c), D = head_width(c), lanes = lanes_of_head(D);
     if (c->qk_norm) {
         dim3 grid(blocks(N, THREADS / lanes), H + KV);
-        qk_norm_forward_kernel<<<grid, THREADS, 0, stream>>>(s->qkv, head_norms(m, l), HeadSizes{0, H, KV, D}, N, lanes,
+        qk_norm_forward_kernel<<<grid, THREADS, 0, stream>>>(s->qkv, head_norms(m, l), NormHeads{H, KV, D, D}, N, lanes,
                                                              (float)c->norm_eps);
         CHECK(cudaGetLastError());
     }
@@ -484,7 +484,7 @@ void look_back(Model *m, int l) {
     }
     if (l == 0) {
         float *angles = (float *)allocate(D, sizeof(float));
-        rope_angles(angles, m->position, 1, D, c->rope_theta);
+        head_angles(c, angles, m->position, 1);
         upload(m, s->angles, angles, (size_t)D * sizeof(float));
         free(angles);
     }

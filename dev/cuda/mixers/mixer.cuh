@@ -55,7 +55,7 @@ size_t mixer_scratch(const Config *c, int N, int train) {
 // Bytes that generation keeps of a layer: a mixer's state, or attention's keys and values of the last seq tokens.
 size_t mixer_cache(const Config *c) {
     const MixerKernels *k = mixer_kernels(c);
-    size_t keys = (size_t)c->kv_heads * (c->dim / c->heads), attention = (size_t)c->seq * 2 * keys * sizeof(floatX);
+    size_t keys = (size_t)c->kv_heads * head_width(c), attention = (size_t)c->seq * 2 * keys * sizeof(floatX);
     return ((k ? k->cache(c) : attention) + 255) / 256 * 256;
 }
 
