@@ -4,7 +4,7 @@
 #include "dev/test/trainer.h"
 #include "dev/test/model.h"
 #include "dev/test/runs.h"
-#include "dev/test/plain.h"
+#include "dev/test/few_bits.h"
 
 #ifdef PLAIN // such a program refuses blocks
 #define IS_PLAIN 1
@@ -229,38 +229,6 @@ void test_blocks_products(void **state) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A model
-
-// A model like `from` with its feed-forward matrices in blocks; `from` gets the numbers that these stand for.
-Model *put_in_blocks(Model *from, int scheme) {
-    Config c = from->config;
-    c.blocks = scheme;
-    Model *m = model_allocate(&c, from->max_tokens, 0, NULL);
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        real *numbers = from->memory[WEIGHTS] + from->tensors[i].offset;
-        if (!is_in_blocks(&c, t)) {
-            memcpy(m->memory[WEIGHTS] + t->offset, numbers, t->size * sizeof(real));
-            continue;
-        }
-        assert_int_equal(t->size, 0);
-        Blocks *b = (Blocks *)own(m, 1, sizeof(Blocks));
-        b->count = t->of_experts ? c.experts : 1;
-        b->matrix = (BlockMatrix *)own(m, (size_t)b->count, sizeof(BlockMatrix));
-        for (int e = 0; e < b->count; e++) {
-            int format = scheme == ALL_Q4_0 || (scheme == MIXED && e % 2) ? FORMAT_Q4_0 : FORMAT_Q8_0, cols = t->shape[2];
-            unsigned char row[1024], *to = (unsigned char *)own(m, (size_t)t->shape[1] * packed_bytes(format, cols), 1);
-            b->matrix[e].format = format;
-            b->matrix[e].rows = to;
-            for (int r = 0; r < t->shape[1]; r++, numbers += cols, to += packed_bytes(format, cols)) {
-                assert_true(encode_row(format, row, numbers, cols));
-                decode_row(format, numbers, row, cols);
-                pack_row(to, format, row, cols);
-            }
-        }
-        *weights_of(m, i) = as_weights(b);
-    }
-    return m;
-}
 
 // A model with blocks computes what one with the blocks' numbers does, but for the rounding of activations to 8 bits; and
 // generation is the forward pass, token by token.
