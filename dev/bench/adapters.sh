@@ -7,7 +7,7 @@ export LC_ALL=C
 
 common="--layers 2 --dim 64 --heads 4 --experts 4 --ffn 128"
 training="--seq 128 --batch 8 --warmup 20 --eval-every 0 --sample-every 0 --save-every 0 --log-every 100"
-base_steps=1500 steps=500 eval_tokens=65536
+base_steps=1200 steps=400 eval_tokens=65536
 
 . "$(dirname "$0")/data.sh" # fail, root, train, find_program, awk_number, describe_machine
 out=$root/runs/adapters from=''
@@ -96,7 +96,6 @@ kilobytes() { # $1: run. Of what was learned, in files
 }
 
 row() { # $1: run, $2: what it is, $3: old text, $4: new text
-    local before
     printf '| %s | %s | %s | %s | %s | %s |\n' "$2" "$(weights "$1")" "$(bpb "$1" "$4")" "$(bpb "$1" "$3")" \
         "$(milliseconds "$1")" "$(kilobytes "$1")"
 }

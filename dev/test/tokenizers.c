@@ -99,7 +99,7 @@ void test_tokenizers_patterns(void **state) {
 #define PREPEND      "{\"type\": \"Prepend\", \"prepend\": \"\xe2\x96\x81\"}"
 #define SENTENCE     "{\"type\": \"Sequence\", \"normalizers\": [" PREPEND ", " REPLACE "]}"
 #define NFC_SENTENCE "{\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"NFC\"}, " PREPEND ", " REPLACE "]}"
-#define ADDED(id, text, flags) "{\"id\": " id ", \"content\": \"" text "\", \"single_word\": false, " flags "}"
+#define ADDED_TOKENS(id, text, flags) "{\"id\": " id ", \"content\": \"" text "\", \"single_word\": false, " flags "}"
 #define PLAIN "\"lstrip\": false, \"rstrip\": false, \"normalized\": false, \"special\": true"
 
 typedef struct IdCase {
@@ -109,15 +109,15 @@ typedef struct IdCase {
 } IdCase;
 
 // A tokenizer of characters, as Llama 2's and Mistral's are: <unk> <s> </s>, the bytes, and a few more.
-static const char *fallback_tokenizer(const char *name, const IdCase *c) {
+static const char *sentence_tokenizer(const char *name, const IdCase *c) {
     static const char *const tokens[] = {"\xe2\x96\x81", "h", "e", "l", "o", "a", "he", "ll", "llo", "hello", "\xe2\x96\x81hello",
                                          "\xe2\x96\x81\xe2\x96\x81", "\xe2\x96\x81" "a", "\xc3\xa9", "\xe2\x96\x81h"};
     char *text = NULL;
     size_t size = 0;
     FILE *file = open_memstream(&text, &size);
     fprintf(file,
-            "{\"version\": \"1.0\", \"added_tokens\": [" ADDED("0", "<unk>", PLAIN) ", " ADDED("1", "<s>", PLAIN) ", "
-            ADDED("2", "</s>", PLAIN) "%s%s], \"normalizer\": %s, \"pre_tokenizer\": %s, \"post_processor\": {\"type\": "
+            "{\"version\": \"1.0\", \"added_tokens\": [" ADDED_TOKENS("0", "<unk>", PLAIN) ", " ADDED_TOKENS("1", "<s>", PLAIN) ", "
+            ADDED_TOKENS("2", "</s>", PLAIN) "%s%s], \"normalizer\": %s, \"pre_tokenizer\": %s, \"post_processor\": {\"type\": "
             "\"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"<s>\", \"type_id\": 0}}, {\"Sequence\": "
             "{\"id\": \"A\", \"type_id\": 0}}], \"pair\": [{\"Sequence\": {\"id\": \"A\", \"type_id\": 0}}, {\"Sequence\": "
             "{\"id\": \"B\", \"type_id\": 0}}], \"special_tokens\": {\"<s>\": {\"id\": \"<s>\", \"ids\": [1], \"tokens\": "
@@ -157,8 +157,8 @@ static void assert_encoded(Tokenizer *t, const char *text, const char *expected)
 
 void test_tokenizers_fallback(void **state) {
     (void)state;
-    static const char mask[] = ADDED("274", "<x>", "\"lstrip\": true, \"rstrip\": true, \"normalized\": false, \"special\": true");
-    static const char norm[] = ADDED("274", "a hello", "\"lstrip\": false, \"rstrip\": false, \"normalized\": true, \"special\": false");
+    static const char mask[] = ADDED_TOKENS("274", "<x>", "\"lstrip\": true, \"rstrip\": true, \"normalized\": false, \"special\": true");
+    static const char norm[] = ADDED_TOKENS("274", "a hello", "\"lstrip\": false, \"rstrip\": false, \"normalized\": true, \"special\": false");
     static const char first[] = META("first", "false"), always[] = META("always", "true"), never[] = META("never", "false");
     static const char old[] = "{\"type\": \"Metaspace\", \"replacement\": \"\xe2\x96\x81\", \"add_prefix_space\": true}";
     static const IdCase cases[] = {
@@ -189,7 +189,7 @@ void test_tokenizers_fallback(void **state) {
         {"null", never, NULL, "true", "h h", "260 259 260"},
     };
     for (int i = 0; i < COUNT(cases); i++) {
-        Tokenizer *t = tokenizer_load(fallback_tokenizer("tokenizer.json", &cases[i]));
+        Tokenizer *t = tokenizer_load(sentence_tokenizer("tokenizer.json", &cases[i]));
         assert_encoded(t, cases[i].text, cases[i].ids);
         assert_int_equal(t->eot, 2);
         assert_int_equal(t->bos, 1);
@@ -253,7 +253,7 @@ void test_tokenizers_fallback_text(void **state) {
     (void)state;
     const IdCase plain = {SENTENCE, "null", NULL, "false", "", ""};
     const char *const text = "hello \xe4\xb8\xad  a\xff\n h\xc3\xa9";
-    Tokenizer *t = tokenizer_load(fallback_tokenizer("tokenizer.json", &plain));
+    Tokenizer *t = tokenizer_load(sentence_tokenizer("tokenizer.json", &plain));
     int *ids = (int *)allocate(tokenizer_bound(t, strlen(text)), sizeof(int)), length;
     size_t count = tokenizer_encode(t, text, strlen(text), ids), n = 0;
     char back[256];
@@ -276,7 +276,7 @@ void test_tokenizers_fallback_text(void **state) {
 void test_tokenizers_fallback_long(void **state) {
     (void)state;
     const IdCase plain = {SENTENCE, "null", NULL, "false", "", ""};
-    Tokenizer *t = tokenizer_load(fallback_tokenizer("tokenizer.json", &plain));
+    Tokenizer *t = tokenizer_load(sentence_tokenizer("tokenizer.json", &plain));
     size_t n = 200000;
     char *text = (char *)allocate(n + 1, 1);
     for (size_t i = 0; i < n; i++) {
@@ -321,7 +321,7 @@ void test_tokenizers_end_of_text(void **state) {
 }
 
 static void load_fallback(void *arg) {
-    tokenizer_free(tokenizer_load(fallback_tokenizer("bad.json", (const IdCase *)arg)));
+    tokenizer_free(tokenizer_load(sentence_tokenizer("bad.json", (const IdCase *)arg)));
 }
 
 void test_tokenizers_bad(void **state) {
@@ -341,9 +341,9 @@ void test_tokenizers_bad(void **state) {
         {"null", "{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\w+\"}}", NULL, "false", "", "does not know: \\w+"},
         {"null", "{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\p{N}\"}, \"behavior\": \"Removed\"}", NULL, "false", "",
          "behavior is Removed"},
-        {"null", "null", ADDED("3", "<y>", PLAIN), "false", "", "has id"},
-        {"null", "null", ADDED("274", "hello", PLAIN), "false", "", "given twice"},
-        {"null", "null", ADDED("300", "<y>", PLAIN), "false", "", "has id 300"},
+        {"null", "null", ADDED_TOKENS("3", "<y>", PLAIN), "false", "", "has id"},
+        {"null", "null", ADDED_TOKENS("274", "hello", PLAIN), "false", "", "given twice"},
+        {"null", "null", ADDED_TOKENS("300", "<y>", PLAIN), "false", "", "has id 300"},
         {"null", "null", "{\"id\": 274, \"content\": \"<y>\", \"single_word\": true}", "false", "", "single_word"},
         {"null", "null", NULL, "1", "", "ignore_merges"},
     };
