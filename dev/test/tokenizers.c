@@ -44,6 +44,7 @@ void test_tokenizers_words(void **state) {
         {CUT_LLAMA3, CUT_NOTHING, "e|\xcc\x81| \xf0\x9f\x99\x82\xf0\x9f\x91\x8d\xf0\x9f\x8f\xbd| a"},
         {CUT_LLAMA3, CUT_NOTHING, "x|=|12|.|50|;\n|\t|\ty|++;\n"},
         {CUT_LLAMA3, CUT_NOTHING, " \n \n"},
+        {CUT_LLAMA3, CUT_NOTHING, "x|'\xc5\xbf|a| x|'S|a"},
         {CUT_QWEN2, CUT_NOTHING, "Hello| world|!!"},
         {CUT_QWEN2, CUT_NOTHING, "It|'s| WE|'LL| I|'m| they|'VE| '|\xc5\xbf| '|x| don|'t"},
         {CUT_QWEN2, CUT_NOTHING, "1|2|3|4|5|6|7| x|1|2|y| |\xc2\xb2|\xc2\xbd"},
@@ -230,6 +231,7 @@ void test_tokenizers_nfc(void **state) {
         {"a\xcc\x81\xcc\xa3", "\xe1\xba\xa1\xcc\x81"}, // the dot below comes first
         {"a\xcc\xb4\xcc\x81", "\xc3\xa1\xcc\xb4"},
         {"a\xcc\x80\xcc\x81", "\xc3\xa0\xcc\x81"},      // the second accent is blocked by the first
+        {"a\xcc\x8d\xcc\x81", "a\xcc\x8d\xcc\x81"},      // blocked by one that has no common character with the letter
         {"\xcc\x81" "a", "\xcc\x81" "a"},
         {"\xff\xcc\x81" "e\xcc\x81\xc3", "\xff\xcc\x81\xc3\xa9\xc3"},
     };
