@@ -279,7 +279,7 @@ void test_tokenizers_fallback_long(void **state) {
     (void)state;
     const IdCase plain = {SENTENCE, "null", NULL, "false", "", ""};
     Tokenizer *t = tokenizer_load(sentence_tokenizer("tokenizer.json", &plain));
-    size_t n = under_valgrind() ? 20000 : 200000;
+    size_t n = is_slow() ? 20000 : 200000;
     char *text = (char *)allocate(n + 1, 1);
     for (size_t i = 0; i < n; i++) {
         text[i] = "helo a \n"[hash64(i) % 8];
