@@ -65,6 +65,7 @@ void test_tokenizers_words(void **state) {
         {CUT_DIGITS, CUT_GPT2, "e|\xcc\x81| \xf0\x9f\x99\x82\xf0\x9f\x91\x8d\xf0\x9f\x8f\xbd| a"},
         {CUT_DIGITS, CUT_GPT2, "x|=|1|2|.|5|0|;|\n\t|\t|y|++;|\n"},
         {CUT_DIGITS, CUT_GPT2, " \n \n"},
+        {CUT_DIGITS, CUT_GPT2, "a|\xf0\x91\xb7\xa3|\xf0\x96\xbf\xb4|!\xf0\x96\xbf\xb7"},
         {CUT_NUMBERS, CUT_GPT2, "1234567| x|12|y| |\xc2\xb2\xc2\xbd"},
         {CUT_NUMBERS, CUT_GPT2, "\xe4\xb8\xad\xe6\x96\x87|\xe3\x80\x82|\xe6\x96\x87\xe5\xad\x97| \xd9\x85\xd8\xb1\xd8\xad\xd8\xa8\xd8\xa7|\xd9\xa3\xd9\xa4\xd9\xa5\xd9\xa6"},
         {CUT_NUMBERS, CUT_GPT2, "x|=|12|.|50|;|\n\t|\t|y|++;|\n"},
