@@ -112,7 +112,11 @@ def greedy(llama, ids, count):
     return out
 
 
-def check_file(path, folder, kind, texts, data):
+def mean_perplexity(logits, windows):
+    return float(np.exp(np.mean([np.log(perplexity(logits(ids), ids)) for ids in windows])))
+
+
+def check_file(path, folder, kind, texts, windows, mine):
     """One file against our model; returns what a line of the table has."""
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -132,11 +136,7 @@ def check_file(path, folder, kind, texts, data):
         assert np.isfinite(error)
         largest = max(largest, float(error))
     assert kind != "f32" or largest <= 1e-4, f"{path}: logits differ by {largest}"
-    ids = validation_ids(data, 4 * context)
-    mean = np.exp(np.mean([np.log(perplexity(their_logits(llama, ids[i:i + context]), ids[i:i + context]))
-                           for i in range(0, 4 * context, context)]))
-    mine = np.exp(np.mean([np.log(perplexity(our_logits(folder, ids[i:i + context]), ids[i:i + context]))
-                           for i in range(0, 4 * context, context)]))
+    mean = mean_perplexity(lambda ids: their_logits(llama, ids), windows)
     assert abs(mean / mine - 1) <= TYPES[kind], f"{path}: perplexity {mean}, ours {mine}"
     same = ""
     if kind == "f32":
@@ -153,10 +153,13 @@ def check(folder, data, where):
     for text in TEXTS:
         ids = our_ids(folder, text)
         texts.append((text, ids, our_logits(folder, ids[:LONGEST])))
+    ids = validation_ids(data, 4 * LONGEST)
+    windows = [ids[i:i + LONGEST] for i in range(0, len(ids), LONGEST)]
+    mine = mean_perplexity(lambda ids: our_logits(folder, ids), windows) if Llama else 0
     for kind in TYPES:
         path = os.path.join(where, f"model-{kind}.gguf")
         run("./train_moe", "--out", folder, "--export", path, "--export-type", kind)
-        print("   ", check_file(path, folder, kind, texts, data), flush=True)
+        print("   ", check_file(path, folder, kind, texts, windows, mine), flush=True)
         os.remove(path)
 
 

@@ -101,7 +101,7 @@ void test_tokenizers_patterns(void **state) {
 #define PREPEND      "{\"type\": \"Prepend\", \"prepend\": \"\xe2\x96\x81\"}"
 #define SENTENCE     "{\"type\": \"Sequence\", \"normalizers\": [" PREPEND ", " REPLACE "]}"
 #define NFC_SENTENCE "{\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"NFC\"}, " PREPEND ", " REPLACE "]}"
-#define ADDED(id, text, flags) "{\"id\": " id ", \"content\": \"" text "\", \"single_word\": false, " flags "}"
+#define ADDED_TOKENS(id, text, flags) "{\"id\": " id ", \"content\": \"" text "\", \"single_word\": false, " flags "}"
 #define PLAIN "\"lstrip\": false, \"rstrip\": false, \"normalized\": false, \"special\": true"
 
 typedef struct IdCase {
@@ -118,8 +118,8 @@ static const char *sentence_tokenizer(const char *name, const IdCase *c) {
     size_t size = 0;
     FILE *file = open_memstream(&text, &size);
     fprintf(file,
-            "{\"version\": \"1.0\", \"added_tokens\": [" ADDED("0", "<unk>", PLAIN) ", " ADDED("1", "<s>", PLAIN) ", "
-            ADDED("2", "</s>", PLAIN) "%s%s], \"normalizer\": %s, \"pre_tokenizer\": %s, \"post_processor\": {\"type\": "
+            "{\"version\": \"1.0\", \"added_tokens\": [" ADDED_TOKENS("0", "<unk>", PLAIN) ", " ADDED_TOKENS("1", "<s>", PLAIN) ", "
+            ADDED_TOKENS("2", "</s>", PLAIN) "%s%s], \"normalizer\": %s, \"pre_tokenizer\": %s, \"post_processor\": {\"type\": "
             "\"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"<s>\", \"type_id\": 0}}, {\"Sequence\": "
             "{\"id\": \"A\", \"type_id\": 0}}], \"pair\": [{\"Sequence\": {\"id\": \"A\", \"type_id\": 0}}, {\"Sequence\": "
             "{\"id\": \"B\", \"type_id\": 0}}], \"special_tokens\": {\"<s>\": {\"id\": \"<s>\", \"ids\": [1], \"tokens\": "
@@ -159,8 +159,8 @@ static void assert_encoded(Tokenizer *t, const char *text, const char *expected)
 
 void test_tokenizers_fallback(void **state) {
     (void)state;
-    static const char mask[] = ADDED("274", "<x>", "\"lstrip\": true, \"rstrip\": true, \"normalized\": false, \"special\": true");
-    static const char norm[] = ADDED("274", "a hello", "\"lstrip\": false, \"rstrip\": false, \"normalized\": true, \"special\": false");
+    static const char mask[] = ADDED_TOKENS("274", "<x>", "\"lstrip\": true, \"rstrip\": true, \"normalized\": false, \"special\": true");
+    static const char norm[] = ADDED_TOKENS("274", "a hello", "\"lstrip\": false, \"rstrip\": false, \"normalized\": true, \"special\": false");
     static const char first[] = META("first", "false"), always[] = META("always", "true"), never[] = META("never", "false");
     static const char old[] = "{\"type\": \"Metaspace\", \"replacement\": \"\xe2\x96\x81\", \"add_prefix_space\": true}";
     static const IdCase cases[] = {
@@ -344,9 +344,9 @@ void test_tokenizers_bad(void **state) {
         {"null", "{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\w+\"}}", NULL, "false", "", "does not know: \\w+"},
         {"null", "{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\p{N}\"}, \"behavior\": \"Removed\"}", NULL, "false", "",
          "behavior is Removed"},
-        {"null", "null", ADDED("3", "<y>", PLAIN), "false", "", "has id"},
-        {"null", "null", ADDED("274", "hello", PLAIN), "false", "", "given twice"},
-        {"null", "null", ADDED("300", "<y>", PLAIN), "false", "", "has id 300"},
+        {"null", "null", ADDED_TOKENS("3", "<y>", PLAIN), "false", "", "has id"},
+        {"null", "null", ADDED_TOKENS("274", "hello", PLAIN), "false", "", "given twice"},
+        {"null", "null", ADDED_TOKENS("300", "<y>", PLAIN), "false", "", "has id 300"},
         {"null", "null", "{\"id\": 274, \"content\": \"<y>\", \"single_word\": true}", "false", "", "single_word"},
         {"null", "null", NULL, "1", "", "ignore_merges"},
     };
