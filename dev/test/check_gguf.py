@@ -5,7 +5,8 @@
     python dev/test/check_gguf.py                       trains small runs on the built-in stories, one for each architecture, exports
                                                         each in every type and checks the files; needs make train_moe
                                                         data/tokenize dev/test/logits; ONLY=text picks some of the runs
-    python dev/test/check_gguf.py DIR [--data FOLDER]   the same for one checkpoint or Hugging Face directory
+    python dev/test/check_gguf.py DIR [--data FOLDER]   the same for one checkpoint or Hugging Face directory, as those that
+                                                        dev/test/check_hf.py --make DIR makes
 
 Without llama-cpp-python only the gguf package looks at the files.
 """
@@ -42,7 +43,7 @@ TEXTS = [
 LONGEST = 128  # tokens of a text whose logits are compared
 TYPES = {"f32": 1e-5, "f16": 0.005, "q8_0": 0.02, "q4_0": 0.2}  # by how much the perplexity may differ
 
-SMALL = ("--layers 2 --dim 64 --heads 4 --kv-heads 2 --ffn 64 --seq 128 --steps 200 --warmup 20 --eval-tokens 2048 --eval-every 0 "
+SMALL = ("--threads 1 --layers 2 --dim 64 --heads 4 --kv-heads 2 --ffn 64 --seq 128 --steps 200 --warmup 20 --eval-tokens 2048 --eval-every 0 "
          "--sample-every 0 --save-every 0 --tokens 20")
 RUNS = {  # the architectures of dev/export.h
     "mixtral": "",
@@ -126,7 +127,7 @@ def check_file(path, folder, kind, texts, windows, mine):
     if not Llama:
         return f"{kind:5} {architecture:11} {size:8.2f} MB, {len(reader.tensors)} tensors of {' '.join(kinds)}"
     context = max(fields[f"{architecture}.context_length"], LONGEST)
-    llama = Llama(path, n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True, verbose=False, n_threads=2, flash_attn=False,
+    llama = Llama(path, n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True, verbose=False, n_threads=1, flash_attn=False,
                   type_k=0, type_v=0)  # keys and values in float32, as here
     largest = 0.0
     for text, ids, ours in texts:
@@ -140,7 +141,9 @@ def check_file(path, folder, kind, texts, windows, mine):
     assert abs(mean / mine - 1) <= TYPES[kind], f"{path}: perplexity {mean}, ours {mine}"
     same = ""
     if kind == "f32":
-        begin = llama.tokenize(b"Once upon a time", add_bos=True, special=True)
+        begin = [llama.token_eos()] + llama.tokenize(b"Once upon a time", add_bos=False, special=True)  # as --prompt begins
+        if fields["tokenizer.ggml.add_bos_token"]:
+            assert begin == llama.tokenize(b"Once upon a time", add_bos=True, special=True)
         ours = run("./train_moe", "--out", folder, "--prompt", "Once upon a time", "--temperature", "0", "--tokens", "60").rstrip(b"\n")
         theirs = b"Once upon a time" + greedy(llama, begin, 60)
         assert ours == theirs.rstrip(b"\n"), f"{path}: greedy text {theirs!r}, ours {ours!r}"
@@ -153,8 +156,10 @@ def check(folder, data, where):
     for text in TEXTS:
         ids = our_ids(folder, text)
         texts.append((text, ids, our_logits(folder, ids[:LONGEST])))
-    ids = validation_ids(data, 4 * LONGEST)
-    windows = [ids[i:i + LONGEST] for i in range(0, len(ids), LONGEST)]
+    windows = [ids[:LONGEST] for _, ids, _ in texts]
+    if data:
+        ids = validation_ids(data, 4 * LONGEST)
+        windows = [ids[i:i + LONGEST] for i in range(0, len(ids), LONGEST)]
     mine = mean_perplexity(lambda ids: our_logits(folder, ids), windows) if Llama else 0
     for kind in TYPES:
         path = os.path.join(where, f"model-{kind}.gguf")
@@ -166,7 +171,7 @@ def check(folder, data, where):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", nargs="?")
-    parser.add_argument("--data", default="data/stories")
+    parser.add_argument("--data", help="folder whose validation tokens are read for the perplexity [the built-in texts; of runs data/stories]")
     args = parser.parse_args()
     where = tempfile.mkdtemp()
     try:
@@ -175,9 +180,9 @@ def main():
         for name, options in RUNS.items():
             if not args.folder and os.environ.get("ONLY", "") in name:
                 out = os.path.join(where, name)
-                run("./train_moe", *SMALL.split(), *options.split(), "--data", args.data, "--out", out)
+                run("./train_moe", *SMALL.split(), *options.split(), "--data", "data/stories", "--out", out)
                 print(f"{name}: {options}", flush=True)
-                check(os.path.join(out, "latest"), args.data, where)
+                check(os.path.join(out, "latest"), "data/stories", where)
     finally:
         shutil.rmtree(where)
 
