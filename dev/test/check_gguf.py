@@ -11,6 +11,7 @@
 Without llama-cpp-python only the gguf package looks at the files.
 """
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ TEXTS = [
     "caf\u00e9 na\u00efve \u65e5\u672c\u8a9e\u306e\u6587 \u0421\u043a\u0430\u0437\u043a\u0430 \u0645\u0631\u062d\u0628 "
     "\U0001f98a\U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301 \u00bd\u00b2 \u201cquoted\u201d\u2026 end  \n",
 ]
+SPACES = ["", "a", "12 345 6789", "don't DON'T we'LL", "x\n\n y\r\n  z", "a  b   c", "\t\tif (x):\n\treturn 1  # \u00e9"]
 LONGEST = 128  # tokens of a text whose logits are compared
 TYPES = {"f32": 1e-5, "f16": 0.005, "q8_0": 0.02, "q4_0": 0.2}  # by how much the perplexity may differ
 
@@ -168,6 +170,77 @@ def check(folder, data, where):
         os.remove(path)
 
 
+# ---- tokenizers in the shapes of models that exist, with the tokens of the built-in stories
+
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+         r"\s+(?!\S)|\s+")
+
+
+def byte_level(tokenizer, shape):
+    """The same tokens and merges, with texts cut as another model does."""
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": shape == "smollm"}
+    first = {"type": "Digits", "individual_digits": True}
+    if shape != "smollm":
+        pattern = WORDS % (r"\p{N}{1,3}" if shape == "llama-bpe" else r"\p{N}")
+        first = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [first, last]}
+    tokenizer["model"]["ignore_merges"] = shape == "llama-bpe"
+    return tokenizer
+
+
+def fallback(tokenizer):
+    """SentencePiece's form: characters, with bytes for those that are no token, and all merges that make a token."""
+    visible = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+    hidden = [b for b in range(256) if b not in visible]
+    of = {**{chr(b): b for b in visible}, **{chr(256 + i): b for i, b in enumerate(hidden)}}
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = special + [f"<0x{b:02X}>" for b in range(256)] + ["\u2581"]
+    tokens += [chr(b) for b in range(33, 127)] + ["\u00e9", "\u65e5"]
+    for token in tokenizer["model"]["vocab"]:
+        text = bytes(of.get(c, 0) for c in token).decode(errors="replace").replace(" ", "\u2581")
+        if len(text) > 1 and text.isprintable() and "\ufffd" not in text and text not in tokens and len(tokens) < 1900 and "<|" not in text:
+            tokens.append(text)
+    known = set(tokens[259:])
+    merges = [[t[:i], t[i:]] for t in tokens[259:] for i in range(1, len(t)) if t[:i] in known and t[i:] in known]
+    underscore = {"String": "\u2581"}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+                         for i, t in enumerate(special)],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"},
+                                                           {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+        "pre_tokenizer": None, "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": underscore, "content": " "}, {"type": "ByteFallback"},
+                                                     {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+                  "vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges},
+    }
+
+
+def check_shapes(run_folder, where):
+    """llama.cpp's ids of the texts are ours, with each shape of tokenizer."""
+    for shape in ("llama-bpe", "qwen2", "smollm", "fallback"):
+        with open("data/stories/tokenizer.json") as file:
+            tokenizer = json.load(file)
+        folder = os.path.join(where, shape)
+        os.makedirs(folder)
+        with open(os.path.join(folder, "tokenizer.json"), "w") as file:
+            json.dump(fallback(tokenizer) if shape == "fallback" else byte_level(tokenizer, shape), file)
+        with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:
+            json.dump({"eos_token": "</s>" if shape == "fallback" else END}, file)
+        path = os.path.join(folder, "model.gguf")
+        run("./train_moe", "--out", run_folder, "--export", path, "--tokenizer", os.path.join(folder, "tokenizer.json"))
+        llama = Llama(path, vocab_only=True, verbose=False)
+        count = 0
+        for text in TEXTS + SPACES:
+            text = text.replace(END, "") if shape == "fallback" else text
+            ours, theirs = our_ids(folder, text), llama.tokenize(text.encode(), add_bos=False, special=True)
+            first = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+            assert ours == theirs, f"{shape}: from id {first} on ours are {ours[first:first + 8]}, theirs {theirs[first:first + 8]}: {text[:60]!r}"
+            count += len(ours)
+        print(f"tokenizer in the shape {shape}: {count} ids, all the same", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", nargs="?")
@@ -183,6 +256,8 @@ def main():
                 run("./train_moe", *SMALL.split(), *options.split(), "--data", "data/stories", "--out", out)
                 print(f"{name}: {options}", flush=True)
                 check(os.path.join(out, "latest"), "data/stories", where)
+                if Llama and name == "mixtral":
+                    check_shapes(out, where)
     finally:
         shutil.rmtree(where)
 
