@@ -7,7 +7,7 @@ export LC_ALL=C
 
 common="--layers 2 --dim 64 --heads 4 --experts 4 --ffn 128"
 training="--seq 128 --batch 8 --warmup 20 --eval-every 0 --sample-every 0 --save-every 0 --log-every 100"
-base_steps=1200 steps=400 eval_tokens=65536
+base_steps=600 steps=200 eval_tokens=65536
 
 . "$(dirname "$0")/data.sh" # fail, root, train, find_program, awk_number, describe_machine
 out=$root/runs/adapters from=''

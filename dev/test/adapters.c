@@ -48,6 +48,7 @@ const char *const learners[][2] = {
     {"dense", "--lora 2 --lora-alpha 2 --lora-targets experts --activation gelu"},
     {"deepseek-v3", ALL_TARGETS " --shared 1"},
     {"olmoe", ALL_TARGETS " --lora-targets router"},
+    {"mixtral", ALL_TARGETS " --qkv-bias 1 --head-width 6 --shared 1 --shared-gate 1 --qk-norm 1 --qk-norm-over row"},
     {"fast", ALL_TARGETS " --optimizer adamw --ngrams 20 --ngram-gate 1"},
 };
 
