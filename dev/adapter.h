@@ -11,13 +11,14 @@
 // The base is named by its path, and by a fingerprint of its numbers: the adapter means nothing beside other ones.
 #pragma once
 #include "lora_tensors.h"
+#include "unfinished.h"
 
 #define ADAPTER_CONFIG  "adapter_config.json"
 #define ADAPTER_WEIGHTS "adapter_model.safetensors"
 #define EXACT           "weight." // prefix of the pairs beside the optimizer's moments, where the adapter's file has them divided
 
 int is_adapter(const char *dir) {
-    return has_file(dir, ADAPTER_CONFIG);
+    return has_file(dir, ADAPTER_CONFIG) || has_file(dir, ADAPTER_WEIGHTS);
 }
 
 // ---- names and orders in the file
@@ -335,6 +336,9 @@ void find_base(Run *run, const char *dir) {
         fail("%s: its base_model_name_or_path is %s, and no model is there; put it back, or write there where the model is now",
              path, run->base);
     }
+    if (is_adapter(run->base)) {
+        fail("%s: its base_model_name_or_path is %s, which is an adapter, too; write there where the whole model is", path, run->base);
+    }
     json_free(json);
     free(text);
 }
@@ -391,6 +395,10 @@ void describe_adapter(const Run *run, double total) {
         double trained = pair_numbers(run->model);
         printf("%.3f million more are trained, in pairs of rank %d beside %s: %.2f%%; the base, %s, is frozen\n", trained / 1e6,
                c->lora, c->lora_targets, 100 * trained / total, run->base);
+        const char *slash = strrchr(run->base, '/');
+        if (slash && checkpoint_step(slash + 1) >= 0) {
+            printf("the adapter needs that checkpoint: if its run goes on, it removes the old ones but for --keep, so copy it before\n");
+        }
     }
 }
 
@@ -427,21 +435,18 @@ void merge_pairs(Run *run) {
 
 // ./train_moe --out RUN --merge DIR: the model in run->model, which has been read from the adapter `from`, becomes a model of its
 // own. DIR appears when all of it is written.
-void merge_adapter(Run *run, const char *from, const char *dir) {
+void merge_adapter(Run *run, const char *from, const char *to) {
     int weights[] = {WEIGHTS};
     const char *const plain[] = {""};
-    char *list = NULL;
+    char *list = NULL, dir[4096];
     size_t size = 0;
+    without_slashes(dir, to);
     merge_pairs(run);
     make_directories(dir); // and those above it; this one is removed again, so that it appears as a whole
     if (rmdir(dir) != 0) {
         fail("%s: cannot be written anew: %s", dir, strerror(errno));
     }
-    snprintf(unfinished_path, sizeof(unfinished_path), "%.4000s.unfinished", dir);
-    remove_tree(unfinished_path);
-    if (mkdir(unfinished_path, 0777) != 0) {
-        fail("%s: cannot create: %s", unfinished_path, strerror(errno));
-    }
+    begin_unfinished(dir);
     FILE *sums = open_memory(&list, &size);
     fprintf(sums, "{");
     write_tensors(run, "model.safetensors", weights, plain, 1, sums);
@@ -456,6 +461,6 @@ void merge_adapter(Run *run, const char *from, const char *dir) {
     if (rename(unfinished_path, dir) != 0) {
         fail("%s: cannot rename to %s: %s", unfinished_path, dir, strerror(errno));
     }
-    unfinished_path[0] = 0;
+    end_unfinished();
     printf("%s and its base %s are one model now: %s\n", from, run->base, dir);
 }

@@ -251,6 +251,9 @@ const char *missing_for(const Config *c, const Option *o) {
     if (exports(c) && is_of_training(o)) {
         return "training, and --export only writes a file";
     }
+    if (c->merge[0] && is_of_training(o)) {
+        return "training, and --merge only writes a folder";
+    }
     if ((quantizes(c) || c->evaluate) && is_of_training(o) && strcmp(o->name, "eval-tokens") != 0) {
         return "training, and --quantize and --evaluate only read a model";
     }

@@ -206,10 +206,7 @@ void write_quantized(Run *run, const Plan *plan, const char *dir, const char *to
     FILE *sums = open_memory(&list, &size);
     make_directories(to); // and those above it
     rmdir(to);
-    snprintf(unfinished_path, sizeof(unfinished_path), "%s.unfinished", to);
-    if (remove_tree(unfinished_path) != 0 || mkdir(unfinished_path, 0777) != 0) {
-        fail("%s: cannot create: %s", unfinished_path, strerror(errno));
-    }
+    begin_unfinished(to);
     fprintf(sums, "{");
     write_planned(run, plan, dir, unfinished_path, sums);
     write_model_files(run, unfinished_path);
@@ -221,7 +218,7 @@ void write_quantized(Run *run, const Plan *plan, const char *dir, const char *to
     if (rename(unfinished_path, to) != 0) {
         fail("%s: cannot rename to %s: %s", unfinished_path, to, strerror(errno));
     }
-    unfinished_path[0] = 0;
+    end_unfinished();
     free(list);
 }
 
@@ -235,7 +232,7 @@ void quantize_model(Run *run, const Config *asked, const char *dir) {
         length--;
     }
     if (c->quantized[0]) {
-        snprintf(to, sizeof(to), "%s", c->quantized);
+        without_slashes(to, c->quantized);
     } else {
         snprintf(to, sizeof(to), "%.*s-%s", length, source, scheme_names[c->quantize]);
     }
