@@ -243,6 +243,9 @@ void quantize_model(Run *run, const Config *asked, const char *dir) {
     load_model(run, dir, c->quantize >= MIXED ? c->seq : 1);
     if (c->quantize >= MIXED) {
         calibrate(run, dir, few);
+        Config stored;
+        config_from_directory(&stored, dir);
+        c->eval_tokens = stored.eval_tokens; // those of the calibration are no property of the model: --evaluate reads as many as before
     }
     if (!run->tokenizer) {
         snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
