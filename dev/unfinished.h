@@ -26,7 +26,7 @@ void without_slashes(char place[4096], const char *path) {
 // without locks is taken as it is.
 int lock_folder(const char *folder, const char *place) {
     struct stat opened, named;
-    int file = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int file = open(folder, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (file < 0 && errno == ENOENT) {
         return -1;
     }
@@ -43,6 +43,27 @@ int lock_folder(const char *folder, const char *place) {
     return file;
 }
 
+// Ends the program where a folder has other things than a killed program leaves: then it is the user's.
+void check_left(const char *folder) {
+    static const char *const names[] = {"model.gguf",     "model.safetensors",     "config.json",           "tokenizer.json",
+                                        "checksums.json", "tokenizer_config.json", "generation_config.json", NULL};
+    DIR *list = find_folder(folder);
+    const char *name;
+    while (list && (name = next_name(list, folder)) != NULL) {
+        int known = 0;
+        for (int i = 0; names[i]; i++) {
+            known |= !strcmp(names[i], name);
+        }
+        if (!known) {
+            fail("%s: it is needed for what is not finished, and has %s, which this program did not leave there; rename that folder", folder,
+                 name);
+        }
+    }
+    if (list) {
+        closedir(list);
+    }
+}
+
 // Makes the folder for `place`, and writes its name to unfinished_path, so that fail() removes it.
 void begin_unfinished(const char *place) {
     char folder[4096];
@@ -52,6 +73,9 @@ void begin_unfinished(const char *place) {
     int left = lock_folder(folder, place); // by a program that was killed
     if (is_there(place)) {
         fail("%s: there is something of that name already; remove it, or give another name", place);
+    }
+    if (left >= 0) {
+        check_left(folder);
     }
     if (left >= 0 && remove_tree(folder) != 0) {
         fail("%s: cannot remove what a program that was killed has left: %s", folder, strerror(errno));

@@ -348,6 +348,15 @@ void test_merge_names(void **state) {
     expect(shell(said, sizeof(said), "%s %s", line, scratch_file("busy")), 0, "are one model now");
     assert_true(!exists("busy.unfinished"));
 
+    // What the user has under that name stays: files of another kind, and what a link leads to.
+    assert_int_equal(mkdir(scratch_file("own.unfinished"), 0777), 0);
+    put_text("own.unfinished/letter.txt", "mine");
+    expect(shell(said, sizeof(said), "%s %s", line, scratch_file("own")), 1, "own.unfinished: it is needed for what is not finished, and has letter.txt");
+    assert_int_equal(symlink("own.unfinished", scratch_file("link.unfinished")), 0);
+    expect(shell(said, sizeof(said), "%s %s", line, scratch_file("link")), 1, "link.unfinished: cannot open");
+    assert_int_equal(remove_tree(scratch_file("link.unfinished")), 0);
+    assert_true(exists("own.unfinished/letter.txt") && !exists("link.unfinished"));
+
     snprintf(change, sizeof(change), "cd %s/latest && rm checksums.json && sed -i.old 's#\"base_model_name_or_path\".*#\"base_model_name_or_path\": "
              "\"%s/latest\",#' adapter_config.json", scratch_file("named"), scratch_file("named"));
     expect(shell(said, sizeof(said), "%s", change), 0, NULL);
