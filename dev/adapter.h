@@ -433,6 +433,22 @@ void merge_pairs(Run *run) {
     free(b);
 }
 
+// What other programs know of the base besides its weights stays as it was: how a chat is written, which tokens end a text.
+void copy_base_files(const Run *run) {
+    static const char *const names[] = {"tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+                                        "chat_template.jinja"};
+    for (int i = 0; i < COUNT(names); i++) {
+        char path[4200];
+        size_t size;
+        snprintf(path, sizeof(path), "%s/%s", run->base, names[i]);
+        if (is_there(path)) {
+            char *text = read_file(path, &size);
+            write_text(unfinished_path, names[i], text, size);
+            free(text);
+        }
+    }
+}
+
 // ./train_moe --out RUN --merge DIR: the model in run->model, which has been read from the adapter `from`, becomes a model of its
 // own. DIR appears when all of it is written.
 void merge_adapter(Run *run, const char *from, const char *to) {
@@ -452,6 +468,7 @@ void merge_adapter(Run *run, const char *from, const char *to) {
     write_tensors(run, "model.safetensors", weights, plain, 1, sums);
     run->config.lora = 0;
     write_model_files(run, unfinished_path);
+    copy_base_files(run);
     write_small_checksums(sums, unfinished_path);
     fprintf(sums, "}\n");
     close_memory(sums, &list);

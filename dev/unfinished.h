@@ -45,8 +45,9 @@ int lock_folder(const char *folder, const char *place) {
 
 // Ends the program where a folder has other things than a killed program leaves: then it is the user's.
 void check_left(const char *folder) {
-    static const char *const names[] = {"model.gguf",     "model.safetensors",     "config.json",           "tokenizer.json",
-                                        "checksums.json", "tokenizer_config.json", "generation_config.json", NULL};
+    static const char *const names[] = {"model.gguf", "model.safetensors", "config.json", "tokenizer.json", "checksums.json",
+                                        "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+                                        "chat_template.jinja", NULL};
     DIR *list = find_folder(folder);
     const char *name;
     while (list && (name = next_name(list, folder)) != NULL) {

@@ -332,10 +332,12 @@ void test_merge_names(void **state) {
     expect(run_tiny("named", beside_base("--lora 2")), 0, "the adapter needs that checkpoint");
     snprintf(line, sizeof(line), "%s --out %s --merge", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe", scratch_file("named"));
     check_leaks(0);
+    put_text("base/latest/chat_template.jinja", "{{ messages }}");
     expect(shell(said, sizeof(said), "%s ''", line), 2, "--merge: the name is empty");
     expect(shell(said, sizeof(said), "%s %s --lr 0.5", line, scratch_file("lr")), 2, "--merge only writes a folder");
     expect(shell(said, sizeof(said), "%s %s//", line, scratch_file("a/slash")), 0, "are one model now");
     assert_true(exists("a/slash/checksums.json") && !exists("a/slash.unfinished"));
+    assert_same_file(scratch_file("base/latest/chat_template.jinja"), scratch_file("a/slash/chat_template.jinja"));
 
     // Another process is writing there: the test itself, which has the folder's lock.
     assert_int_equal(mkdir(scratch_file("busy.unfinished"), 0777), 0);
