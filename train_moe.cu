@@ -2253,11 +2253,11 @@ void model_update(::Model *base, int step, double lr) {
     // The norm of all gradients stays on the device: AdamW's kernels look at it.
     if (MANY) {
         norm_over_ranks(m, norm);
-    } else if (m->tables < train_size(m)) {
+    } else if (m->tables < normed_size(m)) {
         send_read_rows(m);
         norm_with_tables(m, norm);
     } else {
-        gpu::gradient_norm(norm, m->memory[GRADS], train_size(m), m->norm_part);
+        gpu::gradient_norm(norm, m->memory[GRADS], normed_size(m), m->norm_part);
     }
 
     // One kernel for each tensor that Muon leaves: simple, and nearly all the time goes to the large ones.

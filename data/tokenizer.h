@@ -249,11 +249,11 @@ size_t encode_between(const Tokenizer *t, const AddedList *list, const char *s, 
     return count;
 }
 
-// How many ids a text of `size` bytes has at most. NFC makes a character three times as long at most, and a prefix adds
-// one to each piece.
+// How many ids a text of `size` bytes has at most. NFC makes a character three times as long at most, a space becomes the
+// three bytes of "▁", and so does the prefix of each piece. A text that is one space can have six ids.
 size_t tokenizer_bound(const Tokenizer *t, size_t size) {
     const Shape *s = &t->shape;
-    return (s->nfc || s->prefix || s->spaces ? 4 : 1) * size + 1;
+    return s->nfc || s->prefix || s->spaces ? 4 * size + 2 : size + 1;
 }
 
 // Turns text of `size` bytes into ids and returns their number. The caller gives ids (tokenizer_bound).

@@ -426,36 +426,15 @@ void merge_pairs(Run *run) {
 }
 
 // ./train_moe --out RUN --merge DIR: the model in run->model, which has been read from the adapter `from`, becomes a model of its
-// own. DIR appears when all of it is written.
+// own.
 void merge_adapter(Run *run, const char *from, const char *dir) {
     int weights[] = {WEIGHTS};
     const char *const plain[] = {""};
-    char *list = NULL;
-    size_t size = 0;
+    NewModel n;
     merge_pairs(run);
-    make_directories(dir); // and those above it; this one is removed again, so that it appears as a whole
-    if (rmdir(dir) != 0) {
-        fail("%s: cannot be written anew: %s", dir, strerror(errno));
-    }
-    snprintf(unfinished_path, sizeof(unfinished_path), "%.4000s.unfinished", dir);
-    remove_tree(unfinished_path);
-    if (mkdir(unfinished_path, 0777) != 0) {
-        fail("%s: cannot create: %s", unfinished_path, strerror(errno));
-    }
-    FILE *sums = open_memory(&list, &size);
-    fprintf(sums, "{");
-    write_tensors(run, "model.safetensors", weights, plain, 1, sums);
+    begin_new_model(&n, dir);
+    write_tensors(run, "model.safetensors", weights, plain, 1, n.sums);
     run->config.lora = 0;
-    write_model_files(run, unfinished_path);
-    write_small_checksums(sums, unfinished_path);
-    fprintf(sums, "}\n");
-    close_memory(sums, &list);
-    write_text(unfinished_path, "checksums.json", list, size);
-    free(list);
-    sync_directory(unfinished_path);
-    if (rename(unfinished_path, dir) != 0) {
-        fail("%s: cannot rename to %s: %s", unfinished_path, dir, strerror(errno));
-    }
-    unfinished_path[0] = 0;
+    end_new_model(&n, run);
     printf("%s and its base %s are one model now: %s\n", from, run->base, dir);
 }

@@ -199,35 +199,17 @@ void write_planned(Run *run, const Plan *plan, const char *dir, const char *to, 
     free(header);
 }
 
-// Writes the directory, whose name it gets when it is whole.
+// Writes the new directory `to`.
 void write_quantized(Run *run, const Plan *plan, const char *dir, const char *to) {
-    char *list = NULL;
-    size_t size = 0;
-    FILE *sums = open_memory(&list, &size);
-    make_directories(to); // and those above it
-    rmdir(to);
-    snprintf(unfinished_path, sizeof(unfinished_path), "%s.unfinished", to);
-    if (remove_tree(unfinished_path) != 0 || mkdir(unfinished_path, 0777) != 0) {
-        fail("%s: cannot create: %s", unfinished_path, strerror(errno));
-    }
-    fprintf(sums, "{");
-    write_planned(run, plan, dir, unfinished_path, sums);
-    write_model_files(run, unfinished_path);
-    write_small_checksums(sums, unfinished_path);
-    fprintf(sums, "}\n");
-    close_memory(sums, &list);
-    write_text(unfinished_path, "checksums.json", list, size);
-    sync_directory(unfinished_path);
-    if (rename(unfinished_path, to) != 0) {
-        fail("%s: cannot rename to %s: %s", unfinished_path, to, strerror(errno));
-    }
-    unfinished_path[0] = 0;
-    free(list);
+    NewModel n;
+    begin_new_model(&n, to);
+    write_planned(run, plan, dir, unfinished_path, n.sums);
+    end_new_model(&n, run);
 }
 
 // --quantize: reads the model in dir and writes it with few bits.
 void quantize_model(Run *run, const Config *asked, const char *dir) {
-    char to[4096], path[4200];
+    char to[4096];
     Config *c = &run->config;
     const char *source = asked->init[0] ? asked->init : run->out;
     int length = (int)strlen(source);
@@ -248,8 +230,7 @@ void quantize_model(Run *run, const Config *asked, const char *dir) {
         calibrate(run, dir, few);
     }
     if (!run->tokenizer) {
-        snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
-        run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
+        load_own_tokenizer(run, dir);
     }
     c->blocks = run->model->config.blocks = c->quantize;
     Plan plan = make_plan(run, dir, few);

@@ -1,6 +1,6 @@
 // The checkpoints of a run: written, found again, read.
-// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which
-// includes it.
+// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log; NewModel, begin_new_model, end_new_model. Needs: dev/directory.h; Run of
+// dev/run.h, which includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
 // move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
@@ -303,6 +303,50 @@ void cut_log(const char *path, int step) {
         fail("%s: cannot shorten: %s", path, strerror(errno));
     }
     free(text);
+}
+
+// ---- a new model directory: --merge, --quantize
+
+typedef struct NewModel {
+    const char *dir; // its name, which it gets when all of it is written
+    FILE *sums;      // its checksums
+    char *list;
+    size_t size;
+} NewModel;
+
+// Begins the directory dir, which is not there yet, in a folder beside it: unfinished_path. The weights follow.
+void begin_new_model(NewModel *n, const char *dir) {
+    int length = (int)strlen(dir);
+    while (length > 1 && dir[length - 1] == '/') {
+        length--;
+    }
+    memset(n, 0, sizeof(*n));
+    n->dir = dir;
+    make_directories(dir); // and those above it; this one is removed again, so that it appears as a whole
+    if (rmdir(dir) != 0) {
+        fail("%s: cannot be written anew: %s", dir, strerror(errno));
+    }
+    snprintf(unfinished_path, sizeof(unfinished_path), "%.*s.unfinished", min_int(length, 4000), dir);
+    if (remove_tree(unfinished_path) != 0 || mkdir(unfinished_path, 0777) != 0) { // removes that of a program that was killed
+        fail("%s: cannot create: %s", unfinished_path, strerror(errno));
+    }
+    n->sums = open_memory(&n->list, &n->size);
+    fprintf(n->sums, "{");
+}
+
+// Writes what stands beside the weights, and gives the directory its name.
+void end_new_model(NewModel *n, const Run *run) {
+    write_model_files(run, unfinished_path);
+    write_small_checksums(n->sums, unfinished_path);
+    fprintf(n->sums, "}\n");
+    close_memory(n->sums, &n->list);
+    write_text(unfinished_path, "checksums.json", n->list, n->size);
+    free(n->list);
+    sync_directory(unfinished_path);
+    if (rename(unfinished_path, n->dir) != 0) {
+        fail("%s: cannot rename to %s: %s", unfinished_path, n->dir, strerror(errno));
+    }
+    unfinished_path[0] = 0;
 }
 
 #include "adapter.h" // --lora: checkpoints without the base, --merge

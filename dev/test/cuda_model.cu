@@ -442,7 +442,7 @@ void check_stats(const Twins *t, double tolerance) { // after model_losses
 // tokens are drawn, with which a real fault would be there again.
 int check_gradients_alike(Twins *t, double tolerance) {
     const real *found = all_of(&gpu::backend, t->device, GRADS), *wanted = t->host->memory[GRADS];
-    double least = 0.01 * norm_of(wanted, gpu::train_size(t->host));
+    double least = 0.01 * norm_of(wanted, gpu::normed_size(t->host));
     for (int i = first_kept(t->host, GRADS); i < t->host->tensor_count; i++) {
         const Tensor *tensor = &t->host->tensors[i];
         const real *mine = found + tensor->offset, *its = wanted + tensor->offset;
