@@ -168,7 +168,7 @@ typedef struct LayerParams {
     real *norm1;     // (C)
     real *qkv;       // ((H+2KV)*D, C)  rows of all query heads, then of the keys, then of the values
     real *qkv_bias;  // ((H+2KV)*D)     with --qkv-bias
-    real *q_norm, *k_norm; // (D)       with --qk-norm
+    real *q_norm, *k_norm; // (D)       with --qk-norm; with --qk-norm-over row (H*D) and (KV*D)
     real *value_embed; // (V, KV*D)    with --value-embedding
     real *proj;      // (C, H*D)
     real *ngram_key, *ngram_value; // (C)  with --ngram-gate

@@ -465,8 +465,13 @@ static void parse_options(Options *o, Reader *r, int argc, char **argv) {
 static void write_ends(const Tokenizer *t) {
     if (t->eot_file || t->bos >= 0) {
         printf("each document begins with %s", t->raw[t->eot]);
-        printf(t->eot_file ? " (%s says that it ends a text)" : "%s", t->eot_file ? t->eot_file : "");
-        printf(t->bos >= 0 ? " and %s\n" : "\n%s", t->bos >= 0 ? t->raw[t->bos] : "");
+        if (t->eot_file) {
+            printf(" (%s says that it ends a text)", t->eot_file);
+        }
+        if (t->bos >= 0) {
+            printf(" and %s", t->raw[t->bos]);
+        }
+        printf("\n");
         fflush(stdout);
     }
     if (!t->eot_file) {

@@ -173,7 +173,7 @@ int mixes_bits(const Config *c) {
 }
 
 int reads_weights(const Config *c) {
-    return c->resume || c->init[0] || c->prompt || exports(c) || quantizes(c) || c->evaluate;
+    return c->resume || c->init[0] || c->prompt || exports(c) || quantizes(c) || c->evaluate || c->merge[0];
 }
 
 int is_drawn(const Config *c) {
@@ -213,7 +213,7 @@ const Effect base_effects[] = {
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},
-    {"trust-weights", reads_weights, "weights to read: --resume, --init, --prompt, --evaluate or --export"},
+    {"trust-weights", reads_weights, "weights to read: --resume, --init, --prompt, --evaluate, --export, --quantize or --merge"},
     {"quantized", quantizes, "a model to write: --quantize q8_0"},
     {"few", mixes_bits, "experts of two kinds: --quantize mixed"},
     {"export-type", exports, "a file to write: --export FILE"},
@@ -250,6 +250,9 @@ const char *missing_for(const Config *c, const Option *o) {
     }
     if (exports(c) && is_of_training(o)) {
         return "training, and --export only writes a file";
+    }
+    if (c->merge[0] && is_of_training(o)) {
+        return "training, and --merge only writes a model";
     }
     if ((quantizes(c) || c->evaluate) && is_of_training(o) && strcmp(o->name, "eval-tokens") != 0) {
         return "training, and --quantize and --evaluate only read a model";

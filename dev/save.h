@@ -1,6 +1,6 @@
 // The checkpoints of a run: written, found again, read.
-// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log; NewModel, begin_new_model, end_new_model. Needs: dev/directory.h; Run of
-// dev/run.h, which includes it.
+// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log; NewModel, begin_new_model, end_new_model.
+// Needs: dev/directory.h; Run of dev/run.h, which includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
 // move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
