@@ -13,9 +13,9 @@
 //      "A.<|endoftext|>It's" -> "A."  <|endoftext|>  "It's"
 //   2. The text between them is cut into words, so that no token spans two words (data/split.h):
 //      "A." -> "A" "."          "It's" -> "It" "'s"
-//   3. Each word starts as its bytes. A list of merges, best first, tells the neighbours that may
-//      become one token. Again and again the pair of the lowest rank is merged, the leftmost if
-//      there are several, until no two neighbours are in the list.
+//   3. Each word starts as its bytes, or, as in SentencePiece, as its characters. A list of merges, best
+//      first, tells the neighbours that may become one token. Again and again the pair of the lowest
+//      rank is merged, the leftmost if there are several, until no two neighbours are in the list.
 //
 // All 256 bytes are tokens, so every text can be encoded and comes back unchanged, UTF-8 or not. Only what a
 // normalizer does first (data/normalize.h) does not come back.
