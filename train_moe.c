@@ -40,7 +40,7 @@
 // Letters, with the same meaning to the end of the file (only in chapter 3 N, T and C are those of
 // what the experts read, which with --subtokens are parts of tokens):
 //   B sequences in a batch     T tokens in a sequence     N = B*T tokens      C width of the model    V words: all tokens there are
-//   L layers                   H query heads              KV key/value heads  D = C/H width of a head (or --head-width)
+//   L layers                   H query heads              KV key/value heads  D = C/H width of a head (--head-width)
 //   E experts of a layer       K experts for each token   F width of a feed-forward layer, after its activation
 // A comment such as "x (N,C)" gives the shape of an array, row after row. The gradient of a value
 // has the value's name with a d in front: dx is the derivative of the loss with respect to x, in
