@@ -160,7 +160,7 @@ def check(folder, data, where):
         texts.append((text, ids, our_logits(folder, ids[:LONGEST])))
     windows = [ids[:LONGEST] for _, ids, _ in texts]
     if data:
-        ids = validation_ids(data, 4 * LONGEST)
+        ids = validation_ids(data, 32 * LONGEST)
         windows = [ids[i:i + LONGEST] for i in range(0, len(ids), LONGEST)]
     mine = mean_perplexity(lambda ids: our_logits(folder, ids), windows) if Llama else 0
     for kind in TYPES:
