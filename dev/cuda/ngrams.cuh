@@ -190,6 +190,9 @@ void ngram_gate_backward(Model *m, int l) {
     take_back_kernel<<<row_blocks(N), THREADS, 0, stream>>>(m->lookup->dsum, there->slopes, m->dx, x, take_args(m, l),
                                                             l < c->layers - 1);
     CHECK(cudaGetLastError());
+    if (c->lora) { // key and value are frozen
+        return;
+    }
     take_sums_kernel<<<dim3(chunks, strips), 32 * SUM_WARPS, 0, stream>>>(there->part, there->slopes, m->dx, x, take_args(m, l));
     CHECK(cudaGetLastError());
     take_weights_kernel<<<dim3(2, strips), 32 * SUM_WARPS, 0, stream>>>(dw->ngram_key, dw->ngram_value, there->part, chunks,
