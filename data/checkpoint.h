@@ -314,16 +314,17 @@ int config_from_directory(Config *c, const char *dir) {
     char *text = read_file(path, &size);
     Json *json = json_parse(text, size, path);
     config_defaults(c);
-    const Json *type = expect_member(json, "model_type", 's', path);
-    int k = find_class(type->text);
+    const Json *type = json_get(json, "model_type");
+    int k = type && type->type == 's' ? find_class(type->text) : -1;
     double vocab = k < 0 ? 32000 : model_classes[k].vocab; // where the file says nothing
-    if (json_get(json, "vocab_size")) {
+    if (json_get(json, "vocab_size") || !type) {
         vocab = expect_member(json, "vocab_size", 'i', path)->number;
     }
     if (!(vocab >= 1 && vocab <= 1 << 24)) {
         fail("%s: vocab_size %.15g is not possible", path, vocab);
     }
     c->vocab = (int)vocab;
+    type = expect_member(json, "model_type", 's', path);
     int own = json_get(json, "train_moe") != NULL;
     c->optimizer = ADAMW; // as older checkpoints have, which do not say it
     if (own) {

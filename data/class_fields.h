@@ -43,7 +43,7 @@ const TakenField taken_fields[] = {
     {"head_dim", "head-width", AS_HEAD, {"0", "0", "0", "0", "128", "0", "0", "0", "0", "0", ""}},
     {"num_local_experts", "experts", AS_NUMBER, {"8", NULL, NULL, NULL, NULL, NULL, NULL, NULL, "8", "8", NULL}},
     {"num_experts", "experts", AS_NUMBER, {"", NULL, NULL, NULL, NULL, "60", "128", "64", NULL, NULL, NULL}},
-    {"num_local_experts", "experts", AS_NUMBER, {NULL, NULL, NULL, NULL, NULL, "", "", "", NULL, NULL, NULL}},
+    {"num_local_experts", "experts", AS_NUMBER, {NULL, NULL, NULL, NULL, NULL, NULL, "", "", NULL, NULL, NULL}},
     {"num_experts_per_tok", "topk", AS_NUMBER, {"2", NULL, NULL, NULL, NULL, "4", "8", "8", "2", "2", NULL}},
     {"norm_topk_prob", "gate", AS_GATE, {NULL, NULL, NULL, NULL, NULL, "probability", "probability", "probability", NULL, NULL, NULL}},
     {"qkv_bias", "qkv-bias", AS_FLAG, {NULL, NULL, NULL, NULL, NULL, "1", NULL, NULL, NULL, NULL, NULL}},

@@ -76,12 +76,15 @@ void list_classes(char *list, size_t size) {
 
 // Do the mixtures of class k compute what those of this model do?
 int fits_experts(const Config *c, const ModelClass *k) {
-    int moe = moe_layers(c), shared = c->shared_gate ? SHARED_GATED : SHARED;
+    int moe = moe_layers(c), shared = NOT_SHARED;
+    if (c->shared) {
+        shared = c->shared_gate ? SHARED_GATED : SHARED;
+    }
     int plain = c->activation == SWIGLU && !c->mixed && c->subtokens == 1 && !c->recurrent;
     plain &= choosing_router(c) == &topk_router; // of the other routers transformers knows nothing
     plain &= c->score == SOFTMAX && c->scale == 1 && !c->bias_rate && !c->eval_capacity_factor;
     plain &= k->gate == EITHER || k->gate == c->gate;
-    plain &= k->shared == (c->shared ? shared : NOT_SHARED);
+    plain &= k->shared == shared || (k->shared == SHARED && !c->shared); // that class may have a width of 0
     if (moe < c->layers) {
         plain &= k->experts == SOME_LAYERS && (c->dense_activation == SAME || c->dense_activation == SWIGLU);
     }

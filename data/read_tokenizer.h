@@ -209,7 +209,7 @@ void read_added_tokens(Tokenizer *t, const char *path, const Json *list) {
 }
 
 // The texts of all tokens, and the table of those that the model merges, which `vocab` lists.
-void read_texts(Tokenizer *t, const char *path, const Json *vocab) {
+void read_token_texts(Tokenizer *t, const char *path, const Json *vocab) {
     int32_t byte_of[0x144];
     alphabet_bytes(byte_of);
     t->bytes = (char *)allocate(t->raws.used, 1); // no text is longer than the token in the file
@@ -440,7 +440,7 @@ Tokenizer *tokenizer_load(const char *file) {
         t->type[t->unk] = TOKEN_UNKNOWN;
     }
     t->bos = read_first_token(t, path, json_get(root, "post_processor"));
-    read_texts(t, path, vocab);
+    read_token_texts(t, path, vocab);
     char *both = (char *)allocate(t->json_size + 1, 1); // no token is longer than the file
     read_merges(t, path, merges, both);
     free(both);

@@ -134,7 +134,7 @@ static void trim_document(Reader *r, Document *d) {
 }
 
 // Opens the next file.
-static void open_text(Reader *r) {
+static void open_next_text(Reader *r) {
     const char *path = r->paths[r->next];
     r->file = fopen(path, "rb");
     if (!r->file) {
@@ -197,7 +197,7 @@ static int next_block(Reader *r) {
                 show_progress(r, 1);
                 return 0;
             }
-            open_text(r);
+            open_next_text(r);
         }
         fill_block(r);
         cut_documents(r, edge);

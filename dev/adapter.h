@@ -14,7 +14,7 @@
 
 #define ADAPTER_CONFIG  "adapter_config.json"
 #define ADAPTER_WEIGHTS "adapter_model.safetensors"
-#define EXACT           "weight." // prefix of the pairs beside the optimizer's moments, where the adapter's file has them divided
+#define WHOLE_PREFIX    "weight." // prefix of the pairs beside the optimizer's moments, where the adapter's file has them divided
 
 int is_adapter(const char *dir) {
     return has_file(dir, ADAPTER_CONFIG);
@@ -256,7 +256,7 @@ void write_adapter_config(const Run *run, const char *dir) {
 // The adapter, and its moments, into the unfinished checkpoint.
 void write_adapter(const Run *run, FILE *sums) {
     const int weights[] = {WEIGHTS}, kept[] = {MOMENT1, MOMENT2, WEIGHTS};
-    const char *const plain[] = {""}, *const kept_names[] = {"exp_avg.", "exp_avg_sq.", EXACT};
+    const char *const plain[] = {""}, *const kept_names[] = {"exp_avg.", "exp_avg_sq.", WHOLE_PREFIX};
     int folds = run->config.fold_embedding != 0; // what was divided is not the same number when it is multiplied again
     write_pairs(run, ADAPTER_WEIGHTS, 0, weights, plain, 1, sums);
     write_pairs(run, "optimizer.safetensors", 1, kept, kept_names, 2 + folds, sums);
@@ -369,7 +369,7 @@ void load_adapter(Run *run, const char *dir, int moments) {
         read_pairs(run, dir, "optimizer.safetensors", 1, MOMENT1, "exp_avg.");
         read_pairs(run, dir, "optimizer.safetensors", 1, MOMENT2, "exp_avg_sq.");
         if (run->config.fold_embedding != 0) {
-            read_pairs(run, dir, "optimizer.safetensors", 1, WEIGHTS, EXACT);
+            read_pairs(run, dir, "optimizer.safetensors", 1, WEIGHTS, WHOLE_PREFIX);
         }
     }
 }
