@@ -67,6 +67,7 @@ void open_teacher(Run *run) {
     }
     compare_with_teacher(run, c->teacher, t);
     t->teacher = "";
+    t->evaluate = 1; // it is only read, so it may have few bits
     t->seq = c->seq;
     t->batch = c->batch;
     t->precision = c->precision;

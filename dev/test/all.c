@@ -38,6 +38,9 @@
 #define main main_of_adapters
 #include "dev/test/adapters.c"
 #undef main
+#define main main_of_teacher
+#include "dev/test/teacher.c"
+#undef main
 #define main main_of_classes
 #include "dev/test/classes.c"
 #undef main
@@ -98,6 +101,7 @@ int main(void) {
         {main_of_learning, 1},
         {main_of_precision, 1},
         {main_of_adapters, 1},
+        {main_of_teacher, 1},
         {main_of_classes, 0},
         {main_of_json, 0},
         {main_of_tokenizer, 0},
