@@ -40,6 +40,7 @@ void fetch_report(Model *m) {
 void model_losses(::Model *base, double *loss, double *aux, double *norm) {
     Model *m = (Model *)base;
     fetch_report(m);
+    fetch_taught(m);
     *loss = m->host_report[TOTAL_LOSS];
     *aux = m->host_report[TOTAL_AUX];
     *norm = m->host_report[GRADIENT_NORM];
