@@ -1,154 +1,117 @@
 // A tokenizer.json as llama.cpp keeps it: keys of a GGUF file.
-// Gives: gguf_tokenizer. Needs: data/gguf.h, data/json.h, data/tokenizer.h.
+// Gives: gguf_tokenizer. Needs: data/gguf.h, data/tokenizer.h.
 //
-// llama.cpp has byte-level BPE as GPT-2 does, and calls each way to cut a text into words by a name. A file's way is one of
-// those in the table below, where the words are the same (llama-vocab.cpp has the patterns); any other is refused, since the ids
-// would be others.
+// llama.cpp has byte-level BPE as GPT-2 does, its model "gpt2", and knows by names the ways to cut a text into words. And it has
+// SentencePiece's BPE, its model "llama", where spaces are "▁" and what has no token is bytes: there each token has a score,
+// and of two neighbours that are a token together, those with the highest score go first. A tokenizer that would give other ids
+// in llama.cpp is refused, or the user is told for which texts. llama-vocab.cpp of llama.cpp has what it does.
 #pragma once
 #include "gguf.h"
-#include "json.h"
 #include "tokenizer.h"
 
-enum { GGUF_NORMAL = 1, GGUF_CONTROL = 3, GGUF_ADDED = 4, GGUF_UNUSED = 5 }; // llama.cpp's types of tokens
+enum { TOKEN_UNUSED = 5 };
 
-// What cuts texts into words: a step before (Digits, Split), and whether GPT-2's own pattern follows.
-const struct {
-    const char *step, *pattern; // the pattern of a Split; NULL: none
-    int own;                    // 1: ByteLevel with its own pattern
-    const char *name;           // llama.cpp's
-} word_cutters[] = {
-    {NULL, NULL, 1, "gpt-2"},
-    {"Digits", NULL, 1, "smollm"},
-    {"Split",
-     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|"
-     "\\s+(?!\\S)|\\s+",
-     0, "llama-bpe"},
-    {"Split",
-     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|"
-     "\\s+(?!\\S)|\\s+",
-     0, "qwen2"},
-};
-
-int is_true(const Json *object, const char *key) {
-    const Json *m = json_get(object, key);
-    return m && m->type == 't';
-}
-
-// llama.cpp's name for the pre-tokenizer of a tokenizer.json; the program ends where there is none.
-const char *cutter_name(const char *path, const Json *root) {
-    const Json *words = json_get(root, "pre_tokenizer"), *list = json_get(words, "pretokenizers");
-    const Json *first = list ? list->child : words, *last = first;
-    int steps = 0;
-    for (const Json *step = first; list && step; step = step->next) {
-        last = step;
-        steps++;
+// Ends the program where llama.cpp would cut or merge a text in another way; a remark where that comes to few texts.
+void check_gguf_tokenizer(const Tokenizer *t, const char *path) {
+    const Shape *s = &t->shape;
+    const char *pre = tokenizer_pre(t);
+    if (!pre) {
+        fail("%s: it cuts texts into words in a way for which llama.cpp has no name, so ids would be others there; --export writes "
+             "tokenizers like those of GPT-2, Llama 2, Llama 3, Qwen 2 and SmolLM",
+             path);
     }
-    const Json *before = steps == 2 ? first : NULL, *regex = json_get(before, "pattern");
-    const char *type = before ? json_get(before, "type")->text : NULL, *pattern = NULL;
-    if (json_get(regex, "Regex")) {
-        pattern = json_get(regex, "Regex")->text;
+    if (s->kind == BYTE_LEVEL && s->prefix != PREFIX_NEVER) {
+        fail("%s: it puts a space before a text (add_prefix_space), which llama.cpp does not do with byte-level tokens", path);
     }
-    int own = !json_get(last, "use_regex") || is_true(last, "use_regex");
-    int good = steps <= 2 && last && json_get(last, "type") && !strcmp(json_get(last, "type")->text, "ByteLevel");
-    good &= !type || strcmp(type, "Digits") || is_true(before, "individual_digits");
-    for (int i = 0; good && i < COUNT(word_cutters); i++) {
-        int same_step = type ? word_cutters[i].step && !strcmp(type, word_cutters[i].step) : !word_cutters[i].step;
-        int same = pattern ? word_cutters[i].pattern && !strcmp(pattern, word_cutters[i].pattern) : !word_cutters[i].pattern;
-        if (same_step && same && own == word_cutters[i].own) {
-            return word_cutters[i].name;
-        }
+    if (s->ignore_merges && (s->kind == BYTE_FALLBACK || strcmp(pre, "llama-bpe"))) {
+        fail("%s: ignore_merges is true: llama.cpp does so only where texts are cut as Llama 3 does it", path);
     }
-    fail("%s: its pre_tokenizer cuts texts in a way for which llama.cpp has no name, so it would give other ids; export knows "
-         "those of GPT-2, Llama 3, Qwen 2 and SmolLM",
-         path);
-}
-
-// Ends the program where llama.cpp would make other ids of a text.
-void check_gguf_tokenizer(const char *path, const Json *root, const char *cutter) {
-    const Json *model = json_get(root, "model");
-    if (is_true(model, "byte_fallback")) {
-        fail("%s: model's byte_fallback is true, as in Llama 2: export writes byte-level vocabularies only", path);
+    if (s->nfc) {
+        remark("%s: its normalizer is NFC, and llama.cpp has none: a text that is not in this form gets other ids there", path);
     }
-    if (is_true(model, "ignore_merges") && strcmp(cutter, "llama-bpe")) {
-        fail("%s: model's ignore_merges is true: llama.cpp does so only where the pre_tokenizer is Llama 3's", path);
-    }
-    const Json *normalizer = json_get(root, "normalizer");
-    if (normalizer && normalizer->type != '0') {
-        remark("%s: it has a normalizer, and llama.cpp has none: texts that it would change get other ids there", path);
+    if (s->kind == BYTE_FALLBACK && (s->prefix == PREFIX_MISSING || s->prefix == PREFIX_FIRST)) {
+        remark("%s: in llama.cpp a text that begins with a space, or follows a special token, also gets a space before it", path);
     }
 }
 
-// The tokens' texts and types, in lists with NULL where there is none. The texts are those of the JSON: in GPT-2's alphabet, but
-// for added tokens.
-void list_tokens(const Json *root, const Tokenizer *t, int vocab, const char **text, int *type) {
-    for (const Json *v = json_get(json_get(root, "model"), "vocab")->child; v; v = v->next) {
-        int id = (int)v->number;
-        if (id < vocab) {
-            text[id] = v->key;
-            type[id] = GGUF_NORMAL;
+// Two tokens that are a token together must be a merge, and the merges of one token must follow each other: llama.cpp knows only
+// the tokens. rank (vocab): of each token's first merge, 0: it has none.
+void check_scores(const Tokenizer *t, const char *path, const int *rank) {
+    for (int m = 2; m <= t->merge_count; m++) {
+        if (t->merges[m].id != t->merges[m - 1].id && rank[t->merges[m].id] != m) {
+            fail("%s: merge %d makes \"%s\" as merge %d does, and others stand between them: llama.cpp has one rank for a token",
+                 path, m, t->raw[t->merges[m].id], rank[t->merges[m].id]);
         }
     }
-    const Json *added = json_get(root, "added_tokens");
-    for (const Json *a = added ? added->child : NULL; a; a = a->next) {
-        int id = (int)json_get(a, "id")->number;
-        if (id < vocab) {
-            text[id] = json_get(a, "content")->text;
-            type[id] = is_true(a, "special") ? GGUF_CONTROL : GGUF_ADDED;
+    for (int id = 0; id < t->vocab; id++) {
+        const char *raw = t->raw[id];
+        size_t n = strlen(raw), length;
+        for (size_t i = 0; i < n && t->type[id] == TOKEN_NORMAL; i += length) {
+            int32_t code;
+            length = (size_t)utf8_decode(raw + i, n - i, &code);
+            int left = (int)table_get(&t->ids, raw, i) - 1, right = (int)table_get(&t->ids, raw + i, n - i) - 1;
+            int plain = i > 0 && left >= 0 && right >= 0 && t->type[left] == TOKEN_NORMAL && t->type[right] == TOKEN_NORMAL;
+            const Merge *merge = plain ? find_merge(t, left, right) : NULL;
+            if (merge && (!merge->rank || merge->id != id)) {
+                fail("%s: \"%s\" and \"%s\" are not merged, though both together are a token: llama.cpp would merge them", path,
+                     t->raw[left], t->raw[right]);
+            }
         }
-    }
-    if (t->eot >= 0 && t->eot < vocab) {
-        type[t->eot] = GGUF_CONTROL;
     }
 }
 
-// "merges": each as "left right".
-void gguf_merges(Gguf *g, const Json *merges) {
-    size_t count = 0;
-    for (const Json *m = merges->child; m; m = m->next) {
-        count++;
+// SentencePiece's scores: here the negative rank of a token's first merge. Tokens that no merge makes are characters.
+void gguf_scores(Gguf *g, const Tokenizer *t, const char *path, int vocab) {
+    int *rank = (int *)allocate((size_t)vocab, sizeof(int));
+    for (int m = t->merge_count; m > 0; m--) {
+        rank[t->merges[m].id] = m;
     }
-    gguf_list(g, "tokenizer.ggml.merges", GGUF_STRING, count);
-    for (const Json *m = merges->child; m; m = m->next) {
-        if (m->type == 's') {
-            gguf_put_text(g->keys, m->text, m->length);
-            continue;
-        }
-        const Json *left = m->child, *right = left->next;
-        gguf_put(g->keys, left->length + 1 + right->length, 8);
-        fprintf(g->keys, "%s %s", left->text, right->text);
+    check_scores(t, path, rank);
+    gguf_list(g, "tokenizer.ggml.scores", GGUF_F32, (size_t)vocab);
+    for (int i = 0; i < vocab; i++) {
+        gguf_put_number(g->keys, (float)(rank[i] ? -rank[i] : 0));
+    }
+    free(rank);
+}
+
+// Each merge as "left right", the best first.
+void gguf_merges(Gguf *g, const Tokenizer *t) {
+    gguf_list(g, "tokenizer.ggml.merges", GGUF_STRING, (size_t)t->merge_count);
+    for (int m = 1; m <= t->merge_count; m++) {
+        const char *left = t->raw[t->merges[m].left], *right = t->raw[t->merges[m].right];
+        gguf_put(g->keys, strlen(left) + 1 + strlen(right), 8);
+        fprintf(g->keys, "%s %s", left, right);
     }
 }
 
 // Writes the keys of tokenizer t, whose file is at `path`, for a model of `vocab` tokens, which may be more than the tokenizer
 // has. begin: each text begins with token bos. A text ends with token eos.
 void gguf_tokenizer(Gguf *g, const Tokenizer *t, const char *path, int vocab, int begin, int bos, int eos) {
-    Json *root = json_parse(t->json, t->json_size, path);
-    const char *cutter = cutter_name(path, root);
-    check_gguf_tokenizer(path, root, cutter);
-    const char **text = (const char **)allocate((size_t)vocab, sizeof(char *));
-    int *type = (int *)allocate((size_t)vocab, sizeof(int));
-    list_tokens(root, t, vocab, text, type);
-
-    gguf_text(g, "tokenizer.ggml.model", "gpt2");
-    gguf_text(g, "tokenizer.ggml.pre", cutter);
+    check_gguf_tokenizer(t, path);
+    gguf_text(g, "tokenizer.ggml.model", t->shape.kind == BYTE_LEVEL ? "gpt2" : "llama");
+    gguf_text(g, "tokenizer.ggml.pre", tokenizer_pre(t));
     gguf_list(g, "tokenizer.ggml.tokens", GGUF_STRING, (size_t)vocab);
     for (int i = 0; i < vocab; i++) {
         char unused[32];
         snprintf(unused, sizeof(unused), "[PAD%d]", i); // as llama.cpp's converters call them
-        const char *name = text[i] ? text[i] : unused;
+        const char *name = i < t->vocab ? t->raw[i] : unused;
         gguf_put_text(g->keys, name, strlen(name));
     }
     gguf_list(g, "tokenizer.ggml.token_type", GGUF_I32, (size_t)vocab);
     for (int i = 0; i < vocab; i++) {
-        gguf_put(g->keys, (uint64_t)(text[i] ? type[i] : GGUF_UNUSED), 4);
+        gguf_put(g->keys, i < t->vocab ? t->type[i] : (uint64_t)TOKEN_UNUSED, 4);
     }
-    gguf_merges(g, json_get(json_get(root, "model"), "merges"));
+    if (t->shape.kind == BYTE_LEVEL) {
+        gguf_merges(g, t);
+    } else {
+        gguf_scores(g, t, path, vocab);
+    }
     gguf_integer(g, "tokenizer.ggml.bos_token_id", bos);
     gguf_integer(g, "tokenizer.ggml.eos_token_id", eos);
+    if (t->unk >= 0) {
+        gguf_integer(g, "tokenizer.ggml.unknown_token_id", t->unk);
+    }
     gguf_flag(g, "tokenizer.ggml.add_bos_token", begin);
     gguf_flag(g, "tokenizer.ggml.add_eos_token", 0);
-    gguf_flag(g, "tokenizer.ggml.add_space_prefix", 0);
-    free(text);
-    free(type);
-    json_free(root);
+    gguf_flag(g, "tokenizer.ggml.add_space_prefix", t->shape.prefix != PREFIX_NEVER);
 }

@@ -326,8 +326,8 @@ void take_granite(const ConfigReader *r, Config *c) {
     for (int i = 0; i < 4; i++) {
         const Json *m = find_member(r->json, granite_factors[i]);
         factor[i] = m ? m->number : 1;
-        if (m && (m->type != 'n' || !(m->number > 0))) {
-            refuse_field(r, granite_factors[i], m, "expected a number above 0");
+        if (m && (m->type != 'n' || !(m->number >= 1e-6 && m->number <= 1e6))) {
+            refuse_field(r, granite_factors[i], m, "expected a number from 1e-6 to 1e6");
         }
     }
     if (1 << r->kind & OF_GRANITE) {
@@ -344,7 +344,7 @@ const char *act_name(const Config *c) {
 }
 
 // Experts of a class can be as many as the file says, unless the router could not learn.
-void check_experts(const ConfigReader *r, const Config *c) {
+void check_expert_fields(const ConfigReader *r, const Config *c) {
     if (r->kind == OURS || model_classes[r->kind].experts == NO_LAYERS || !moe_layers(c)) {
         return;
     }
@@ -386,7 +386,7 @@ void check_fields(const ConfigReader *r, const Config *c) {
             refuse_field(r, "layer_types", m, "each token attends to all before it here");
         }
     }
-    check_experts(r, c);
+    check_expert_fields(r, c);
 }
 
 // All fields, by the tables. What is in none of their rows is named.

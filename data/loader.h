@@ -19,7 +19,8 @@ typedef struct Shard {
     void *map;              // the mapped file
     size_t map_size;        // bytes
     struct timespec time;   // when it was last written to
-    const uint16_t *tokens; // (count), inside the map
+    const void *tokens;     // (count), inside the map: uint16_t or uint32_t
+    int width;              // bytes of a token, 2 or 4
     int count;
     long first, end; // this file's windows are first .. end - 1 of all
 } Shard;
@@ -93,10 +94,28 @@ void read_piece(int file, const char *path, size_t at, unsigned char *bytes, siz
     }
 }
 
-uint16_t highest_token(const uint16_t *tokens, size_t count) {
+// Token i of tokens of `width` bytes. One of four bytes that is no int becomes the largest that is.
+int token_at(const void *tokens, int width, size_t i) {
+    if (width == 2) {
+        return ((const uint16_t *)tokens)[i];
+    }
+    uint32_t token = ((const uint32_t *)tokens)[i];
+    return token > INT32_MAX ? INT32_MAX : (int)token;
+}
+
+int highest_token(const void *tokens, int width, size_t count) {
+    if (width == 4) {
+        uint32_t highest = 0;
+        for (size_t i = 0; i < count; i++) {
+            uint32_t token = ((const uint32_t *)tokens)[i];
+            highest = token > highest ? token : highest;
+        }
+        return token_at(&highest, 4, 0);
+    }
     uint16_t highest = 0;
     for (size_t i = 0; i < count; i++) {
-        highest = tokens[i] > highest ? tokens[i] : highest;
+        uint16_t token = ((const uint16_t *)tokens)[i];
+        highest = token > highest ? token : highest;
     }
     return highest;
 }
@@ -105,25 +124,26 @@ uint16_t highest_token(const uint16_t *tokens, size_t count) {
 // `vocab`? They are read, not looked at in the map, which would then count as this program's memory.
 void shard_check(const Shard *s, int file, int vocab, uint64_t expected) {
     const size_t most = 1 << 17; // tokens of a piece, which the processor's cache holds
-    uint16_t *piece = (uint16_t *)allocate(most, sizeof(uint16_t));
+    const size_t width = (size_t)s->width;
+    unsigned char *piece = (unsigned char *)allocate(most, width);
     Checksum sum = checksum_begin();
     size_t count = (size_t)s->count, bad = count;
     int token = 0;
     for (size_t at = 0; at < count; at += most) {
         size_t n = count - at < most ? count - at : most;
-        read_piece(file, s->path, 1024 + 2 * at, (unsigned char *)piece, 2 * n);
+        read_piece(file, s->path, 1024 + width * at, piece, width * n);
         if (expected) {
-            checksum_add(&sum, piece, 2 * n);
+            checksum_add(&sum, piece, width * n);
         }
 
         // Remember the first token that is too large. In a damaged file that is not the fault to report.
-        if (bad == count && highest_token(piece, n) >= vocab) {
+        if (bad == count && highest_token(piece, s->width, n) >= vocab) {
             size_t i = 0;
-            while (piece[i] < vocab) {
+            while (token_at(piece, s->width, i) < vocab) {
                 i++;
             }
             bad = at + i;
-            token = piece[i];
+            token = token_at(piece, s->width, i);
         }
         if (data_tick) {
             data_tick();
@@ -160,11 +180,12 @@ void shard_open(Shard *s, const char *path, int T, int vocab, int check) {
     // The header must be ours, and its number of tokens must fit the size of the file.
     int32_t header[6];
     read_piece(file, path, 0, (unsigned char *)header, sizeof(header));
-    if (header[0] != TOKENS_MAGIC || header[1] != 1) {
-        fail("%s: not a token file: expected magic %d and version 1, found %d and %d", path,
-             TOKENS_MAGIC, header[0], header[1]);
+    s->width = token_bytes(header[0], header[1]);
+    if (!s->width) {
+        fail("%s: not a token file: expected magic %d and version 1, or %d and 7; found %d and %d", path,
+             TOKENS_MAGIC, WIDE_MAGIC, header[0], header[1]);
     }
-    size_t expected = 1024 + 2 * (size_t)max_int(header[2], 0);
+    size_t expected = 1024 + (size_t)s->width * (size_t)max_int(header[2], 0);
     if (header[2] < 0 || expected != s->map_size) {
         fail("%s: damaged: the header says %d tokens, which is %zu bytes; the file has %zu", path,
              header[2], expected, s->map_size);
@@ -183,7 +204,7 @@ void shard_open(Shard *s, const char *path, int T, int vocab, int check) {
         fail("%s: cannot map: %s", path, strerror(errno));
     }
     close(file);
-    s->tokens = (const uint16_t *)((const char *)s->map + 1024);
+    s->tokens = (const char *)s->map + 1024;
 }
 
 // The names, in order, of all files of `dir` that end in .bin and are for `kind` ("train" or "val"), to
@@ -270,7 +291,7 @@ double fingerprint_data(const Data *d) {
         // The k-th sample is the same token of the file every time, and the file need not be read.
         int samples = s->count ? 4096 : 0;
         for (int k = 0; k < samples; k++) {
-            h = hash64(h ^ s->tokens[hash64((uint64_t)k) % (uint64_t)s->count]);
+            h = hash64(h ^ (uint64_t)token_at(s->tokens, s->width, hash64((uint64_t)k) % (uint64_t)s->count));
         }
     }
     return (double)(h >> 12); // 52 bits, which a double and JSON hold exactly
@@ -342,7 +363,7 @@ double *data_frequency(const Data *d, int vocab) {
         const Shard *s = &d->shards[i];
         int n = s->end > s->first ? min_int(s->count, left) : 0;
         for (int k = 0; k < n; k++) {
-            frequency[min_int(s->tokens[k], vocab - 1)] += 1;
+            frequency[min_int(token_at(s->tokens, s->width, (size_t)k), vocab - 1)] += 1;
         }
         left -= n;
     }
@@ -386,7 +407,7 @@ void data_window(const Data *d, long w, long epoch, int *inputs, int *targets) {
 
     // T + 1 tokens: all but the last are inputs, all but the first are targets.
     for (int t = 0; t <= T; t++) {
-        int token = s->tokens[start + (size_t)t];
+        int token = token_at(s->tokens, s->width, start + (size_t)t);
         if (token >= d->vocab) {
             fail_at_token(s->path, start + (size_t)t, token, d->vocab); // it changed since it was opened
         }

@@ -51,6 +51,7 @@ static void write_output(const char *name, const char *text, size_t size) {
 // The token files of one split.
 typedef struct Shards {
     const char *folder, *split;
+    int wide;        // 1: four bytes a token, not two
     FILE *file;      // the open one
     char name[64];   // its name
     Checksum sum;    // of its tokens
@@ -66,7 +67,8 @@ static void shard_name(const Shards *s, int number, char name[64]) {
 // Writes the header (data/token_file.h), its lower bytes first.
 static void write_header(Shards *s) {
     uint64_t sum = checksum_end(&s->sum);
-    const uint32_t fields[] = {TOKENS_MAGIC,  1,             (uint32_t)s->in_file,
+    const uint32_t magic = s->wide ? WIDE_MAGIC : TOKENS_MAGIC, version = s->wide ? 7 : 1;
+    const uint32_t fields[] = {magic,         version,       (uint32_t)s->in_file,
                                CHECKSUM_MARK, (uint32_t)sum, (uint32_t)(sum >> 32)};
     unsigned char bytes[1024] = {0};
     for (int i = 0; i < 4 * COUNT(fields); i++) {
@@ -93,6 +95,7 @@ static void finish_shard(Shards *s) {
 // Appends ids (count), and begins a new file when one is full.
 static void write_tokens(Shards *s, const int *ids, size_t count) {
     unsigned char bytes[4096];
+    size_t width = s->wide ? 4 : 2;
     while (count > 0) {
         if (!s->file) {
             shard_name(s, s->count++, s->name);
@@ -103,15 +106,14 @@ static void write_tokens(Shards *s, const int *ids, size_t count) {
         }
 
         // As many as fit into the buffer and into the file, the lower byte of each first.
-        size_t n = count < sizeof(bytes) / 2 ? count : sizeof(bytes) / 2;
+        size_t n = count < sizeof(bytes) / width ? count : sizeof(bytes) / width;
         size_t room = (size_t)(SHARD_TOKENS - s->in_file);
         n = n < room ? n : room;
-        for (size_t i = 0; i < n; i++) {
-            bytes[2 * i] = (unsigned char)(ids[i] & 255);
-            bytes[2 * i + 1] = (unsigned char)(ids[i] >> 8);
+        for (size_t i = 0; i < width * n; i++) {
+            bytes[i] = (unsigned char)(ids[i / width] >> 8 * (i % width));
         }
-        checksum_add(&s->sum, bytes, 2 * n);
-        if (fwrite(bytes, 2, n, s->file) != n) {
+        checksum_add(&s->sum, bytes, width * n);
+        if (fwrite(bytes, width, n, s->file) != n) {
             fail_to_write(s->name);
         }
         ids += n;

@@ -58,6 +58,7 @@ static Names list_old_files(const char *out, int warn) {
     DIR *folder = open_folder(out);
     const char *name;
     add_old_file(&old, out, "tokenizer.json");
+    add_old_file(&old, out, "tokenizer_config.json");
     while ((name = next_name(folder, out)) != NULL) {
         if (is_our_name(name)) {
             add_old_file(&old, out, name);
@@ -72,13 +73,16 @@ static Names list_old_files(const char *out, int warn) {
     return old;
 }
 
-// The new files, the tokenizer last.
-static Names list_new_files(const Shards *train, const Shards *val) {
+// The new files, the tokenizer last. has_config: is there a tokenizer_config.json?
+static Names list_new_files(const Shards *train, const Shards *val, int has_config) {
     Names fresh = {NULL, 0};
     for (int i = 0; i < train->count + val->count; i++) {
         char name[64];
         shard_name(i < train->count ? train : val, i < train->count ? i : i - train->count, name);
         add_name(&fresh, name);
+    }
+    if (has_config) {
+        add_name(&fresh, "tokenizer_config.json");
     }
     add_name(&fresh, "tokenizer.json");
     return fresh;

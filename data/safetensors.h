@@ -250,11 +250,12 @@ int read_tensor(const Safetensors *s, const char *name, const Part *p, int all, 
     from += (size_t)first * (size_t)p->cols * bytes;
     if (bytes == sizeof(real)) {
         memcpy(to, from, count * bytes);
-        return 1;
+    } else {
+        for (size_t i = 0; i < count; i++) {
+            to[i] = (real)decode_number(from + i * bytes, type);
+        }
     }
-    for (size_t i = 0; i < count; i++) {
-        to[i] = (real)decode_number(from + i * bytes, type);
-    }
+    forget_pages(from, count * bytes); // so that a large model is in memory once
     return 1;
 }
 

@@ -1,8 +1,9 @@
 // What a token file is, for the programs that write and read them.
-// Gives: TOKENS_MAGIC, CHECKSUM_MARK, REPLACED, open_folder, is_bin_name, compare_text, is_half_replaced,
+// Gives: TOKENS_MAGIC, WIDE_MAGIC, token_bytes, CHECKSUM_MARK, REPLACED, open_folder, is_bin_name, compare_text, is_half_replaced,
 // refuse_half_replaced. Needs: dev/util.h.
 // Token files are llm.c's: a header of 256 int32 (magic, version, number of tokens), then the tokens as
-// uint16, all in little-endian order. In the part of the header that llm.c leaves zero, data/tokenize
+// uint16, all in little-endian order. Where a vocabulary has more than 65,536 tokens they are uint32, behind the magic
+// and version that llm.c has for Llama 3. In the part of the header that llm.c leaves zero, data/tokenize
 // writes CHECKSUM_MARK and then, as two int32, the lower half first, the checksum (data/checksum.h) of
 // the tokens' bytes.
 //
@@ -10,11 +11,20 @@
 #pragma once
 #include "../dev/util.h"
 
-#define TOKENS_MAGIC  20240520
+#define TOKENS_MAGIC  20240520 // version 1: uint16
+#define WIDE_MAGIC    20240801 // version 7: uint32
 #define CHECKSUM_MARK 0x6d757363 // "csum"
 
 // The folder in such a folder where data/tokenize keeps the old files while new ones take their places.
 #define REPLACED "replaced-tokens"
+
+// The bytes of a token in a file whose header begins so; 0 if it is no token file.
+int token_bytes(int32_t magic, int32_t version) {
+    if (magic == WIDE_MAGIC && version == 7) {
+        return 4;
+    }
+    return magic == TOKENS_MAGIC && version == 1 ? 2 : 0;
+}
 
 // Opens a folder, which has to be there.
 DIR *open_folder(const char *dir) {

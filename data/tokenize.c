@@ -319,15 +319,15 @@ static void encode_documents(Reader *r, const Tokenizer *t, Shards *train, Shard
     }
 
     int *ids = NULL;
-    size_t allocated = 0;
+    size_t allocated = 0, each = tokenizer_bound(t, 1) - 1;
     rewind_reader(r, "encoding");
     while (next_block(r)) {
-        // The ids of a document begin at the same index as its bytes. The encoder asks for one id
-        // more than there are bytes: that is the separator's index, or the one added here.
+        // The ids of a document begin at the index of its bytes, times `each` where a byte may become several ids. The
+        // encoder asks for one id more than that: it is at the separator's index, or the one added here.
         if (r->allocated > allocated) {
             free(ids);
             allocated = r->allocated;
-            ids = (int *)allocate(allocated + 1, sizeof(int));
+            ids = (int *)allocate(tokenizer_bound(t, allocated), sizeof(int));
         }
 
         // A thread has a tokenizer of its own, because encoding writes to the cache.
@@ -335,16 +335,17 @@ static void encode_documents(Reader *r, const Tokenizer *t, Shards *train, Shard
         for (int64_t i = 0; i < (int64_t)r->count; i++) {
             Document *d = &r->documents[i];
             Tokenizer *own = mine[thread_number()];
-            d->ids = tokenizer_encode(own, r->bytes + d->start, d->length, ids + d->start);
+            d->ids = tokenizer_encode(own, r->bytes + d->start, d->length, ids + each * d->start);
         }
 
-        // Each document begins with <|endoftext|>.
+        // Each document begins with <|endoftext|>, and with the token that begins a text where there is one.
         int64_t for_training = training_documents(r);
         for (int64_t i = 0; i < (int64_t)r->count; i++) {
             const Document *d = &r->documents[i];
             Shards *s = i < for_training ? train : val;
             write_tokens(s, &t->eot, 1);
-            write_tokens(s, ids + d->start, d->ids);
+            write_tokens(s, &t->bos, t->bos >= 0);
+            write_tokens(s, ids + each * d->start, d->ids);
             s->documents++;
             s->bytes += (int64_t)d->length;
         }
@@ -384,7 +385,7 @@ static void print_help(void) {
            "validation text the last hundredth of the documents becomes it.\n\n"
            "  --out DIR         where to write tokenizer.json, train_000000.bin ..., val_000000.bin ...\n"
            "  --vocab N         train a byte-level BPE vocabulary of N tokens, 257 to 65536 (default 4096)\n"
-           "  --tokenizer FILE  use this tokenizer.json (byte-level BPE, such as GPT-2's)\n"
+           "  --tokenizer FILE  use this tokenizer.json, or that of a model's folder (BPE, such as GPT-2's, Llama's, Qwen's)\n"
            "  --clean           repair mojibake, carriage returns, blank lines and stray separators; drop what ends\n"
            "                    in the middle of a sentence\n"
            "  --ids             print the ids of the text as it is, one line a file; - reads standard input\n"
@@ -459,6 +460,26 @@ static void parse_options(Options *o, Reader *r, int argc, char **argv) {
     }
 }
 
+// Where another file than tokenizer.json says which token ends a text, a tokenizer_config.json hands it on to those who
+// read the output folder.
+static void write_ends(const Tokenizer *t) {
+    if (!t->eot_file) {
+        return;
+    }
+    char *text = NULL;
+    size_t size;
+    FILE *memory = open_memory(&text, &size);
+    fprintf(memory, "{\n  \"eos_token\": ");
+    json_write_string(memory, t->raw[t->eot], strlen(t->raw[t->eot]));
+    fprintf(memory, "\n}\n");
+    close_memory(memory, &text);
+    write_output("tokenizer_config.json", text, size);
+    free(text);
+    printf("each document begins with %s (%s says that it ends a text)", t->raw[t->eot], t->eot_file);
+    printf(t->bos >= 0 ? " and %s\n" : "\n", t->bos >= 0 ? t->raw[t->bos] : "");
+    fflush(stdout);
+}
+
 // --ids: prints the ids of each text as it is, one line a file.
 static void print_ids(const char *tokenizer, char **paths, int count) {
     Tokenizer *t = tokenizer_load(tokenizer);
@@ -466,7 +487,7 @@ static void print_ids(const char *tokenizer, char **paths, int count) {
         size_t size;
         int is_input = strcmp(paths[i], "-") == 0;
         char *text = is_input ? read_stream(stdin, "standard input", &size) : read_file(paths[i], &size);
-        int *ids = (int *)allocate(size + 1, sizeof(int));
+        int *ids = (int *)allocate(tokenizer_bound(t, size), sizeof(int));
         size_t n = tokenizer_encode(t, text, size, ids);
         for (size_t k = 0; k < n; k++) {
             printf(k ? " %d" : "%d", ids[k]);
@@ -583,10 +604,6 @@ int main(int argc, char **argv) {
     // Find every mistake that can be found before the output folder is touched.
     int all_train = check_texts(&r) == r.path_count; // no validation file
     Tokenizer *t = o.tokenizer ? tokenizer_load(o.tokenizer) : NULL;
-    if (t && t->vocab > 65536) {
-        fail("%s: %d tokens, but a token file holds numbers up to 65535 only", o.tokenizer,
-             t->vocab);
-    }
     prepare_output(o.out);
 
     // Set documents aside for validation, then make the vocabulary from the others.
@@ -595,13 +612,15 @@ int main(int argc, char **argv) {
     }
     if (t) {
         write_output("tokenizer.json", t->json, t->json_size); // byte for byte
+        write_ends(t);
     } else {
         t = train_tokenizer(&r, o.vocab ? o.vocab : 4096);
     }
 
     // Encode all documents. Only then do the files get their names.
-    Shards train = {o.out, "train", NULL, "", checksum_begin(), 0, 0, 0, 0, 0};
-    Shards val = {o.out, "val", NULL, "", checksum_begin(), 0, 0, 0, 0, 0};
+    int wide = t->vocab > 65536;
+    Shards train = {o.out, "train", wide, NULL, "", checksum_begin(), 0, 0, 0, 0, 0};
+    Shards val = {o.out, "val", wide, NULL, "", checksum_begin(), 0, 0, 0, 0, 0};
     encode_documents(&r, t, &train, &val);
     finish_shard(&train);
     finish_shard(&val);
@@ -609,7 +628,7 @@ int main(int argc, char **argv) {
         fail("%s: no document for %s", r.paths[0], train.tokens ? "validation" : "training");
     }
     Names old = list_old_files(o.out, 1);
-    Names fresh = list_new_files(&train, &val);
+    Names fresh = list_new_files(&train, &val, t->eot_file != NULL);
     replace_files(o.out, &old, &fresh);
     print_result(&r, &train, &val);
     free_names(&old);

@@ -284,13 +284,6 @@ void read_pairs(Run *run, const char *dir, const char *name, int whole, int what
     free(parts);
 }
 
-void refuse_device(const Run *run) {
-    if (strcmp(run->backend->name, "cpu")) {
-        usage_fail("--lora: low-rank pairs are not computed on this device (%s) yet; ./train_moe does it on the CPU",
-                   run->backend->name);
-    }
-}
-
 // The base that an adapter names, and its fingerprint.
 void find_base(Run *run, const char *dir) {
     char path[4200];
@@ -317,7 +310,6 @@ void find_base(Run *run, const char *dir) {
 
 // The base and the adapter in dir, with `moments` those of the optimizer, too.
 void load_adapter(Run *run, const char *dir, int moments) {
-    refuse_device(run);
     find_base(run, dir);
     load_weights(run, run->base, 0);
     uint64_t found = base_fingerprint(run);

@@ -163,8 +163,8 @@ void generate(Run *run, const char *prompt, size_t size, FILE *to) {
     const Config *c = &run->config;
     const Tokenizer *t = run->tokenizer;
     size_t count = 0;
-    int *ids = (int *)allocate(size + 2, sizeof(int)), position = 0;
-    ids[count++] = t->eot;
+    int *ids = (int *)allocate(tokenizer_bound(t, size) + 1, sizeof(int)), position = 0;
+    ids[count++] = t->bos < 0 ? t->eot : t->bos;
     count += tokenizer_encode(run->tokenizer, prompt, size, ids + count);
     real *logits = allocate_reals(c->vocab);
     uint64_t stream = random_stream((uint64_t)c->seed, RANDOM_SAMPLE, 0, 0);
@@ -185,7 +185,8 @@ void generate(Run *run, const char *prompt, size_t size, FILE *to) {
         if (id == t->eot) {
             break;
         }
-        fwrite(t->text[id], 1, (size_t)t->length[id], to);
+        int skip = t->shape.strip && !size && !made && t->length[id] && *t->text[id] == ' ';
+        fwrite(t->text[id] + skip, 1, (size_t)(t->length[id] - skip), to);
         fflush(to);
         ids[0] = id;
     }

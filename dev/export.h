@@ -376,28 +376,25 @@ void write_pieces(Export *x, const Model *m, const char *dir) {
 
 // ---- the whole
 
-// With which tokens texts begin and end, and whether each begins with one: as config.json and tokenizer.json say. Our own models
-// have read <|endoftext|> before each text, and --prompt gives it to them too.
+// With which tokens texts begin and end, and whether each begins with one. Our own models have read the token that ends a text
+// before each text, and --prompt gives it to them, too; those of others say it in config.json and tokenizer.json.
 void write_tokenizer_keys(Gguf *g, const Tokenizer *t, const Config *c, const char *dir, const char *tokenizer) {
     char path[4200];
     size_t size;
     snprintf(path, sizeof(path), "%s/config.json", dir);
     char *text = read_file(path, &size);
-    Json *json = json_parse(text, size, path), *root = json_parse(t->json, t->json_size, tokenizer);
+    Json *json = json_parse(text, size, path);
     const char *const names[] = {"bos_token_id", "eos_token_id"};
-    int ids[2] = {t->eot, t->eot};
-    for (int i = 0; i < 2; i++) {
+    int own = json_get(json, "train_moe") != NULL, ids[2] = {t->bos < 0 || own ? t->eot : t->bos, t->eot};
+    for (int i = 0; i < 2 && !own; i++) {
         const Json *id = json_get(json, names[i]);
         id = id && id->type == 'a' ? id->child : id; // the first of several
         if (id && id->type == 'n' && id->number >= 0 && id->number < c->vocab) {
             ids[i] = (int)id->number;
         }
     }
-    const Json *pattern = json_get(json_get(root, "post_processor"), "single");
-    int begins = json_get(json, "train_moe") || (pattern && json_get(pattern->child, "SpecialToken"));
-    gguf_tokenizer(g, t, tokenizer, c->vocab, begins, ids[0], ids[1]);
+    gguf_tokenizer(g, t, tokenizer, c->vocab, own || t->bos >= 0, ids[0], ids[1]);
     json_free(json);
-    json_free(root);
     free(text);
 }
 
@@ -408,24 +405,14 @@ const char *last_name(const char *path) {
 }
 
 // ./train_moe --export FILE: the model in run->out, or in --init, as a GGUF file.
-void export_model(Run *run, const Config *asked) {
-    char dir[4096], path[4200];
+// window: the length of attention's sliding window, 0: none.
+void export_model(Run *run, const Config *asked, const char *dir, int window) {
+    char path[4200];
     Config *c = &run->config;
     Export x;
     Model m;
     memset(&x, 0, sizeof(x));
     memset(&m, 0, sizeof(m));
-    snprintf(dir, sizeof(dir), "%s", asked->init[0] ? model_directory(asked->init) : run->out);
-    if (!has_file(dir, "config.json") && !find_checkpoint(run->out, 0, dir)) {
-        fail("%s: no checkpoint there to export; train first, or name a run with --out", run->out);
-    }
-    check_small_files(dir);
-    int window = config_from_directory(c, dir);
-    const Config before = *c;
-    join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
-    refuse_idle_options(c, &before);
-    c->batch = 1; // the saved one is that of all processes
-    config_check(c);
     x.config = c;
     x.format = c->export_type;
     x.architecture = find_architecture(c, dir);

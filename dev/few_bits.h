@@ -1,5 +1,5 @@
-// Models with few bits: --quantize writes them, --evaluate measures a model, and both, like --prompt, read one.
-// Gives: load_model, quantize_model, evaluate_model. Needs: dev/quantized.h; Run of dev/run.h, which includes it.
+// --quantize: writes a model with few bits.
+// Gives: quantize_model. Needs: dev/open_model.h; Run of dev/run.h.
 //
 // --quantize q8_0 and q4_0 give all feed-forward matrices 8 or 4 bits. With mixed the experts that a calibration text chooses
 // rarely get 4 bits and the others 8: --few says which share of each layer's experts. What a rare expert computes worse, few
@@ -7,130 +7,7 @@
 // bits in both. The calibration text is --eval-tokens of the training tokens in --data, so that the validation tokens, by which
 // the result is judged, have no part in the choice.
 #pragma once
-#include "quantized.h"
-
-// --quantize and --evaluate do one thing and nothing else.
-void refuse_others(const Config *asked) {
-    const char *const mine = asked->quantize ? "quantize" : "evaluate";
-    if ((asked->quantize && asked->evaluate) || asked->prompt || asked->resume || asked->export_to[0]) {
-        usage_fail("--%s does nothing else: give it without --prompt, --resume, --export%s", mine,
-                   asked->quantize ? " and --evaluate" : "");
-    }
-    if (ranks.size > 1) {
-        usage_fail("--%s: one process does it; start it without mpirun", mine);
-    }
-}
-
-// ---- reading
-
-// The folder of the model that --init or --out names, and what it says.
-void find_model(Run *run, const Config *asked, const char *purpose, char dir[4096]) {
-    Config *c = &run->config;
-    snprintf(dir, 4096, "%s", asked->init[0] ? model_directory(asked->init) : run->out);
-    if (!has_file(dir, "config.json") && !find_checkpoint(run->out, 0, dir)) {
-        fail("%s: no checkpoint there to %s; train first, or name a run with --out", run->out, purpose);
-    }
-    check_small_files(dir);
-    config_from_directory(c, dir);
-    const Config before = *c;
-    join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
-    refuse_idle_options(c, &before);
-    c->batch = 1; // the saved one is that of all processes
-    config_check(c);
-    c->data = !c->data[0] ? "data/stories" : c->data; // a model that was not trained here
-}
-
-// Reads a model in blocks. Returns the bytes of the blocks in memory.
-size_t load_quantized(Run *run, const char *dir) {
-    Model *m = run->model;
-    const char *const prefix[] = {""};
-    int count;
-    Part *parts = parts_to_read(m, &count);
-    real *tensor = allocate_tensor(m);
-    size_t before = m->bytes[FOR_WEIGHTS];
-    WeightFiles files;
-    open_weights(&files, dir, "model.safetensors", 1);
-    const Part *p = parts;
-    for (int i = 0; i < m->tensor_count; i++) {
-        if (is_in_blocks(&m->config, &m->tensors[i])) {
-            p += load_blocks(m, i, &files, p, (int)(parts + count - p));
-            continue;
-        }
-        for (; p < parts + count && p->tensor == i; p++) {
-            check_read(read_part(&files, "", p, tensor + p->offset), "", p, tensor + p->offset);
-        }
-        run->backend->write(m, WEIGHTS, i, tensor);
-    }
-    check_tensors(&files, &run->config, parts, count, prefix, 1);
-    close_weights(&files);
-    free(tensor);
-    free(parts);
-    return m->bytes[FOR_WEIGHTS] - before;
-}
-
-// The model in dir, for so many tokens at once. Returns the bytes of its blocks, 0 where it has none.
-size_t load_model(Run *run, const char *dir, int tokens) {
-    const Config *c = &run->config;
-    if (c->blocks && run->backend != &cpu_backend) {
-        fail("%s: its weights have few bits (%s), which this program cannot multiply on a GPU; ./train_moe does, on the CPU", dir,
-             scheme_names[c->blocks]);
-    }
-#ifdef PLAIN
-    if (c->blocks) {
-        fail("%s: its weights have few bits (%s), and a program of plain loops (PLAIN=1) cannot multiply them; make train_moe "
-             "builds one that can",
-             dir, scheme_names[c->blocks]);
-    }
-#endif
-    run->model = run->backend->create(c, tokens, 0, NULL);
-    if (c->blocks) {
-        return load_quantized(run, dir);
-    }
-    load_weights(run, dir, 0);
-    return 0;
-}
-
-// Memory for the windows of one of the run's texts, "train" or "val".
-void open_text(Run *run, const char *kind) {
-    const Config *c = &run->config;
-    run->val = data_open(c->data, kind, c->seq, c->vocab, (uint64_t)c->seed);
-    run->inputs = (int *)allocate((size_t)c->seq, sizeof(int));
-    run->targets = (int *)allocate((size_t)c->seq, sizeof(int));
-}
-
-void close_model(Run *run) {
-    run->backend->release(run->model);
-    tokenizer_free(run->tokenizer);
-    if (run->val) {
-        data_close(run->val);
-    }
-    free(run->inputs);
-    free(run->targets);
-}
-
-// ---- --evaluate
-
-// Prints the loss of a model on the validation tokens of its data, or of --data, as the last evaluation of its run did.
-void evaluate_model(Run *run, const Config *asked) {
-    char dir[4096], error[32], errors[64] = "";
-    Config *c = &run->config;
-    find_model(run, asked, "evaluate", dir);
-    load_tokenizer(run, dir);
-    compare_tokenizers(run, dir);
-    compare_tokenizers(run, c->data);
-    open_text(run, "val");
-    size_t blocks = load_model(run, dir, c->seq);
-    Evaluation e = evaluate(run, evaluation_windows(run, !asked->given[find_option("eval-tokens")]));
-    if (isfinite(e.bpb_error)) {
-        snprintf(errors, sizeof(errors), ", standard error %s", error_text(e.bpb_error, error));
-    }
-    printf("%s, %s%s%s: validation loss %.5f nats per token, %.5f bits per byte%s, from %s%.0f tokens of %s\n", dir, c->recipe,
-           c->blocks ? ", " : "", c->blocks ? scheme_names[c->blocks] : "", e.loss, e.bpb, errors,
-           e.windows == run->val->windows ? "all " : "", (double)e.windows * c->seq, c->data);
-    double numbers = (double)run->model->size * sizeof(real) / 1048576, few = (double)blocks / 1048576;
-    printf("weights in memory: %.2f MiB, of which %.2f MiB are blocks of few bits\n", numbers + few, few);
-    close_model(run);
-}
+#include "open_model.h"
 
 // ---- which experts have 4 bits
 
@@ -348,18 +225,20 @@ void write_quantized(Run *run, const Plan *plan, const char *dir, const char *to
     free(list);
 }
 
-// --quantize: reads a model and writes it with few bits.
-void quantize_model(Run *run, const Config *asked) {
-    char dir[4096], to[4096], path[4200];
+// --quantize: reads the model in dir and writes it with few bits.
+void quantize_model(Run *run, const Config *asked, const char *dir) {
+    char to[4096], path[4200];
     Config *c = &run->config;
-    find_model(run, asked, "quantise", dir);
     const char *source = asked->init[0] ? asked->init : run->out;
     int length = (int)strlen(source);
     while (length > 1 && source[length - 1] == '/') {
         length--;
     }
-    snprintf(to, sizeof(to), "%.*s-%s", length, source, scheme_names[c->quantize]);
-    snprintf(to, sizeof(to), "%s", c->quantized[0] ? c->quantized : copy_text(to));
+    if (c->quantized[0]) {
+        snprintf(to, sizeof(to), "%s", c->quantized);
+    } else {
+        snprintf(to, sizeof(to), "%.*s-%s", length, source, scheme_names[c->quantize]);
+    }
     if (is_there(to)) {
         usage_fail("%s is there already: remove it, or name another folder by --quantized", to);
     }
@@ -375,12 +254,13 @@ void quantize_model(Run *run, const Config *asked) {
     c->blocks = run->model->config.blocks = c->quantize;
     Plan plan = make_plan(run, dir, few);
     write_quantized(run, &plan, dir, to);
+    char *name = quote_for_shell(to);
     printf("%s is %s with few bits: %.0f weights in %.2f MiB, %.2f bits each, instead of %.2f MiB; the other %.0f take %.2f MiB as "
            "before. What next:\n"
            "  ./%s --out %s --evaluate\n  ./%s --out %s --prompt \"Once upon a time\"\n",
            to, dir, plan.numbers[0], plan.bytes[0] / 1048576, 8 * plan.bytes[0] / plan.numbers[0],
-           plan.numbers[0] * sizeof(real) / 1048576, plan.numbers[1], plan.bytes[1] / 1048576, program_name, quote_for_shell(to),
-           program_name, quote_for_shell(to));
+           plan.numbers[0] * sizeof(real) / 1048576, plan.numbers[1], plan.bytes[1] / 1048576, program_name, name, program_name, name);
+    free(name);
     free(plan.parts);
     free(plan.format);
     free(few);

@@ -1,6 +1,6 @@
 // What differs between compilers, C libraries and systems, in one place.
 // Gives: large files on 32 bits; a refusal of compilers and flags that compute something else; file_time,
-// ask_large_pages, begin_again, name_of_processor. Needs: nothing. dev/util.h includes it before all else.
+// ask_large_pages, forget_pages, begin_again, name_of_processor. Needs: nothing. dev/util.h includes it before all else.
 // The rest of the C sources is C11 and POSIX 2008 with GCC's and Clang's extensions, and a few calls that
 // glibc, musl and macOS have besides: flock, getopt_long, memmem, TIOCGWINSZ. `make test_posix` holds them to it.
 #pragma once
@@ -69,6 +69,18 @@ void ask_large_pages(void *p, size_t size) {
     size_t page = 4096, skip = (page - (size_t)p % page) % page;
     if (size >= 1 << 22) {
         madvise((char *)p + skip, (size - skip) / page * page, MADV_HUGEPAGE);
+    }
+#else
+    (void)p, (void)size;
+#endif
+}
+
+// Pages of a mapped file that were read and are not needed now need no memory. Who reads them again, gets them from the file.
+void forget_pages(const void *p, size_t size) {
+#ifdef MADV_DONTNEED
+    size_t page = 1 << 16, skip = (page - (size_t)p % page) % page; // no system has larger ones
+    if (size >= 16 * page) {
+        madvise((char *)p + skip, (size - skip) / page * page, MADV_DONTNEED);
     }
 #else
     (void)p, (void)size;

@@ -56,7 +56,6 @@ void first_model(Run *run);
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
 #include "minutes.h"  // --minutes
-#include "export.h"   // --export: the model as a GGUF file
 
 volatile sig_atomic_t stop_asked = 0;
 
@@ -175,7 +174,7 @@ void compare_tokenizers(Run *run, const char *dir) {
     tokenizer_free(other);
 }
 
-#include "few_bits.h" // --quantize, --evaluate
+#include "tasks.h" // what the program does instead of training: --prompt, --evaluate, --merge, --quantize, --export
 
 // Stops where a process was started with other options, other data or another checkpoint than the first.
 void compare_ranks(Run *run) {
@@ -434,50 +433,6 @@ void open_log(Run *run) {
     }
 }
 
-// ./train_moe --prompt: the model in run->out goes on from a text.
-void answer_prompt(Run *run, const Config *asked) {
-    char dir[4096], path[4200], *text = NULL;
-    Config *c = &run->config;
-    snprintf(dir, sizeof(dir), "%s", run->out); // a checkpoint or Hugging Face directory itself
-    if (!has_file(dir, "config.json") && !find_checkpoint(run->out, 0, dir)) {
-        fail("%s: no checkpoint there to generate from; train first, or name a run with --out", run->out);
-    }
-    check_small_files(dir);
-    config_from_directory(c, dir);
-    const Config before = *c;
-    join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
-    refuse_idle_options(c, &before);
-    c->batch = 1; // generation needs none, and the saved one is that of all processes
-    config_check(c);
-    snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
-    run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
-    if (c->merge[0] && !c->lora) {
-        usage_fail("--merge: %s is a whole model, and no adapter that --lora has trained", dir);
-    }
-    load_model(run, dir, 1);
-    if (c->merge[0]) {
-        merge_adapter(run, dir, c->merge);
-        run->backend->release(run->model);
-        tokenizer_free(run->tokenizer);
-        return;
-    }
-    fprintf(stderr, "%s, %s%s%s\n", dir, c->recipe, c->blocks ? ", " : "", c->blocks ? scheme_names[c->blocks] : "");
-    const char *prompt = c->prompt;
-    size_t size = strlen(prompt);
-    if (!strcmp(prompt, "-")) {
-        prompt = text = read_stream(stdin, "standard input", &size);
-    }
-    while (size && (prompt[size - 1] == '\n' || prompt[size - 1] == '\r')) { // as an editor or a shell leaves them there
-        size--;
-    }
-    fwrite(prompt, 1, size, stdout);
-    generate(run, prompt, size, stdout);
-    printf("\n");
-    free(text);
-    run->backend->release(run->model);
-    tokenizer_free(run->tokenizer);
-}
-
 // Everything before the first step. run->opened says if there is something to train; if not, the exit status is
 // returned.
 int open_run(Run *run, int argc, char **argv, const Backend *backend) {
@@ -493,22 +448,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
         usage_fail("--init starts a new run from other weights; --%s goes on from --out: give one of them",
                    asked.prompt ? "prompt" : "resume");
     }
-    if (asked.merge[0] && (asked.prompt || asked.resume || asked.init[0] || ranks.size > 1)) {
-        usage_fail("--merge writes the model of the adapter in --out, and does nothing else; leave --prompt, --resume, "
-                   "--init and mpirun out");
-    }
-    if (asked.merge[0] && is_there(asked.merge)) {
-        usage_fail("--merge %s: it is there already; choose another name, or remove it", asked.merge);
-    }
-    if (asked.export_to[0] && (asked.prompt || asked.resume || ranks.size > 1)) {
-        usage_fail("--export writes a file and does nothing else; give it without --prompt, --resume and mpirun");
-    }
-    if (asked.quantize || asked.evaluate) {
-        refuse_others(&asked);
-    }
-    if (asked.prompt && ranks.size > 1) {
-        usage_fail("--prompt: one process goes on from a text; start it without mpirun");
-    }
+    refuse_two_tasks(&asked);
     share_cores(&asked);
     run->config = asked;
     trust_files = asked.trust_weights;
@@ -519,24 +459,15 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     if (asked.out[0]) {
         snprintf(run->out, sizeof(run->out), "%s", asked.out);
     } else {
-        int makes_new = !asked.resume && !asked.prompt && !asked.merge[0] && !asked.export_to[0] && !asked.quantize;
-        default_out(&asked, makes_new && !asked.evaluate, run->out);
+        default_out(&asked, !asked.resume && !task_of(&asked), run->out);
     }
     ranks.watchdog = 10 * asked.watchdog; // some may read longer than others
     data_tick = ranks_tick;               // and answer while they read
     data_part = ranks.rank;               // each checks a part of the token files
     data_parts = ranks.size;
     broadcast(run->out, sizeof(run->out));
-    if (asked.prompt || asked.merge[0]) {
-        answer_prompt(run, &asked);
-        return 0;
-    }
-    if (asked.export_to[0]) {
-        export_model(run, &asked);
-        return 0;
-    }
-    if (asked.quantize || asked.evaluate) {
-        asked.quantize ? quantize_model(run, &asked) : evaluate_model(run, &asked);
+    if (task_of(&asked)) {
+        do_task(run, &asked);
         return 0;
     }
     if (!prepare_run(run, &asked)) {
@@ -639,13 +570,17 @@ int close_run(Run *run) {
     } else {
         show_experts(run);
         snprintf(model, sizeof(model), run->links ? "%s/latest" : "%s/checkpoint-%d", run->out, run->step);
-        printf("The run is in %s: log.jsonl, and in %s the model, which Hugging Face's transformers %s.\n"
+        const char *whole = *matching_class(c) ? "transformers opens as it is" : "transformers has no class for";
+        printf("The run is in %s: log.jsonl, and in %s the %s, which Hugging Face's %s.\n"
                "What next:\n"
                "  ./%s --out %s --prompt \"Once upon a time\"\n"
                "  %s./%s --out %s --resume --steps %d\n"
                "  data/tinystories.sh && %s./%s        (real stories; see README.md)\n",
-               run->out, model, *matching_class(c) ? "opens as it is" : "has no class for", name, out, begin, name, out,
-               c->steps * 2, begin, name);
+               run->out, model, c->lora ? "adapter" : "model", c->lora ? "peft opens beside its base" : whole, name, out, begin,
+               name, out, c->steps * 2, begin, name);
+        if (c->lora) {
+            printf("  ./%s --out %s --merge DIR        (one model of the base and the adapter)\n", name, out);
+        }
     }
     free(out);
     report_minutes(run);

@@ -14,22 +14,33 @@ void sync_directory(const char *path) {
     }
 }
 
+// tokenizer_config.json, with the names of the tokens that transformers has a use for.
+void write_tokenizer_config(const char *dir, const Tokenizer *t, int seq) {
+    const char *const members[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
+    const int ids[] = {t->bos, t->eot, t->unk, t->eot};
+    FILE *f = open_for_writing(dir, "tokenizer_config.json");
+    fprintf(f, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n");
+    for (int i = 0; i < COUNT(members); i++) {
+        const char *name = t->raw[ids[i] < 0 ? t->eot : ids[i]];
+        fprintf(f, "  \"%s\": ", members[i]);
+        json_write_string(f, name, strlen(name));
+        fprintf(f, ",\n");
+    }
+    fprintf(f, "  \"clean_up_tokenization_spaces\": false,\n  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n"
+               "  \"model_max_length\": %d\n}\n",
+            seq);
+    close_written(f, dir, "tokenizer_config.json");
+}
+
 // The small files of a model: what transformers wants to know.
 void write_model_files(const Run *run, const char *dir) {
     const Tokenizer *t = run->tokenizer;
-    const char *const eot = "<|endoftext|>";
     char text[512];
     write_config(dir, &run->config, t->eot);
     write_text(dir, "tokenizer.json", t->json, t->json_size);
-    int n = snprintf(
-        text, sizeof(text),
-        "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"bos_token\": \"%s\",\n  \"eos_token\": \"%s\",\n"
-        "  \"unk_token\": \"%s\",\n  \"pad_token\": \"%s\",\n  \"clean_up_tokenization_spaces\": false,\n"
-        "  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n  \"model_max_length\": %d\n}\n",
-        eot, eot, eot, eot, run->config.seq);
-    write_text(dir, "tokenizer_config.json", text, (size_t)n);
-    n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
-                 t->eot, t->eot, t->eot);
+    write_tokenizer_config(dir, t, run->config.seq);
+    int n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
+                     t->bos < 0 ? t->eot : t->bos, t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
 }
 

@@ -10,7 +10,7 @@
 void ngrams_backward(Model *m, const float *dx) {
     const Config *c = &m->config;
     int N = m->batch.B * m->batch.T, most = m->max_tokens * ngram_orders(c);
-    if (!c->ngrams) {
+    if (!m->grads.ngrams) { // there is none, or it is frozen
         return;
     }
     const int *order = m->pairs + most, *rows = m->staging + (order - m->tokens) + most;

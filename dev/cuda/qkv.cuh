@@ -29,11 +29,19 @@ void qkv_bias_forward(Model *m, int l, floatX *qkv) {
     }
 }
 
+struct BiasGradient { // what token n adds to the gradient of number i of a bias
+    const floatX *d; // (N,Q)
+    int Q;
+    __device__ double operator()(size_t n, int i) const {
+        return (double)to_float(d[n * Q + i]);
+    }
+};
+
 // The gradient of the bias, from dqkv (N,(H+2KV)*D).
 void qkv_bias_backward(Model *m, int l, const floatX *dqkv) {
     const Config *c = &m->config;
     int N = m->batch.B * m->batch.T, Q = (c->heads + 2 * c->kv_heads) * head_width(c);
     if (m->grads.layer[l].qkv_bias && N > 0) {
-        column_sums(m->grads.layer[l].qkv_bias, Entries<floatX>{dqkv, Q}, 1, N, Q, 1, m->qk_part);
+        column_sums(m->grads.layer[l].qkv_bias, BiasGradient{dqkv, Q}, 1, N, Q, 1, m->qk_part);
     }
 }

@@ -56,19 +56,19 @@ const Class classes[] = {
 };
 
 // A tensor of a file, and where its numbers belong: rows from `first` on of layer `layer`'s tensor `kind`.
-typedef struct Piece {
+typedef struct FilePiece {
     char name[96];
     int layer, experts, rows, cols, first; // experts 0: two dimensions; rows 0: one
     const char *kind;
     double by; // what its numbers are multiplied by when they are read
-} Piece;
+} FilePiece;
 
-Piece pieces[128];
+FilePiece pieces[128];
 int piece_count;
 int fused; // 1: transformers 5 has stored all experts of a layer in two tensors
 
 void piece(int layer, const char *kind, const char *name, const char *end, int rows, int cols, int first, double by) {
-    Piece *p = &pieces[piece_count++];
+    FilePiece *p = &pieces[piece_count++];
     memset(p, 0, sizeof(*p));
     snprintf(p->name, sizeof(p->name), layer < 0 ? "%.0d%s%s" : "model.layers.%d.%s%s", max_int(layer, 0), name, end);
     p->layer = layer;
@@ -145,7 +145,7 @@ void list_pieces(const Class *k, int untied) {
     }
 }
 
-size_t piece_size(const Piece *p) {
+size_t piece_size(const FilePiece *p) {
     return (size_t)max_int(1, p->experts) * (size_t)max_int(1, p->rows) * (size_t)p->cols;
 }
 
@@ -173,7 +173,7 @@ void put_class(const char *dir, const Class *k, int untied, int bytes, const cha
     list_pieces(k, untied);
     file = open_memstream(&data, &size);
     for (int i = 0; i < piece_count; i++) {
-        const Piece *p = &pieces[i];
+        const FilePiece *p = &pieces[i];
         size_t next = at + piece_size(p) * (size_t)bytes;
         if (drop && !strcmp(drop, p->name))
             continue;
@@ -224,7 +224,7 @@ void check_numbers(const Class *k, const Model *m) {
     for (int i = 0; i < m->tensor_count; i++)
         all += m->tensors[i].size;
     for (int i = 0; i < piece_count; i++) {
-        const Piece *p = &pieces[i];
+        const FilePiece *p = &pieces[i];
         int t = find_tensor(m, p->layer, p->kind);
         if (t < 0)
             fail_msg("%s: the model has no %s for %s", k->type, p->kind, p->name);
@@ -266,7 +266,7 @@ void check_written(const Class *k, int untied) {
     list_pieces(k, untied);
     assert_int_equal(count, piece_count);
     for (int i = 0; i < piece_count; i++) {
-        const Piece *p = &pieces[i];
+        const FilePiece *p = &pieces[i];
         char shape[64] = "", wanted[64];
         const Json *t = json_get(s.header, p->name);
         if (!t)

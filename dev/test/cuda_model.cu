@@ -310,7 +310,7 @@ void decide(Twins *t, int yes) {
 }
 
 void clear_gradients(Twins *t) {
-    memset(t->host->memory[GRADS], 0, t->host->size * sizeof(real));
+    memset(t->host->memory[GRADS], 0, trained_size(t->host) * sizeof(real));
     set_all(&gpu::backend, t->device, GRADS, t->host->memory[GRADS]);
 }
 
@@ -442,8 +442,8 @@ void check_stats(const Twins *t, double tolerance) { // after model_losses
 // tokens are drawn, with which a real fault would be there again.
 int check_gradients_alike(Twins *t, double tolerance) {
     const real *found = all_of(&gpu::backend, t->device, GRADS), *wanted = t->host->memory[GRADS];
-    double least = 0.01 * norm_of(wanted, t->host->size);
-    for (int i = 0; i < t->host->tensor_count; i++) {
+    double least = 0.01 * norm_of(wanted, gpu::train_size(t->host));
+    for (int i = first_kept(t->host, GRADS); i < t->host->tensor_count; i++) {
         const Tensor *tensor = &t->host->tensors[i];
         const real *mine = found + tensor->offset, *its = wanted + tensor->offset;
         double share = distance(mine, its, tensor->size) / fmax(norm_of(its, tensor->size), least);
@@ -1339,6 +1339,8 @@ void test_gpu_peak(void **state) {
     assert_string_equal(text, "40% of the data sheet's peak, 50% of the measured one");
 }
 
+#include "dev/test/cuda_adapters.h"
+
 int main(void) {
     const struct CMUnitTest tests[] = { // the first two fork, which a process that has used a GPU cannot
         cmocka_unit_test(test_gpu_no_room),
@@ -1354,6 +1356,9 @@ int main(void) {
         cmocka_unit_test(test_gpu_accumulation),
         cmocka_unit_test(test_gpu_same_bits),
         cmocka_unit_test(test_gpu_files),
+        cmocka_unit_test(test_gpu_adapters),
+        cmocka_unit_test(test_gpu_adapter_steps),
+        cmocka_unit_test(test_gpu_adapter_files),
         cmocka_unit_test(test_gpu_precision),
         cmocka_unit_test(test_gpu_init),
         cmocka_unit_test(test_gpu_memory),

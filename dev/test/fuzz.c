@@ -559,6 +559,16 @@ static const struct {
      "{\"model_type\":\"llama\",\"vocab_size\":270,\"hidden_size\":8,\"num_hidden_layers\":2,\"num_attention_heads\":2,"
      "\"intermediate_size\":12,\"rms_norm_eps\":1e-6,\"rope_theta\":5e5,\"rope_scaling\":{\"type\":\"linear\","
      "\"factor\":2.0},\"mlp_bias\":false,\"max_position_embeddings\":8,\"num_key_value_heads\":2,\"hidden_act\":\"silu\"}"},
+    {"config",
+     "{\"model_type\":\"qwen2_moe\",\"vocab_size\":270,\"hidden_size\":8,\"num_hidden_layers\":4,\"num_attention_heads\":2,"
+     "\"num_key_value_heads\":1,\"moe_intermediate_size\":4,\"intermediate_size\":6,\"shared_expert_intermediate_size\":5,"
+     "\"num_experts\":4,\"num_experts_per_tok\":2,\"norm_topk_prob\":false,\"qkv_bias\":true,\"decoder_sparse_step\":2,"
+     "\"mlp_only_layers\":[1],\"use_sliding_window\":false,\"sliding_window\":0,\"rope_parameters\":{\"rope_type\":\"llama3\","
+     "\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,\"original_max_position_embeddings\":64}}"},
+    {"config",
+     "{\"model_type\":\"granitemoeshared\",\"vocab_size\":270,\"hidden_size\":8,\"num_hidden_layers\":1,\"num_attention_heads\":2,"
+     "\"num_key_value_heads\":1,\"intermediate_size\":4,\"shared_intermediate_size\":5,\"num_local_experts\":4,"
+     "\"embedding_multiplier\":12,\"attention_multiplier\":0.5,\"residual_multiplier\":0.22,\"logits_scaling\":6.0}"},
     {"index", "{\"metadata\":{\"total_size\":1},\"weight_map\":{\"model.embed_tokens.weight\":\"part.safetensors\","
               "\"model.norm.weight\":\"part.safetensors\"}}"},
     {"options", "--recipe\ndeepseek-v3\n--layers\n2\n--dim\n8\n--heads\n2\n--ffn\n4\n--experts\n4\n--seq\n8"},

@@ -487,54 +487,116 @@ void test_gguf_tokenizer(void **state) {
     }
 }
 
-typedef struct Cutter {
-    const char *words, *name;
-} Cutter;
+void load_words(void *arg) {
+    Tokenizer *t = tokenizer_load((const char *)arg);
+    Gguf g;
+    gguf_open(&g, scratch_file("unwritten.gguf"));
+    gguf_tokenizer(&g, t, (const char *)arg, t->vocab, 0, 0, 0);
+}
 
-void name_cutter(void *arg) {
-    Json *root = json_parse((const char *)arg, strlen((const char *)arg), "t.json");
-    check_gguf_tokenizer("t.json", root, cutter_name("t.json", root));
+// A tokenizer with this pre-tokenizer has this name in llama.cpp; or NULL, and is refused with the text.
+void check_cutter(const char *words, const char *members, const char *name, const char *refusal) {
+    static const char plain[] = "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": true}, \"model\": {";
+    char with[2048], message[1024];
+    snprintf(with, sizeof(with), "%s, \"model\": {%s", words, members);
+    const char *path = small_tokenizer("cutter.json", plain, with);
+    if (!name) {
+        assert_int_equal(dies(load_words, (void *)path, message, sizeof(message)), 1);
+        if (!strstr(message, refusal))
+            fail_msg("expected \"%s\": %s", refusal, message);
+        return;
+    }
+    Tokenizer *t = tokenizer_load(path);
+    Gguf g;
+    gguf_open(&g, scratch_file("unwritten.gguf"));
+    gguf_tokenizer(&g, t, path, 300, 0, 0, 0); // a model with more tokens
+    close_memory(g.keys, &g.key_text);
+    assert_non_null(memmem(g.key_text, g.key_size, name, strlen(name)));
+    assert_non_null(memmem(g.key_text, g.key_size, "[PAD299]", 8));
+    free(g.key_text);
+    tokenizer_free(t);
 }
 
 // The pre-tokenizers that llama.cpp knows, and what it does not.
 void test_gguf_cutters(void **state) {
     (void)state;
 #define BYTES "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":"
-#define LLAMA "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}%s| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|" \
-              "\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+"
-#define SPLIT "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" LLAMA "\"}}," BYTES "false}]}"
-    static const Cutter cutters[] = {
-        {BYTES "true}", "gpt-2"},
-        {"{\"type\":\"Sequence\",\"pretokenizers\":[" BYTES "true}]}", "gpt-2"},
-        {"{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Digits\",\"individual_digits\":true}," BYTES "true}]}", "smollm"},
-        {SPLIT, "qwen2"},
-        {SPLIT, "llama-bpe"},
-        {"{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Digits\",\"individual_digits\":false}," BYTES "true}]}", NULL},
-        {BYTES "false}", NULL},
-        {"{\"type\":\"Metaspace\"}", NULL},
-        {"null", NULL},
-    };
-    char text[2048], message[1024];
-    for (int i = 0; i < COUNT(cutters); i++) {
-        const char *name = cutters[i].name;
-        size_t n = (size_t)snprintf(text, sizeof(text), "{\"pre_tokenizer\":");
-        snprintf(text + n, sizeof(text) - n, cutters[i].words, name && !strcmp(name, "llama-bpe") ? "{1,3}" : "");
-        strcat(text, "}");
-        if (name) {
-            Json *root = json_parse(text, strlen(text), "t.json");
-            assert_string_equal(cutter_name("t.json", root), name);
-            json_free(root);
-        } else {
-            assert_int_equal(dies(name_cutter, text, message, sizeof(message)), 1);
-            assert_non_null(strstr(message, "t.json: its pre_tokenizer cuts texts in a way for which llama.cpp has no name"));
-        }
+#define LLAMA(numbers) "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|" numbers \
+    "| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+"
+#define SPLIT(numbers) "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" LLAMA(numbers) \
+    "\"},\"behavior\":\"Isolated\",\"invert\":false}," BYTES "false}]}"
+#define DIGITS(alone) "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Digits\",\"individual_digits\":" alone "}," BYTES "true}]}"
+    check_cutter(BYTES "true}", "", "gpt-2", NULL);
+    check_cutter(DIGITS("true"), "", "smollm", NULL);
+    check_cutter(SPLIT("\\\\p{N}"), "", "qwen2", NULL);
+    check_cutter(SPLIT("\\\\p{N}{1,3}"), "\"ignore_merges\": true, ", "llama-bpe", NULL);
+    check_cutter(DIGITS("false"), "", NULL, "for which llama.cpp has no name");
+    check_cutter(BYTES "false}", "", NULL, "for which llama.cpp has no name");
+    check_cutter(BYTES "true}", "\"ignore_merges\": true, ", NULL, "ignore_merges is true");
+    check_cutter("{\"type\":\"ByteLevel\",\"add_prefix_space\":true}", "", NULL, "add_prefix_space");
+}
+
+// A vocabulary in SentencePiece's manner, of the bytes, some letters and these tokens and merges. Returns its path.
+const char *fallback_tokenizer(const char *tokens, const char *merges) {
+    static char text[8192];
+    size_t n = (size_t)sprintf(text, "{\"added_tokens\":[{\"id\":0,\"content\":\"<unk>\",\"special\":true},{\"id\":1,\"content\":\"<s>\","
+                                     "\"special\":true},{\"id\":2,\"content\":\"</s>\",\"special\":true}],\"normalizer\":{\"type\":\"Sequence\","
+                                     "\"normalizers\":[{\"type\":\"Prepend\",\"prepend\":\"\xe2\x96\x81\"},{\"type\":\"Replace\",\"pattern\":"
+                                     "{\"String\":\" \"},\"content\":\"\xe2\x96\x81\"}]},\"pre_tokenizer\":null,\"post_processor\":null,"
+                                     "\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Replace\",\"pattern\":{\"String\":"
+                                     "\"\xe2\x96\x81\"},\"content\":\" \"},{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"},{\"type\":\"Strip\","
+                                     "\"content\":\" \",\"start\":1,\"stop\":0}]},\"model\":{\"type\":\"BPE\",\"unk_token\":\"<unk>\","
+                                     "\"fuse_unk\":true,\"byte_fallback\":true,\"vocab\":{\"<unk>\":0,\"<s>\":1,\"</s>\":2");
+    for (int b = 0; b < 256; b++)
+        n += (size_t)sprintf(text + n, ",\"<0x%02X>\":%d", b, 3 + b);
+    sprintf(text + n, ",\"\xe2\x96\x81\":259,\"a\":260,\"b\":261%s},\"merges\":[%s]}}", tokens, merges);
+    return put_text("fallback.json", text);
+}
+
+// SentencePiece's: scores that follow the ranks of merges; and what no scores can say.
+void test_gguf_fallback(void **state) {
+    (void)state;
+    char message[1024], name[128];
+    Tokenizer *t = tokenizer_load(fallback_tokenizer(",\"ab\":262,\"aba\":263,\"\xe2\x96\x81""a\":264",
+                                                     "\"\xe2\x96\x81 a\",\"a b\",\"ab a\""));
+    const int shape[] = {1};
+    real one[] = {1};
+    Gguf g;
+    unlink(scratch_file("fallback.gguf"));
+    gguf_open(&g, scratch_file("fallback.gguf"));
+    gguf_tokenizer(&g, t, "x", t->vocab, 1, 1, 2);
+    gguf_tensor(&g, "x", FORMAT_F32, 1, shape);
+    gguf_begin_data(&g);
+    gguf_row(&g, one);
+    gguf_close(&g);
+    tokenizer_free(t);
+    GgufFile *f = read_gguf("fallback.gguf");
+    assert_key_text(f, "tokenizer.ggml.model", "llama");
+    assert_key_text(f, "tokenizer.ggml.pre", "default");
+    assert_int_equal(find_key(f, "tokenizer.ggml.add_space_prefix")->bytes[0], 1);
+    assert_int_equal(key_integer(f, "tokenizer.ggml.unknown_token_id"), 0);
+    f->at = (size_t)((const char *)find_key(f, "tokenizer.ggml.tokens")->bytes - f->text) + 12;
+    for (int id = 0; id < 265; id++)
+        get_name(f, name);
+    assert_string_equal(name, "\xe2\x96\x81""a");
+    f->at = (size_t)((const char *)find_key(f, "tokenizer.ggml.token_type")->bytes - f->text) + 12;
+    for (int id = 0; id < 265; id++) {
+        int special = id ? 3 : 2, of_model = id < 259 ? 6 : 1;
+        assert_int_equal(get(f, 4), id < 3 ? special : of_model);
     }
-    snprintf(text, sizeof(text), "{\"pre_tokenizer\":%s,\"model\":{\"byte_fallback\":true}}", BYTES "true}");
-    assert_int_equal(dies(name_cutter, text, message, sizeof(message)), 1);
-    assert_non_null(strstr(message, "t.json: model's byte_fallback is true"));
-    snprintf(text, sizeof(text), "{\"pre_tokenizer\":%s,\"model\":{\"ignore_merges\":true}}", BYTES "true}");
-    assert_int_equal(dies(name_cutter, text, message, sizeof(message)), 1);
-    assert_non_null(strstr(message, "t.json: model's ignore_merges is true"));
+    static const float wanted[] = {0, 0, 0, -2, -3, -1};
+    f->at = (size_t)((const char *)find_key(f, "tokenizer.ggml.scores")->bytes - f->text) + 12 + 4 * 259;
+    for (int i = 0; i < 6; i++) {
+        uint32_t bits = (uint32_t)get(f, 4);
+        assert_memory_equal(&bits, &wanted[i], 4);
+    }
+
+    const char *path = fallback_tokenizer(",\"ab\":262,\"ba\":263,\"aba\":264", "\"a b\",\"b a\",\"ab a\"");
+    assert_int_equal(dies(load_words, (void *)path, message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "\"a\" and \"ba\" are not merged"));
+    path = fallback_tokenizer(",\"ab\":262,\"ba\":263,\"aba\":264,\"bb\":265", "\"a b\",\"b a\",\"ab a\",\"b b\",\"a ba\"");
+    assert_int_equal(dies(load_words, (void *)path, message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "merge 5 makes \"aba\" as merge 3 does"));
 }
 
 void look_for_architecture(void *arg) {
@@ -599,7 +661,7 @@ void test_gguf_files(void **state) {
     read_gguf("files.gguf");
     expect(export_tiny("files", "nowhere/files.gguf", ""), 1, "nowhere/files.gguf.unfinished: cannot create");
     expect(export_tiny("nothing", "nothing.gguf", ""), 1, "no checkpoint there to export");
-    expect(export_tiny("files", "more.gguf", "--prompt x"), 2, "--export writes a file and does nothing else");
+    expect(export_tiny("files", "more.gguf", "--prompt x"), 2, "--prompt does nothing else: give it without --export");
     expect(export_tiny("files", "more.gguf", "--lr 0.3"), 2, "training, and --export only writes a file");
     expect(export_tiny("files", "more.gguf", "--layers 3"), 2, "--layers 3");
     expect(export_tiny("files", "more.gguf", "--export-type q5"), 2, "one of: f32, f16, q8_0, q4_0");
@@ -629,7 +691,8 @@ void test_gguf_files(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gguf_bytes),   cmocka_unit_test(test_gguf_models), cmocka_unit_test(test_gguf_types),
-        cmocka_unit_test(test_gguf_tokenizer), cmocka_unit_test(test_gguf_cutters), cmocka_unit_test(test_gguf_refused),
+        cmocka_unit_test(test_gguf_tokenizer), cmocka_unit_test(test_gguf_cutters), cmocka_unit_test(test_gguf_fallback),
+        cmocka_unit_test(test_gguf_refused),
         cmocka_unit_test(test_gguf_files),
     };
     begin_tests();

@@ -162,16 +162,11 @@ void randomize_weights(Model *m) {
     }
 }
 
-// Common tensors come first in the memory of a model, then the experts, then the tables that are looked up.
-int arena_of(const Tensor *t) {
-    return t->looked_up ? 2 : t->of_experts;
-}
-
 // Where a tensor begins in the memory of a single process that has the whole model.
 size_t whole_offset(const Model *m, int tensor) {
     size_t at = 0;
     for (int i = 0; i < m->tensor_count; i++) {
-        int differ = arena_of(&m->tensors[i]) - arena_of(&m->tensors[tensor]);
+        int differ = memory_part(&m->tensors[i]) - memory_part(&m->tensors[tensor]);
         at += differ < 0 || (differ == 0 && i < tensor) ? m->tensors[i].whole : 0;
     }
     return at;
@@ -184,18 +179,23 @@ size_t whole_size(const Model *m) {
     return size;
 }
 
+// The first tensor of which a model has this array: of what is frozen there are WEIGHTS alone.
+int first_kept(const Model *m, int what) {
+    return what != WEIGHTS && m->config.lora ? base_tensors(m) : 0;
+}
+
 // All WEIGHTS, GRADS, MOMENT1 or MOMENT2 of a model on any device, as a single process has them in m->memory; of several ones
 // rank 0 gets them, and all have to call it. Until free_taken().
 real *all_of(const Backend *backend, Model *m, int what) {
     real *all = take_reals(whole_size(m));
-    for (int i = 0; i < m->tensor_count; i++)
+    for (int i = first_kept(m, what); i < m->tensor_count; i++)
         backend->read(m, what, i, all + whole_offset(m, i));
     return all;
 }
 
 // The way back, on all processes.
 void set_all(const Backend *backend, Model *m, int what, const real *all) {
-    for (int i = 0; i < m->tensor_count; i++)
+    for (int i = first_kept(m, what); i < m->tensor_count; i++)
         backend->write(m, what, i, all + whole_offset(m, i));
 }
 

@@ -132,8 +132,10 @@ void test_tokenize_trains_by_definition(void **state) {
         }
         n = kept;
         char a[64], b[64], bytes[128];
-        int a_length = alphabet_to_bytes(merge->child->text, merge->child->length, a);
-        int b_length = alphabet_to_bytes(merge->child->next->text, merge->child->next->length, b);
+        int32_t byte_of[0x144];
+        alphabet_bytes(byte_of);
+        int a_length = alphabet_to_bytes(byte_of, merge->child->text, merge->child->length, a);
+        int b_length = alphabet_to_bytes(byte_of, merge->child->next->text, merge->child->next->length, b);
         assert_int_equal(a_length, t->length[left]);
         assert_memory_equal(a, t->text[left], (size_t)a_length);
         assert_int_equal(b_length, t->length[right]);
