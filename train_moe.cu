@@ -1947,8 +1947,8 @@ __global__ void add_aux_kernel(double *report, int L, int stats, int aux, double
     report[TOTAL_AUX] += scale * sum;
 }
 
-#include "dev/cuda/teacher.cuh" // --teacher: its part of the loss
 #include "dev/cuda/host.cuh" // what goes to the device and comes back: batches, losses, statistics, routes, tensors
+#include "dev/cuda/teacher.cuh" // --teacher: its part of the loss
 
 // Queues a pass over a batch. The losses stay on the device until model_losses() asks for them.
 void model_forward(::Model *base, const Batch *batch) {

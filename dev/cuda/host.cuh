@@ -37,6 +37,8 @@ void fetch_report(Model *m) {
     download(m->host_report, m->report, m->report_size * sizeof(double));
 }
 
+void fetch_taught(const ::Model *m); // teacher.cuh
+
 void model_losses(::Model *base, double *loss, double *aux, double *norm) {
     Model *m = (Model *)base;
     fetch_report(m);

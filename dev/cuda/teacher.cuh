@@ -1,12 +1,11 @@
 // --teacher: the loss with a teacher. See dev/teacher.h, whose function has the same name and says what is computed.
-// Gives: taught_loss. Needs: dev/cuda/common.cuh; the head and Model of train_moe.cu, which includes it.
+// Gives: taught_loss, fetch_taught. Needs: dev/cuda/common.cuh, host.cuh; the head, layers_forward and Model of train_moe.cu,
+// which includes it.
 //
 // The teacher is a second model on the device. Its logits and its T^2 * KL are in its own word_logits and nll, and the sum of a
 // step is in TOTAL_AUX of its report, which it does not need, since it never trains.
 #ifndef CUDA_TEACHER_CUH
 #define CUDA_TEACHER_CUH
-
-void model_forward(::Model *base, const Batch *batch);
 
 // The highest number of a block of at most 1024 threads, a multiple of 32; the same in every thread.
 __device__ float block_max(float x) {
@@ -81,17 +80,18 @@ __global__ void distill_kernel(float *nll, float *kl, floatX *dlogits, const flo
 int taught_loss(Model *m, int N, double scale) {
     const Config *c = &m->config;
     Model *t = (Model *)teacher.model;
-    if (m == t) {
-        return 1; // the loss of its own words does not matter
-    }
     if (!t || m->batch.mode == EVAL_MODE) {
         return 0;
     }
 
-    // The teacher reads the same tokens. Its last layer's output stays in its h.
-    Batch its = batch_of_teacher(&m->batch);
+    // The teacher reads the same tokens. Its last layer's output stays in its h; it has no loss of its own.
     Ranks all = be_alone();
-    gpu::model_forward(t, &its);
+    t->batch = batch_of_teacher(&m->batch);
+    send_batch(t, t->batch.inputs, t->batch.targets, N);
+    if (m->batch.first) {
+        zero(t->report + TOTAL_AUX, sizeof(double));
+    }
+    layers_forward(t);
     ranks = all;
 
     int C = c->dim, V = c->vocab, W = words_with_padding(V), most = min_int(m->head_rows, t->head_rows);
