@@ -60,7 +60,7 @@ loss() { # $1: name; nats a token, and bits a byte, at the end
 # The median milliseconds of a step of a short run, which is removed.
 step_time() { # options
     rm -rf "$out/try"
-    OMP_NUM_THREADS=1 "$train" --out "$out/try" --data "$data" --threads 1 --steps 45 --warmup 5 --log-every 3 --eval-every 0 \
+    OMP_NUM_THREADS=1 "$train" --out "$out/try" --data "$data" --threads 1 --steps 30 --warmup 5 --log-every 3 --eval-every 0 \
         --eval-tokens 256 --sample-every 0 --tokens 1 "$@" > /dev/null 2>&1 || fail "a trial failed: $train $*"
     awk "$awk_number"' /^."type":"step"/ { print number("ms") }' "$out/try/log.jsonl" | sort -g | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }'
     rm -rf "$out/try"
@@ -71,9 +71,9 @@ by="--teacher $out/teacher --distill-temperature $temperature"
 
 # By turns, so that what else the machine does meets both alike.
 if [ ! -f "$out/ratio.txt" ]; then
-    for turn in 1 2 3 4 5; do
+    for turn in 1 2 3; do
         echo "$(step_time $student) $(step_time $student $by)"
-    done | awk '{ print $2 / $1, $1, $2 }' | sort -g | sed -n 3p > "$out/ratio.txt"
+    done | awk '{ print $2 / $1, $1, $2 }' | sort -g | sed -n 2p > "$out/ratio.txt"
 fi
 read -r ratio alone_ms taught_ms < "$out/ratio.txt"
 longer=$(awk "BEGIN { print int($steps * $ratio + 0.5) }")
