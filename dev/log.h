@@ -177,7 +177,8 @@ void describe_share(const Run *run, double rate, char text[96]) {
 }
 
 // How the last step went: on a terminal one line that is written over and over, else a line each time.
-void show_step(Run *run, double loss, const char *teacher_part, double lr, double norm, double tokens_per_second, double left) {
+void show_step(Run *run, double loss, const char *teacher_part, double lr, double norm, double tokens_per_second,
+               double left) {
     const Config *c = &run->config;
     char time_left[32], bars[256] = "";
     long rest = (long)fmin(left, 1e9);
