@@ -285,9 +285,7 @@ template <class Out, class In> void matmul_dx(Out *dx, const In *dout, const In 
 
 // dw (O,I) += dout (N,O) transposed times x (N,I)
 template <class In> void matmul_dw(float *dw, const In *dout, const In *x, int N, int I, int O) {
-    if (is_frozen(dw)) {
-        pair_dw(dw, dout, x, N, I, O);
-    } else {
+    if (!pair_dw(dw, dout, x, N, I, O)) {
         product(dw, dout, 1, x, 1, O, I, N, ADD);
     }
 }
@@ -2355,7 +2353,6 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     if (device_refuses(config)) {
         usage_fail("%s", device_refuses(config));
     }
-    refuse_ranks_of_pairs(config, train);
     start_device();
 #ifdef USE_NCCL
     if (MANY) {
@@ -2369,7 +2366,6 @@ void model_generate(::Model *base, int token, int position, real *logits) {
         size_t n = i ? trained_size(m) : m->size;
         zero(m->memory[i], i >= MOMENT1 ? moment_offset(m, n) * moment_size(m) : n * sizeof(float));
     }
-    register_pairs(m, train);
     round_weights(m, 0,
                   m->size); // to 0: the words that do not exist belong to no tensor, and nobody else writes them
     CHECK(cudaMallocHost((void **)&m->staging, batch_ints(m) * sizeof(int)));

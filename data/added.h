@@ -17,8 +17,8 @@ typedef struct Added {
 typedef struct AddedList {
     Added *list; // (count): in order of their first byte, those of the same one by length, the longest first
     int count;
-    int begin[257];            // those that begin with byte b are begin[b] .. begin[b + 1] - 1
-    unsigned char second[256][32]; // for each first byte, one bit for each second byte that a token has behind it
+    int *begin;                 // (257): those that begin with byte b are begin[b] .. begin[b + 1] - 1
+    unsigned char (*second)[32]; // (256): for each first byte, one bit for each second byte that a token has behind it
 } AddedList;
 
 int compare_added(const void *a, const void *b) {
@@ -42,6 +42,8 @@ void added_put(AddedList *a, const char *text, size_t length, int id, int lstrip
 
 // Prepares a finished list for next_added.
 void added_sort(AddedList *a) {
+    a->begin = (int *)allocate(257, sizeof(int));
+    a->second = (unsigned char(*)[32])allocate(256, sizeof(*a->second));
     if (a->count) {
         qsort(a->list, (size_t)a->count, sizeof(Added), compare_added);
     }
@@ -113,4 +115,6 @@ void added_free(AddedList *a) {
         free(a->list[i].text);
     }
     free(a->list);
+    free(a->begin);
+    free(a->second);
 }

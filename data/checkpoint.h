@@ -238,7 +238,7 @@ void write_class_fields(FILE *f, const Config *c, int k) {
     }
 }
 
-void write_config(const char *dir, const Config *c, int eot) {
+void write_config(const char *dir, const Config *c, int bos, int eos) {
     int k = class_of(c);
     FILE *f = open_for_writing(dir, "config.json");
     fprintf(f, "{\n  \"architectures\": [\"%s\"],\n", k < 0 ? "TrainMoeForCausalLM" : model_classes[k].name);
@@ -251,7 +251,7 @@ void write_config(const char *dir, const Config *c, int eot) {
     write_fields(f, c, k < 0 ? OURS : k);
     fprintf(f, "  \"hidden_act\": \"%s\",\n", act_name(c));
     write_class_fields(f, c, k);
-    fprintf(f, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", eot, eot);
+    fprintf(f, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", bos, eos);
     const char *type = sizeof(real) == 8 ? "float64" : "float32";
     fprintf(f, "  \"dtype\": \"%s\",\n  \"torch_dtype\": \"%s\",\n", type, type); // the newer and the older name
     fprintf(f, "  \"train_moe\": {");
@@ -314,16 +314,17 @@ int config_from_directory(Config *c, const char *dir) {
     char *text = read_file(path, &size);
     Json *json = json_parse(text, size, path);
     config_defaults(c);
-    const Json *type = expect_member(json, "model_type", 's', path);
-    int k = find_class(type->text);
+    const Json *type = json_get(json, "model_type");
+    int k = type && type->type == 's' ? find_class(type->text) : -1;
     double vocab = k < 0 ? 32000 : model_classes[k].vocab; // where the file says nothing
-    if (json_get(json, "vocab_size")) {
+    if (json_get(json, "vocab_size") || !type) {
         vocab = expect_member(json, "vocab_size", 'i', path)->number;
     }
     if (!(vocab >= 1 && vocab <= 1 << 24)) {
         fail("%s: vocab_size %.15g is not possible", path, vocab);
     }
     c->vocab = (int)vocab;
+    type = expect_member(json, "model_type", 's', path);
     int own = json_get(json, "train_moe") != NULL;
     c->optimizer = ADAMW; // as older checkpoints have, which do not say it
     if (own) {

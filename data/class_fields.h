@@ -1,9 +1,11 @@
-// The fields of Hugging Face's config.json, class by class: which are options here, which must have one value, which do nothing.
-// Gives: taken_fields, other_fields, find_taken. Needs: data/model_classes.h, whose classes are the columns; data/hugging_face.h
-// reads by these tables, data/checkpoint.h writes by them.
+// The fields of Hugging Face's config.json, class by class: which are options here, which must have one value, which do
+// nothing.
+// Gives: taken_fields, other_fields, find_taken. Needs: data/model_classes.h, whose classes are the columns;
+// data/hugging_face.h reads by these tables, data/checkpoint.h writes by them.
 //
-// A field that changes what the model computes is taken, or refused by its name; the others are known to be idle, or named once. A
-// field that a file lacks has the value that its class documents (the configuration classes of transformers 5.24).
+// A field that changes what the model computes is taken, or refused by its name; the others are known to be idle, or
+// named once. A field that a file lacks has the value that its class documents (the configuration classes of
+// transformers 5.24).
 #pragma once
 #include "model_classes.h"
 
@@ -28,8 +30,8 @@ typedef struct TakenField {
     const char *if_missing[CLASSES + 1]; // its value where a file lacks it; "": as it was; NULL: it is not of this class
 } TakenField;
 
-// Columns: mixtral, llama, mistral, qwen2, qwen3, qwen2_moe, qwen3_moe, olmoe, granitemoe, granitemoeshared, ours. A class's first row
-// for an option is the one that is written.
+// Columns: mixtral, llama, mistral, qwen2, qwen3, qwen2_moe, qwen3_moe, olmoe, granitemoe, granitemoeshared, ours. A
+// class's first row for an option is the one that is written.
 const TakenField taken_fields[] = {
     {"hidden_size", "dim", AS_NUMBER, {"4096", "4096", "4096", "4096", "4096", "2048", "2048", "2048", "4096", "4096", ""}},
     {"intermediate_size", "ffn", AS_NUMBER, {"14336", NULL, NULL, NULL, NULL, NULL, NULL, "2048", "11008", "11008", ""}},
@@ -41,7 +43,7 @@ const TakenField taken_fields[] = {
     {"head_dim", "head-width", AS_HEAD, {"0", "0", "0", "0", "128", "0", "0", "0", "0", "0", ""}},
     {"num_local_experts", "experts", AS_NUMBER, {"8", NULL, NULL, NULL, NULL, NULL, NULL, NULL, "8", "8", NULL}},
     {"num_experts", "experts", AS_NUMBER, {"", NULL, NULL, NULL, NULL, "60", "128", "64", NULL, NULL, NULL}},
-    {"num_local_experts", "experts", AS_NUMBER, {NULL, NULL, NULL, NULL, NULL, "", "", "", NULL, NULL, NULL}},
+    {"num_local_experts", "experts", AS_NUMBER, {NULL, NULL, NULL, NULL, NULL, NULL, "", "", NULL, NULL, NULL}},
     {"num_experts_per_tok", "topk", AS_NUMBER, {"2", NULL, NULL, NULL, NULL, "4", "8", "8", "2", "2", NULL}},
     {"norm_topk_prob", "gate", AS_GATE, {NULL, NULL, NULL, NULL, NULL, "probability", "probability", "probability", NULL, NULL, NULL}},
     {"qkv_bias", "qkv-bias", AS_FLAG, {NULL, NULL, NULL, NULL, NULL, "1", NULL, NULL, NULL, NULL, NULL}},
@@ -108,6 +110,7 @@ const Field other_fields[] = {
     {"layer_types", FIELD_CHECKED, NULL, 0},
 
     {"rope_interleaved", FIELD_OFF, "positions turn the two halves of a head here", 0},
+    {"use_mrope", FIELD_OFF, "a token has one position here", 0},
     {"alibi", FIELD_OFF, "positions turn heads here", 0},
     {"partial_rotary_factor", FIELD_ONE, "here positions turn the whole of a head", 0},
     {"attention_bias", FIELD_OFF, "attention's output has no bias here (and those of queries, keys and values only Qwen2 says)", 0},
@@ -178,6 +181,8 @@ const Field other_fields[] = {
     {"problem_type", FIELD_IDLE, NULL, 0},
     {"torchscript", FIELD_IDLE, NULL, 0},
     {"auto_map", FIELD_IDLE, NULL, 0},
+    {"is_llama_config", FIELD_IDLE, NULL, 0},
+    {"transformers.js_config", FIELD_IDLE, NULL, 0},
     {"name_or_path", FIELD_IDLE, NULL, 0},
     {"_name_or_path", FIELD_IDLE, NULL, 0},
     {"_commit_hash", FIELD_IDLE, NULL, 0},

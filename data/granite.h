@@ -1,15 +1,16 @@
 // Granite's four factors, folded into the weights when they are read, so that the model itself needs none.
-// Gives: Config's factors; take_factors, fold_factors, write_factors. Needs: Config of train_moe.c, which includes it twice by way of
-// dev/parts.h; data/hugging_face.h and dev/save.h call it.
+// Gives: Config's factors; take_factors, fold_factors, write_factors. Needs: Config of train_moe.c, which includes it
+// twice by way of dev/parts.h; data/hugging_face.h and dev/save.h call it.
 //
-// A Granite (IBM; the class GraniteMoe of transformers) computes, with E its embedding and m, a, r, s the fields embedding_multiplier,
-// attention_multiplier, residual_multiplier and logits_scaling:
+// A Granite (IBM; the class GraniteMoe of transformers) computes, with E its embedding and m, a, r, s the fields
+// embedding_multiplier, attention_multiplier, residual_multiplier and logits_scaling:
 //     x = m E[token];  scores = a q.k;  x = x + r attention(...);  x = x + r experts(...);  logits = norm(x) E^T / s
-// Here a score is q.k / sqrt(D). So the rows of queries become a sqrt(D) times as large, what writes to x becomes r times as large, the
-// embedding m times, and the last norm 1 / s times, and once more 1 / m where E is also the output's matrix. The model computes the
-// same. It is written back with these weights, and with factors that are 1 and 1 / sqrt(D).
+// Here a score is q.k / sqrt(D). So the rows of queries become a sqrt(D) times as large, what writes to x becomes r
+// times as large, the embedding m times, and the last norm 1 / s times, and once more 1 / m where E is also the
+// output's matrix. The model computes the same. It is written back with these weights, and with factors that are 1 and
+// 1 / sqrt(D).
 #ifdef CONFIG_FIELDS
-    double fold_embedding, fold_queries, fold_residual, fold_logits; // what weights that are read are multiplied by; 0: by nothing
+    double fold_embedding, fold_queries, fold_residual, fold_logits; // weights that are read, times these; 0: as they are
 #elif !defined(GRANITE_H)
 #define GRANITE_H
 
@@ -59,7 +60,8 @@ void fold_factors(const Config *c, const Tensor *t, real *numbers) {
 void write_factors(FILE *file, const Config *c) {
     char number[64];
     for (int i = 0; i < COUNT(granite_factors); i++) {
-        fprintf(file, "  \"%s\": %s,\n", granite_factors[i], i == 1 ? number_text(1 / sqrt((double)head_width(c)), number) : "1.0");
+        const char *factor = i == 1 ? number_text(1 / sqrt((double)head_width(c)), number) : "1.0";
+        fprintf(file, "  \"%s\": %s,\n", granite_factors[i], factor);
     }
 }
 

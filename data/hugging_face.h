@@ -1,9 +1,10 @@
 // Hugging Face's config.json: what the fields of a model's class say of it, and what lies beside it.
-// Gives: config_from_hugging_face, check_weight_files, write_fields, write_rope. Needs: data/json.h; json_word of data/tokenizer.h;
-// the tables of data/class_fields.h; data/granite.h; dev/options.h, and Config of train_moe.c; data/checkpoint.h includes it.
+// Gives: config_from_hugging_face, check_weight_files, write_fields, write_rope. Needs: data/json.h; json_word of
+// data/tokenizer.h; the tables of data/class_fields.h; data/granite.h; dev/options.h, and Config of train_moe.c;
+// data/checkpoint.h includes it.
 //
-// What this program can compute and no class can, as pairs of words (--ngrams), only its own checkpoints say, in their object
-// train_moe; in another model's files its fields are refused here, and its tensors by check_tensors().
+// What this program can compute and no class can, as pairs of words (--ngrams), only its own checkpoints say, in their
+// object train_moe; in another model's files its fields are refused here, and its tensors by check_tensors().
 #pragma once
 #include "json.h"
 #include "tokenizer.h"
@@ -55,8 +56,8 @@ int is_off(const Json *m) {
 
 // ---- rotary positions
 //
-// Version 5 of transformers writes them into rope_parameters, older ones beside the other fields and into rope_scaling. Where there
-// are several, version 5 takes rope_scaling alone, then rope_parameters.
+// Version 5 of transformers writes them into rope_parameters, older ones beside the other fields and into rope_scaling.
+// Where there are several, version 5 takes rope_scaling alone, then rope_parameters.
 
 const char *rope_source(const Json *json) {
     const Json *scaling = find_member(json, "rope_scaling");
@@ -82,10 +83,12 @@ __attribute__((noreturn)) void refuse_rope(const ConfigReader *r, const char *na
     refuse_field(r, text, m, "its rotary positions are scaled in a way that this program does not compute");
 }
 
-// Takes the scaling that an object says into the options, or refuses it; `counts` 0: the other object counts, and this one may say none.
+// Takes the scaling that an object says into the options, or refuses it; `counts` 0: the other object counts, and this
+// one may say none.
 void take_rope(ConfigReader *r, Config *c, const char *name, int counts) {
     static const char *const idle[] = {"rope_type", "type", "rope_theta", "partial_rotary_factor", NULL};
-    static const char *const numbers[] = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", NULL};
+    static const char *const numbers[] = {"factor", "low_freq_factor", "high_freq_factor",
+                                          "original_max_position_embeddings", NULL};
     static const char *const names[] = {"rope-factor", "rope-low", "rope-high", "rope-original"};
     const Json *rope = find_member(r->json, name);
     if (!rope) {
@@ -207,9 +210,11 @@ const char *field_text(const ConfigReader *r, const Config *c, const TakenField 
 void note_change(ConfigReader *r, const TakenField *f, const char *was, const char *now) {
     double before = strtod(was, NULL), after = strtod(now, NULL);
     if (f->form == AS_NOT || f->form == AS_FLAG) {
-        list_word(r->changed, sizeof(r->changed), "%s is %s now", f->name, (after != 0) == (f->form == AS_FLAG) ? "true" : "false");
+        int is_true = (after != 0) == (f->form == AS_FLAG);
+        list_word(r->changed, sizeof(r->changed), "%s is %s now", f->name, is_true ? "true" : "false");
     } else if (f->form == AS_GATE) {
-        list_word(r->changed, sizeof(r->changed), "%s is %s now", f->name, strcmp(now, "renormalized") ? "false" : "true");
+        const char *word = strcmp(now, "renormalized") ? "false" : "true";
+        list_word(r->changed, sizeof(r->changed), "%s is %s now", f->name, word);
     } else {
         list_word(r->changed, sizeof(r->changed), "%s %s from %s to %s", f->name, after < before ? "fell" : "rose", was, now);
     }
@@ -268,7 +273,8 @@ void write_fields(FILE *file, const Config *c, int k) {
 
 // ---- fields that need more than a row of a table
 
-// Which layers have experts: Qwen's layer l has, if l+1 is a multiple of decoder_sparse_step and l is not in mlp_only_layers.
+// Which layers have experts: Qwen's layer l has, if l+1 is a multiple of decoder_sparse_step and l is not in
+// mlp_only_layers.
 void take_layers(const ConfigReader *r, Config *c) {
     const Json *step = find_member(r->json, "decoder_sparse_step"), *only = find_member(r->json, "mlp_only_layers");
     int L = c->layers, dense = 0;
@@ -417,7 +423,7 @@ void check_rules(ConfigReader *r) {
 int read_window(const ConfigReader *r, Config *c) {
     const Json *m = find_member(r->json, "sliding_window"), *used = find_member(r->json, "use_sliding_window");
     int rule = r->kind == OURS ? HAS_WINDOW : model_classes[r->kind].window;
-    double window = r->kind == MISTRAL && !json_get(r->json, "sliding_window") ? 4096 : 0; // what a Mistral has where nothing is said
+    double window = r->kind == MISTRAL && !json_get(r->json, "sliding_window") ? 4096 : 0; // a Mistral's, if nothing is said
     if (rule == NO_WINDOW || (rule == WINDOW_IF_USED && (!used || is_off(used)))) {
         return 0;
     }
@@ -460,8 +466,8 @@ void begin_class(ConfigReader *r, Config *c, const char *type) {
     free(text);
 }
 
-// What the fields say of a model. own: c has what the object train_moe of the same file says, and where the two differ the fields
-// count, which other tools change. Returns the length of attention's sliding window, 0: none.
+// What the fields say of a model. own: c has what the object train_moe of the same file says, and where the two differ
+// the fields count, which other tools change. Returns the length of attention's sliding window, 0: none.
 int config_from_hugging_face(Config *c, const Json *json, const char *type, const char *path, int own) {
     ConfigReader r;
     memset(&r, 0, sizeof(r));

@@ -1,9 +1,11 @@
-// The classes of Hugging Face's transformers that compute what this program can compute, and the names of their tensors.
-// Gives: model_classes, find_class, class_of, matching_class, part_name. Needs: Config and the table of weights of train_moe.c, which
-// includes it twice by way of dev/parts.h: inside Config, for the field below (CONFIG_FIELDS), and before the model is put together.
+// The classes of Hugging Face's transformers that compute what this program can compute, and their tensors' names.
+// Gives: model_classes, find_class, class_of, matching_class, part_name. Needs: Config and the table of weights of
+// train_moe.c, which includes it twice by way of dev/parts.h: inside Config, for the field below (CONFIG_FIELDS), and
+// before the model is put together.
 //
-// A class is one row of model_classes, one column of the table in class_fields.h, and its names in file_names. A model is written as the
-// class that it was read from; one that began here, as the first class that computes the same, if there is one.
+// A class is one row of model_classes, one column of the table in class_fields.h, and its names in file_names. A model
+// is written as the class that it was read from; one that began here, as the first class that computes the same, if
+// there is one.
 #ifdef CONFIG_FIELDS
     int read_as; // the weights' files have the names of: 0: no files were read; 1: our own models; 2 + a class
 #elif !defined(MODEL_CLASSES_H)
@@ -31,19 +33,26 @@ typedef struct ModelClass {
 enum { EITHER = -1 };
 
 const ModelClass model_classes[CLASSES] = {
-    {"mixtral", "MixtralForCausalLM", "mixtral", "", ALL_LAYERS, OUR_NAMES, HAS_WINDOW, RENORMALIZED, 0, 0, NOT_SHARED, 32000},
-    {"llama", "LlamaForCausalLM", "dense", "", NO_LAYERS, OUR_NAMES, NO_WINDOW, EITHER, 0, 0, NOT_SHARED, 32000},
-    {"mistral", "MistralForCausalLM", "dense", "", NO_LAYERS, OUR_NAMES, HAS_WINDOW, EITHER, 0, 0, NOT_SHARED, 32000},
-    {"qwen2", "Qwen2ForCausalLM", "dense", "--qkv-bias", NO_LAYERS, OUR_NAMES, WINDOW_IF_USED, EITHER, 0, 1, NOT_SHARED, 151936},
-    {"qwen3", "Qwen3ForCausalLM", "dense", "--qk-norm", NO_LAYERS, OUR_NAMES, WINDOW_IF_USED, EITHER, 1, 0, NOT_SHARED, 151936},
-    {"qwen2_moe", "Qwen2MoeForCausalLM", "mixtral", "--qkv-bias --shared 1 --shared-gate", SOME_LAYERS, QWEN_NAMES,
-     WINDOW_IF_USED, EITHER, 0, EITHER, SHARED_GATED, 151936},
-    {"qwen3_moe", "Qwen3MoeForCausalLM", "qwen3", "--qk-norm", SOME_LAYERS, QWEN_NAMES, WINDOW_IF_USED, EITHER, 1, 0, NOT_SHARED,
-     151936},
-    {"olmoe", "OlmoeForCausalLM", "olmoe", "--qk-norm --qk-norm-over row", ALL_LAYERS, QWEN_NAMES, NO_WINDOW, EITHER, 2, 0, NOT_SHARED, 50304},
-    {"granitemoe", "GraniteMoeForCausalLM", "mixtral", "", ALL_LAYERS, GRANITE_NAMES, NO_WINDOW, RENORMALIZED, 0, 0, NOT_SHARED, 32000},
-    {"granitemoeshared", "GraniteMoeSharedForCausalLM", "mixtral", "--shared 1", ALL_LAYERS, GRANITE_NAMES, NO_WINDOW, RENORMALIZED, 0,
-     0, SHARED, 32000},
+    {"mixtral", "MixtralForCausalLM", "mixtral", "",
+     ALL_LAYERS, OUR_NAMES, HAS_WINDOW, RENORMALIZED, 0, 0, NOT_SHARED, 32000},
+    {"llama", "LlamaForCausalLM", "dense", "",
+     NO_LAYERS, OUR_NAMES, NO_WINDOW, EITHER, 0, 0, NOT_SHARED, 32000},
+    {"mistral", "MistralForCausalLM", "dense", "",
+     NO_LAYERS, OUR_NAMES, HAS_WINDOW, EITHER, 0, 0, NOT_SHARED, 32000},
+    {"qwen2", "Qwen2ForCausalLM", "dense", "--qkv-bias",
+     NO_LAYERS, OUR_NAMES, WINDOW_IF_USED, EITHER, 0, 1, NOT_SHARED, 151936},
+    {"qwen3", "Qwen3ForCausalLM", "dense", "--qk-norm",
+     NO_LAYERS, OUR_NAMES, WINDOW_IF_USED, EITHER, 1, 0, NOT_SHARED, 151936},
+    {"qwen2_moe", "Qwen2MoeForCausalLM", "mixtral", "--qkv-bias --shared 1 --shared-gate",
+     SOME_LAYERS, QWEN_NAMES, WINDOW_IF_USED, EITHER, 0, EITHER, SHARED_GATED, 151936},
+    {"qwen3_moe", "Qwen3MoeForCausalLM", "qwen3", "--qk-norm",
+     SOME_LAYERS, QWEN_NAMES, WINDOW_IF_USED, EITHER, 1, 0, NOT_SHARED, 151936},
+    {"olmoe", "OlmoeForCausalLM", "olmoe", "--qk-norm --qk-norm-over row",
+     ALL_LAYERS, QWEN_NAMES, NO_WINDOW, EITHER, 2, 0, NOT_SHARED, 50304},
+    {"granitemoe", "GraniteMoeForCausalLM", "mixtral", "",
+     ALL_LAYERS, GRANITE_NAMES, NO_WINDOW, RENORMALIZED, 0, 0, NOT_SHARED, 32000},
+    {"granitemoeshared", "GraniteMoeSharedForCausalLM", "mixtral", "--shared 1",
+     ALL_LAYERS, GRANITE_NAMES, NO_WINDOW, RENORMALIZED, 0, 0, SHARED, 32000},
 };
 
 // The class of this model_type, -1: none of ours.
@@ -67,12 +76,15 @@ void list_classes(char *list, size_t size) {
 
 // Do the mixtures of class k compute what those of this model do?
 int fits_experts(const Config *c, const ModelClass *k) {
-    int moe = moe_layers(c), shared = c->shared_gate ? SHARED_GATED : SHARED;
+    int moe = moe_layers(c), shared = NOT_SHARED;
+    if (c->shared) {
+        shared = c->shared_gate ? SHARED_GATED : SHARED;
+    }
     int plain = c->activation == SWIGLU && !c->mixed && c->subtokens == 1 && !c->recurrent;
     plain &= choosing_router(c) == &topk_router; // of the other routers transformers knows nothing
     plain &= c->score == SOFTMAX && c->scale == 1 && !c->bias_rate && !c->eval_capacity_factor;
     plain &= k->gate == EITHER || k->gate == c->gate;
-    plain &= k->shared == (c->shared ? shared : NOT_SHARED);
+    plain &= k->shared == shared || (k->shared == SHARED && !c->shared); // that class may have a width of 0
     if (moe < c->layers) {
         plain &= k->experts == SOME_LAYERS && (c->dense_activation == SAME || c->dense_activation == SWIGLU);
     }
@@ -112,8 +124,8 @@ const char *matching_class(const Config *c) {
 
 // ---- names
 
-// What files call each kind of tensor: more than one name where they store blocks of its rows apart. A kind that is not here, of
-// dev/routers, keeps its own name. shared_in and shared_out are dense_in and dense_out beside experts.
+// What files call each kind of tensor: more than one name where they store blocks of its rows apart. A kind that is not
+// here, of dev/routers, keeps its own name. shared_in and shared_out are dense_in and dense_out beside experts.
 const struct {
     int names; // of classes of this kind; ANY_NAMES: of all others
     const char *kind, *blocks[3];

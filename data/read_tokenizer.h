@@ -209,7 +209,7 @@ void read_added_tokens(Tokenizer *t, const char *path, const Json *list) {
 }
 
 // The texts of all tokens, and the table of those that the model merges, which `vocab` lists.
-void read_texts(Tokenizer *t, const char *path, const Json *vocab) {
+void read_token_texts(Tokenizer *t, const char *path, const Json *vocab) {
     int32_t byte_of[0x144];
     alphabet_bytes(byte_of);
     t->bytes = (char *)allocate(t->raws.used, 1); // no text is longer than the token in the file
@@ -351,14 +351,16 @@ int read_first_token(const Tokenizer *t, const char *path, const Json *p) {
     return id_of(t, name);
 }
 
-// The token that a file in `dir` says ends a text: "eos_token", a text or an object with "content", or "eos_token_id",
-// a number or a list of them. -1: it does not say, or names none of these tokens.
-int read_end_of_text(const Tokenizer *t, const char *dir, const char *name) {
-    char path[4200];
-    size_t size;
+// The token that the file `name` beside the file `tokenizer` says ends a text: "eos_token", a text or an object with
+// "content", or "eos_token_id", a number or a list of them. -1: it does not say, or names none of these tokens.
+int read_end_of_text(const Tokenizer *t, const char *tokenizer, const char *name) {
+    const char *slash = strrchr(tokenizer, '/');
+    size_t size, room = strlen(tokenizer) + strlen(name) + 1;
     int id = -1;
-    snprintf(path, sizeof(path), "%s/%s", dir, name);
-    if (!has_file(dir, name)) {
+    char *path = (char *)allocate(room, 1);
+    snprintf(path, room, "%.*s%s", slash ? (int)(slash + 1 - tokenizer) : 0, tokenizer, name);
+    if (!is_there(path)) {
+        free(path);
         return -1;
     }
     char *text = read_file(path, &size);
@@ -373,18 +375,16 @@ int read_end_of_text(const Tokenizer *t, const char *dir, const char *name) {
     }
     json_free(root);
     free(text);
+    free(path);
     return id;
 }
 
 // Finds the token that ends a text, which is always cut out, even if the file has it in "vocab" only.
 void find_end_of_text(Tokenizer *t, const char *path) {
     static const char *const files[] = {"tokenizer_config.json", "generation_config.json", "config.json"};
-    const char *slash = strrchr(path, '/');
-    char dir[4096];
-    snprintf(dir, sizeof(dir), "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
     t->eot = -1;
     for (int i = 0; i < COUNT(files) && t->eot < 0; i++) {
-        t->eot = read_end_of_text(t, *dir ? dir : "/", files[i]);
+        t->eot = read_end_of_text(t, path, files[i]);
         t->eot_file = t->eot < 0 ? NULL : files[i];
     }
     if (t->eot < 0) {
@@ -407,8 +407,10 @@ void find_end_of_text(Tokenizer *t, const char *path) {
 // Reads a tokenizer.json, or that of a folder, to be freed by tokenizer_free. A file that is missing, damaged, or of a
 // kind that is not followed ends the program with a message.
 Tokenizer *tokenizer_load(const char *file) {
-    char path[4200];
-    snprintf(path, sizeof(path), has_file(file, "tokenizer.json") ? "%s/tokenizer.json" : "%s", file);
+    static const char *const name = "/tokenizer.json";
+    size_t room = strlen(file) + strlen(name) + 1;
+    char *path = (char *)allocate(room, 1);
+    snprintf(path, room, "%s%s", file, has_file(file, name + 1) ? name : "");
     Tokenizer *t = (Tokenizer *)allocate(1, sizeof(Tokenizer));
     t->json = read_file(path, &t->json_size);
     Json *root = json_parse(t->json, t->json_size, path);
@@ -438,7 +440,7 @@ Tokenizer *tokenizer_load(const char *file) {
         t->type[t->unk] = TOKEN_UNKNOWN;
     }
     t->bos = read_first_token(t, path, json_get(root, "post_processor"));
-    read_texts(t, path, vocab);
+    read_token_texts(t, path, vocab);
     char *both = (char *)allocate(t->json_size + 1, 1); // no token is longer than the file
     read_merges(t, path, merges, both);
     free(both);
@@ -448,6 +450,7 @@ Tokenizer *tokenizer_load(const char *file) {
     added_sort(&t->first);
     added_sort(&t->later);
     t->cache = (CachedWord *)allocate(CACHED_WORDS, sizeof(CachedWord));
+    free(path);
     return t;
 }
 

@@ -134,7 +134,7 @@ static void trim_document(Reader *r, Document *d) {
 }
 
 // Opens the next file.
-static void open_text(Reader *r) {
+static void open_next_text(Reader *r) {
     const char *path = r->paths[r->next];
     r->file = fopen(path, "rb");
     if (!r->file) {
@@ -197,7 +197,7 @@ static int next_block(Reader *r) {
                 show_progress(r, 1);
                 return 0;
             }
-            open_text(r);
+            open_next_text(r);
         }
         fill_block(r);
         cut_documents(r, edge);
@@ -463,6 +463,12 @@ static void parse_options(Options *o, Reader *r, int argc, char **argv) {
 // Where another file than tokenizer.json says which token ends a text, a tokenizer_config.json hands it on to those who
 // read the output folder.
 static void write_ends(const Tokenizer *t) {
+    if (t->eot_file || t->bos >= 0) {
+        printf("each document begins with %s", t->raw[t->eot]);
+        printf(t->eot_file ? " (%s says that it ends a text)" : "%s", t->eot_file ? t->eot_file : "");
+        printf(t->bos >= 0 ? " and %s\n" : "\n%s", t->bos >= 0 ? t->raw[t->bos] : "");
+        fflush(stdout);
+    }
     if (!t->eot_file) {
         return;
     }
@@ -475,9 +481,6 @@ static void write_ends(const Tokenizer *t) {
     close_memory(memory, &text);
     write_output("tokenizer_config.json", text, size);
     free(text);
-    printf("each document begins with %s (%s says that it ends a text)", t->raw[t->eot], t->eot_file);
-    printf(t->bos >= 0 ? " and %s\n" : "\n", t->bos >= 0 ? t->raw[t->bos] : "");
-    fflush(stdout);
 }
 
 // --ids: prints the ids of each text as it is, one line a file.

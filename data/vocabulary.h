@@ -13,14 +13,14 @@ typedef struct Word {
     int64_t count; // how often the word occurs in the text
 } Word;
 
-typedef struct Pair {
+typedef struct TokenPair {
     int left, right; // ids
     int token;       // the token that the two became; 0: none yet
     int changed;     // is it in the list of pairs that became more common?
     int64_t count;   // how often the pair occurs in the text
     int *words;      // (word_count): the words that it occurs in, or did
     int word_count;
-} Pair;
+} TokenPair;
 
 typedef struct Trainer {
     Tokenizer tokens; // only text, length, vocab and ids; each text is an allocation of its own
@@ -28,7 +28,7 @@ typedef struct Trainer {
     int *ids;         // of all words, one after the other
     int word_count;
     Table table; // from two ids, as int[2], to an index in pairs, counted from 1
-    Pair *pairs; // (pair_count)
+    TokenPair *pairs; // (pair_count)
     int pair_count;
     int *changed; // (changed_count): indices of pairs to be pushed
     int changed_count;
@@ -44,13 +44,13 @@ static void count_pair(Trainer *r, int left, int right, int word, int sign) {
 
     // The first time, the pair is added to the list of all pairs.
     if (*number == 0) {
-        Pair fresh = {left, right, 0, 0, 0, NULL, 0};
-        r->pairs = (Pair *)grow(r->pairs, (size_t)r->pair_count, sizeof(Pair));
+        TokenPair fresh = {left, right, 0, 0, 0, NULL, 0};
+        r->pairs = (TokenPair *)grow(r->pairs, (size_t)r->pair_count, sizeof(TokenPair));
         r->pairs[r->pair_count++] = fresh;
         *number = r->pair_count;
     }
 
-    Pair *p = &r->pairs[*number - 1];
+    TokenPair *p = &r->pairs[*number - 1];
     p->count += sign * r->words[word].count;
 
     // A pair that became more common must know the word and must go into the heap again.
@@ -66,7 +66,7 @@ static void count_pair(Trainer *r, int left, int right, int word, int sign) {
 }
 
 // A pair that occurs once is no pattern and stays out of the heap.
-static void push_pair(Trainer *r, const Pair *p) {
+static void push_pair(Trainer *r, const TokenPair *p) {
     if (p->count > 1) {
         heap_push(&r->heap, -p->count, (int64_t)p->left << 32 | p->right);
     }
@@ -75,11 +75,11 @@ static void push_pair(Trainer *r, const Pair *p) {
 // The commonest pair; NULL if none occurs twice. The heap does not learn that a pair became rarer,
 // so an item with an old count goes back with the present one. A pair that became more common was
 // pushed again already.
-static Pair *pop_pair(Trainer *r) {
+static TokenPair *pop_pair(Trainer *r) {
     while (r->heap.count > 0) {
         Item item = heap_pop(&r->heap);
         const int ids[2] = {(int)(item.second >> 32), (int)(item.second & 0xffffffff)};
-        Pair *p = &r->pairs[table_get(&r->table, ids, sizeof(ids)) - 1];
+        TokenPair *p = &r->pairs[table_get(&r->table, ids, sizeof(ids)) - 1];
         if (p->count == -item.first) {
             return p;
         }
@@ -220,7 +220,7 @@ static void add_words(Trainer *r, const Table *words) {
 }
 
 // Notes a merge and makes its token, unless there is one of the same bytes (a+bc and ab+c).
-static void add_merge(Trainer *r, Pair *p) {
+static void add_merge(Trainer *r, TokenPair *p) {
     Tokenizer *t = &r->tokens;
     int left = t->length[p->left], n = left + t->length[p->right];
     char *text = (char *)allocate((size_t)n, 1);
@@ -268,11 +268,11 @@ static void train_vocabulary(const Table *words, int vocab, FILE *file) {
     while (r.tokens.vocab < vocab) {
         // Find the commonest pair, after the pairs that became more common are in the heap.
         while (r.changed_count > 0) {
-            Pair *p = &r.pairs[r.changed[--r.changed_count]];
+            TokenPair *p = &r.pairs[r.changed[--r.changed_count]];
             p->changed = 0;
             push_pair(&r, p);
         }
-        Pair *p = pop_pair(&r);
+        TokenPair *p = pop_pair(&r);
         if (!p) {
             break;
         }
@@ -283,7 +283,7 @@ static void train_vocabulary(const Table *words, int vocab, FILE *file) {
         }
 
         // Merge it in all its words. *p is copied first, because r.pairs moves when it grows.
-        Pair merged = *p;
+        TokenPair merged = *p;
         p->words = NULL;
         p->word_count = 0;
         for (int i = 0; i < merged.word_count; i++) {

@@ -14,6 +14,7 @@
 
 #define ADAPTER_CONFIG  "adapter_config.json"
 #define ADAPTER_WEIGHTS "adapter_model.safetensors"
+#define EXACT           "weight." // prefix of the pairs beside the optimizer's moments, where the adapter's file has them divided
 
 int is_adapter(const char *dir) {
     return has_file(dir, ADAPTER_CONFIG);
@@ -21,23 +22,35 @@ int is_adapter(const char *dir) {
 
 // ---- names and orders in the file
 
-// PEFT's name of the module, or the parameter, that block `block` of a matrix is.
+// How the base's class calls what belongs to experts: one of the enum of data/model_classes.h.
+int names_of_base(const Config *c) {
+    int k = class_of(c);
+    return k < 0 ? OUR_NAMES : model_classes[k].names;
+}
+
+// A Granite's shared experts have gate and up in one module.
+int is_joined(const Config *c, int l) {
+    return is_moe(c, l) && names_of_base(c) == GRANITE_NAMES;
+}
+
+// PEFT's name of the module, or the parameter, that block `block` of a matrix is. transformers 5 calls experts alike in all classes.
 void module_name(char name[40], const Config *c, const Tensor *t, int block) {
     static const char *const qkv[] = {"q_proj", "k_proj", "v_proj"}, *const dense[] = {"gate_proj", "up_proj"};
-    const char *feed = is_moe(c, t->layer) ? "mlp.shared_experts." : "mlp.";
-    int ungated = !is_gated(dense_activation(c, t->layer));
+    static const char *const shared[] = {"mlp.shared_experts.", "mlp.shared_expert.", "shared_mlp."};
+    int names = names_of_base(c), granite = names == GRANITE_NAMES, ungated = !is_gated(dense_activation(c, t->layer));
+    const char *feed = is_moe(c, t->layer) ? shared[names] : "mlp.", *mixture = granite ? "block_sparse_moe" : "mlp";
     if (!strcmp(t->kind, "qkv")) {
         snprintf(name, 40, "self_attn.%s", qkv[block]);
     } else if (!strcmp(t->kind, "proj")) {
         snprintf(name, 40, "self_attn.o_proj");
     } else if (!strcmp(t->kind, "router")) {
-        snprintf(name, 40, "mlp.gate");
+        snprintf(name, 40, "%s.%s", mixture, granite ? "router" : "gate");
     } else if (!strncmp(t->kind, "w_", 2)) {
-        snprintf(name, 40, "mlp.experts%s", strcmp(t->kind, "w_in") ? "" : ".base_layer");
+        snprintf(name, 40, "%s.experts%s", mixture, strcmp(t->kind, "w_in") ? "" : ".base_layer");
     } else if (!strcmp(t->kind, "dense_in")) {
-        snprintf(name, 40, "%s%s", feed, dense[block + ungated]);
+        snprintf(name, 40, "%s%s", feed, granite ? "input_linear" : dense[block + ungated]);
     } else {
-        snprintf(name, 40, "%sdown_proj", feed);
+        snprintf(name, 40, "%s%s", feed, granite ? "output_linear" : "down_proj");
     }
 }
 
@@ -77,6 +90,19 @@ Part *adapter_parts(const Model *m, int whole, int *count) {
         }
     }
     return list;
+}
+
+// Some factors of a Granite are folded into the weights when they are read (data/granite.h), and what a pair adds is folded with
+// them. In the file B is beside the base as it is, so it is divided by the factor: this one of part p of tensor t.
+double folded(const Config *c, const Tensor *t, const Part *p) {
+    if (c->fold_embedding == 0 || !strstr(t->kind, ".lora_B")) {
+        return 1;
+    }
+    if (!strncmp(t->kind, "qkv.", 4)) {
+        return p->offset == 0 ? c->fold_queries : 1;
+    }
+    int to_stream = !strncmp(t->kind, "proj.", 5) || !strncmp(t->kind, "w_out.", 6) || !strncmp(t->kind, "dense_out.", 10);
+    return to_stream ? c->fold_residual : 1;
 }
 
 // The numbers of tensor t of all experts, from memory's order (E,O,r) to the file's (O, r*E), or back. Only B has
@@ -162,6 +188,7 @@ void write_pairs(const Run *run, const char *name, int whole, const int *what, c
                 }
                 last = p->tensor;
             }
+            multiply_numbers(numbers + p->offset, part_size(p), whole ? 1 : 1 / folded(&m->config, t, p));
             write_numbers(file, dir, name, numbers + p->offset, part_size(p));
             write_tensor_checksum(sums, array + k == 0, prefix[array], p->name, numbers + p->offset,
                                   part_size(p) * sizeof(real));
@@ -187,13 +214,15 @@ void write_targets(FILE *f, const Model *m, int parameters) {
             module_name(module, c, t, block);
             const char *last = strrchr(module, '.') + 1;
             if (!strcmp(t->kind, "router")) {
-                last = "mlp.gate.weight";
+                snprintf(word, sizeof(word), ",%s.weight,", module);
             } else if (t->of_experts) {
-                last = strcmp(t->kind, "w_in") ? "mlp.experts.down_proj" : "mlp.experts.gate_up_proj";
+                const char *end = strcmp(t->kind, "w_in") ? "down_proj" : "gate_up_proj";
+                snprintf(word, sizeof(word), ",%.*sexperts.%s,", (int)strcspn(module, ".") + 1, module, end);
+            } else {
+                snprintf(word, sizeof(word), ",%s,", last);
             }
-            snprintf(word, sizeof(word), ",%s,", last);
             if (!strstr(seen, word)) {
-                fprintf(f, "%s\"%s\"", seen[1] ? ", " : "", last);
+                fprintf(f, "%s\"%.*s\"", seen[1] ? ", " : "", (int)strlen(word) - 2, word + 1);
                 strncat(seen, word + 1, sizeof(seen) - strlen(seen) - 1);
             }
         }
@@ -226,10 +255,11 @@ void write_adapter_config(const Run *run, const char *dir) {
 
 // The adapter, and its moments, into the unfinished checkpoint.
 void write_adapter(const Run *run, FILE *sums) {
-    const int weights[] = {WEIGHTS}, moments[] = {MOMENT1, MOMENT2};
-    const char *const plain[] = {""}, *const moment_names[] = {"exp_avg.", "exp_avg_sq."};
+    const int weights[] = {WEIGHTS}, kept[] = {MOMENT1, MOMENT2, WEIGHTS};
+    const char *const plain[] = {""}, *const kept_names[] = {"exp_avg.", "exp_avg_sq.", EXACT};
+    int folds = run->config.fold_embedding != 0; // what was divided is not the same number when it is multiplied again
     write_pairs(run, ADAPTER_WEIGHTS, 0, weights, plain, 1, sums);
-    write_pairs(run, "optimizer.safetensors", 1, moments, moment_names, 2, sums);
+    write_pairs(run, "optimizer.safetensors", 1, kept, kept_names, 2 + folds, sums);
     write_adapter_config(run, unfinished_path);
 }
 
@@ -264,12 +294,13 @@ void read_pairs(Run *run, const char *dir, const char *name, int whole, int what
             fail("%s: there is no %s, which the adapter's config.json asks for", files.path, full);
         }
         check_read(files.path, prefix, p, numbers + p->offset);
+        multiply_numbers(numbers + p->offset, part_size(p), whole ? 1 : folded(&m->config, &m->tensors[p->tensor], p));
         int complete = k + 1 == count || parts[k + 1].tensor != p->tensor;
         if (complete && !whole) {
             reorder(&m->tensors[p->tensor], memory, numbers, 0);
         }
         for (size_t j = 0; whole && j < part_size(p); j++) {
-            memory[j] = run->config.moments == MOMENTS_BF16 ? (real)nearest_bf16((float)numbers[j]) : numbers[j];
+            memory[j] = are_moments(what) && run->config.moments == MOMENTS_BF16 ? (real)nearest_bf16((float)numbers[j]) : numbers[j];
         }
         if (complete) {
             run->backend->write(m, what, p->tensor, memory);
@@ -308,9 +339,24 @@ void find_base(Run *run, const char *dir) {
     free(text);
 }
 
+// What the base's own config.json says of how its files are to be read: the run's does not know it.
+void read_as_base(Run *run) {
+    Config base;
+    Config *both[] = {&run->config, &run->model->config};
+    config_from_directory(&base, run->base);
+    for (int i = 0; i < 2; i++) {
+        both[i]->read_as = base.read_as;
+        both[i]->fold_embedding = base.fold_embedding;
+        both[i]->fold_queries = base.fold_queries;
+        both[i]->fold_residual = base.fold_residual;
+        both[i]->fold_logits = base.fold_logits;
+    }
+}
+
 // The base and the adapter in dir, with `moments` those of the optimizer, too.
 void load_adapter(Run *run, const char *dir, int moments) {
     find_base(run, dir);
+    read_as_base(run);
     load_weights(run, run->base, 0);
     uint64_t found = base_fingerprint(run);
     if (found != run->base_print) {
@@ -322,6 +368,9 @@ void load_adapter(Run *run, const char *dir, int moments) {
     if (moments) {
         read_pairs(run, dir, "optimizer.safetensors", 1, MOMENT1, "exp_avg.");
         read_pairs(run, dir, "optimizer.safetensors", 1, MOMENT2, "exp_avg_sq.");
+        if (run->config.fold_embedding != 0) {
+            read_pairs(run, dir, "optimizer.safetensors", 1, WEIGHTS, EXACT);
+        }
     }
 }
 

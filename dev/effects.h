@@ -35,10 +35,12 @@ int edit_distance(const char *a, const char *b) {
     return row[n];
 }
 
-// Looks at one more name: *nearest becomes the nearest one so far that is near at all. *distance begins at 0.
+// Looks at one more name: *nearest becomes the nearest one so far that is near at all; of two that are as near, one that the
+// word is the beginning of (--expert is --experts, and not --export). *distance begins at 0.
 void compare_name(const char *word, const char *name, const char **nearest, int *distance) {
     int apart = edit_distance(word, name), limit = max_int(1, (int)strlen(word) / 3);
-    if (apart <= limit && (!*nearest || apart < *distance)) {
+    int begins = !strncmp(word, name, strlen(word));
+    if (apart <= limit && (!*nearest || apart < *distance || (apart == *distance && begins))) {
         *nearest = name;
         *distance = apart;
     }

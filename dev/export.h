@@ -438,11 +438,11 @@ void export_model(Run *run, const Config *asked, const char *dir, int window) {
     if (x.others) {
         remark("%d matrices have rows that are not whole blocks of %d numbers; they are in f16", x.others, BLOCK);
     }
+    gguf_close(&x.file);
     char *name = quote_for_shell(c->export_to);
     printf("%s is %s as llama.cpp reads it: %s, %s, %d tensors, %.1f MB. For instance:\n"
            "  llama-completion -m %s -no-cnv -p \"Once upon a time\"\n",
            c->export_to, dir, x.architecture->name, format_names[x.format], x.file.count, (double)x.file.size / 1e6, name);
-    gguf_close(&x.file);
     free(name);
     free(x.pieces);
     free(m.tensors);

@@ -68,11 +68,13 @@ int memory_part(const Tensor *t) {
     return t->looked_up ? 3 : 1 + t->of_experts;
 }
 
+int is_joined(const Config *c, int l); // dev/adapter.h: are gate and up of a dense layer one matrix in the base's files?
+
 // How many matrices a tensor is in the files of other programs, and the rows of each.
 int pair_blocks(const Config *c, const Tensor *t, int rows[3]) {
-    int queries = c->heads * (c->dim / c->heads), keys = c->kv_heads * (c->dim / c->heads), O = t->shape[1];
+    int queries = c->heads * head_width(c), keys = c->kv_heads * head_width(c), O = t->shape[1];
     int is_qkv = !strcmp(t->kind, "qkv");
-    int gated = !strcmp(t->kind, "dense_in") && is_gated(dense_activation(c, t->layer));
+    int gated = !strcmp(t->kind, "dense_in") && is_gated(dense_activation(c, t->layer)) && !is_joined(c, t->layer);
     rows[0] = is_qkv ? queries : O / (1 + gated);
     rows[1] = is_qkv ? keys : O / 2;
     rows[2] = keys;

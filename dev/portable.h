@@ -75,12 +75,12 @@ void ask_large_pages(void *p, size_t size) {
 #endif
 }
 
-// Pages of a mapped file that were read and are not needed now need no memory. Who reads them again, gets them from the file.
+// Pages of a mapped file that were read and are not needed now need no memory. Who reads them again gets them from the file.
 void forget_pages(const void *p, size_t size) {
 #ifdef MADV_DONTNEED
-    size_t page = 1 << 16, skip = (page - (size_t)p % page) % page; // no system has larger ones
-    if (size >= 16 * page) {
-        madvise((char *)p + skip, (size - skip) / page * page, MADV_DONTNEED);
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), before = (size_t)p % page;
+    if (size >= 4 * page) {
+        madvise((char *)p - before, size + before, MADV_DONTNEED);
     }
 #else
     (void)p, (void)size;

@@ -1,5 +1,6 @@
 // The checkpoints of a run: written, found again, read.
-// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which includes it.
+// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which
+// includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
 // move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
@@ -14,21 +15,21 @@ void sync_directory(const char *path) {
     }
 }
 
-// tokenizer_config.json, with the names of the tokens that transformers has a use for.
-void write_tokenizer_config(const char *dir, const Tokenizer *t, int seq) {
-    const char *const members[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
-    const int ids[] = {t->bos, t->eot, t->unk, t->eot};
+// tokenizer_config.json: which tokens are special. A tokenizer without a token for what is unknown, or to begin with,
+// has the end's.
+void write_token_names(const Run *run, const char *dir, int bos) {
+    const Tokenizer *t = run->tokenizer;
+    const int unk = t->unk >= 0 ? t->unk : t->eot, ids[] = {bos, t->eot, unk, t->eot};
+    const char *const names[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
     FILE *f = open_for_writing(dir, "tokenizer_config.json");
     fprintf(f, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n");
-    for (int i = 0; i < COUNT(members); i++) {
-        const char *name = t->raw[ids[i] < 0 ? t->eot : ids[i]];
-        fprintf(f, "  \"%s\": ", members[i]);
-        json_write_string(f, name, strlen(name));
+    for (int i = 0; i < COUNT(names); i++) {
+        fprintf(f, "  \"%s\": ", names[i]);
+        json_write_string(f, t->raw[ids[i]], strlen(t->raw[ids[i]]));
         fprintf(f, ",\n");
     }
     fprintf(f, "  \"clean_up_tokenization_spaces\": false,\n  \"model_input_names\": [\"input_ids\", \"attention_mask\"],\n"
-               "  \"model_max_length\": %d\n}\n",
-            seq);
+               "  \"model_max_length\": %d\n}\n", run->config.seq);
     close_written(f, dir, "tokenizer_config.json");
 }
 
@@ -36,11 +37,12 @@ void write_tokenizer_config(const char *dir, const Tokenizer *t, int seq) {
 void write_model_files(const Run *run, const char *dir) {
     const Tokenizer *t = run->tokenizer;
     char text[512];
-    write_config(dir, &run->config, t->eot);
+    int bos = t->bos >= 0 ? t->bos : t->eot;
+    write_config(dir, &run->config, bos, t->eot);
     write_text(dir, "tokenizer.json", t->json, t->json_size);
-    write_tokenizer_config(dir, t, run->config.seq);
-    int n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
-                     t->bos < 0 ? t->eot : t->bos, t->eot, t->eot);
+    write_token_names(run, dir, bos);
+    int n = snprintf(text, sizeof(text), "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n", bos,
+                     t->eot, t->eot);
     write_text(dir, "generation_config.json", text, (size_t)n);
 }
 
@@ -231,7 +233,8 @@ void check_table(const Run *run, const char *dir, const real *table) {
 int is_adapter(const char *dir); // dev/adapter.h
 void load_adapter(Run *run, const char *dir, int moments);
 
-// Reads the weights in dir, and with `moments` those of the optimizer. Each of several processes reads all, and keeps its own.
+// Reads the weights in dir, and with `moments` those of the optimizer. Each of several processes reads all, and keeps
+// its own.
 void load_weights(Run *run, const char *dir, int moments) {
     Model *m = run->model;
     const char *const prefix[] = {"", "", "exp_avg.", "exp_avg_sq."};

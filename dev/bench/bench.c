@@ -1,8 +1,8 @@
 // dev/bench/bench: how fast train_moe.c is on this machine, and how fast it could be, in one run:
 //
 //     make bench                          everything; make bench_all also model B beside PyTorch
-//     dev/bench/bench [--quick] [--all] PART... of: products attention lstm rows step tax tables generate yardsticks; --quick
-//     leaves out B
+//     dev/bench/bench [--quick] [--all] PART... of: products attention lstm rows step tax tables generate few_bits yardsticks;
+//     --quick leaves out B
 //
 // On a shared machine a core is half as fast one second as it was the second before. So no two numbers are compared that
 // were not taken side by side: in short rounds the peak of multiply-adds, ours and the yardstick take turns, a ratio is
@@ -745,11 +745,13 @@ void bench_yardsticks(const char *letter, const char *options, int loops, double
     fflush(stdout);
 }
 
-#include "lstm.h" // the LSTM, alone and beside PyTorch's
+#include "few_bits.h" // generation with experts of 8 and 4 bits
+#include "lstm.h"     // the LSTM, alone and beside PyTorch's
 
 int main(int argc, char **argv) {
-    const char *const parts[] = {"products", "attention", "lstm", "rows", "step", "tax", "tables", "generate", "yardsticks"};
-    enum { PRODUCTS, ATTENTION, AN_LSTM, ROW_BY_ROW, A_STEP, TAX, TABLES, GENERATE, YARDSTICKS, PARTS };
+    const char *const parts[] = {"products", "attention", "lstm", "rows", "step", "tax", "tables",
+                                 "generate", "few_bits", "yardsticks"};
+    enum { PRODUCTS, ATTENTION, AN_LSTM, ROW_BY_ROW, A_STEP, TAX, TABLES, GENERATE, FEW_BITS, YARDSTICKS, PARTS };
     int wanted[PARTS] = {0}, any = 0;
     program_name = "bench";
     for (int i = 1; i < argc; i++) {
@@ -763,7 +765,7 @@ int main(int argc, char **argv) {
         else if (part < PARTS)
             wanted[part] = any = 1;
         else
-            fail("%s is none of --quick, --all, products, attention, lstm, rows, step, tax, tables, generate, yardsticks",
+            fail("%s is none of --quick, --all, products, attention, lstm, rows, step, tax, tables, generate, few_bits, yardsticks",
                  argv[i]);
     }
     for (int i = 0; !any && i < PARTS; i++)
@@ -789,6 +791,8 @@ int main(int argc, char **argv) {
         bench_tables();
     if (wanted[GENERATE])
         bench_generation();
+    if (wanted[FEW_BITS])
+        bench_few_bits();
     if (wanted[YARDSTICKS])
         bench_yardsticks("A", MODEL_A, 1, budget(35));
     if (wanted[YARDSTICKS] && thorough)

@@ -1,7 +1,7 @@
 // Low-rank pairs beside frozen matrices (--lora) on the GPU: see dev/lora.h, which has the formulas, and dev/lora_tensors.h.
-// Gives: own_pairs, merge_pairs, is_frozen, pair_dw, expert_pairs_backward, wants_router, router_pair_backward, train_size,
-// refuse_ranks_of_pairs. Needs: lora_products.cuh, which it includes; memory.cuh; Experts and WeightsJob of experts.cuh; low_of()
-// and gpu::Model of train_moe.cu, which includes it.
+// Gives: own_pairs, merge_pairs, is_frozen, pair_dw, expert_pairs_backward, wants_router, router_pair_backward, train_size.
+// Needs: lora_products.cuh, which it includes; memory.cuh; Experts and WeightsJob of experts.cuh; low_of() and gpu::Model of
+// train_moe.cu, which includes it.
 //
 // Products read a rounded copy of the weights, which is made as a step writes the weights. Beside a pair that copy is of
 // W + s B A, made anew after each step: it costs one pass over the frozen weights, as AdamW's step does, and then forward,
@@ -42,9 +42,13 @@ size_t inner_numbers(const Model *m, int N) {
     return most;
 }
 
-// parent: the model whose weights this one shares, or NULL.
+// Memory for pairs, and products hear of them. parent: the model whose weights this one shares, or NULL.
 void own_pairs(Model *m, int N, int train, const Model *parent) {
     const Config *c = &m->config;
+    if (train && c->lora % 8) { // kernels read eight numbers at a time, also of a pair
+        usage_fail("--lora %d: on a GPU the rank of pairs must be a multiple of 8; ./train_moe trains others on the CPU",
+                   c->lora);
+    }
     for (int l = 0; c->lora && l < c->layers; l++) {
         int router = find_tensor(m, l, "router");
         if (router >= 0 && find_pair(m, router) >= 0) {
@@ -56,6 +60,9 @@ void own_pairs(Model *m, int N, int train, const Model *parent) {
         m->purpose = FOR_BUFFERS;
         p->of_x = own_floats(m, inner_numbers(m, N));
         p->of_dout = own_floats(m, inner_numbers(m, N));
+    }
+    if (!parent && !m->dry) {
+        register_pairs(m, train);
     }
 }
 
@@ -98,11 +105,12 @@ const float *factor_of(const Pair *, const float *matrix, const float *) {
     return matrix;
 }
 
-// As paired_matmul_dw of the C twin, for is_frozen(dw): dout (N,O), x (N,I).
-template <class In> void pair_dw(const float *dw, const In *dout, const In *x, int N, int I, int O) {
+// The gradients of the pair that stands beside a matrix, as paired_matmul_dw of the C twin: dout (N,O), x (N,I). Returns 0 where
+// the matrix is not frozen, and so has a gradient of its own, at dw.
+template <class In> int pair_dw(const float *dw, const In *dout, const In *x, int N, int I, int O) {
     const Pair *p = pair_of_gradient(dw);
     if (!p || N == 0) {
-        return;
+        return is_frozen(dw);
     }
     const PairMemory *memory = ((const Model *)p->owner)->pair_memory;
     const In *a = factor_of(p, p->a, x), *b = factor_of(p, p->b, x);
@@ -113,13 +121,14 @@ template <class In> void pair_dw(const float *dw, const In *dout, const In *x, i
     pair_product(of_x, R, PairSide<In>{x, I, 0}, PairSide<In>{a, I, 0}, N, R, I, p->scale, SET);
     for (int block = 0; block < p->blocks; block++) {
         int rows = p->blocks == 1 ? O : p->rows[block];
-        pair_product(p->db + (size_t)first * r, r, PairSide<In>{dout + first, O, 1}, PairSide<In>{of_x + block * r, R, 1}, rows, r,
-                     N, 1, ADD);
+        pair_product(p->db + (size_t)first * r, r, PairSide<In>{dout + first, O, 1}, PairSide<In>{of_x + block * r, R, 1},
+                     rows, r, N, 1, ADD);
         pair_product(of_dout + block * r, R, PairSide<In>{dout + first, O, 0}, PairSide<In>{b + (size_t)first * r, r, 1}, N, r,
                      rows, p->scale, SET);
         first += rows;
     }
     pair_product(p->da, I, PairSide<In>{of_dout, R, 1}, PairSide<In>{x, I, 1}, R, I, N, 1, ADD);
+    return 1;
 }
 
 // In place of weights_product() where the experts are frozen: the gradients of their pairs.
@@ -159,12 +168,5 @@ void router_pair_backward(const Model *m, int l, const float *d) {
     const Pair *p = pair_of_gradient(m->grads.layer[l].router);
     if (p) {
         pair_of_router(p, d, m->params.layer[l].norm2);
-    }
-}
-
-// Ends the program where pairs cannot be trained on a GPU: it reads eight numbers at a time, also of them.
-void refuse_ranks_of_pairs(const Config *c, int train) {
-    if (train && c->lora % 8) {
-        usage_fail("--lora %d: on a GPU the rank of pairs must be a multiple of 8; ./train_moe trains others on the CPU", c->lora);
     }
 }

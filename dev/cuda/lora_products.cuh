@@ -183,7 +183,8 @@ template <bool A_BY_TOKEN, bool B_BY_TOKEN> void pair_weights(const Experts *x, 
 // first, and the pair's gradients come of it: dB = s dW A^T, dA = s B^T dW.
 
 // A warp has a number of dB (E,rank).
-__global__ void pair_of_router_b_kernel(float *db, const float *d, const float *n, const float *a, int E, int C, int rank, float scale) {
+__global__ void pair_of_router_b_kernel(float *db, const float *d, const float *n, const float *a, int E, int C, int rank,
+                                        float scale) {
     size_t i = row_of_warp();
     float of_d[4], of_n[4], of_a[4], sum = 0;
     if (i >= (size_t)E * rank) {
@@ -204,7 +205,8 @@ __global__ void pair_of_router_b_kernel(float *db, const float *d, const float *
 }
 
 // A thread has a number of dA (rank,C).
-__global__ void pair_of_router_a_kernel(float *da, const float *d, const float *n, const float *b, int E, int C, int rank, float scale) {
+__global__ void pair_of_router_a_kernel(float *da, const float *d, const float *n, const float *b, int E, int C, int rank,
+                                        float scale) {
     size_t i = thread_of_grid(), c = i % C, j = i / C;
     float sum = 0;
     if (i >= (size_t)rank * C) {

@@ -48,6 +48,7 @@ const char *const learners[][2] = {
     {"dense", "--lora 2 --lora-alpha 2 --lora-targets experts --activation gelu"},
     {"deepseek-v3", ALL_TARGETS " --shared 1"},
     {"olmoe", ALL_TARGETS " --lora-targets router"},
+    {"mixtral", ALL_TARGETS " --qkv-bias 1 --head-width 6 --shared 1 --shared-gate 1 --qk-norm 1 --qk-norm-over row"},
     {"fast", ALL_TARGETS " --optimizer adamw --ngrams 20 --ngram-gate 1"},
 };
 
@@ -294,7 +295,7 @@ void test_refused_adapters(void **state) {
         {"--lora 2 --lora-targets heads", 2, "--lora-targets takes one or more of attention, experts, router"},
         {"--lora 2 --mixer lstm", 2, "--mixer lstm"},
         {"--lora-alpha 3", 2, "it needs pairs: --lora 8"},
-        {"--lora 2 --merge x", 2, "--merge writes the model of the adapter"},
+        {"--lora 2 --merge x", 2, "--merge takes the adapter in --out"},
     };
     check_leaks(0);
     for (int i = 0; i < COUNT(refused); i++)

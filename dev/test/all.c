@@ -86,6 +86,9 @@
 #define main main_of_gguf
 #include "dev/test/gguf.c"
 #undef main
+#define main main_of_tokenizers
+#include "dev/test/tokenizers.c"
+#undef main
 
 int main(void) {
     const struct {
@@ -120,6 +123,7 @@ int main(void) {
         {main_of_stories, 0},
         {main_of_minutes, 0},
         {main_of_gguf, 0},
+        {main_of_tokenizers, 0},
     };
     int failed = 0;
     for (size_t i = 0; i < sizeof(programs) / sizeof(programs[0]); i++) {

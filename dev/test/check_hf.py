@@ -321,7 +321,6 @@ for kind in ("Qwen2Moe", "Qwen3Moe"):
         (f"{kind} every second layer", of_class(kind, num_hidden_layers=4, decoder_sparse_step=2), None, None),
         (f"{kind} sparse and listed", of_class(kind, num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[1]), None, None),
         (f"{kind} no even pattern", of_class(kind, mlp_only_layers=[1]), None, "mlp_only_layers"),
-        (f"{kind} experts under the other name", of_class(kind), fields(num_experts=None, num_local_experts=4), None),
     ]
 for kind in ("Qwen2", "Qwen3"):
     OF_CLASSES += [
@@ -334,6 +333,7 @@ for kind in ("Mixtral", "Llama", "Mistral", "Qwen3", "Qwen3Moe"):
 OF_CLASSES += [
     ("Qwen3 attention_bias", of_class("Qwen3", attention_bias=True), None, "attention_bias is true"),
     ("Qwen3Moe attention_bias", of_class("Qwen3Moe", attention_bias=True), None, "attention_bias is true"),
+    ("Qwen3Moe experts under the other name", of_class("Qwen3Moe"), fields(num_experts=None, num_local_experts=4), None),
     ("Qwen2Moe without biases", of_class("Qwen2Moe", qkv_bias=False), None, None),
     ("Qwen2Moe narrow shared expert", of_class("Qwen2Moe", shared_expert_intermediate_size=8), None, None),
     ("Qwen2 no bias", of_class("Qwen2"), take("model.layers.2.self_attn.q_proj.bias"), "there is no model.layers.2.self_attn.q_proj.bias"),

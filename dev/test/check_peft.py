@@ -30,11 +30,14 @@ CLASSES = {
     "Mixtral": dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2),
     "Llama": dict(intermediate_size=96),
     "Olmoe": dict(intermediate_size=24, num_experts=6, num_experts_per_tok=3),
-    "Qwen3Moe": dict(intermediate_size=64, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=3, head_dim=8,
+    "Qwen3Moe": dict(intermediate_size=64, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=3, head_dim=12,
                      norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[]),
     "Qwen2Moe": dict(intermediate_size=64, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=3,
                      shared_expert_intermediate_size=40, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[]),
-    "Qwen3": dict(intermediate_size=96, head_dim=8),
+    "GraniteMoe": dict(intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, **(factors := dict(
+        embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.3, logits_scaling=2.0))),
+    "GraniteMoeShared": dict(intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=40, **factors),
+    "Qwen3": dict(intermediate_size=96, head_dim=12),
 }
 
 

@@ -5,7 +5,8 @@
     python3 dev/test/check_tokenizer.py GPT2_DIR SAMPLE.txt [--tool data/tokenize] [--megabytes 20]
 
 GPT2_DIR holds GPT-2's vocab.json and merges.txt; SAMPLE.txt is a text with <|endoftext|> between documents, such as
-TinyStories. Nothing is downloaded. Ends with status 1 where one id differs."""
+TinyStories. Nothing is downloaded. Tokenizers in the shapes of other models (dev/test/tokenizer_shapes.py) are made on the
+spot; --shapes compares these alone, and then GPT2_DIR may be anything. Ends with status 1 where one id differs."""
 import argparse
 import atexit
 import json
@@ -16,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAYON_NUM_THREADS"] = "1"
-import tiktoken
-from tokenizers import Tokenizer, pre_tokenizers
+import tokenizer_shapes
+from tokenizers import Tokenizer
 
 END = "<|endoftext|>"
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -29,6 +31,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("gpt2")
 parser.add_argument("sample")
 parser.add_argument("--tool", default=os.path.join(os.path.dirname(__file__), "..", "..", "data", "tokenize"))
+parser.add_argument("--shapes", action="store_true", help="only the shapes of other models")
 parser.add_argument("--megabytes", type=int, default=20, help="size of the text for the speed test")
 args = parser.parse_args()
 folder = tempfile.mkdtemp(prefix="check_tokenizer-")
@@ -70,6 +73,8 @@ alphabet.update({chr(256 + i): byte for i, byte in enumerate(b for b in range(25
 
 def gpt2_json():
     """GPT-2's two files as one tokenizer.json, merges as strings; and the same for tiktoken."""
+    import tiktoken
+
     with open(os.path.join(args.gpt2, "vocab.json"), encoding="utf-8") as file:
         vocab = json.load(file)
     with open(os.path.join(args.gpt2, "merges.txt"), encoding="utf-8") as file:
@@ -122,8 +127,57 @@ def decode(vocabulary, ids):
     return b"".join(bytes(alphabet[c] for c in vocabulary[id]) for id in ids)
 
 
+def some_characters():
+    """All below U+3000, one in thirteen above, and the numbers of Unicode 17."""
+    points = [*range(0x3000), *range(0x3000, 0x110000, 13), *range(0x11DE0, 0x11DEA), *range(0x16FF4, 0x16FF7)]
+    return "".join(f"a{c}1{c}!{c} {c}" for c in map(chr, points) if not 0xD800 <= ord(c) < 0xE000)
+
+
+def mixed(parts):
+    r = random.Random(5)
+    return "".join(r.choice(parts) for _ in range(30000))
+
+
+def marks():
+    """Letters, Hangul and many combining marks, for NFC."""
+    r = random.Random(6)
+    all_marks = [chr(c) for c in range(0x300, 0x110000) if unicodedata.combining(chr(c))]
+    letters = [chr(c) for c in range(0xC0, 0x30000) if unicodedata.decomposition(chr(c))]
+    kinds = [all_marks, all_marks, letters, list("aeoAE "), [chr(c) for c in range(0x1100, 0x1200)],
+             [chr(c) for c in range(0xAC00, 0xD7B0)]]
+    return "".join(r.choice(r.choice(kinds)) for _ in range(30000)) + "a" + "".join(r.choice(all_marks) for _ in range(20000))
+
+
+def check_shapes():
+    """The same ids for the shapes of other models, and how fast."""
+    bits = [" ", "  ", "\n", "\t", "a", "é", "hello you", "hello", "1", "23", "<mask>", "<right>", "<both>", "<x>", "<s>", "</s>",
+            "▁", "▁▁", "story", " " * 9, "q", "café", "cafe\u0301", "'s", "'ſ", "'S", "!", "\r", "<|eot_id|>", "<tool_call>",
+            "🙂", END]
+    few = [*("", " ", "a", " a", "  a", "▁", "▁a", "\n", "<s>", "<s>a", "a<s> a", END, f"x{END}y", "hello you")]
+    text, hard = sample.decode()[:300000], torture()
+    texts = [("the sample", text), ("torture text", hard[:25000] + hard[-20000:]), ("many characters", some_characters()),
+             ("mixed", mixed(bits)), ("marks", marks()), *((repr(bit), bit) for bit in few)]
+    big = write("big.txt", sample * max(1, round(args.megabytes * 1e6 / len(sample))))
+    for name, made in tokenizer_shapes.shapes([text, hard.split("a" * 1000)[0].replace("\0", "")], 1500):
+        file, bad = tokenizer_shapes.save(made, path(name)), failed
+        made = Tokenizer.from_file(file)
+        for what, text in texts:
+            ours, theirs = our_ids(file, text.encode()), made.encode(text, add_special_tokens=False).ids
+            if ours != theirs or what == "the sample":
+                check(f"{name}, {what}", ours, theirs)
+        start = os.times().children_user
+        subprocess.run([args.tool, "--tokenizer", file, "--threads", "1", big, "--out", path("speed")], check=True,
+                       stdout=subprocess.DEVNULL)
+        print(f"{'ok ' if failed == bad else 'BAD'} {name}, {len(texts)} texts; {os.path.getsize(big) / 1e6:.1f} MB in "
+              f"{os.times().children_user - start:.2f} s of one processor, with reading and writing", flush=True)
+
+
 with open(args.sample, "rb") as file:
     sample = file.read()
+check_shapes()
+if args.shapes:
+    print("all equal" if not failed else f"{failed} checks failed")
+    sys.exit(failed > 0)
 whole, tik = gpt2_json()
 gpt2 = write("gpt2.json", json.dumps(whole).encode())
 whole["model"]["merges"] = [merge.split(" ") for merge in whole["model"]["merges"]]

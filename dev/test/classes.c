@@ -1,8 +1,9 @@
-// The classes of Hugging Face's transformers: directories of each, written here by hand, are read as what they are; what is written back
-// has the same tensors under the same names; what cannot be computed is refused by its name. dev/test/check_hf.py has transformers itself
-// make such directories, and compares losses.
+// The classes of Hugging Face's transformers: directories of each, written here by hand, are read as what they are;
+// what is written back has the same tensors under the same names; what cannot be computed is refused by its name.
+// dev/test/check_hf.py has transformers itself make such directories, and compares losses.
 //
-// Every number of a file follows from its tensor's name and its place there, in steps of 1/64 below 1, which all formats hold exactly.
+// Every number of a file follows from its tensor's name and its place there, in steps of 1/64 below 1, which all
+// formats hold exactly.
 
 #include "dev/test/trainer.h"
 #include "dev/test/model.h"
@@ -156,7 +157,8 @@ float number_of(const char *name, size_t i) {
     return (float)((int)(hash64(h + i) % 127) - 63) / 64;
 }
 
-// Writes config.json, with `more` in front of the class's own fields, and the pieces in numbers of 4 or 2 bytes; drop: not this one.
+// Writes config.json, with `more` in front of the class's own fields, and the pieces in numbers of 4 or 2 bytes; drop:
+// not this one.
 void put_class(const char *dir, const Class *k, int untied, int bytes, const char *more, const char *drop) {
     char path[128], *data = NULL;
     size_t size = 0, at = 0;
@@ -253,7 +255,7 @@ void write_back(Run *run) {
     write_tensors(run, "model.safetensors", weights, plain, 1, sums);
     close_memory(sums, &list);
     free(list);
-    write_config(unfinished_path, &run->config, 0);
+    write_config(unfinished_path, &run->config, 0, 0);
     unfinished_path[0] = 0;
 }
 

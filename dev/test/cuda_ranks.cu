@@ -30,9 +30,9 @@ void test_gpu_ranks_variants(void **state) {
     (void)state;
     static const char *const variants[][2] = {
         {"mixtral", "--overlap 1 --shared 1"},
-        {"mixtral", "--overlap 1 --shared 1 --shared-gate 1 --qkv-bias 1 --qk-norm 1 --qk-norm-over row --head-width 16"},
         {"mixtral", "--overlap 0 --accum 2 --balance cv2 --aux-weight 0.5 --untied 1"},
         {"mixtral", "--recompute 1 --overlap 1 --shared 1 --replicate 2 --replicate-every 2"},
+        {"mixtral", "--overlap 1 --shared 1 --shared-gate 1 --qkv-bias 1 --qk-norm 1 --qk-norm-over row --head-width 16"},
         {"mixtral", "--capacity-factor 0.7 --drop-order score --drop-exempt 0.3 --eval-capacity-factor 0.8"},
         {"mixtral", "--capacity-factor 0.6 --overflow next --overlap 1 --group step --accum 2"},
         {"cmoe", "--replicate 1 --replicate-every 2 --experts 8"},

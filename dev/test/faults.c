@@ -40,6 +40,7 @@ static const Scenario scenarios[] = {
     {"resume", TRAINER, TINY "--steps 2 --keep 2", TINY "--steps 4 --keep 2 --resume", "", 0},
     {"init", TRAINER, NULL, TINY "--steps 1 --init ../model", NULL, 0},
     {"prompt", TRAINER, TINY "--steps 1", "--out out --threads 1 --tokens 8 --prompt Once", "", 1},
+    {"export", TRAINER, TINY "--steps 1", "--out out --threads 1 --export out/model.gguf --export-type q8_0", NULL, 1},
     {"recipes", TRAINER, NULL, "--list-recipes", "", 1},
     {"vocabulary", TOKENIZE, "--threads 1 --out out --vocab 270 ../texts/old.txt ../texts/valid.txt",
      "--threads 1 --out out --vocab 300 ../texts/train.txt ../texts/valid.txt", "", 1},
@@ -510,7 +511,7 @@ static int last_step(const Scenario *s) {
 // What could not be removed, and a line said so, does no harm: the next start or the next save removes it. So it is with
 // the last save of a run, behind which no other comes.
 static void forgive_leftovers(const char *folder, const char *after) {
-    static const char *const left[] = {"removed-checkpoint", "replaced-tokens", "unfinished-tokens"};
+    static const char *const left[] = {"removed-checkpoint", "replaced-tokens", "unfinished-tokens", "model.gguf.unfinished"};
     for (int i = 0; i < COUNT(left); i++) {
         remove_tree(path_of("%s/out/%s", folder, left[i]));
     }
@@ -533,7 +534,7 @@ static int check_left(const Scenario *s, const char *folder, int stays, char *wh
             (!stays && !check_names(folder, why))) {
             return 0;
         }
-    } else if (!stays || !lies_there(join(folder, "out/unfinished-tokens"))) {
+    } else if (!stays || !(lies_there(join(folder, "out/unfinished-tokens")) || lies_there(join(folder, "out/model.gguf.unfinished")))) {
         if (!same_tree(join(after, "out"), join(folder, "out"), what) &&
             !same_tree(join(before, "out"), join(folder, "out"), what)) {
             return wrong(why, "neither the old files nor the new ones: %s", what);

@@ -550,7 +550,9 @@ const char *fallback_tokenizer(const char *tokens, const char *merges) {
     for (int b = 0; b < 256; b++)
         n += (size_t)sprintf(text + n, ",\"<0x%02X>\":%d", b, 3 + b);
     sprintf(text + n, ",\"\xe2\x96\x81\":259,\"a\":260,\"b\":261%s},\"merges\":[%s]}}", tokens, merges);
-    return put_text("fallback.json", text);
+    mkdir(scratch_file("fallback"), 0777);
+    put_text("fallback/tokenizer_config.json", "{\"eos_token\":\"</s>\"}");
+    return put_text("fallback/tokenizer.json", text);
 }
 
 // SentencePiece's: scores that follow the ranks of merges; and what no scores can say.
@@ -666,6 +668,10 @@ void test_gguf_files(void **state) {
     expect(export_tiny("files", "more.gguf", "--layers 3"), 2, "--layers 3");
     expect(export_tiny("files", "more.gguf", "--export-type q5"), 2, "one of: f32, f16, q8_0, q4_0");
     expect(shell(said, sizeof(said), "%s --export-type q8_0 --steps 1 --out %s", program, scratch_file("more")), 2, "--export FILE");
+    expect(shell(said, sizeof(said), "%s --out %s --quantize q8_0 --quantized %s --threads 1", program, scratch_file("files"),
+                 scratch_file("few")),
+           0, NULL);
+    expect(export_tiny("few", "more.gguf", ""), 2, "few bits");
     assert_false(exists("more.gguf"));
 
     // A full disk, and what a program that was killed had left.

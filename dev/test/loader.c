@@ -96,6 +96,35 @@ void load_all(void *arg) { // opens a folder and reads all its windows
     data_close(d);
 }
 
+// Tokens of 32 bits, as data/tokenize writes them for a large vocabulary.
+void test_loader_wide(void **state) {
+    (void)state;
+    uint32_t file[256 + 21] = {WIDE_MAGIC, 7, 21};
+    int inputs[10], targets[10];
+    char message[1024];
+    for (uint32_t i = 0; i < 21; i++)
+        file[256 + i] = 100000 + i;
+    mkdir(scratch_file("wide"), 0777);
+    put_file("wide/train.bin", (const char *)file, sizeof(file));
+    Data *d = data_open(scratch_file("wide"), "train", 10, 100021, 1);
+    assert_int_equal(d->windows, 2);
+    data_window(d, 1, -1, inputs, targets);
+    assert_int_equal(inputs[0], 100010);
+    assert_int_equal(targets[9], 100020);
+    data_close(d);
+    assert_int_equal(dies(load_all, (void *)"wide", message, sizeof(message)), 1); // a vocabulary of 4000
+    assert_non_null(strstr(message, "token 0 is 100000"));
+    file[256] = 1;
+    file[257] = 0xffffffff;
+    put_file("wide/train.bin", (const char *)file, sizeof(file));
+    assert_int_equal(dies(load_all, (void *)"wide", message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "token 1 is 2147483647"));
+    file[1] = 1;
+    put_file("wide/train.bin", (const char *)file, sizeof(file));
+    assert_int_equal(dies(load_all, (void *)"wide", message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "found 20240801 and 1"));
+}
+
 void test_loader_bad(void **state) {
     (void)state;
     static const struct {
@@ -464,7 +493,7 @@ void test_loader_tick(void **state) { // who reads for long answers others meanw
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_loader),
-        cmocka_unit_test(test_loader_bad),
+        cmocka_unit_test(test_loader_wide), cmocka_unit_test(test_loader_bad),
         cmocka_unit_test(test_loader_roles),
         cmocka_unit_test(test_loader_left_out),
         cmocka_unit_test(test_loader_checksum),

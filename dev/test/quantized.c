@@ -4,7 +4,13 @@
 #include "dev/test/trainer.h"
 #include "dev/test/model.h"
 #include "dev/test/runs.h"
-#include "dev/test/plain.h"
+#include "dev/test/few_bits.h"
+
+#ifdef PLAIN // such a program refuses blocks
+#define IS_PLAIN 1
+#else
+#define IS_PLAIN 0
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks
@@ -224,42 +230,12 @@ void test_blocks_products(void **state) {
 // ---------------------------------------------------------------------------------------------------------------------
 // A model
 
-// A model like `from` with its feed-forward matrices in blocks; `from` gets the numbers that these stand for.
-Model *put_in_blocks(Model *from, int scheme) {
-    Config c = from->config;
-    c.blocks = scheme;
-    Model *m = model_allocate(&c, from->max_tokens, 0, NULL);
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        real *numbers = from->memory[WEIGHTS] + from->tensors[i].offset;
-        if (!is_in_blocks(&c, t)) {
-            memcpy(m->memory[WEIGHTS] + t->offset, numbers, t->size * sizeof(real));
-            continue;
-        }
-        assert_int_equal(t->size, 0);
-        Blocks *b = (Blocks *)own(m, 1, sizeof(Blocks));
-        b->count = t->of_experts ? c.experts : 1;
-        b->matrix = (BlockMatrix *)own(m, (size_t)b->count, sizeof(BlockMatrix));
-        for (int e = 0; e < b->count; e++) {
-            int format = scheme == ALL_Q4_0 || (scheme == MIXED && e % 2) ? FORMAT_Q4_0 : FORMAT_Q8_0, cols = t->shape[2];
-            unsigned char row[1024], *to = (unsigned char *)own(m, (size_t)t->shape[1] * packed_bytes(format, cols), 1);
-            b->matrix[e].format = format;
-            b->matrix[e].rows = to;
-            for (int r = 0; r < t->shape[1]; r++, numbers += cols, to += packed_bytes(format, cols)) {
-                assert_true(encode_row(format, row, numbers, cols));
-                decode_row(format, numbers, row, cols);
-                pack_row(to, format, row, cols);
-            }
-        }
-        *weights_of(m, i) = as_weights(b);
-    }
-    return m;
-}
-
 // A model with blocks computes what one with the blocks' numbers does, but for the rounding of activations to 8 bits; and
 // generation is the forward pass, token by token.
 void test_blocks_model(void **state) {
     (void)state;
+    if (IS_PLAIN)
+        skip();
     enum { T = 8 };
     for (int scheme = ALL_Q8_0; scheme <= MIXED; scheme++) {
         Config c = small_config("deepseek-v3"); // a dense layer, shared experts, and experts
@@ -328,8 +304,10 @@ int count_format(const char *dir, const char *kind, int format) {
     return count;
 }
 
-void make_run(void) {
+void make_small_run(void) {
     need_program();
+    if (IS_PLAIN)
+        skip();
     if (access(scratch_file("run"), F_OK) != 0)
         expect(run_tiny("run", "--shared 1 --lr 0.02"), 0, "What next");
 }
@@ -337,7 +315,7 @@ void make_run(void) {
 // Each scheme: what is in the file, and that the model is still nearly the same.
 void test_quantized_program(void **state) {
     (void)state;
-    make_run();
+    make_small_run();
     double loss = evaluated("run", "");
     assert_near(loss, logged("run", "eval", 12, "val_loss"), 1e-5);
     assert_near(evaluated("run", "--eval-tokens 320"), loss, 0.1);
@@ -370,7 +348,7 @@ void test_quantized_program(void **state) {
 // What is refused, and damage of every kind.
 void test_quantized_refused(void **state) {
     (void)state;
-    make_run();
+    make_small_run();
     if (access(scratch_file("run-q8_0"), F_OK) != 0)
         expect(ask("run", "--quantize q8_0"), 0, "run-q8_0 --evaluate");
     check_leaks(0);

@@ -461,19 +461,51 @@ void test_tokenize_bad_tokenizer(void **state) {
 
 void test_tokenize_large_tokenizer(void **state) { // 65537 tokens do not fit 16 bits
     (void)state;
-    char output[256];
+    char output[512];
     char *more = (char *)allocate(1 << 22, 1), *end = more;
-    end += sprintf(end, "\"aaaa\": 264");
-    for (int id = 265; id <= 65536; id++)
+    end += sprintf(end, "\"aaaa\": 65536");
+    for (int id = 264; id < 65536; id++)
         end += sprintf(end, ", \"token%d\": %d", id, id);
     small_tokenizer("large.json", "\"aaaa\": 264", more);
     free(more);
-    put_text("one.txt", "hello");
-    assert_refused("65537 tokens", "", "--tokenizer large.json one.txt");
-    assert_int_equal(
-        shell(output, sizeof(output), "$TOKENIZE --tokenizer %s --ids %s", scratch_file("large.json"), scratch_file("one.txt")),
-        0);
-    assert_string_equal(output, "260\n");
+    put_text("two.txt", "hello<|endoftext|>aaaa");
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", scratch_file("large.json"),
+                           scratch_file("two.txt"), scratch_file("wide")),
+                     0);
+    size_t size;
+    char *bytes = read_file(scratch_file("wide/val_000000.bin"), &size);
+    const uint32_t tokens[] = {0, 65536};
+    const int32_t header[] = {20240801, 7, 2}; // llm.c's for Llama 3
+    assert_int_equal(size, 1024 + sizeof(tokens));
+    assert_memory_equal(bytes, header, sizeof(header));
+    assert_memory_equal(bytes + 1024, tokens, sizeof(tokens));
+    free(bytes);
+}
+
+// A model's folder is as good as its tokenizer.json, and what ends a text there is between the documents here. The files
+// of the next run have no such file any more.
+void test_tokenize_folder(void **state) {
+    (void)state;
+    char output[512];
+    mkdir(scratch_file("model"), 0777);
+    small_tokenizer("model/tokenizer.json", NULL, NULL);
+    put_text("model/generation_config.json", "{\"eos_token_id\": 259}");
+    put_text("two.txt", "hello<|endoftext|>aaaa");
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", scratch_file("model"),
+                           scratch_file("two.txt"), scratch_file("ends")),
+                     0);
+    assert_non_null(strstr(output, "begins with hell (generation_config.json"));
+    const uint16_t expected[] = {259, 264};
+    assert_shard("ends/val_000000.bin", expected, 2);
+    Tokenizer *t = tokenizer_load(scratch_file("ends"));
+    assert_int_equal(t->eot, 259);
+    tokenizer_free(t);
+    assert_int_equal(shell(output, sizeof(output), "$TOKENIZE --tokenizer %s %s --out %s", small_tokenizer("t.json", NULL, NULL),
+                           scratch_file("two.txt"), scratch_file("ends")),
+                     0);
+    t = tokenizer_load(scratch_file("ends"));
+    assert_int_equal(t->eot, 0);
+    tokenizer_free(t);
 }
 
 void test_tokenize_no_room(void **state) { // a limit on file sizes stands for a full disk
@@ -797,6 +829,7 @@ int main(void) {
         cmocka_unit_test(test_tokenize_long_run),
         cmocka_unit_test(test_tokenize_bad_tokenizer),
         cmocka_unit_test(test_tokenize_large_tokenizer),
+        cmocka_unit_test(test_tokenize_folder),
         cmocka_unit_test(test_tokenize_no_room),
         cmocka_unit_test(test_tokenize_no_permission),
         cmocka_unit_test(test_tokenize_signals),
