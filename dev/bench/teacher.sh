@@ -6,14 +6,14 @@ export LC_ALL=C
 
 . "$(dirname "$0")/data.sh" # fail, find_program, find_data, finished, awk_number, describe_machine
 called="dev/bench/teacher.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
-out=$root/runs/teacher data='' from='' seeds="1 2 3" steps=2000 teacher_steps=4000 weights="0.5" temperature=2
+out=$root/runs/teacher data='' from='' seeds="1 2 3" steps=2000 teacher_steps=4000 weights="0.5" temperature=2 text=0
 teacher="--recipe mixtral" student="--recipe dense --dim 64 --heads 4 --ffn 64"
 while [ $# -gt 0 ]; do
     case $1 in
     -h | --help)
         cat << END
 usage: dev/bench/teacher.sh [--data DIR] [--out DIR] [--seeds "1 2 3"] [--steps N] [--teacher-steps N]
-                     [--teacher OPTIONS] [--student OPTIONS] [--weights "0.5 0.9"] [--temperature X]
+                     [--teacher OPTIONS] [--student OPTIONS] [--weights "0.5 0.9"] [--temperature X] [--text N]
 
   --data DIR          tokens to train on (default data/stories)
   --out DIR           where the runs live (default $out)
@@ -24,12 +24,13 @@ usage: dev/bench/teacher.sh [--data DIR] [--out DIR] [--seeds "1 2 3"] [--steps 
   --student OPTIONS   for the students ($student)
   --weights LIST      values of --distill-weight (default $weights)
   --temperature X     --distill-temperature (default $temperature)
+  --text N            the students read only the first N tokens of the text, again and again; 0: all of it (default $text)
 
 The table goes to standard output, progress to standard error. The variable TRAIN_MOE names another train_moe. All runs have one
 thread, and are one after the other. How much longer a step takes with the teacher is measured by turns before the students are trained.
 END
         exit ;;
-    --data | --out | --seeds | --steps | --teacher-steps | --teacher | --student | --weights | --temperature)
+    --data | --out | --seeds | --steps | --teacher-steps | --teacher | --student | --weights | --temperature | --text)
         [ $# -ge 2 ] || fail "$1 needs a value" 2
         name=${1#--}
         printf -v "${name//-/_}" %s "$2"
@@ -43,13 +44,35 @@ mkdir -p "$out"
 find_data "$root/data/stories"
 describe_machine
 
+# A folder with the beginning of the training text. In a token file 1024 bytes, of which the third int32 is the number of tokens,
+# stand before tokens of two bytes each.
+learned=$data
+if [ "$text" -gt 0 ]; then
+    learned=$out/data-$text
+    mkdir -p "$learned"
+    cp "$data"/tokenizer.json "$data"/*val*.bin "$learned"
+    for file in "$data"/*train*.bin; do
+        {
+            head -c 8 "$file"
+            for shift in 0 8 16 24; do printf "\\x$(printf %02x $((text >> shift & 255)))"; done
+            head -c 1012 /dev/zero
+            tail -c +1025 "$file" | head -c $((2 * text))
+        } > "$learned/train_000000.bin"
+        break
+    done
+fi
+
+folder_of() { # $1: a run
+    [ "$1" = teacher ] && echo "$data" || echo "$learned"
+}
+
 run() { # $1: name, the rest: options
     local dir=$out/$1
     shift
     finished "$dir/log.jsonl" && return
     echo "${dir##*/} ..." >&2
     mkdir -p "$dir"
-    OMP_NUM_THREADS=1 "$train" --resume --out "$dir" --data "$data" --threads 1 --sample-every 0 --save-every 500 "$@" \
+    OMP_NUM_THREADS=1 "$train" --resume --out "$dir" --data "$(folder_of "${dir##*/}")" --threads 1 --sample-every 0 --save-every 500 "$@" \
         > "$dir/train.txt" 2>&1 || fail "${dir##*/} failed: $(tail -n 1 "$dir/train.txt")"
 }
 
