@@ -1734,8 +1734,10 @@ double model_forward(Model *m, const Batch *batch) {
     norm_forward(m, a->h, a->rstd, a->x, m->params.norm, N);
     scratch_reset(m);
     int rows = logit_rows(N, c->vocab);
-    head_loss(a->nll, gradients ? a->dh : NULL, m->grads.head, a->h, m->params.head, batch->targets, N, C, c->vocab,
-              batch->scale / max_int(N, 1), scratch(m, (size_t)rows * c->vocab), rows);
+    if (!taught_loss(m, rows)) { // with --teacher the other words count, too: dev/teacher.h
+        head_loss(a->nll, gradients ? a->dh : NULL, m->grads.head, a->h, m->params.head, batch->targets, N, C, c->vocab,
+                  batch->scale / max_int(N, 1), scratch(m, (size_t)rows * c->vocab), rows);
+    }
     double loss = 0;
     for (int n = 0; n < N; n++) {
         loss += (double)a->nll[n] / N;

@@ -184,6 +184,10 @@ int trains_pairs(const Config *c) {
     return c->lora > 0;
 }
 
+int has_teacher(const Config *c) {
+    return c->teacher[0] != 0;
+}
+
 const Effect base_effects[] = {
     {"experts", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"topk", counts_topk, "experts that are counted: --select topk"},
@@ -210,6 +214,8 @@ const Effect base_effects[] = {
     {"ngram-gate", has_ngrams, "a table: --ngrams 16384"},
     {"lora-alpha", trains_pairs, "pairs: --lora 8"},
     {"lora-targets", trains_pairs, "pairs: --lora 8"},
+    {"distill-weight", has_teacher, "a teacher: --teacher DIR"},
+    {"distill-temperature", has_teacher, "a teacher: --teacher DIR"},
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},

@@ -7,7 +7,7 @@
 // shared experts and of dense layers. All other tensors are as they were. In config.json the object train_moe says so by
 // "blocks": "q8_0" or another scheme. In model.safetensors such a tensor has the type U8 and the shape (rows, bytes of a row),
 // and the bytes of a row tell whether it has 8 bits (34 bytes for 32 numbers) or 4 (18 bytes). A model that has such weights can
-// answer --prompt and --evaluate, and cannot be trained.
+// answer --prompt and --evaluate, and it can teach (--teacher), but it cannot be trained.
 #ifdef CONFIG_FIELDS
     int blocks;                     // the scheme of the model that is read; NO_BLOCKS: all its weights are numbers
     int quantize, evaluate;         // --quantize, --evaluate: see dev/few_bits.h
@@ -54,7 +54,7 @@ const char *blocks_refuse(const Config *c) {
     if (c->blocks == NO_BLOCKS || c->prompt || c->evaluate) {
         return NULL;
     }
-    snprintf(text, sizeof(text), "--%s %.4000s: its weights have few bits (%s), which --prompt and --evaluate can read and nothing else: "
+    snprintf(text, sizeof(text), "--%s %.4000s: its weights have few bits (%s), which only --prompt, --evaluate and --teacher can read: "
              "to train, to export or to quantise, take the checkpoint that it was made of",
              c->init[0] ? "init" : "out", c->init[0] ? c->init : c->out, scheme_names[c->blocks]);
     return text;
