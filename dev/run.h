@@ -305,11 +305,7 @@ void start_run(Run *run, const Config *asked) {
             config_recipe(&mine, c->recipe);
         }
         join_options(c, &mine, 1 << MODEL, 1 << MODEL, asked->init);
-        if (window && window < c->seq) {
-            fail("%s/config.json: sliding_window is %d: attention has no window here; give --seq %d or less, where it "
-                 "makes no difference (now: --seq %d)",
-                 c->init, window, window, c->seq);
-        }
+        refuse_window(c, window, c->init);
     }
     if (c->lora && !c->init[0]) {
         usage_fail("--lora %d trains pairs beside the weights of a model that exists: name it by --init DIR", c->lora);

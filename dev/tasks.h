@@ -1,5 +1,5 @@
 // What the program does instead of training: it goes on from a text, measures a model, or writes it in another form.
-// Gives: task_of, refuse_two_tasks, do_task. Needs: Run of dev/run.h, which includes it, and the files that that one includes.
+// Gives: task_of, refuse_empty_names, refuse_two_tasks, do_task. Needs: Run of dev/run.h, which includes it, and the files that that one includes.
 #pragma once
 #include "open_model.h" // finds and reads a model
 #include "few_bits.h"   // --quantize
@@ -24,10 +24,21 @@ int task_of(const Config *c) {
     return next_task(c, NO_TASK);
 }
 
+// An empty name, as of a shell's variable that is not set, asks for no task, and a training would begin instead.
+void refuse_empty_names(const Config *asked) {
+    const char *const options[] = {"merge", "export", "quantized"}, *values[] = {asked->merge, asked->export_to, asked->quantized};
+    for (int i = 0; i < COUNT(options); i++) {
+        if (asked->given[find_option(options[i])] && !values[i][0]) {
+            usage_fail("--%s: the name is empty; say what the new %s is called", options[i], i == 1 ? "file" : "folder");
+        }
+    }
+}
+
 // Each task is done by itself, by one process.
 void refuse_two_tasks(const Config *asked) {
     int task = task_of(asked), other = next_task(asked, task);
     const char *name = task_options[task];
+    refuse_empty_names(asked);
     if (!task) {
         return;
     }
