@@ -40,7 +40,7 @@
 // Letters, with the same meaning to the end of the file (only in chapter 3 N, T and C are those of
 // what the experts read, which with --subtokens are parts of tokens):
 //   B sequences in a batch     T tokens in a sequence     N = B*T tokens      C width of the model    V words: all tokens there are
-//   L layers                   H query heads              KV key/value heads  D = C/H width of a head (or --head-width)
+//   L layers                   H query heads              KV key/value heads  D = C/H width of a head (--head-width)
 //   E experts of a layer       K experts for each token   F width of a feed-forward layer, after its activation
 // A comment such as "x (N,C)" gives the shape of an array, row after row. The gradient of a value
 // has the value's name with a d in front: dx is the derivative of the loss with respect to x, in
@@ -168,7 +168,7 @@ typedef struct LayerParams {
     real *norm1;     // (C)
     real *qkv;       // ((H+2KV)*D, C)  rows of all query heads, then of the keys, then of the values
     real *qkv_bias;  // ((H+2KV)*D)     with --qkv-bias
-    real *q_norm, *k_norm; // (D)       with --qk-norm
+    real *q_norm, *k_norm; // (D)       with --qk-norm; with --qk-norm-over row (H*D) and (KV*D)
     real *value_embed; // (V, KV*D)    with --value-embedding
     real *proj;      // (C, H*D)
     real *ngram_key, *ngram_value; // (C)  with --ngram-gate
@@ -1734,8 +1734,10 @@ double model_forward(Model *m, const Batch *batch) {
     norm_forward(m, a->h, a->rstd, a->x, m->params.norm, N);
     scratch_reset(m);
     int rows = logit_rows(N, c->vocab);
-    head_loss(a->nll, gradients ? a->dh : NULL, m->grads.head, a->h, m->params.head, batch->targets, N, C, c->vocab,
-              batch->scale / max_int(N, 1), scratch(m, (size_t)rows * c->vocab), rows);
+    if (!taught_loss(m, rows)) { // with --teacher the other words count, too: dev/teacher.h
+        head_loss(a->nll, gradients ? a->dh : NULL, m->grads.head, a->h, m->params.head, batch->targets, N, C, c->vocab,
+                  batch->scale / max_int(N, 1), scratch(m, (size_t)rows * c->vocab), rows);
+    }
     double loss = 0;
     for (int n = 0; n < N; n++) {
         loss += (double)a->nll[n] / N;

@@ -1946,6 +1946,7 @@ __global__ void add_aux_kernel(double *report, int L, int stats, int aux, double
 }
 
 #include "dev/cuda/host.cuh" // what goes to the device and comes back: batches, losses, statistics, routes, tensors
+#include "dev/cuda/teacher.cuh" // --teacher: its part of the loss
 
 // Queues a pass over a batch. The losses stay on the device until model_losses() asks for them.
 void model_forward(::Model *base, const Batch *batch) {
@@ -1967,7 +1968,9 @@ void model_forward(::Model *base, const Batch *batch) {
     // From tokens to the loss, and for the gradients at once to m->dh.
     layers_forward(m);
     if (N > 0) {
-        head_loss(m, N, batch->scale / N);
+        if (!taught_loss(m, N, batch->scale / N)) {
+            head_loss(m, N, batch->scale / N);
+        }
         add_mean(m->report + TOTAL_LOSS, m->nll, N, batch->scale);
     }
 
@@ -2253,11 +2256,11 @@ void model_update(::Model *base, int step, double lr) {
     // The norm of all gradients stays on the device: AdamW's kernels look at it.
     if (MANY) {
         norm_over_ranks(m, norm);
-    } else if (m->tables < train_size(m)) {
+    } else if (m->tables < normed_size(m)) {
         send_read_rows(m);
         norm_with_tables(m, norm);
     } else {
-        gpu::gradient_norm(norm, m->memory[GRADS], train_size(m), m->norm_part);
+        gpu::gradient_norm(norm, m->memory[GRADS], normed_size(m), m->norm_part);
     }
 
     // One kernel for each tensor that Muon leaves: simple, and nearly all the time goes to the large ones.

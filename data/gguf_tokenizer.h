@@ -88,6 +88,10 @@ void gguf_merges(Gguf *g, const Tokenizer *t) {
 // has. begin: each text begins with token bos. A text ends with token eos.
 void gguf_tokenizer(Gguf *g, const Tokenizer *t, const char *path, int vocab, int begin, int bos, int eos) {
     check_gguf_tokenizer(t, path);
+    if (t->vocab > vocab) {
+        fail("%s: it has %d tokens, and the model only %d: it is the tokenizer of another model; name the model's own by --tokenizer",
+             path, t->vocab, vocab);
+    }
     gguf_text(g, "tokenizer.ggml.model", t->shape.kind == BYTE_LEVEL ? "gpt2" : "llama");
     gguf_text(g, "tokenizer.ggml.pre", tokenizer_pre(t));
     gguf_list(g, "tokenizer.ggml.tokens", GGUF_STRING, (size_t)vocab);

@@ -355,7 +355,7 @@ void check_expert_fields(const ConfigReader *r, const Config *c) {
         return;
     }
     if (c->topk > c->experts) {
-        fail("%s: num_experts_per_tok %d is more than num_local_experts %d", r->path, c->topk, c->experts);
+        fail("%s: num_experts_per_tok %d is more than the %d experts of a layer", r->path, c->topk, c->experts);
     }
     if (c->topk == 1 && c->experts > 1 && c->gate == RENORMALIZED) {
         fail("%s: num_experts_per_tok is 1: a %s makes the weight of its only expert always 1, so that its router "

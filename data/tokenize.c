@@ -319,11 +319,11 @@ static void encode_documents(Reader *r, const Tokenizer *t, Shards *train, Shard
     }
 
     int *ids = NULL;
-    size_t allocated = 0, each = tokenizer_bound(t, 1) - 1;
+    size_t allocated = 0, each = tokenizer_bound(t, 2) - tokenizer_bound(t, 1);
     rewind_reader(r, "encoding");
     while (next_block(r)) {
         // The ids of a document begin at the index of its bytes, times `each` where a byte may become several ids. The
-        // encoder asks for one id more than that: it is at the separator's index, or the one added here.
+        // encoder asks for one or two ids more: they are at the separator's index, or those that tokenizer_bound() adds.
         if (r->allocated > allocated) {
             free(ids);
             allocated = r->allocated;
@@ -465,8 +465,13 @@ static void parse_options(Options *o, Reader *r, int argc, char **argv) {
 static void write_ends(const Tokenizer *t) {
     if (t->eot_file || t->bos >= 0) {
         printf("each document begins with %s", t->raw[t->eot]);
-        printf(t->eot_file ? " (%s says that it ends a text)" : "%s", t->eot_file ? t->eot_file : "");
-        printf(t->bos >= 0 ? " and %s\n" : "\n%s", t->bos >= 0 ? t->raw[t->bos] : "");
+        if (t->eot_file) {
+            printf(" (%s says that it ends a text)", t->eot_file);
+        }
+        if (t->bos >= 0) {
+            printf(" and %s", t->raw[t->bos]);
+        }
+        printf("\n");
         fflush(stdout);
     }
     if (!t->eot_file) {

@@ -13,9 +13,9 @@
 //      "A.<|endoftext|>It's" -> "A."  <|endoftext|>  "It's"
 //   2. The text between them is cut into words, so that no token spans two words (data/split.h):
 //      "A." -> "A" "."          "It's" -> "It" "'s"
-//   3. Each word starts as its bytes. A list of merges, best first, tells the neighbours that may
-//      become one token. Again and again the pair of the lowest rank is merged, the leftmost if
-//      there are several, until no two neighbours are in the list.
+//   3. Each word starts as its bytes, or, as in SentencePiece, as its characters. A list of merges, best
+//      first, tells the neighbours that may become one token. Again and again the pair of the lowest
+//      rank is merged, the leftmost if there are several, until no two neighbours are in the list.
 //
 // All 256 bytes are tokens, so every text can be encoded and comes back unchanged, UTF-8 or not. Only what a
 // normalizer does first (data/normalize.h) does not come back.
@@ -249,11 +249,11 @@ size_t encode_between(const Tokenizer *t, const AddedList *list, const char *s, 
     return count;
 }
 
-// How many ids a text of `size` bytes has at most. NFC makes a character three times as long at most, and a prefix adds
-// one to each piece.
+// How many ids a text of `size` bytes has at most. NFC makes a character three times as long at most, a space becomes the
+// three bytes of "▁", and so does the prefix of each piece. A text that is one space can have six ids.
 size_t tokenizer_bound(const Tokenizer *t, size_t size) {
     const Shape *s = &t->shape;
-    return (s->nfc || s->prefix || s->spaces ? 4 : 1) * size + 1;
+    return s->nfc || s->prefix || s->spaces ? 4 * size + 2 : size + 1;
 }
 
 // Turns text of `size` bytes into ids and returns their number. The caller gives ids (tokenizer_bound).

@@ -11,11 +11,10 @@
 // The base is named by its path, and by a fingerprint of its numbers: the adapter means nothing beside other ones.
 #pragma once
 #include "lora_tensors.h"
-#include "unfinished.h"
 
 #define ADAPTER_CONFIG  "adapter_config.json"
 #define ADAPTER_WEIGHTS "adapter_model.safetensors"
-#define EXACT           "weight." // prefix of the pairs beside the optimizer's moments, where the adapter's file has them divided
+#define WHOLE_PREFIX    "weight." // prefix of the pairs beside the optimizer's moments, where the adapter's file has them divided
 
 int is_adapter(const char *dir) {
     return has_file(dir, ADAPTER_CONFIG) || has_file(dir, ADAPTER_WEIGHTS);
@@ -257,7 +256,7 @@ void write_adapter_config(const Run *run, const char *dir) {
 // The adapter, and its moments, into the unfinished checkpoint.
 void write_adapter(const Run *run, FILE *sums) {
     const int weights[] = {WEIGHTS}, kept[] = {MOMENT1, MOMENT2, WEIGHTS};
-    const char *const plain[] = {""}, *const kept_names[] = {"exp_avg.", "exp_avg_sq.", EXACT};
+    const char *const plain[] = {""}, *const kept_names[] = {"exp_avg.", "exp_avg_sq.", WHOLE_PREFIX};
     int folds = run->config.fold_embedding != 0; // what was divided is not the same number when it is multiplied again
     write_pairs(run, ADAPTER_WEIGHTS, 0, weights, plain, 1, sums);
     write_pairs(run, "optimizer.safetensors", 1, kept, kept_names, 2 + folds, sums);
@@ -373,7 +372,7 @@ void load_adapter(Run *run, const char *dir, int moments) {
         read_pairs(run, dir, "optimizer.safetensors", 1, MOMENT1, "exp_avg.");
         read_pairs(run, dir, "optimizer.safetensors", 1, MOMENT2, "exp_avg_sq.");
         if (run->config.fold_embedding != 0) {
-            read_pairs(run, dir, "optimizer.safetensors", 1, WEIGHTS, EXACT);
+            read_pairs(run, dir, "optimizer.safetensors", 1, WEIGHTS, WHOLE_PREFIX);
         }
     }
 }
@@ -433,51 +432,16 @@ void merge_pairs(Run *run) {
     free(b);
 }
 
-// What other programs know of the base besides its weights stays as it was: how a chat is written, which tokens end a text.
-void copy_base_files(const Run *run) {
-    static const char *const names[] = {"tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
-                                        "chat_template.jinja"};
-    for (int i = 0; i < COUNT(names); i++) {
-        char path[4200];
-        size_t size;
-        snprintf(path, sizeof(path), "%s/%s", run->base, names[i]);
-        if (is_there(path)) {
-            char *text = read_file(path, &size);
-            write_text(unfinished_path, names[i], text, size);
-            free(text);
-        }
-    }
-}
-
 // ./train_moe --out RUN --merge DIR: the model in run->model, which has been read from the adapter `from`, becomes a model of its
-// own. DIR appears when all of it is written.
-void merge_adapter(Run *run, const char *from, const char *to) {
+// own.
+void merge_adapter(Run *run, const char *from, const char *dir) {
     int weights[] = {WEIGHTS};
     const char *const plain[] = {""};
-    char *list = NULL, dir[4096];
-    size_t size = 0;
-    without_slashes(dir, to);
+    NewModel n;
     merge_pairs(run);
-    make_directories(dir); // and those above it; this one is removed again, so that it appears as a whole
-    if (rmdir(dir) != 0) {
-        fail("%s: cannot be written anew: %s", dir, strerror(errno));
-    }
-    begin_unfinished(dir);
-    FILE *sums = open_memory(&list, &size);
-    fprintf(sums, "{");
-    write_tensors(run, "model.safetensors", weights, plain, 1, sums);
+    begin_new_model(&n, dir);
+    write_tensors(run, "model.safetensors", weights, plain, 1, n.sums);
     run->config.lora = 0;
-    write_model_files(run, unfinished_path);
-    copy_base_files(run);
-    write_small_checksums(sums, unfinished_path);
-    fprintf(sums, "}\n");
-    close_memory(sums, &list);
-    write_text(unfinished_path, "checksums.json", list, size);
-    free(list);
-    sync_directory(unfinished_path);
-    if (rename(unfinished_path, dir) != 0) {
-        fail("%s: cannot rename to %s: %s", unfinished_path, dir, strerror(errno));
-    }
-    end_unfinished();
+    end_new_model(&n, run, run->base);
     printf("%s and its base %s are one model now: %s\n", from, run->base, dir);
 }

@@ -173,7 +173,7 @@ int mixes_bits(const Config *c) {
 }
 
 int reads_weights(const Config *c) {
-    return c->resume || c->init[0] || c->prompt || exports(c) || quantizes(c) || c->evaluate;
+    return c->resume || c->init[0] || c->prompt || exports(c) || quantizes(c) || c->evaluate || c->merge[0];
 }
 
 int is_drawn(const Config *c) {
@@ -182,6 +182,10 @@ int is_drawn(const Config *c) {
 
 int trains_pairs(const Config *c) {
     return c->lora > 0;
+}
+
+int has_teacher(const Config *c) {
+    return c->teacher[0] != 0;
 }
 
 const Effect base_effects[] = {
@@ -210,10 +214,12 @@ const Effect base_effects[] = {
     {"ngram-gate", has_ngrams, "a table: --ngrams 16384"},
     {"lora-alpha", trains_pairs, "pairs: --lora 8"},
     {"lora-targets", trains_pairs, "pairs: --lora 8"},
+    {"distill-weight", has_teacher, "a teacher: --teacher DIR"},
+    {"distill-temperature", has_teacher, "a teacher: --teacher DIR"},
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},
-    {"trust-weights", reads_weights, "weights to read: --resume, --init, --prompt, --evaluate or --export"},
+    {"trust-weights", reads_weights, "weights to read: --resume, --init, --prompt, --evaluate, --export, --quantize or --merge"},
     {"quantized", quantizes, "a model to write: --quantize q8_0"},
     {"few", mixes_bits, "experts of two kinds: --quantize mixed"},
     {"export-type", exports, "a file to write: --export FILE"},
@@ -252,7 +258,7 @@ const char *missing_for(const Config *c, const Option *o) {
         return "training, and --export only writes a file";
     }
     if (c->merge[0] && is_of_training(o)) {
-        return "training, and --merge only writes a folder";
+        return "training, and --merge only writes a model";
     }
     if ((quantizes(c) || c->evaluate) && is_of_training(o) && strcmp(o->name, "eval-tokens") != 0) {
         return "training, and --quantize and --evaluate only read a model";

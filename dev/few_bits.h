@@ -199,32 +199,17 @@ void write_planned(Run *run, const Plan *plan, const char *dir, const char *to, 
     free(header);
 }
 
-// Writes the directory, whose name it gets when it is whole.
+// Writes the new directory `to`.
 void write_quantized(Run *run, const Plan *plan, const char *dir, const char *to) {
-    char *list = NULL;
-    size_t size = 0;
-    FILE *sums = open_memory(&list, &size);
-    make_directories(to); // and those above it
-    rmdir(to);
-    begin_unfinished(to);
-    fprintf(sums, "{");
-    write_planned(run, plan, dir, unfinished_path, sums);
-    write_model_files(run, unfinished_path);
-    write_small_checksums(sums, unfinished_path);
-    fprintf(sums, "}\n");
-    close_memory(sums, &list);
-    write_text(unfinished_path, "checksums.json", list, size);
-    sync_directory(unfinished_path);
-    if (rename(unfinished_path, to) != 0) {
-        fail("%s: cannot rename to %s: %s", unfinished_path, to, strerror(errno));
-    }
-    end_unfinished();
-    free(list);
+    NewModel n;
+    begin_new_model(&n, to);
+    write_planned(run, plan, dir, unfinished_path, n.sums);
+    end_new_model(&n, run, NULL);
 }
 
 // --quantize: reads the model in dir and writes it with few bits.
 void quantize_model(Run *run, const Config *asked, const char *dir) {
-    char to[4096], path[4200];
+    char to[4096];
     Config *c = &run->config;
     const char *source = asked->init[0] ? asked->init : run->out;
     int length = (int)strlen(source);
@@ -248,8 +233,7 @@ void quantize_model(Run *run, const Config *asked, const char *dir) {
         c->eval_tokens = stored.eval_tokens; // those of the calibration are no property of the model: --evaluate reads as many as before
     }
     if (!run->tokenizer) {
-        snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
-        run->tokenizer = tokenizer_load(c->tokenizer[0] ? c->tokenizer : path);
+        load_own_tokenizer(run, dir);
     }
     c->blocks = run->model->config.blocks = c->quantize;
     Plan plan = make_plan(run, dir, few);

@@ -177,7 +177,8 @@ void describe_share(const Run *run, double rate, char text[96]) {
 }
 
 // How the last step went: on a terminal one line that is written over and over, else a line each time.
-void show_step(Run *run, double loss, double lr, double norm, double tokens_per_second, double left) {
+void show_step(Run *run, double loss, const char *teacher_part, double lr, double norm, double tokens_per_second,
+               double left) {
     const Config *c = &run->config;
     char time_left[32], bars[256] = "";
     long rest = (long)fmin(left, 1e9);
@@ -210,8 +211,8 @@ void show_step(Run *run, double loss, double lr, double norm, double tokens_per_
     } else {
         char share[96];
         describe_share(run, tokens_per_second * run->flops, share);
-        printf("step %d/%d  loss %.4f  lr %.2e  norm %.2f  %.0f tokens/s  %s  left %s%s\n", run->step, c->steps, loss,
-               lr, norm, tokens_per_second, share, time_left, bars);
+        printf("step %d/%d  loss %.4f%s  lr %.2e  norm %.2f  %.0f tokens/s  %s  left %s%s\n", run->step, c->steps, loss,
+               teacher_part, lr, norm, tokens_per_second, share, time_left, bars);
     }
     fflush(stdout);
 }
@@ -257,20 +258,21 @@ void report_step(Run *run, double loss, double aux, double norm, double lr) {
     if (!timed) {
         ms = rate = NAN;
     }
-    char sent[256] = "", mfu[40] = ""; // model FLOPs utilization: the share of the data sheet's peak
+    char sent[256] = "", mfu[40] = "", taught[64], part[64]; // model FLOPs utilization: the share of the data sheet's peak
     if (ranks.size > 1) {
         describe_traffic(steps, ms, sent);
     }
     if (run->sheet > 0) {
         snprintf(mfu, sizeof(mfu), ",\"mfu\":%.4g", rate * run->flops / run->sheet);
     }
+    describe_teacher(taught, part);
     log_line(run, "step",
              "\"step\":%d,\"tokens\":%.0f,\"loss\":%.9g,\"aux\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%.4g,"
-             "\"tok_s\":%.6g,\"gflops\":%.4g,\"sol\":%.4g%s%s",
+             "\"tok_s\":%.6g,\"gflops\":%.4g,\"sol\":%.4g%s%s%s",
              run->step, run->step * tokens, loss, aux, norm, lr, ms, rate, rate * run->flops / 1e9,
-             rate * run->flops / run->peak, mfu, sent);
+             rate * run->flops / run->peak, mfu, sent, taught);
     log_router(run);
-    show_step(run, loss, lr, norm, timed ? rate : 0, timed ? ms * (c->steps - run->step) / 1000 : 0);
+    show_step(run, loss, part, lr, norm, timed ? rate : 0, timed ? ms * (c->steps - run->step) / 1000 : 0);
     run->timed = seconds();
     run->timed_step = run->step;
 }
@@ -341,7 +343,7 @@ void announce(Run *run) {
     int team = team_size();
     count_parameters(c, &total, &active);
     run->backend->device(device);
-    run->flops = flops_per_token(c);
+    run->flops = flops_per_token(c) + teacher_flops();
     ranks_meet();
     const char *products = ready_products(c->precision);
     double peak[3] = {run->backend->peak(), run->backend->sheet_peak(), 0};
@@ -372,6 +374,7 @@ void announce(Run *run) {
                ranks.groups > 1 ? ", which others have, too" : "");
     }
     print_memory(run);
+    print_teacher(run);
     if (run->backend->memory() == 0) { // it is the processor that computes
         describe_threads(advice, thread_count(), team, job_processors());
     }

@@ -3,9 +3,9 @@
 // register_pairs, first_pair_numbers. Needs: dev/lora.h; the table of weights of train_moe.c, which includes it.
 //
 // The rows of the pairs stand behind all others, "layer3.qkv.lora_A" and "layer3.qkv.lora_B" for "layer3.qkv", and every row
-// before them is frozen: it is not trained, and a checkpoint does not have it. In memory the pairs come first. So the arrays of gradients
-// and moments, which go no further, have the same offsets as that of the weights. Behind the pairs' gradients there are a
-// few numbers more: a frozen vector's gradient, which costs next to nothing, is added up there and never read.
+// before them is frozen: it is not trained, and a checkpoint does not have it. In memory the pairs come first. So the arrays of
+// gradients and moments, which have the pairs alone, have the same offsets as that of the weights. Behind the pairs' gradients
+// there are a few numbers more: the gradient of a frozen vector, which costs next to nothing, is added up there and never read.
 #pragma once
 #include "lora.h"
 

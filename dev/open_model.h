@@ -1,5 +1,6 @@
 // Opens a model for what is no training: --prompt, --merge, --export, --quantize, --evaluate.
-// Gives: refuse_window, find_model, load_model, open_text, close_model. Needs: dev/quantized.h; Run of dev/run.h, and the files that it includes.
+// Gives: refuse_window, find_model, load_model, load_own_tokenizer, open_text, close_model. Needs: dev/quantized.h; Run of dev/run.h,
+// and the files that it includes.
 #pragma once
 #include "quantized.h"
 
@@ -80,6 +81,13 @@ size_t load_model(Run *run, const char *dir, int tokens) {
     }
     load_weights(run, dir, 0);
     return 0;
+}
+
+// The tokenizer of the model in dir, or that of --tokenizer.
+void load_own_tokenizer(Run *run, const char *dir) {
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
+    run->tokenizer = tokenizer_load(run->config.tokenizer[0] ? run->config.tokenizer : path);
 }
 
 // Memory for the windows of one of the run's texts, "train" or "val".

@@ -10,6 +10,7 @@
 #include "residual.h"      // --norms, --dropout, --moe-sigmoid: what stands between a layer's halves and the residual stream
 #include "shared_expert.h" // --shared-gate, --shared-ffn, --dense-ffn: shared experts with a gate, and widths of their own
 #include "quantized.h"     // --quantize: matrices in blocks of few bits
+#include "teacher.h"       // --teacher: a trained model teaches the one in training
 #include "../data/model_classes.h" // the class of transformers as which the model is written
 #include "../data/granite.h"       // the factors of a Granite that is read
 #if !defined(CONFIG_FIELDS) && !defined(PARTS_H)

@@ -1,5 +1,6 @@
 // Queries and keys with a norm of their own (--qk-norm): each head's query and key is RMS-normalised before it is turned.
-// Gives: norm_heads_forward, norm_heads_backward; qk_norm_forward, qk_norm_backward. Needs: Model and the layers of train_moe.c, which includes it.
+// Gives: norm_heads_forward, norm_heads_backward; NormHeads, norm_heads; qk_norm_forward, qk_norm_backward. Needs: Model and
+// the layers of train_moe.c, which includes it.
 //
 // A score is q . k / sqrt(D), and nothing limits how large q and k grow. With a norm only their directions count, times
 // two learned vectors; so the rate of learning can be higher. Henry et al. 2020, Query-Key Normalization for Transformers;
@@ -88,7 +89,7 @@ NormHeads norm_heads(const Config *c) {
     return c->qk_norm_over == OVER_ROW ? rows : heads;
 }
 
-// The same for layer l, if it has such norms.
+// norm_heads_forward() of layer l, if it has such norms.
 void qk_norm_forward(Model *m, int l, real *qkv) {
     const Config *c = &m->config;
     const LayerParams *w = &m->params.layer[l];

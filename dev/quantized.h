@@ -1,12 +1,13 @@
 // Weights of few bits in a model: which tensors are in blocks, where they lie, and how they come from a file.
-// Gives: scheme_names, is_in_blocks, without_blocks, share_blocks, blocks_bytes, read_scheme, write_scheme, blocks_refuse,
-// load_blocks. Needs: train_moe.c, of which dev/memory.h includes it, and dev/parts.h for the fields of its options
-// (CONFIG_FIELDS); dev/cpu/blocks.h, whose products dev/cpu/matmul.h takes for such weights.
+// Gives: is_in_blocks, without_blocks, share_blocks, blocks_refuse, read_scheme, write_scheme, load_blocks. Needs: train_moe.c,
+// which includes it by way of dev/parts.h and dev/memory.h; scheme_names of dev/options.h; dev/cpu/blocks.h, whose products
+// dev/cpu/matmul.h takes for such weights.
 //
 // A directory that --quantize has written has the feed-forward matrices in blocks (data/blocks.h): those of the experts, of
 // shared experts and of dense layers. All other tensors are as they were. In config.json the object train_moe says so by
-// "blocks": "q8_0" or another scheme. In model.safetensors such a tensor has the type U8 and the shape (rows, bytes of a row), and by the bytes of a row one sees
-// whether it has 8 bits (34 bytes for 32 numbers) or 4 (18 bytes). A model that has such weights can be asked, not trained.
+// "blocks": "q8_0" or another scheme. In model.safetensors such a tensor has the type U8 and the shape (rows, bytes of a row),
+// and the bytes of a row tell whether it has 8 bits (34 bytes for 32 numbers) or 4 (18 bytes). A model that has such weights can
+// answer --prompt and --evaluate, and it can teach (--teacher), but it cannot be trained.
 #ifdef CONFIG_FIELDS
     int blocks;                     // the scheme of the model that is read; NO_BLOCKS: all its weights are numbers
     int quantize, evaluate;         // --quantize, --evaluate: see dev/few_bits.h
@@ -47,13 +48,13 @@ void share_blocks(Model *to, const Model *from) {
     }
 }
 
-// Can a model in blocks be asked for what the options say? NULL: yes.
+// Why a model in blocks cannot do what the options ask for; NULL: it can.
 const char *blocks_refuse(const Config *c) {
     static char text[4400];
     if (c->blocks == NO_BLOCKS || c->prompt || c->evaluate) {
         return NULL;
     }
-    snprintf(text, sizeof(text), "--%s %.4000s: its weights have few bits (%s), which --prompt and --evaluate can read and nothing else: "
+    snprintf(text, sizeof(text), "--%s %.4000s: its weights have few bits (%s), which only --prompt, --evaluate and --teacher can read: "
              "to train, to export or to quantise, take the checkpoint that it was made of",
              c->init[0] ? "init" : "out", c->init[0] ? c->init : c->out, scheme_names[c->blocks]);
     return text;

@@ -52,6 +52,7 @@ void first_model(Run *run);
 #include "finite.h"   // NaN and infinities, and where they come from
 #include "remember.h" // what a checkpoint remembers of the routers
 #include "save.h"     // the checkpoints of a run
+#include "open_teacher.h" // --teacher
 #include "log.h"      // the log and the terminal
 #include "evaluate.h" // validation, a story, what each expert likes to read
 #include "minutes.h"  // --minutes
@@ -391,6 +392,7 @@ int prepare_run(Run *run, const Config *asked) {
     } else {
         first_model(run);
     }
+    open_teacher(run);
     run->warned = (unsigned char *)allocate(c->layers, 1);
     if (resumed) {
         read_router_state(run, checkpoint);
@@ -583,6 +585,7 @@ int close_run(Run *run) {
         fclose(run->trace);
     }
     run->backend->release(run->model);
+    close_teacher(run);
     tokenizer_free(run->tokenizer);
     data_close(run->train);
     data_close(run->val);

@@ -1,11 +1,12 @@
 // The checkpoints of a run: written, found again, read.
-// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log. Needs: dev/directory.h; Run of dev/run.h, which
-// includes it.
+// Gives: write_checkpoint, save_checkpoint, load_weights, cut_log; NewModel, begin_new_model, end_new_model.
+// Needs: dev/directory.h; Run of dev/run.h, which includes it.
 //
 // A new checkpoint is written under another name, flushed to the disk and renamed, and only then does the link `latest`
 // move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
 #pragma once
 #include "directory.h"
+#include "unfinished.h"
 
 void sync_directory(const char *path) {
     int dir = open(path, O_RDONLY);
@@ -303,6 +304,62 @@ void cut_log(const char *path, int step) {
         fail("%s: cannot shorten: %s", path, strerror(errno));
     }
     free(text);
+}
+
+// ---- a new model directory: --merge, --quantize
+
+typedef struct NewModel {
+    char dir[4096];  // its name, which it gets when all of it is written
+    FILE *sums;      // its checksums
+    char *list;
+    size_t size;
+} NewModel;
+
+// Begins the directory dir, which is not there yet, in a folder beside it: unfinished_path. The weights follow.
+void begin_new_model(NewModel *n, const char *dir) {
+    memset(n, 0, sizeof(*n));
+    without_slashes(n->dir, dir);
+    make_directories(n->dir); // and those above it; this one is removed again, so that it appears as a whole
+    if (rmdir(n->dir) != 0) {
+        fail("%s: cannot be written anew: %s", dir, strerror(errno));
+    }
+    begin_unfinished(n->dir);
+    n->sums = open_memory(&n->list, &n->size);
+    fprintf(n->sums, "{");
+}
+
+// What other programs know of the model in `from` besides its weights stays as it was: how a chat is written, which tokens end a text.
+void copy_model_files(const char *from) {
+    static const char *const names[] = {"tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+                                        "chat_template.jinja"};
+    for (int i = 0; i < COUNT(names); i++) {
+        char path[4200];
+        size_t size;
+        snprintf(path, sizeof(path), "%s/%s", from, names[i]);
+        if (is_there(path)) {
+            char *text = read_file(path, &size);
+            write_text(unfinished_path, names[i], text, size);
+            free(text);
+        }
+    }
+}
+
+// Writes what stands beside the weights, and gives the directory its name. from: see above, or NULL.
+void end_new_model(NewModel *n, const Run *run, const char *from) {
+    write_model_files(run, unfinished_path);
+    if (from) {
+        copy_model_files(from);
+    }
+    write_small_checksums(n->sums, unfinished_path);
+    fprintf(n->sums, "}\n");
+    close_memory(n->sums, &n->list);
+    write_text(unfinished_path, "checksums.json", n->list, n->size);
+    free(n->list);
+    sync_directory(unfinished_path);
+    if (rename(unfinished_path, n->dir) != 0) {
+        fail("%s: cannot rename to %s: %s", unfinished_path, n->dir, strerror(errno));
+    }
+    end_unfinished();
 }
 
 #include "adapter.h" // --lora: checkpoints without the base, --merge

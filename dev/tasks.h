@@ -56,12 +56,6 @@ void refuse_two_tasks(const Config *asked) {
     }
 }
 
-void load_own_tokenizer(Run *run, const char *dir) {
-    char path[4200];
-    snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
-    run->tokenizer = tokenizer_load(run->config.tokenizer[0] ? run->config.tokenizer : path);
-}
-
 // The model in run->out goes on from a text.
 void answer_prompt(Run *run, const char *dir) {
     const Config *c = &run->config;

@@ -80,6 +80,9 @@ bpb() { # $1: run, $2: text. Bits per byte: a run of one step at a rate of 0 eva
 }
 
 weights() { # $1: run. Its trained weights, in percent of all
+    if [[ $1 == base-* ]]; then
+        return
+    fi
     if grep -q 'million more are trained' "$out/$1.txt"; then
         sed -n 's/.*million more are trained.*: \([0-9.]*%\);.*/\1/p' "$out/$1.txt"
     else
@@ -87,29 +90,25 @@ weights() { # $1: run. Its trained weights, in percent of all
     fi
 }
 
-milliseconds() { # $1: run. Of a step
-    awk "$awk_number"' /^."type":"step"/ { ms = number("ms") } END { printf "%.0f", ms }' "$out/$1/log.jsonl"
-}
-
 kilobytes() { # $1: run. Of what was learned, in files
     du -ck "$out/$1"/latest/*model.safetensors | awk 'END { print $1 }'
 }
 
 row() { # $1: run, $2: what it is, $3: old text, $4: new text
-    printf '| %s | %s | %s | %s | %s | %s |\n' "$2" "$(weights "$1")" "$(bpb "$1" "$4")" "$(bpb "$1" "$3")" \
-        "$(milliseconds "$1")" "$(kilobytes "$1")"
+    printf '| %s | %s | %s | %s | %s |\n' "$2" "$(weights "$1")" "$(bpb "$1" "$4")" "$(bpb "$1" "$3")" "$(kilobytes "$1")"
 }
 
 direction() { # $1: old text, $2: new text
-    local base=base-$1 more="--data $out/$2 --init $out/base-$1/latest --steps $steps"
+    local base=base-$1
+    local more="--data $out/$2 --init $out/base-$1/latest --steps $steps"
     run "$base" $common --data "$out/$1" --steps "$base_steps" --lr 8e-3
     run "$1-full" $more --lr 2e-3 --optimizer adamw
     run "$1-attention4" $more --lora 4 --lora-targets attention --lr 1e-2
     run "$1-all1" $more --lora 1 --lr 1e-2
     run "$1-all3" $more --lora 3 --lr 1e-2
     printf '\nFrom `%s` to `%s`:\n\n' "$1" "$2"
-    echo "| | trained | bits per byte, new text | old text | ms a step | KB of weights in a file |"
-    echo "| --- | --- | --- | --- | --- | --- |"
+    echo "| | trained | bits per byte, new text | old text | KB in files |"
+    echo "| --- | --- | --- | --- | --- |"
     row "$base" "the base as it is" "$1" "$2"
     row "$1-full" "all weights" "$1" "$2"
     row "$1-attention4" "\`--lora 4 --lora-targets attention\`" "$1" "$2"

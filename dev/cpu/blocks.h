@@ -159,13 +159,17 @@ static inline __m256i products_of_block(int format, const unsigned char *w, cons
 #endif
 }
 
-// Eight scales as floats: the exponent of a float16 is that of a float less 112. (There is no infinity and no NaN among them:
+// Eight scales as floats. Where there is no instruction for it: the exponent of a float16 is that of a float less 112. (There is no infinity and no NaN among them:
 // check_blocks().)
 static inline __m256 eight_scales(const unsigned char *half) {
+#ifdef __F16C__
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)half));
+#else
     __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)half));
     __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(bits, 15), 31);
     __m256i size = _mm256_srli_epi32(_mm256_slli_epi32(bits, 17), 4);
     return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, size)), _mm256_set1_ps(0x1p112f));
+#endif
 }
 
 static inline float sum_of_lanes(__m256 v) {

@@ -197,7 +197,11 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     // Weights, their rounded copy, and for training their gradients and the optimizer's two moments.
     m->purpose = FOR_WEIGHTS;
     m->memory[WEIGHTS] = parent ? parent->memory[WEIGHTS] : own_floats(m, m->size);
-    m->low = parent ? parent->low : sizeof(floatX) == 4 && !c->lora ? (floatX *)m->memory[WEIGHTS] : own_low(m, m->size);
+    int is_copy = sizeof(floatX) != 4 || c->lora; // in float32 products read the weights themselves, but not beside pairs
+    m->low = parent ? parent->low : NULL;
+    if (!parent) {
+        m->low = is_copy ? own_low(m, m->size) : (floatX *)m->memory[WEIGHTS];
+    }
     point_params(m, &m->params, m->memory[WEIGHTS]);
     if (train) {
         m->purpose = FOR_GRADIENTS;

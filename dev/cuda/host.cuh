@@ -37,9 +37,12 @@ void fetch_report(Model *m) {
     download(m->host_report, m->report, m->report_size * sizeof(double));
 }
 
+void fetch_taught(const ::Model *m); // teacher.cuh
+
 void model_losses(::Model *base, double *loss, double *aux, double *norm) {
     Model *m = (Model *)base;
     fetch_report(m);
+    fetch_taught(m);
     *loss = m->host_report[TOTAL_LOSS];
     *aux = m->host_report[TOTAL_AUX];
     *norm = m->host_report[GRADIENT_NORM];

@@ -1,5 +1,5 @@
 // Low-rank pairs beside frozen matrices (--lora) on the GPU: see dev/lora.h, which has the formulas, and dev/lora_tensors.h.
-// Gives: own_pairs, merge_pairs, is_frozen, pair_dw, expert_pairs_backward, wants_router, router_pair_backward, train_size.
+// Gives: own_pairs, merge_pairs, is_frozen, pair_dw, expert_pairs_backward, wants_router, router_pair_backward, normed_size.
 // Needs: lora_products.cuh, which it includes; memory.cuh; Experts and WeightsJob of experts.cuh; low_of() and gpu::Model of
 // train_moe.cu, which includes it.
 //
@@ -23,7 +23,7 @@ int is_frozen(const float *dw) {
 }
 
 // Numbers of the gradients that a step's norm is of, which begin with number 0.
-size_t train_size(const ::Model *m) {
+size_t normed_size(const ::Model *m) {
     return m->config.lora ? m->pairs : m->size;
 }
 

@@ -273,7 +273,8 @@ void test_merge(void **state) {
     expect(run_tiny("tuned", "--prompt ab --temperature 0"), 0, "ab");
     strcpy(story, strstr(said, "\nab") ? strstr(said, "\nab") : said);
     snprintf(line, sizeof(line), "%s --out %s --merge", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe", scratch_file("tuned"));
-    expect(shell(said, sizeof(said), "%s %s", line, scratch_file("merged")), 0, "are one model now");
+    expect(shell(said, sizeof(said), "%s %s --lr 0.1", line, scratch_file("merged")), 2, "training, and --merge only writes a model");
+    expect(shell(said, sizeof(said), "%s %s/ --trust-weights", line, scratch_file("merged")), 0, "are one model now"); // with a slash
     assert_true(exists("merged/model.safetensors") && exists("merged/tokenizer.json") && !exists("merged.unfinished"));
     expect(run_tiny("merged", "--prompt ab --temperature 0"), 0, story);
     check_leaks(0);
@@ -334,7 +335,7 @@ void test_merge_names(void **state) {
     check_leaks(0);
     put_text("base/latest/chat_template.jinja", "{{ messages }}");
     expect(shell(said, sizeof(said), "%s ''", line), 2, "--merge: the name is empty");
-    expect(shell(said, sizeof(said), "%s %s --lr 0.5", line, scratch_file("lr")), 2, "--merge only writes a folder");
+    expect(shell(said, sizeof(said), "%s %s --lr 0.5", line, scratch_file("lr")), 2, "--merge only writes a model");
     expect(shell(said, sizeof(said), "%s %s//", line, scratch_file("a/slash")), 0, "are one model now");
     assert_true(exists("a/slash/checksums.json") && !exists("a/slash.unfinished"));
     assert_same_file(scratch_file("base/latest/chat_template.jinja"), scratch_file("a/slash/chat_template.jinja"));

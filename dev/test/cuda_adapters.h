@@ -64,6 +64,7 @@ void check_adapter_steps(const char *choices) {
             for (int what = WEIGHTS; what <= MOMENT2; what++)
                 set_all(&gpu::backend, other, what, all_of(&gpu::backend, t.device, what));
         } else if (step == last) {
+            ((gpu::Model *)other)->decided = t.plans;
             gpu::model_forward(other, &t.host->batch);
             gpu::model_backward(other);
         }

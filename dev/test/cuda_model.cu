@@ -442,7 +442,7 @@ void check_stats(const Twins *t, double tolerance) { // after model_losses
 // tokens are drawn, with which a real fault would be there again.
 int check_gradients_alike(Twins *t, double tolerance) {
     const real *found = all_of(&gpu::backend, t->device, GRADS), *wanted = t->host->memory[GRADS];
-    double least = 0.01 * norm_of(wanted, gpu::train_size(t->host));
+    double least = 0.01 * norm_of(wanted, gpu::normed_size(t->host));
     for (int i = first_kept(t->host, GRADS); i < t->host->tensor_count; i++) {
         const Tensor *tensor = &t->host->tensors[i];
         const real *mine = found + tensor->offset, *its = wanted + tensor->offset;
@@ -930,6 +930,51 @@ void test_gpu_generation(void **state) {
     check_gpu_generation("mixtral", "--mixer lstm --seq 7 --shared 1");
 }
 
+// ---- a teacher
+
+// A batch of a student with a teacher, on both twins: the loss, the teacher's part of it, and all gradients; the head in pieces.
+void check_gpu_teacher(const char *recipe, const char *choices, const char *of_teacher, const char *its_choices) {
+    double loss, aux, norm, taught;
+    Twins s = make_twins(of_teacher, its_choices, 2, SPREAD), t = make_twins(recipe, choices, 2, SPREAD);
+    Batch batch = make_batch(t.tokens, t.targets, t.B, t.T, TRAIN_MODE, 0.75, 3, 0);
+    clear_gradients(&t);
+    ((gpu::Model *)t.device)->head_rows = max_int(1, t.N / 3);
+    teacher.model = s.host;
+    ::model_forward(t.host, &batch);
+    taught = teacher.loss;
+    teacher.model = s.device;
+    teacher.loss = -1;
+    decide(&s, 1);
+    decide(&t, 1);
+    gpu::model_forward(t.device, &batch);
+    gpu::model_losses(t.device, &loss, &aux, &norm);
+    assert_true(taught > 1e-3);
+    assert_near(teacher.loss / taught, 1, TWIN_TOLERANCE);
+    assert_near(loss, t.host->loss, TWIN_TOLERANCE);
+    assert_alike_norm(t.name, "nll", take_back(((gpu::Model *)t.device)->nll, t.N), t.host->acts.nll, t.N, 0, TWIN_TOLERANCE);
+    ::model_backward(t.host);
+    gpu::model_backward(t.device);
+    check_gradients_alike(&t, TWIN_TOLERANCE);
+
+    // At evaluation there is none.
+    batch.mode = EVAL_MODE;
+    gpu::model_forward(t.device, &batch);
+    gpu::model_losses(t.device, &taught, &aux, &norm);
+    teacher.model = NULL;
+    gpu::model_forward(t.device, &batch);
+    gpu::model_losses(t.device, &loss, &aux, &norm);
+    assert_true(loss == taught);
+    free_twins(&t);
+    free_twins(&s);
+}
+
+void test_gpu_teacher(void **state) {
+    (void)state;
+    check_gpu_teacher("mixtral", "", "mixtral", "--dim 48 --heads 2 --kv-heads 2 --experts 8");
+    check_gpu_teacher("dense", "--distill-weight 0.8 --distill-temperature 3 --untied 1", "deepseek-v3", "");
+    check_gpu_teacher("mixtral", "--distill-weight 1 --distill-temperature 0.7", "shazeer-lstm", "");
+}
+
 // ---- the same again
 
 // Gradients of a batch of four and of its two halves.
@@ -1307,6 +1352,7 @@ int main(void) {
         cmocka_unit_test(test_gpu_steps),
         cmocka_unit_test(test_gpu_curves),
         cmocka_unit_test(test_gpu_generation),
+        cmocka_unit_test(test_gpu_teacher),
         cmocka_unit_test(test_gpu_accumulation),
         cmocka_unit_test(test_gpu_same_bits),
         cmocka_unit_test(test_gpu_files),

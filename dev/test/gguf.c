@@ -494,6 +494,13 @@ void load_words(void *arg) {
     gguf_tokenizer(&g, t, (const char *)arg, t->vocab, 0, 0, 0);
 }
 
+void load_for_small_model(void *arg) { // one that has a token less
+    Tokenizer *t = tokenizer_load((const char *)arg);
+    Gguf g;
+    gguf_open(&g, scratch_file("unwritten.gguf"));
+    gguf_tokenizer(&g, t, (const char *)arg, t->vocab - 1, 0, 0, 0);
+}
+
 // A tokenizer with this pre-tokenizer has this name in llama.cpp; or NULL, and is refused with the text.
 void check_cutter(const char *words, const char *members, const char *name, const char *refusal) {
     static const char plain[] = "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": true}, \"model\": {";
@@ -593,7 +600,10 @@ void test_gguf_fallback(void **state) {
         assert_memory_equal(&bits, &wanted[i], 4);
     }
 
-    const char *path = fallback_tokenizer(",\"ab\":262,\"ba\":263,\"aba\":264", "\"a b\",\"b a\",\"ab a\"");
+    const char *path = fallback_tokenizer(",\"ab\":262", "\"a b\"");
+    assert_int_equal(dies(load_for_small_model, (void *)path, message, sizeof(message)), 1);
+    assert_non_null(strstr(message, "it has 263 tokens, and the model only 262"));
+    path = fallback_tokenizer(",\"ab\":262,\"ba\":263,\"aba\":264", "\"a b\",\"b a\",\"ab a\"");
     assert_int_equal(dies(load_words, (void *)path, message, sizeof(message)), 1);
     assert_non_null(strstr(message, "\"a\" and \"ba\" are not merged"));
     path = fallback_tokenizer(",\"ab\":262,\"ba\":263,\"aba\":264,\"bb\":265", "\"a b\",\"b a\",\"ab a\",\"b b\",\"a ba\"");

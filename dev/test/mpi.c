@@ -105,6 +105,35 @@ void test_mpi_log(void **state) {
     }
 }
 
+// Each rank has a whole teacher: with one, two and three ranks the teacher's part of the loss is the same, and so is the model.
+void test_mpi_teacher(void **state) {
+    (void)state;
+    static const char *const names[] = {"loss", "teacher", "grad_norm", "val_loss"};
+    char output[65536], options[512], name[16], key[64];
+    double wanted[4] = {0};
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options), "--batch 6 --warmup 1 --lr 0.02 --dim 48 --heads 4 --out %s", scratch_file("teacher"));
+    assert_int_equal(run_ranks(output, sizeof(output), 1, options), 0);
+    for (int ranks = 1; ranks <= 3; ranks++) {
+        snprintf(name, sizeof(name), "taught%d", ranks);
+        snprintf(options, sizeof(options), "--batch %d --experts 6 --warmup 1 --save-every 0 --teacher %s --out %s", 6 / ranks,
+                 scratch_file("teacher"), scratch_file(name));
+        assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
+        shell(output, sizeof(output), "cat %s/log.jsonl", scratch_file(name));
+        for (int i = 0; i < 4; i++) {
+            char *last = NULL;
+            snprintf(key, sizeof(key), "\"%s\":", names[i]);
+            for (char *at = output; (at = strstr(at, key)) != NULL; at++)
+                last = at[strlen(key)] == '"' ? last : at + strlen(key); // the option's text is no number
+            assert_non_null(last);
+            wanted[i] = ranks == 1 ? atof(last) : wanted[i];
+            if (!(fabs(atof(last) - wanted[i]) <= 1e-3 * fabs(wanted[i])))
+                fail_msg("%d ranks: %s is %g, not %g", ranks, names[i], atof(last), wanted[i]);
+        }
+    }
+}
+
 // A trained model is evaluated by 1, 2 and 4 ranks, which divide a step in their ways, at a learning rate of 0: the line of the
 // log is the same to the last digit, also where full experts refuse choices, and where each rank has all experts.
 void test_mpi_evaluation(void **state) {
@@ -291,6 +320,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_mpi_program),
         cmocka_unit_test(test_mpi_log),
+        cmocka_unit_test(test_mpi_teacher),
         cmocka_unit_test(test_mpi_evaluation),
         cmocka_unit_test(test_mpi_idle),
         cmocka_unit_test(test_mpi_bad_options),

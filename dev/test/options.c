@@ -251,7 +251,7 @@ void test_options_effective(void **state) {
 void test_options_unknown(void **state) {
     (void)state;
     expect_command("--warmpu 5", 2, "there is no option --warmpu; the nearest is --warmup");
-    expect_command("--expert 5", 2, "there is no option --expert; the nearest is --experts");
+    expect_command("--exprts 5", 2, "there is no option --exprts; the nearest is --experts");
     expect_command("--eval-token=5", 2, "there is no option --eval-token; the nearest is --eval-tokens");
     expect_command("-steps 5", 2, "there is no option -steps; the nearest is --steps");
     expect_command("--nonsense", 2, "there is no option --nonsense (");

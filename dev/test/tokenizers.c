@@ -157,6 +157,17 @@ static void assert_encoded(Tokenizer *t, const char *text, const char *expected)
     }
 }
 
+// The most ids that a text can have for its length: a space, with a prefix, where "▁" is no token but three bytes.
+void test_tokenizers_bound(void **state) {
+    (void)state;
+    static const IdCase c = {SENTENCE, "null", NULL, "false", "", ""};
+    Tokenizer *t = tokenizer_load(sentence_tokenizer("tokenizer.json", &c));
+    *table_put(&t->ids, UNDERSCORE, strlen(UNDERSCORE)) = 0;
+    assert_encoded(t, " ", "229 153 132 229 153 132");
+    assert_encoded(t, " </s> ", "229 153 132 229 153 132 2 229 153 132 229 153 132");
+    tokenizer_free(t);
+}
+
 void test_tokenizers_fallback(void **state) {
     (void)state;
     static const char mask[] = ADDED_TOKENS("274", "<x>", "\"lstrip\": true, \"rstrip\": true, \"normalized\": false, \"special\": true");
@@ -375,6 +386,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_tokenizers_words),
         cmocka_unit_test(test_tokenizers_patterns),
+        cmocka_unit_test(test_tokenizers_bound),
         cmocka_unit_test(test_tokenizers_fallback),
         cmocka_unit_test(test_tokenizers_byte_level),
         cmocka_unit_test(test_tokenizers_nfc),
