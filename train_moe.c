@@ -1599,9 +1599,7 @@ void attention_layer_forward(Model *m, int l, real *out, const real *x) {
     int H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D;
 
     matmul(a->qkv, x, w->qkv, N, C, Q, SET);
-    qkv_bias_forward(m, l, a->qkv);
-    qk_norm_forward(m, l, a->qkv);
-    value_embedding_forward(m, l, a->qkv);
+    qkv_parts_forward(m, l, a->qkv); // nothing, unless options ask for a bias, norms or a table of values: dev/parts.h
     rope(a->qkv, Q, N, T, H + KV, D, m->angles, 1);
     attention_forward(a->att, a->lse, a->qkv, B, T, H, KV, D);
     matmul(out, a->att, w->proj, N, H * D, C, ADD);
@@ -1620,9 +1618,7 @@ void attention_layer_backward(Model *m, int l, real *dx, const real *dout, const
     matmul_backward(datt, dw->proj, dout, a->att, w->proj, N, H * D, C, SET);
     attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
     rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
-    value_embedding_backward(m, l, dqkv);
-    qk_norm_backward(m, l, dqkv);
-    qkv_bias_backward(m, l, dqkv);
+    qkv_parts_backward(m, l, dqkv);
     matmul_backward(dx, dw->qkv, dqkv, x, w->qkv, N, C, Q, SET);
 }
 

@@ -1,5 +1,5 @@
 // What a layer may have besides, each a room of its own.
-// Gives: what they give; parts_refuse. Needs: train_moe.c, which includes it twice: inside Config, for the fields of their
+// Gives: what they give; parts_refuse, qkv_parts_forward, qkv_parts_backward. Needs: train_moe.c, which includes it twice: inside Config, for the fields of their
 // options (CONFIG_FIELDS), and before the layers are put together.
 #include "lora.h"          // --lora: low-rank pairs beside frozen matrices
 #include "rope.h"          // --rope-scaling: slower rotary positions, for longer texts
@@ -31,6 +31,20 @@ const char *parts_refuse(const Config *c) {
         return "--rope-low must be less than --rope-high";
     }
     return blocks_refuse(c);
+}
+
+// What layer l may do with queries, keys and values, qkv (N,(H+2KV)*D), before positions turn them; and the way back, for
+// their gradient. Most models do nothing here.
+void qkv_parts_forward(Model *m, int l, real *qkv) {
+    qkv_bias_forward(m, l, qkv);
+    qk_norm_forward(m, l, qkv);
+    value_embedding_forward(m, l, qkv);
+}
+
+void qkv_parts_backward(Model *m, int l, real *dqkv) {
+    value_embedding_backward(m, l, dqkv);
+    qk_norm_backward(m, l, dqkv);
+    qkv_bias_backward(m, l, dqkv);
 }
 
 #endif

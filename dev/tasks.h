@@ -1,5 +1,6 @@
 // What the program does instead of training: it goes on from a text, measures a model, or writes it in another form.
-// Gives: task_of, refuse_empty_names, refuse_two_tasks, do_task. Needs: Run of dev/run.h, which includes it, and the files that that one includes.
+// Gives: task_of, refuse_empty_names, refuse_two_tasks, do_task. Needs: Run of dev/run.h, which includes it, and the files
+// that dev/run.h includes.
 #pragma once
 #include "open_model.h" // finds and reads a model
 #include "few_bits.h"   // --quantize
@@ -95,7 +96,11 @@ void evaluate_model(Run *run, const Config *asked, const char *dir) {
            c->blocks ? ", " : "", c->blocks ? scheme_names[c->blocks] : "", e.loss, e.bpb, errors,
            e.windows == run->val->windows ? "all " : "", (double)e.windows * c->seq, c->data);
     double numbers = (double)run->model->size * sizeof(real) / 1048576, few = (double)blocks / 1048576;
-    printf("weights in memory: %.2f MiB, of which %.2f MiB are blocks of few bits\n", numbers + few, few);
+    printf("weights in memory: %.2f MiB", numbers + few);
+    if (c->blocks) {
+        printf(", of which %.2f MiB are blocks of few bits", few);
+    }
+    printf("\n");
     close_model(run);
 }
 

@@ -56,8 +56,8 @@ void check_left(const char *folder) {
             known |= !strcmp(names[i], name);
         }
         if (!known) {
-            fail("%s: it is needed for what is not finished, and has %s, which this program did not leave there; rename that folder", folder,
-                 name);
+            fail("%s: it is needed for what is not finished, and has %s, which this program did not leave there; rename that folder",
+                 folder, name);
         }
     }
     if (list) {
