@@ -116,6 +116,30 @@ void unlist(Pool *p, int i) {
     memmove(p->held + i, p->held + i + 1, (size_t)(p->count - i) * sizeof(int));
 }
 
+// The bytes from .. end are not needed any more: those of them that are in a file go. The system maps 64 KiB at a time, so what is
+// around them goes, too. Several threads may call it at the same time.
+void let_go_of_bytes(uintptr_t from, uintptr_t end) {
+    const uintptr_t at_a_time = 65536;
+    from = from / at_a_time * at_a_time;
+    end = (end + at_a_time - 1) / at_a_time * at_a_time;
+    for (int i = 0; i < offloaded.array_count; i++) {
+        const Mapped *a = &offloaded.arrays[i];
+        uintptr_t first = (uintptr_t)a->base + a->first, last = (uintptr_t)a->base + a->end;
+        first = first > from ? first : from;
+        last = last < end ? last : end;
+        if (first < last) {
+            forget_pages((const void *)first, (size_t)(last - first)); // never beyond the file, where they would be lost
+        }
+    }
+}
+
+// A thread has passed over n numbers, which lie anywhere, and does not need them any more.
+void passed_over(const real *x, size_t n) {
+    if (offloaded.array_count) {
+        let_go_of_bytes((uintptr_t)x, (uintptr_t)(x + n));
+    }
+}
+
 // Expert e will be needed next: the system begins to read it. If the pool is full, the expert whose last use is longest ago
 // goes.
 void take_in(Pool *p, int e) {
@@ -127,7 +151,7 @@ void take_in(Pool *p, int e) {
         unlist(p, at);
     } else {
         if (p->count == p->most) {
-            forget_pages(p->base + p->from[p->held[0]], bytes_of_expert(p, p->held[0]));
+            passed_over(p->base + p->from[p->held[0]], bytes_of_expert(p, p->held[0]) / sizeof(real));
             unlist(p, 0);
         }
         fetch_pages(p->base + p->from[e], bytes_of_expert(p, e));
@@ -140,7 +164,7 @@ void take_in(Pool *p, int e) {
 
 // All experts of the pool go.
 void let_go(Pool *p) {
-    forget_pages(p->base, p->from[p->E] * sizeof(real));
+    passed_over(p->base, p->from[p->E]);
     p->count = 0;
 }
 
@@ -155,20 +179,6 @@ void let_go_of_tensor(const Model *m, int what, int tensor) {
 void let_go_of_array(const Model *m, int what) {
     for (int i = 0; i < m->tensor_count && offloaded.pool_count; i++) {
         let_go_of_tensor(m, what, i);
-    }
-}
-
-// A thread has passed over n numbers, which lie anywhere, and does not need them any more. Those that are in a file go. Several
-// threads may call it at the same time.
-void passed_over(const real *x, size_t n) {
-    for (int i = 0; i < offloaded.array_count; i++) {
-        const Mapped *a = &offloaded.arrays[i];
-        const char *from = (const char *)x, *end = (const char *)(x + n);
-        from = from > a->base + a->first ? from : a->base + a->first;
-        end = end < a->base + a->end ? end : a->base + a->end;
-        if (from < end) {
-            forget_pages(from, (size_t)(end - from));
-        }
     }
 }
 
