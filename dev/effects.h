@@ -195,6 +195,7 @@ int is_offloaded(const Config *c) {
 const Effect base_effects[] = {
     {"experts", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
     {"offload", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
+    {"offload-cold", is_offloaded, "experts in a file: --offload N"},
     {"offload-dir", is_offloaded, "experts in a file: --offload N"},
     {"topk", counts_topk, "experts that are counted: --select topk"},
     {"activation", has_activation, "experts or dense layers that have it: --mixed 0, or --dense-activation same"},

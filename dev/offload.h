@@ -14,9 +14,10 @@
 // is as always, and what a run needs to go on is in the checkpoint alone.
 //
 // "In memory" means: pages that this process holds. The system may keep a copy of the file's pages in its cache for as long as
-// nobody else needs that memory (doc/offload.md).
+// nobody else needs that memory; with --offload-cold it may not (doc/offload.md).
 #ifdef CONFIG_FIELDS
     int offload;             // experts of each tensor that are in memory; 0: all
+    int offload_cold;        // 1: the system's cache keeps none of the others
     const char *offload_dir; // the folder of the file; open_run() of dev/run.h puts the run directory here
 #elif !defined(OFFLOAD_H)
 #define OFFLOAD_H
@@ -37,6 +38,8 @@ typedef struct Mapped {
     const Model *owner;
     char *base;
     size_t size, first, end; // bytes; those from `first` to `end` are in the file
+    int file;
+    int cold;                // --offload-cold
 } Mapped;
 
 // Of all models in memory, and what was done for them.
@@ -129,6 +132,9 @@ void let_go_of_bytes(uintptr_t from, uintptr_t end) {
         last = last < end ? last : end;
         if (first < last) {
             forget_pages((const void *)first, (size_t)(last - first)); // never beyond the file, where they would be lost
+            if (a->cold) {
+                drop_from_cache(a->file, (size_t)(first - (uintptr_t)a->base - a->first), (size_t)(last - first));
+            }
         }
     }
 }
@@ -249,16 +255,15 @@ void add_pools(Model *m, int what, real *memory) {
 // Zeroed memory for one of the model's arrays, of `count` numbers, whose experts are in a file; until offload_free().
 real *offload_array(Model *m, int what, size_t count) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    Mapped a = {m, NULL, 0, 0, 0};
+    Mapped a = {m, NULL, 0, 0, 0, -1, m->config.offload_cold};
     a.first = m->common * sizeof(real) / page * page; // the experts' pages, and what shares the first and the last one with them
     a.end = (m->tables * sizeof(real) + page - 1) / page * page;
     a.size = (count * sizeof(real) + page - 1) / page * page;
     a.base = (char *)map_memory(a.size);
-    int file = offload_file(&m->config, a.end - a.first);
-    if (!a.base || mmap(a.base + a.first, a.end - a.first, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED) {
+    a.file = offload_file(&m->config, a.end - a.first);
+    if (!a.base || mmap(a.base + a.first, a.end - a.first, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, a.file, 0) == MAP_FAILED) {
         fail("--offload: cannot map %.1f MiB of experts: %s", (double)a.size / 1048576, strerror(errno));
     }
-    close(file);
     if (offloaded.array_count == COUNT(offloaded.arrays)) {
         fail("--offload: there are more than %d arrays", COUNT(offloaded.arrays));
     }
@@ -285,6 +290,7 @@ void offload_free(const Model *m) {
         Mapped *a = &offloaded.arrays[i];
         if (a->owner == m) {
             munmap(a->base, a->size);
+            close(a->file);
         } else {
             offloaded.arrays[arrays++] = *a;
         }

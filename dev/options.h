@@ -165,6 +165,8 @@ const Option base_options[] = {
            "by which both models' logits are divided: above 1 unlikely words count more"),
     INTEGER("offload", offload, "0", 0, 4096, RUN, "Memory",
             "of each layer so many experts are in memory, the others in a file until they are needed; 0: all are in memory"),
+    FLAG("offload-cold", offload_cold, RUN, "Memory",
+         "an expert that leaves memory leaves the system's cache of files, too: it comes back from the disk"),
     TEXT("offload-dir", offload_dir, "", RUN, "Memory", "the folder of that file, which has no name and goes with the process [OUT]"),
     INTEGER("batch", batch, "2", 1, 1 << 20, ORDER, "Training", "sequences in a micro-step (B)"),
     INTEGER("accum", accum, "1", 1, 1 << 20, ORDER, "Training", "micro-steps in a step"),

@@ -208,7 +208,7 @@ void test_offload_run_resumes(void **state) {
     }
     assert_latest("away", "checkpoint-6");
     assert_no_file("away");
-    expect(run_offload("away", "--offload 3 --resume"), 0, "--offload 3: of ");
+    expect(run_offload("away", "--offload 3 --offload-cold --resume"), 0, "--offload 3: of ");
     assert_same_weights("all", "away");
     assert_no_file("away");
     expect(run_tiny("all", "--prompt ab --seed 3"), 0, "ab");
