@@ -306,6 +306,7 @@ void offload_free(const Model *m) {
 // How often an expert was in memory when it was needed.
 void print_offload(const Config *c, FILE *to) {
     if (c->offload && offloaded.asked > 0) {
+        fflush(stdout); // a story ends there
         fprintf(to, "--offload %d: of %.0f times that an expert was needed, it was in memory %.0f times; %.1f MiB were fetched\n",
                 c->offload, offloaded.asked, offloaded.asked - offloaded.fetched, offloaded.bytes / 1048576);
     }
