@@ -1,13 +1,13 @@
 #!/bin/bash
 # Memory and time of --offload N, for N = E/2, E/4, E/8, in training and in generation, with a warm and a cold cache of files.
 #   dev/bench/offload.sh [FOLDER [PROGRAM [STEPS [TOKENS]]]]
-# FOLDER (offload_bench) must be on a disk, and not there yet; STEPS (10) are trained, TOKENS (100) generated. Prints the most memory
+# FOLDER (offload_bench) must be on a disk, and not there yet; STEPS (10) are trained, TOKENS (1000) generated. Prints the most memory
 # that the process held, and the time of a step (the median) or of a token (a long text's less a short one's). All runs of training
 # must give the same weights, and all of generation the same text, or the script fails. OPTIMIZER (adamw) may be muon.
 set -e
-folder=${1:-offload_bench} program=${2:-./train_moe} steps=${3:-10} tokens=${4:-100} optimizer=${OPTIMIZER:-adamw}
+folder=${1:-offload_bench} program=${2:-./train_moe} steps=${3:-10} tokens=${4:-1000} optimizer=${OPTIMIZER:-adamw}
 size="--layers 4 --dim 256 --heads 4 --experts 32 --topk 2 --ffn 512 --seq 64 --batch 1"
-quiet="--eval-every 0 --sample-every 0 --eval-tokens 64 --tokens 1 --warmup 1 --save-every 0 --log-every 1"
+quiet="--eval-every 0 --sample-every 0 --eval-tokens 64 --tokens 1 --lr 1e-4 --warmup 1 --save-every 0 --log-every 1"
 mkdir "$folder"
 
 # measure COMMAND...: prints MiB of memory at most, and seconds; what the command says goes to said.txt
