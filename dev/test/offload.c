@@ -175,11 +175,11 @@ void test_offload_order(void **state) {
 
 // ---- the program
 
-const char *const larger = "--dim 64 --ffn 128";
+const char *const away_sizes = "--dim 64 --ffn 128";
 
 int run_offload(const char *out, const char *more) {
     char options[512];
-    snprintf(options, sizeof(options), "%s %s", larger, more);
+    snprintf(options, sizeof(options), "%s %s", away_sizes, more);
     return run_tiny(out, options);
 }
 
@@ -195,7 +195,7 @@ void test_offload_run_resumes(void **state) {
     expect(run_offload("all", ""), 0, "What next");
     assert_true(!strstr(said, "--offload"));
     char options[512];
-    snprintf(options, sizeof(options), "%s --offload 1", larger);
+    snprintf(options, sizeof(options), "%s --offload 1", away_sizes);
     for (int attempt = 0, status = 0; !WIFSIGNALED(status); attempt++) {
         assert_true(attempt < 5); // it was always done before it could be killed
         remove_tree(scratch_file("away"));
@@ -224,7 +224,7 @@ void test_offload_full_disk(void **state) {
     need_program();
     expect(run_offload("saved", "--steps 6"), 0, "What next");
     char options[512];
-    snprintf(options, sizeof(options), "%s --offload 2 --resume", larger);
+    snprintf(options, sizeof(options), "%s --offload 2 --resume", away_sizes);
     check_leaks(0);
     expect(shell(said, sizeof(said), "(ulimit -f 100; %s)", command_line("saved", options)), 1,
            "/saved: cannot reserve 0.8 MiB for experts: File too large; make room, or name another folder by --offload-dir");
