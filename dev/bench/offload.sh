@@ -28,7 +28,7 @@ for choice in "" "--offload 16" "--offload 8" "--offload 4" "--offload 16 --offl
     "--offload 4 --offload-cold"; do
     out="$folder/run${choice// /}"
     used=$(measure $program --data ${DATA:-data/stories} $size $quiet --optimizer $optimizer --steps $steps --out "$out" $choice)
-    step=$(sed -n 's/.*"type":"step".*"ms":\([0-9.]*\).*/\1/p' "$out/log.jsonl" | sort -n | sed -n "$(((steps + 1) / 2))p")
+    step=$(sed -n 's/.*"type":"step".*"ms":\([0-9.e+]*\).*/\1/p' "$out/log.jsonl" | sort -g | sed -n "$(((steps + 1) / 2))p")
     row "a step" "$choice" "${used% *}" "$step"
     cmp "$folder/run/latest/model.safetensors" "$out/latest/model.safetensors"
     cmp "$folder/run/latest/optimizer.safetensors" "$out/latest/optimizer.safetensors"
