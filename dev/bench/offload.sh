@@ -3,8 +3,8 @@
 #   dev/bench/offload.sh [FOLDER [PROGRAM [STEPS [TOKENS]]]]
 # FOLDER (offload_bench) must be on a disk, and not there yet; STEPS (10) are trained, TOKENS (1000) generated. Prints the most memory
 # that the process held, the time of a step (the median) or of a token (a long text's less a short one's), and the processors' time
-# of the whole command, which other programs disturb less. All runs of training
-# must give the same weights, and all of generation the same text, or the script fails. OPTIMIZER (adamw) may be muon.
+# of the whole command, which other programs disturb less. All runs of training must give the same weights, and all of generation the
+# same text, or the script fails. OPTIMIZER (adamw) may be muon.
 set -e
 folder=${1:-offload_bench} program=${2:-./train_moe} steps=${3:-10} tokens=${4:-1000} optimizer=${OPTIMIZER:-adamw}
 size="--layers 4 --dim 256 --heads 4 --experts 32 --topk 2 --ffn 512 --seq 64 --batch 1"
