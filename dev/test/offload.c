@@ -244,7 +244,13 @@ void test_offload_refused(void **state) {
     expect(run_tiny("refused", "--offload-dir /tmp"), 2, "it needs experts in a file: --offload N");
     expect(run_tiny("refused", "--offload 2 --offload-dir /proc/none"), 1, "/proc/none: cannot create");
     expect(run_tiny("refused", "--offload 2 --offload-dir /proc"), 1, "--offload: /proc: cannot create a file in it");
-    expect(run_tiny("refused", "--offload 2 --lora 2 --init nothing"), 1, "nothing");
+    expect(run_tiny("base", "--steps 6"), 0, "What next");
+    char options[512];
+    snprintf(options, sizeof(options), "--offload 2 --lora 2 --init %s", scratch_file("base"));
+    expect(run_tiny("refused", options), 2, "--offload keeps trained experts in a file, and --lora trains none of them");
+    snprintf(options, sizeof(options), "%s --out %s", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe", scratch_file("base"));
+    expect(shell(said, sizeof(said), "%s --quantize q8_0", options), 0, "with few bits");
+    expect(shell(said, sizeof(said), "%s-q8_0 --prompt ab --offload 2", options), 2, "this model has experts of few bits");
     assert_true(!exists("refused"));
     check_leaks(1);
 }
