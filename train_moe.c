@@ -699,6 +699,7 @@ double sum_of_squares(const real *x, size_t n) {
 #include "dev/cpu/fast.h" // from here on, the names above mean the fast functions of dev/cpu
 #endif
 #include "dev/lora.h" // --lora: products look whether a low-rank pair stands beside their matrix
+#include "dev/offload_products.h" // --offload: grouped products fetch their experts from a file
 
 // ---- rows, embedding and loss
 
@@ -1546,6 +1547,7 @@ void init_tensor(const Model *m, int i, real *w, const double *frequency) {
 void model_init(Model *m, const double *frequency) {
     for (int i = 0; i < m->tensor_count; i++) {
         init_tensor(m, i, m->memory[WEIGHTS] + m->tensors[i].offset, frequency);
+        let_go_of_tensor(m, WEIGHTS, i); // --offload
     }
 }
 
@@ -1564,15 +1566,13 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
 
     // Weights, and for training their gradients and the optimizer's two moments.
     lay_out(m, (Tensor *)own(m, tensor_limit(c), sizeof(Tensor)), 1);
-    m->memory[WEIGHTS] = weights ? weights : own_reals(m, m->size);
+    m->memory[WEIGHTS] = weights ? weights : own_array(m, WEIGHTS, m->size);
     point_params(m, &m->params, m->memory[WEIGHTS]);
     if (train) {
-        m->purpose = FOR_GRADIENTS;
-        m->memory[GRADS] = own_reals(m, trained_size(m));
+        m->memory[GRADS] = own_array(m, GRADS, trained_size(m));
         point_params(m, &m->grads, m->memory[GRADS]);
-        m->purpose = FOR_MOMENTS;
-        m->memory[MOMENT1] = own_reals(m, moment_offset(m, trained_size(m)));
-        m->memory[MOMENT2] = own_reals(m, moment_offset(m, trained_size(m)));
+        m->memory[MOMENT1] = own_array(m, MOMENT1, moment_offset(m, trained_size(m)));
+        m->memory[MOMENT2] = own_array(m, MOMENT2, moment_offset(m, trained_size(m)));
     }
 
     register_pairs(m, train);

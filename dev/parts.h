@@ -10,6 +10,7 @@
 #include "residual.h"      // --norms, --dropout, --moe-sigmoid: what stands between a layer's halves and the residual stream
 #include "shared_expert.h" // --shared-gate, --shared-ffn, --dense-ffn: shared experts with a gate, and widths of their own
 #include "quantized.h"     // --quantize: matrices in blocks of few bits
+#include "offload.h"       // --offload: experts that are in a file until they are needed
 #include "teacher.h"       // --teacher: a trained model teaches the one in training
 #include "../data/model_classes.h" // the class of transformers as which the model is written
 #include "../data/granite.h"       // the factors of a Granite that is read
@@ -30,7 +31,7 @@ const char *parts_refuse(const Config *c) {
     if (c->rope_scaling == ROPE_LLAMA3 && c->rope_low >= c->rope_high) {
         return "--rope-low must be less than --rope-high";
     }
-    return blocks_refuse(c);
+    return blocks_refuse(c) ? blocks_refuse(c) : offload_refuses(c);
 }
 
 // What layer l may do with queries, keys and values, qkv (N,(H+2KV)*D), before positions turn them; and the way back, for

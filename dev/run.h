@@ -462,6 +462,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     data_part = ranks.rank;               // each checks a part of the token files
     data_parts = ranks.size;
     broadcast(run->out, sizeof(run->out));
+    run->config.offload_dir = asked.offload_dir = folder_of_offload(&asked, run->out);
     if (task_of(&asked)) {
         do_task(run, &asked);
         return 0;
@@ -580,6 +581,7 @@ int close_run(Run *run) {
     }
     free(out);
     report_minutes(run);
+    print_offload(c, stdout);
     close_log(run);
     if (run->trace) {
         fclose(run->trace);

@@ -76,6 +76,7 @@ void answer_prompt(Run *run, const char *dir) {
     generate(run, prompt, size, stdout);
     printf("\n");
     free(text);
+    print_offload(c, stderr);
     close_model(run);
 }
 
