@@ -188,7 +188,7 @@ void test_mpi_bad_options(void **state) {
         {"--ep 1 --replicate 2", "there must be another rank to have it"},
         {"--replicate 9", "at most all 8 experts can have a copy"},
         {"--replicate-every 2", "--replicate-every 2 would have no effect: it needs copies of experts: --replicate 1"},
-        {"--prompt One", "one process goes on from a text"},
+        {"--prompt One", "one process does it; start it without mpirun"},
         {"--data nowhere", "nowhere: cannot open the data folder: No such file or directory"},
         {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
         {"--ep $((1 + $OMPI_COMM_WORLD_RANK))", "rank 1: this rank has other options"},
