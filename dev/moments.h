@@ -1,6 +1,6 @@
 // The optimizer's moments in bfloat16, rounded at random (--moments bf16).
 // Gives: MOMENTS_FP32, MOMENTS_BF16, round_stochastically, moment_stream, moment_draw, round_moments.
-// Needs: util.h; for round_moments the table of weights of train_moe.c, and ranks/gradients.h.
+// Needs: util.h; for round_moments the table of weights of train_moe.c, ranks/gradients.h and offload.h.
 //
 // A bfloat16 is the upper half of a float: 1 bit of sign, 8 of exponent, 7 of mantissa. Neighbours differ by 0.4 to
 // 0.8%, and from one step to the next most moments change by less than that. Rounded to the nearest, such a moment
@@ -58,5 +58,13 @@ void round_moments(Model *m, int row, size_t at, size_t size, int step) {
         uint64_t draw = moment_draw(stream, first + at_row);
         m1[at_row] = round_stochastically((float)m1[at_row], (unsigned)(draw & 0xffff));
         m2[at_row] = round_stochastically((float)m2[at_row], (unsigned)(draw >> 16 & 0xffff));
+    }
+    if (m->config.offload) { // all of the tensor's moments are in memory now
+#pragma omp barrier
+#pragma omp single
+        {
+            let_go_of_tensor(m, MOMENT1, row);
+            let_go_of_tensor(m, MOMENT2, row);
+        }
     }
 }

@@ -108,13 +108,8 @@ long resident_of_files(void) {
 
 // What the counter says is so: after each part of a step the process holds the pages of N experts of each tensor, and at the
 // borders of each up to 64 KiB more, which the system maps at a time.
-void test_offload_memory(void **state) {
-    (void)state;
-#if !defined(__SANITIZE_ADDRESS__) && !defined(PLAIN)
-    if (is_slow() || resident_of_files() < 0)
-        skip();
-    set_threads(1);
-    Model *m = model_with_offload("mixtral", "--dim 64 --ffn 1024 --experts 8 --topk 2", 2);
+void check_offload_memory(const char *options) {
+    Model *m = model_with_offload("mixtral", options, 2);
     assert_true(resident_of_files() < 200); // the first weights are in the file
     double allowed = 0, all = 0;
     for (int i = 0; i < offloaded.pool_count; i++) {
@@ -133,6 +128,17 @@ void test_offload_memory(void **state) {
     assert_true((double)resident_of_files() * 1024 <= allowed);
     model_free(m);
     assert_true(resident_of_files() == 0);
+}
+
+void test_offload_memory(void **state) {
+    (void)state;
+#if !defined(__SANITIZE_ADDRESS__) && !defined(PLAIN)
+    if (is_slow() || resident_of_files() < 0)
+        skip();
+    set_threads(1);
+    for (int bf16 = 0; bf16 < 2; bf16++)
+        check_offload_memory(bf16 ? "--dim 64 --ffn 1024 --experts 8 --topk 2 --moments bf16"
+                                  : "--dim 64 --ffn 1024 --experts 8 --topk 2");
 #else
     skip();
 #endif
