@@ -248,7 +248,7 @@ double pass_bytes(const char *recipe, const char *choices, double *expected) {
     run_share(m, 0, ranks.size, TRAIN_MODE, 1, 1, 0);
     double both[2] = {ranks.traffic.sent, expected_bytes(m, RANKS_WIDE)};
     sum_over_ranks(both, 2);
-    await_sums();
+    await_sums(m);
     trained->release(m);
     trained = &cpu_backend;
     free_taken();

@@ -1,0 +1,92 @@
+// Several processes with --compress: what has not arrived of the gradients, in checkpoints, so that a run that goes on has the
+// same bits as one that was never stopped.
+// Gives: write_lost, read_lost. Needs: comm.h, compressed_sums.h; data/safetensors.h; Run of dev/run.h, which includes it.
+//
+// Each process has an array of its own, which means something only to a process with the same rank, of as many ranks, with
+// the same experts. So the names of these tensors tell all three. They are in a file of their own; the model's and the
+// optimizer's files do not know how many processes there were.
+#pragma once
+
+#define LOST_FILE "lost_gradients.safetensors"
+enum { LOST_PIECE = 1 << 30 }; // numbers; a longer array is several tensors, since a dimension is counted by int
+
+// Piece i of rank r, of n numbers in all its pieces. Returns how many this one has.
+size_t lost_piece(const Config *c, int r, size_t i, size_t n, Part *p) {
+    size_t left = n - i * LOST_PIECE;
+    memset(p, 0, sizeof(*p));
+    snprintf(p->name, sizeof(p->name), "ranks%d.ep%d.copies%d.rank%d.piece%zu", ranks.size, ranks.ep, c->replicate, r, i);
+    p->cols = (int)(left < LOST_PIECE ? left : LOST_PIECE);
+    return (size_t)p->cols;
+}
+
+// The file of a checkpoint, and its entry in the list of checksums. All processes call it; the first one writes.
+void write_lost(const Run *run, FILE *sums) {
+    const Model *m = run->model;
+    if (!MANY || !run->config.compress || !m->crossing->lost) {
+        return;
+    }
+    double *size = (double *)allocate(ranks.size, sizeof(double)), most = 0;
+    size[ranks.rank] = (double)m->tables;
+    sum_over_ranks(size, ranks.size);
+    int count = 0;
+    Part *parts = NULL;
+    for (int r = 0; r < ranks.size; r++) {
+        for (size_t i = 0; i * LOST_PIECE < (size_t)size[r]; i++) {
+            parts = (Part *)reallocate(parts, (size_t)count + 1, sizeof(Part));
+            lost_piece(&run->config, r, i, (size_t)size[r], &parts[count++]);
+        }
+        most = fmax(most, size[r]);
+    }
+    const char *const prefix[] = {""}, *dir = unfinished_path;
+    FILE *file = ranks.rank ? NULL : start_safetensors(dir, LOST_FILE, parts, count, prefix, 1, sums);
+    real *numbers = allocate_reals(ranks.rank ? 0 : (size_t)most);
+    Part *p = parts;
+    for (int r = 0; r < ranks.size; r++) {
+        const real *from = r ? numbers : m->crossing->lost;
+        if (r) {
+            send_to_first(numbers, m->crossing->lost, (size_t)size[r] * sizeof(real), r);
+        }
+        for (size_t i = 0; file && i * LOST_PIECE < (size_t)size[r]; i++, p++) {
+            write_numbers(file, dir, LOST_FILE, from + i * LOST_PIECE, (size_t)p->cols);
+            write_tensor_checksum(sums, p == parts, "", p->name, from + i * LOST_PIECE, (size_t)p->cols * sizeof(real));
+        }
+    }
+    if (file) {
+        end_checksums(sums);
+        close_written(file, dir, LOST_FILE);
+    }
+    free(numbers);
+    free(parts);
+    free(size);
+}
+
+// Reads this process's array from the checkpoint in dir. Where there is none that fits, the run begins with nothing lost,
+// and says so.
+void read_lost(Run *run, const char *dir) {
+    Model *m = run->model;
+    const Config *c = &run->config;
+    if (!has_file(dir, LOST_FILE)) {
+        if (c->compress) {
+            remark("%s: nothing was compressed until then, so nothing was lost", dir);
+        }
+        return;
+    }
+    if (!MANY || !c->compress) {
+        remark("%s/%s is not used: it is what compressed gradients have lost; to go on with them, give --compress as before",
+               dir, LOST_FILE);
+        return;
+    }
+    WeightFiles files;
+    open_weights(&files, dir, LOST_FILE, 1);
+    int found = 1;
+    for (size_t i = 0, n; i * LOST_PIECE < m->tables && found; i++) {
+        Part p;
+        n = lost_piece(c, ranks.rank, i, m->tables, &p);
+        found = n == part_size(&p) && read_tensor(&files.list[0], p.name, &p, 0, 0, m->crossing->lost + i * LOST_PIECE);
+    }
+    close_weights(&files);
+    if (!found) {
+        remark("%s/%s is of other ranks than %d with --ep %d and --replicate %d: what it has is lost", dir, LOST_FILE, ranks.size,
+               ranks.ep, c->replicate);
+    }
+}
