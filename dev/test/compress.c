@@ -2,6 +2,7 @@
 // tested in ranks.c and mpi.c.
 
 #include "dev/test/trainer.h"
+#include "dev/test/model.h"
 
 const Codec codecs[] = {{CODE_BF16, 0}, {CODE_INT8, 0}, {CODE_TOPK, 0.01}, {CODE_TOPK, 0.3}, {CODE_TOPK, 1}};
 const int code_sizes[] = {0, 1, 2, 255, 256, 257, 999, 1000, 1001, 20011};
@@ -124,21 +125,21 @@ void test_not_finite(void **state) {
     (void)state;
     static const double bad[] = {NAN, INFINITY, -INFINITY};
     enum { N = 2300 };
-    real out[N];
     for (int k = 0; k < COUNT(codecs); k++) {
         for (int at = 0; at < N; at += 97) {
-            real *v = take_normal(N, 11);
+            real *v = take_normal(N, 11), *out = take_reals(N);
             v[at] = (real)bad[at % 3];
             send_once(codecs[k], v, out, N);
             assert_true(first_not_finite(out, N) <= (size_t)at);
             free_taken();
         }
-        real tiny[N];
+        real *tiny = take_reals(N), *out = take_reals(N);
         for (int i = 0; i < N; i++)
             tiny[i] = (real)(i % 5 * 1e-45);
         send_once(codecs[k], tiny, out, N);
         assert_int_equal(first_not_finite(out, N), N);
         assert_int_equal(first_not_finite(tiny, N), N);
+        free_taken();
     }
 }
 
