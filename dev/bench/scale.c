@@ -26,7 +26,7 @@ typedef struct Setup {
     double attention_share, dense_share, expert_share, speedup;
     double layers, dense_layers, dim, experts, topk, shared, ffn, seq, vocab, attention_weights, attention_width;
     double tokens, accum, ep, stages, bubble, groups, group_topk, send, placement, replicate, overlap, zero1;
-    double dispatch_bytes, combine_bytes, gradient_bytes, weight_bytes;
+    double dispatch_bytes, combine_bytes, gradient_bytes, weight_bytes, compress, compress_ratio;
     double devices, skew, seed, samples;
 } Setup;
 
@@ -79,6 +79,8 @@ const Number numbers[] = {
     {"dispatch-bytes", AT(dispatch_bytes), 'd', 0.01, 64, "2", "a number sent to an expert (FP8 with scales: 1.03125)"},
     {"combine-bytes", AT(combine_bytes), 'd', 0.01, 64, "2", "a number sent back"},
     {"gradient-bytes", AT(gradient_bytes), 'd', 0.01, 64, "4", "a number of a gradient"},
+    {"compress", AT(compress), 'e', 0, 0, "none", "none|bf16|int8|topk: gradients on their way (dev/ranks/compress.h)"},
+    {"compress-ratio", AT(compress_ratio), 'd', 1e-6, 1, "0.01", "topk: the share of them that is sent"},
     {"weight-bytes", AT(weight_bytes), 'd', 0.01, 64, "2", "a number of a weight"},
     {"devices", AT(devices), 'i', 0, 1 << 20, "0", "a single row; 0: 8, 16, ..., 2048"},
     {"skew", AT(skew), 'd', 0, 3, "0", "made-up load: log-normal of this deviation, 0 even"},
@@ -130,6 +132,7 @@ void set_number(Setup *s, const char *name, const char *value) {
             continue;
         char *end;
         const char *const *words = n->offset == AT(send) ? send_names : placement_names;
+        words = n->offset == AT(compress) ? compress_names : words;
         double x = n->kind == 'e' ? find_word(words, value) : strtod(value, &end);
         if (n->kind == 'e' && x < 0)
             usage_fail("--%s %s: expected one of %s", name, value, n->help);
@@ -487,6 +490,13 @@ double operations(const Setup *s) {
     return 6 * (s->layers * layer + router + s->dim * s->vocab) + 3 * s->layers * s->seq * s->attention_width;
 }
 
+// Bytes that a gradient has on its way.
+double sent_bytes(const Setup *s) {
+    Codec codec = {(int)s->compress, s->compress_ratio};
+    size_t block = 256000; // a multiple of any code's blocks
+    return codec.scheme == NO_CODEC ? s->gradient_bytes : (double)code_bytes(codec, block) / (double)block;
+}
+
 // The largest number of devices up to --ep that divides experts, W, and nodes or is divided by them.
 int expert_parallel(const Setup *s, int W) {
     int E = (int)s->experts, most = s->ep ? (int)s->ep : E, ep = 1;
@@ -546,8 +556,8 @@ Result simulate(const Setup *s, const Routing *layer, int lines, int devices) {
                     dense * (s->topk + s->shared) * expert_weights(s);
     double own = moe * (s->experts / ep) * expert_weights(s), copies = W / ep, near = fmax(1, s->node / ep);
     double down =
-        scatter(s, common * s->gradient_bytes, W, s->node) + scatter(s, own * s->gradient_bytes, copies, near);
-    double width = s->zero1 ? s->weight_bytes : s->gradient_bytes;
+        scatter(s, common * sent_bytes(s), W, s->node) + scatter(s, own * sent_bytes(s), copies, near);
+    double width = s->zero1 ? s->weight_bytes : sent_bytes(s);
     double up = scatter(s, common * width, W, s->node) + scatter(s, own * width, copies, near);
     // Overlapped: down behind the last backward pass, up behind the next forward pass, as far as all-to-all leaves
     // links free.
@@ -564,7 +574,8 @@ Result simulate(const Setup *s, const Routing *layer, int lines, int devices) {
     r.step = work + r.bubble + r.reduce;
     r.rate = s->tokens * s->accum / s->stages / r.step;
     r.bytes = (common + own) * (s->weight_bytes + s->gradient_bytes) + // 12: master weight and two moments in float32
-              12 * (s->zero1 ? common / W + own / copies : common + own);
+              12 * (s->zero1 ? common / W + own / copies : common + own) +
+              4 * (s->compress ? common + own : 0); // what has not arrived, in float32
     return r;
 }
 

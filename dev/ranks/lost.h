@@ -8,7 +8,7 @@
 #pragma once
 
 #define LOST_FILE "lost_gradients.safetensors"
-enum { LOST_PIECE = 1 << 30 }; // numbers; a longer array is several tensors, since a dimension is counted by int
+static const size_t LOST_PIECE = 1 << 30; // numbers; a longer array is several tensors, since a dimension is counted by int
 
 // Piece i of rank r, of n numbers in all its pieces. Returns how many this one has.
 size_t lost_piece(const Config *c, int r, size_t i, size_t n, Part *p) {
