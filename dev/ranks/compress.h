@@ -33,17 +33,18 @@ Codec codec_of(const Config *c) {
 // ---- sizes
 
 // Numbers of a block.
-size_t block_of(Codec codec) {
+BOTH size_t block_of(Codec codec) {
     return codec.scheme == CODE_INT8 ? INT8_BLOCK : TOPK_BLOCK;
 }
 
 // How many of a block's n numbers are sent with topk: at least one.
-int kept_of(Codec codec, int n) {
+BOTH int kept_of(Codec codec, int n) {
     int kept = (int)ceil(codec.ratio * n);
-    return max_int(1, min_int(n, kept));
+    kept = kept < n ? kept : n;
+    return kept > 1 ? kept : 1;
 }
 
-size_t code_of_block(Codec codec, int n) {
+BOTH size_t code_of_block(Codec codec, int n) {
     if (codec.scheme == CODE_BF16) {
         return (size_t)n * BF16_BYTES;
     }
@@ -59,14 +60,14 @@ size_t code_bytes(Codec codec, size_t n) {
 // ---- bfloat16
 
 // The upper half of the bits of the bfloat16 nearest to v, and back.
-uint16_t bf16_bits(real v) {
+BOTH uint16_t bf16_bits(real v) {
     float rounded = nearest_bf16((float)v);
     uint32_t bits;
     memcpy(&bits, &rounded, sizeof(bits));
     return (uint16_t)(bits >> 16);
 }
 
-real of_bf16_bits(uint16_t upper) {
+BOTH real of_bf16_bits(uint16_t upper) {
     uint32_t bits = (uint32_t)upper << 16;
     float v;
     memcpy(&v, &bits, sizeof(v));
@@ -96,7 +97,7 @@ void widen(real *v, const unsigned char *from, size_t n) {
 
 // ---- one block
 
-void encode_bf16(unsigned char *to, real *v, int n) {
+BOTH void encode_bf16(unsigned char *to, real *v, int n) {
     for (int i = 0; i < n; i++) {
         uint16_t upper = bf16_bits(v[i]);
         memcpy(to + (size_t)i * BF16_BYTES, &upper, BF16_BYTES);
@@ -104,7 +105,7 @@ void encode_bf16(unsigned char *to, real *v, int n) {
     }
 }
 
-void decode_bf16(real *v, const unsigned char *from, int n) {
+BOTH void decode_bf16(real *v, const unsigned char *from, int n) {
     for (int i = 0; i < n; i++) {
         uint16_t upper;
         memcpy(&upper, from + (size_t)i * BF16_BYTES, BF16_BYTES);
@@ -114,7 +115,7 @@ void decode_bf16(real *v, const unsigned char *from, int n) {
 
 // A number that is not finite makes the scale NaN, so that all of the block is NaN where it arrives, and the check of the
 // gradients' norm finds it.
-void encode_int8(unsigned char *to, real *v, int n) {
+BOTH void encode_int8(unsigned char *to, real *v, int n) {
     float top = 0, scale;
     int finite = 1;
     for (int i = 0; i < n; i++) {
@@ -132,7 +133,7 @@ void encode_int8(unsigned char *to, real *v, int n) {
     }
 }
 
-void decode_int8(real *v, const unsigned char *from, int n) {
+BOTH void decode_int8(real *v, const unsigned char *from, int n) {
     float scale;
     memcpy(&scale, from, sizeof(scale));
     for (int i = 0; i < n; i++) {
@@ -141,7 +142,7 @@ void decode_int8(real *v, const unsigned char *from, int n) {
 }
 
 // The k-th largest of a's n numbers, k from 1 on, which it puts into another order (Hoare 1961, Algorithm 65: Find).
-float kth_largest(float *a, int n, int k) {
+BOTH float kth_largest(float *a, int n, int k) {
     int low = 0, high = n - 1, want = k - 1;
     while (low < high) {
         float pivot = a[(low + high) / 2];
@@ -170,7 +171,7 @@ float kth_largest(float *a, int n, int k) {
 
 // An entry is the number's place in the block and the number. Of those that are equally large, the first ones are taken. What is not finite
 // counts as larger than all else, so that it is sent.
-void encode_topk(unsigned char *to, real *v, int n, int kept) {
+BOTH void encode_topk(unsigned char *to, real *v, int n, int kept) {
     float size[TOPK_BLOCK], sorted[TOPK_BLOCK];
     for (int i = 0; i < n; i++) {
         size[i] = fabsf((float)v[i]);
@@ -195,7 +196,7 @@ void encode_topk(unsigned char *to, real *v, int n, int kept) {
     }
 }
 
-void decode_topk(real *v, const unsigned char *from, int kept) {
+BOTH void decode_topk(real *v, const unsigned char *from, int kept) {
     for (int i = 0; i < kept; i++) {
         uint16_t place;
         float number;
@@ -207,39 +208,50 @@ void decode_topk(real *v, const unsigned char *from, int kept) {
 
 // ---- many blocks
 
+// Block b of v (n), which begins at its own place in the code.
+BOTH void encode_block(Codec codec, unsigned char *to, real *v, size_t n, size_t b) {
+    size_t block = block_of(codec);
+    int count = (int)(n - b * block < block ? n - b * block : block);
+    unsigned char *code = to + b * code_of_block(codec, (int)block);
+    if (codec.scheme == CODE_INT8) {
+        encode_int8(code, v + b * block, count);
+    } else if (codec.scheme == CODE_TOPK) {
+        encode_topk(code, v + b * block, count, kept_of(codec, count));
+    } else {
+        encode_bf16(code, v + b * block, count);
+    }
+}
+
+BOTH void decode_block(Codec codec, real *v, const unsigned char *from, size_t n, size_t b) {
+    size_t block = block_of(codec);
+    int count = (int)(n - b * block < block ? n - b * block : block);
+    const unsigned char *code = from + b * code_of_block(codec, (int)block);
+    if (codec.scheme == CODE_INT8) {
+        decode_int8(v + b * block, code, count);
+    } else if (codec.scheme == CODE_TOPK) {
+        decode_topk(v + b * block, code, kept_of(codec, count));
+    } else {
+        decode_bf16(v + b * block, code, count);
+    }
+}
+
+size_t blocks_in(Codec codec, size_t n) {
+    return (n + block_of(codec) - 1) / block_of(codec);
+}
+
 // The code of v (n): code_bytes() of them. v becomes what the code does not say.
 void encode(Codec codec, unsigned char *to, real *v, size_t n) {
-    size_t block = block_of(codec), each = code_of_block(codec, (int)block);
 #pragma omp parallel for if (n > 16384)
-    for (size_t b = 0; b < (n + block - 1) / block; b++) {
-        int count = (int)(n - b * block < block ? n - b * block : block);
-        unsigned char *code = to + b * each;
-        real *part = v + b * block;
-        if (codec.scheme == CODE_INT8) {
-            encode_int8(code, part, count);
-        } else if (codec.scheme == CODE_TOPK) {
-            encode_topk(code, part, count, kept_of(codec, count));
-        } else {
-            encode_bf16(code, part, count);
-        }
+    for (size_t b = 0; b < blocks_in(codec, n); b++) {
+        encode_block(codec, to, v, n, b);
     }
 }
 
 // v (n) += what the code says.
 void decode(Codec codec, real *v, const unsigned char *from, size_t n) {
-    size_t block = block_of(codec), each = code_of_block(codec, (int)block);
 #pragma omp parallel for if (n > 16384)
-    for (size_t b = 0; b < (n + block - 1) / block; b++) {
-        int count = (int)(n - b * block < block ? n - b * block : block);
-        const unsigned char *code = from + b * each;
-        real *part = v + b * block;
-        if (codec.scheme == CODE_INT8) {
-            decode_int8(part, code, count);
-        } else if (codec.scheme == CODE_TOPK) {
-            decode_topk(part, code, kept_of(codec, count));
-        } else {
-            decode_bf16(part, code, count);
-        }
+    for (size_t b = 0; b < blocks_in(codec, n); b++) {
+        decode_block(codec, v, from, n, b);
     }
 }
 
@@ -259,8 +271,10 @@ void compress_refuses(const Config *c, int ep) {
                    ranks.size);
     }
 #ifdef USE_NCCL
-    usage_fail("%s: on GPUs the gradients are summed by NCCL as they are, and rows are bfloat16 anyway; leave it out, or "
-               "take train_moe_mpi", option);
+    if (c->compress_rows) {
+        usage_fail("--compress-rows: on GPUs rows travel in the numbers that they are computed in, bfloat16 by default; leave it "
+                   "out");
+    }
 #endif
 }
 

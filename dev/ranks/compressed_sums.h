@@ -1,5 +1,5 @@
 // Several processes: sums of gradients that are sent in fewer bits (--compress).
-// Gives: start_compressed_sum, await_compressed_sums. Needs: comm.h, experts.h, compress.h; Model of train_moe.c.
+// Gives: start_compressed_sum, await_compressed_sums; for the CUDA twin Parcel, lay_parcel, copy_lost. Needs: comm.h, experts.h, compress.h; Model of train_moe.c.
 //
 // The gradients of a message are divided into as many parts as there are processes; each process owns one. It sends its
 // gradients of each part to the owner, encoded; the owner adds them to its own, which are not rounded, and sends the sum to
@@ -20,12 +20,20 @@ typedef struct Parcel { // one message under way
     int *bytes, *at;    // (sharing) of each part's code: how long it is, and where it begins in `code`
     int *sent;          // (sharing) the same lengths, but for 0 instead of its own
     int *got, *got_at;  // (sharing) what comes from each process of this one's part
+    size_t all, coming; // bytes of the two arrays that follow
     unsigned char *code, *came;
     Request request;
 } Parcel;
 
 Parcel *parcels = NULL; // under way
 int parcel_count = 0;
+
+// Copies n numbers of what is kept from where the model has them, or with `back` to there.
+void copy_kept(real *to, const real *from, size_t n, int back) {
+    (void)back;
+    memcpy(to, from, n * sizeof(real));
+}
+void (*copy_lost)(real *to, const real *from, size_t n, int back) = copy_kept; // the CUDA twin has it on the device
 
 size_t part_begin(const Parcel *p, int part) {
     size_t begin = p->each * (size_t)part;
@@ -36,7 +44,7 @@ size_t part_numbers(const Parcel *p, int part) {
     return part_begin(p, part + 1) - part_begin(p, part);
 }
 
-// Divides a message, and finds memory for its codes.
+// Divides a message. Memory for its codes is not there yet.
 Parcel lay_parcel(Codec codec, size_t from, size_t n, int peers) {
     Parcel p;
     memset(&p, 0, sizeof(p));
@@ -61,8 +69,8 @@ Parcel lay_parcel(Codec codec, size_t from, size_t n, int peers) {
         p.got_at[r] = r ? p.got_at[r - 1] + p.got[r - 1] : 0;
         all += p.bytes[r];
     }
-    p.code = (unsigned char *)allocate((size_t)all + 1, 1);
-    p.came = (unsigned char *)allocate((size_t)mine * (size_t)p.sharing + 1, 1);
+    p.all = (size_t)all;
+    p.coming = (size_t)mine * (size_t)p.sharing;
     return p;
 }
 
@@ -73,6 +81,8 @@ void start_compressed_sum(Model *m, size_t from, size_t end, int peers) {
     for (; from < end && (peers ? ranks.groups : ranks.size) > 1; from += n) {
         n = end - from < most ? end - from : most;
         Parcel p = lay_parcel(codec, from, n, peers);
+        p.code = (unsigned char *)allocate(p.all + 1, 1);
+        p.came = (unsigned char *)allocate(p.coming + 1, 1);
         for (int r = 0; r < p.sharing; r++) {
             size_t begin = from + part_begin(&p, r), size = r == p.mine ? 0 : part_numbers(&p, r);
             real *lost = m->crossing->lost + begin;

@@ -60,6 +60,7 @@ typedef struct Crossing {
     Exchange *exchange;      // (L,2)
     int *came;               // (L) rows that came in the last forward pass
     real *lost;              // --compress: what has not arrived of the gradients, by their offsets (compressed_sums.h)
+    unsigned char *code, *coming; // the same on GPUs: the codes of a message
 } Crossing;
 
 int most_choices(const Config *c);

@@ -39,13 +39,11 @@ void write_lost(const Run *run, FILE *sums) {
     }
     const char *const prefix[] = {""}, *dir = unfinished_path;
     FILE *file = ranks.rank ? NULL : start_safetensors(dir, LOST_FILE, parts, count, prefix, 1, sums);
-    real *numbers = allocate_reals(ranks.rank ? 0 : (size_t)most);
+    real *from = allocate_reals(ranks.rank ? m->tables : (size_t)most); // of one process after the other
+    copy_lost(from, m->crossing->lost, m->tables, 0);
     Part *p = parts;
     for (int r = 0; r < ranks.size; r++) {
-        const real *from = r ? numbers : m->crossing->lost;
-        if (r) {
-            send_to_first(numbers, m->crossing->lost, (size_t)size[r] * sizeof(real), r);
-        }
+        send_to_first(from, from, r ? (size_t)size[r] * sizeof(real) : 0, r);
         for (size_t i = 0; file && i * LOST_PIECE < (size_t)size[r]; i++, p++) {
             write_numbers(file, dir, LOST_FILE, from + i * LOST_PIECE, (size_t)p->cols);
             write_tensor_checksum(sums, p == parts, "", p->name, from + i * LOST_PIECE, (size_t)p->cols * sizeof(real));
@@ -55,7 +53,7 @@ void write_lost(const Run *run, FILE *sums) {
         end_checksums(sums);
         close_written(file, dir, LOST_FILE);
     }
-    free(numbers);
+    free(from);
     free(parts);
     free(size);
 }
@@ -78,13 +76,18 @@ void read_lost(Run *run, const char *dir) {
     }
     WeightFiles files;
     open_weights(&files, dir, LOST_FILE, 1);
+    real *kept = allocate_reals(m->tables);
     int found = 1;
     for (size_t i = 0, n; i * LOST_PIECE < m->tables && found; i++) {
         Part p;
         n = lost_piece(c, ranks.rank, i, m->tables, &p);
-        found = n == part_size(&p) && read_tensor(&files.list[0], p.name, &p, 0, 0, m->crossing->lost + i * LOST_PIECE);
+        found = n == part_size(&p) && read_tensor(&files.list[0], p.name, &p, 0, 0, kept + i * LOST_PIECE);
     }
     close_weights(&files);
+    if (found) {
+        copy_lost(m->crossing->lost, kept, m->tables, 1);
+    }
+    free(kept);
     if (!found) {
         remark("%s/%s is of other ranks than %d with --ep %d and --replicate %d: what it has is lost", dir, LOST_FILE, ranks.size,
                ranks.ep, c->replicate);
