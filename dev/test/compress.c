@@ -55,7 +55,7 @@ void test_largest(void **state) {
             enum { N = 1000 };
             real *v = take_normal(N, 3), *left = take_reals(N), *out = take_reals(N);
             for (int i = 0; i < N; i++)
-                left[i] = v[i] = (real)(ceil(fabs((double)v[i]) / 4 * levels) / levels * (i % 2 ? 1 : -1));
+                left[i] = v[i] = (real)(float)(ceil(fabs((double)v[i]) / 4 * levels) / levels * (i % 2 ? 1 : -1));
             send_once(codecs[k], left, out, N);
             double least = 1e30, most = 0;
             int sent = 0, last = -1, first_left = N;
