@@ -160,8 +160,8 @@ int asks_for_copies(const Config *c) {
     return c->replicate > 0;
 }
 
-int sends_largest(const Config *c) { // 3: topk, of dev/ranks/compress.h
-    return c->compress == 3;
+int sends_largest(const Config *c) {
+    return c->compress == CODE_TOPK;
 }
 
 int exports(const Config *c) {

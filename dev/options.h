@@ -26,6 +26,7 @@ enum { ROPE_NONE, ROPE_LINEAR, ROPE_LLAMA3 };
 const char *const rope_names[] = {"none", "linear", "llama3", NULL};
 enum { NO_BLOCKS, ALL_Q8_0, ALL_Q4_0, MIXED, MIXED_OFTEN };
 const char *const scheme_names[] = {"none", "q8_0", "q4_0", "mixed", "mixed-often", NULL};
+enum { NO_CODEC, CODE_BF16, CODE_INT8, CODE_TOPK };
 const char *const compress_names[] = {"none", "bf16", "int8", "topk", NULL};
 const char *const moments_names[] = {"fp32", "bf16", NULL};
 

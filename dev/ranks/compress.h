@@ -17,7 +17,6 @@
 #define RANKS_COMPRESS_H
 #include "../precision.h"
 
-enum { NO_CODEC, CODE_BF16, CODE_INT8, CODE_TOPK };
 enum { INT8_BLOCK = 256, TOPK_BLOCK = 1000, BF16_BYTES = 2, ENTRY_BYTES = 6 };
 
 typedef struct Codec {
