@@ -31,7 +31,7 @@ void own_lost(Model *m) {
     m->crossing->lost = own_floats(m, m->tables);
     m->crossing->code = (unsigned char *)own(m, most, 1);
     m->crossing->coming = (unsigned char *)own(m, most, 1);
-    copy_lost = copy_lost_of_device;
+    copy_lost_of_gpu = copy_lost_of_device;
     if (!m->dry) {
         zero(m->crossing->lost, m->tables * sizeof(float));
     }

@@ -1,5 +1,6 @@
 // Several processes: sums of gradients that are sent in fewer bits (--compress).
-// Gives: start_compressed_sum, await_compressed_sums; for the CUDA twin Parcel, lay_parcel, copy_lost. Needs: comm.h, experts.h, compress.h; Model of train_moe.c.
+// Gives: start_compressed_sum, await_compressed_sums; for checkpoints copy_lost; for the CUDA twin Parcel, lay_parcel.
+// Needs: comm.h, experts.h, compress.h; Model of train_moe.c.
 //
 // The gradients of a message are divided into as many parts as there are processes; each process owns one. It sends its
 // gradients of each part to the owner, encoded; the owner adds them to its own, which are not rounded, and sends the sum to
@@ -28,12 +29,18 @@ typedef struct Parcel { // one message under way
 Parcel *parcels = NULL; // under way
 int parcel_count = 0;
 
-// Copies n numbers of what is kept from where the model has them, or with `back` to there.
-void copy_kept(real *to, const real *from, size_t n, int back) {
-    (void)back;
-    memcpy(to, from, n * sizeof(real));
+void (*copy_lost_of_gpu)(real *to, const real *from, size_t n, int back) = NULL; // the CUDA twin's
+
+// Copies what the model has kept, one number for each gradient, or with `back` into the model.
+void copy_lost(const Model *m, real *kept, int back) {
+    real *lost = m->crossing->lost, *to = back ? lost : kept;
+    const real *from = back ? kept : lost;
+    if (m->crossing->code) { // a model on a GPU
+        copy_lost_of_gpu(to, from, m->tables, back);
+    } else {
+        memcpy(to, from, m->tables * sizeof(real));
+    }
 }
-void (*copy_lost)(real *to, const real *from, size_t n, int back) = copy_kept; // the CUDA twin has it on the device
 
 size_t part_begin(const Parcel *p, int part) {
     size_t begin = p->each * (size_t)part;
@@ -115,6 +122,7 @@ void pass_on(Model *m, Parcel *p) {
     for (size_t i = 0; i < size; i++) {
         lost[i] += g[i];
     }
+    free(p->came);
     encode(codec, p->code + p->at[p->mine], lost, size);
     ranks.traffic.reduced += (double)p->bytes[p->mine] * (p->sharing - 1);
     start_gather(p->code, p->bytes, p->at, p->peers, &p->request);
@@ -134,7 +142,6 @@ void await_compressed_sums(Model *m) {
         }
         free(p->bytes);
         free(p->code);
-        free(p->came);
     }
     free(parcels);
     parcels = NULL;

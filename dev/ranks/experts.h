@@ -147,6 +147,7 @@ void ranks_allocate(Model *m, int N) {
         int before = m->purpose;
         m->purpose = FOR_GRADIENTS;
         x->lost = own_reals(m, m->tables);
+        m->bytes[FOR_GRADIENTS] += 2 * code_bytes(codec_of(c), m->tables); // codes that go and come, until backward is done
         m->purpose = before;
     }
     if (ranks.ep == 1 || !moe_layers(c)) {

@@ -3,18 +3,29 @@
 // Gives: write_lost, read_lost. Needs: comm.h, compressed_sums.h; data/safetensors.h; Run of dev/run.h, which includes it.
 //
 // Each process has an array of its own, which means something only to a process with the same rank, of as many ranks, with
-// the same experts. So the names of these tensors tell all three. They are in a file of their own; the model's and the
+// the same experts, whose model lies in memory in the same way: the CUDA twin leaves gaps between tensors. So the names of these
+// tensors tell all four. They are in a file of their own; the model's and the
 // optimizer's files do not know how many processes there were.
 #pragma once
 
 #define LOST_FILE "lost_gradients.safetensors"
 static const size_t LOST_PIECE = 1 << 30; // numbers; a longer array is several tensors, since a dimension is counted by int
 
-// Piece i of rank r, of n numbers in all its pieces. Returns how many this one has.
-size_t lost_piece(const Config *c, int r, size_t i, size_t n, Part *p) {
+// Where the model's tensors lie in memory, as a number.
+uint32_t hash_layout(const Model *m) {
+    uint64_t h = hash64(m->common) ^ m->tables;
+    for (int i = 0; i < m->tensor_count; i++) {
+        h = hash64(hash64(h ^ m->tensors[i].offset) ^ m->tensors[i].size);
+    }
+    return (uint32_t)(h >> 32);
+}
+
+// Piece i of rank r, of n numbers in all its pieces, of a model of this layout. Returns how many this one has.
+size_t lost_piece(const Config *c, int r, uint32_t layout, size_t i, size_t n, Part *p) {
     size_t left = n - i * LOST_PIECE;
     memset(p, 0, sizeof(*p));
-    snprintf(p->name, sizeof(p->name), "ranks%d.ep%d.copies%d.rank%d.piece%zu", ranks.size, ranks.ep, c->replicate, r, i);
+    snprintf(p->name, sizeof(p->name), "ranks%d.ep%d.copies%d.rank%d.layout%08x.piece%zu", ranks.size, ranks.ep, c->replicate, r,
+             (unsigned)layout, i);
     p->cols = (int)(left < LOST_PIECE ? left : LOST_PIECE);
     return (size_t)p->cols;
 }
@@ -25,22 +36,24 @@ void write_lost(const Run *run, FILE *sums) {
     if (!MANY || !run->config.compress || !m->crossing->lost) {
         return;
     }
-    double *size = (double *)allocate(ranks.size, sizeof(double)), most = 0;
+    double *size = (double *)allocate((size_t)2 * ranks.size, sizeof(double)), most = 0;
+    double *layout = size + ranks.size; // of each process, since their experts may be of other widths
     size[ranks.rank] = (double)m->tables;
-    sum_over_ranks(size, ranks.size);
+    layout[ranks.rank] = (double)hash_layout(m);
+    sum_over_ranks(size, 2 * ranks.size);
     int count = 0;
     Part *parts = NULL;
     for (int r = 0; r < ranks.size; r++) {
         for (size_t i = 0; i * LOST_PIECE < (size_t)size[r]; i++) {
             parts = (Part *)reallocate(parts, (size_t)count + 1, sizeof(Part));
-            lost_piece(&run->config, r, i, (size_t)size[r], &parts[count++]);
+            lost_piece(&run->config, r, (uint32_t)layout[r], i, (size_t)size[r], &parts[count++]);
         }
         most = fmax(most, size[r]);
     }
     const char *const prefix[] = {""}, *dir = unfinished_path;
     FILE *file = ranks.rank ? NULL : start_safetensors(dir, LOST_FILE, parts, count, prefix, 1, sums);
     real *from = allocate_reals(ranks.rank ? m->tables : (size_t)most); // of one process after the other
-    copy_lost(from, m->crossing->lost, m->tables, 0);
+    copy_lost(m, from, 0);
     Part *p = parts;
     for (int r = 0; r < ranks.size; r++) {
         send_to_first(from, from, r ? (size_t)size[r] * sizeof(real) : 0, r);
@@ -80,16 +93,16 @@ void read_lost(Run *run, const char *dir) {
     int found = 1;
     for (size_t i = 0, n; i * LOST_PIECE < m->tables && found; i++) {
         Part p;
-        n = lost_piece(c, ranks.rank, i, m->tables, &p);
+        n = lost_piece(c, ranks.rank, hash_layout(m), i, m->tables, &p);
         found = n == part_size(&p) && read_tensor(&files.list[0], p.name, &p, 0, 0, kept + i * LOST_PIECE);
     }
     close_weights(&files);
     if (found) {
-        copy_lost(m->crossing->lost, kept, m->tables, 1);
+        copy_lost(m, kept, 1);
     }
     free(kept);
     if (!found) {
-        remark("%s/%s is of other ranks than %d with --ep %d and --replicate %d: what it has is lost", dir, LOST_FILE, ranks.size,
-               ranks.ep, c->replicate);
+        remark("%s/%s is of other ranks than %d with --ep %d and --replicate %d, or of the C program's twin: what it has is lost", dir,
+               LOST_FILE, ranks.size, ranks.ep, c->replicate);
     }
 }
