@@ -126,7 +126,7 @@ BOTH void encode_int8(unsigned char *to, real *v, int n) {
     memcpy(to, &scale, sizeof(scale));
     for (int i = 0; i < n; i++) {
         double q = scale > 0 ? rint((double)v[i] / (double)scale) : 0;
-        q = fmax(-127, fmin(127, q));
+        q = fmax(-127.0, fmin(127.0, q));
         to[sizeof(scale) + (size_t)i] = (unsigned char)(signed char)q;
         v[i] -= (real)scale * (real)q;
     }
@@ -168,22 +168,26 @@ BOTH float kth_largest(float *a, int n, int k) {
     return a[want];
 }
 
+BOTH float size_of(real v) {
+    float size = fabsf((float)v);
+    return size <= FLT_MAX ? size : (float)INFINITY;
+}
+
 // An entry is the number's place in the block and the number. Of those that are equally large, the first ones are taken. What is not finite
 // counts as larger than all else, so that it is sent.
 BOTH void encode_topk(unsigned char *to, real *v, int n, int kept) {
-    float size[TOPK_BLOCK], sorted[TOPK_BLOCK];
+    float sorted[TOPK_BLOCK]; // the only array, since on GPUs each thread has one
     for (int i = 0; i < n; i++) {
-        size[i] = fabsf((float)v[i]);
-        size[i] = size[i] <= FLT_MAX ? size[i] : (float)INFINITY;
-        sorted[i] = size[i];
+        sorted[i] = size_of(v[i]);
     }
     float least = kth_largest(sorted, n, kept);
     int equal = kept; // that many of those that are as large as the least
     for (int i = 0; i < n; i++) {
-        equal -= size[i] > least;
+        equal -= size_of(v[i]) > least;
     }
     for (int i = 0; i < n; i++) {
-        if (size[i] < least || (size[i] == least && equal-- <= 0)) {
+        float size = size_of(v[i]);
+        if (size < least || (size == least && equal-- <= 0)) {
             continue;
         }
         uint16_t place = (uint16_t)i;
