@@ -276,7 +276,7 @@ void test_mpi_compress(void **state) {
         assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
         assert_null(strstr(output, "lost_gradients"));
         assert_int_equal(shell(output, sizeof(output), "cd %s/latest && for f in model optimizer lost_gradients; do cmp $f.safetensors "
-                               "%s/latest/$f.safetensors; done", scratch_file("packed"), scratch_file("again")), 0);
+                               "%s/latest/$f.safetensors || exit 1; done", scratch_file("packed"), scratch_file("again")), 0);
     }
     snprintf(options, sizeof(options), "--resume --steps 7 --out %s", scratch_file("again"));
     assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
