@@ -699,6 +699,7 @@ double sum_of_squares(const real *x, size_t n) {
 #include "dev/cpu/fast.h" // from here on, the names above mean the fast functions of dev/cpu
 #endif
 #include "dev/lora.h" // --lora: products look whether a low-rank pair stands beside their matrix
+#include "dev/offload_products.h" // --offload: grouped products fetch their experts from a file
 
 // ---- rows, embedding and loss
 
@@ -1546,6 +1547,7 @@ void init_tensor(const Model *m, int i, real *w, const double *frequency) {
 void model_init(Model *m, const double *frequency) {
     for (int i = 0; i < m->tensor_count; i++) {
         init_tensor(m, i, m->memory[WEIGHTS] + m->tensors[i].offset, frequency);
+        let_go_of_tensor(m, WEIGHTS, i); // --offload
     }
 }
 
@@ -1564,15 +1566,13 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
 
     // Weights, and for training their gradients and the optimizer's two moments.
     lay_out(m, (Tensor *)own(m, tensor_limit(c), sizeof(Tensor)), 1);
-    m->memory[WEIGHTS] = weights ? weights : own_reals(m, m->size);
+    m->memory[WEIGHTS] = weights ? weights : own_array(m, WEIGHTS, m->size);
     point_params(m, &m->params, m->memory[WEIGHTS]);
     if (train) {
-        m->purpose = FOR_GRADIENTS;
-        m->memory[GRADS] = own_reals(m, trained_size(m));
+        m->memory[GRADS] = own_array(m, GRADS, trained_size(m));
         point_params(m, &m->grads, m->memory[GRADS]);
-        m->purpose = FOR_MOMENTS;
-        m->memory[MOMENT1] = own_reals(m, moment_offset(m, trained_size(m)));
-        m->memory[MOMENT2] = own_reals(m, moment_offset(m, trained_size(m)));
+        m->memory[MOMENT1] = own_array(m, MOMENT1, moment_offset(m, trained_size(m)));
+        m->memory[MOMENT2] = own_array(m, MOMENT2, moment_offset(m, trained_size(m)));
     }
 
     register_pairs(m, train);
@@ -1599,9 +1599,7 @@ void attention_layer_forward(Model *m, int l, real *out, const real *x) {
     int H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D;
 
     matmul(a->qkv, x, w->qkv, N, C, Q, SET);
-    qkv_bias_forward(m, l, a->qkv);
-    qk_norm_forward(m, l, a->qkv);
-    value_embedding_forward(m, l, a->qkv);
+    qkv_parts_forward(m, l, a->qkv); // nothing, unless options ask for a bias, norms or a table of values: dev/parts.h
     rope(a->qkv, Q, N, T, H + KV, D, m->angles, 1);
     attention_forward(a->att, a->lse, a->qkv, B, T, H, KV, D);
     matmul(out, a->att, w->proj, N, H * D, C, ADD);
@@ -1620,9 +1618,7 @@ void attention_layer_backward(Model *m, int l, real *dx, const real *dout, const
     matmul_backward(datt, dw->proj, dout, a->att, w->proj, N, H * D, C, SET);
     attention_backward(dqkv, datt, a->att, a->lse, a->qkv, B, T, H, KV, D);
     rope(dqkv, Q, N, T, H + KV, D, m->angles, -1);
-    value_embedding_backward(m, l, dqkv);
-    qk_norm_backward(m, l, dqkv);
-    qkv_bias_backward(m, l, dqkv);
+    qkv_parts_backward(m, l, dqkv);
     matmul_backward(dx, dw->qkv, dqkv, x, w->qkv, N, C, Q, SET);
 }
 

@@ -2350,6 +2350,9 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     if (mixer_without_kernels(config)) {
         usage_fail("what mixes along the sequence has no kernels for a GPU yet; ./train_moe trains it on the CPU");
     }
+    if (config->offload) {
+        usage_fail("--offload %d: experts of a GPU are all in its memory; ./train_moe offloads them on the CPU", config->offload);
+    }
     if (device_refuses(config)) {
         usage_fail("%s", device_refuses(config));
     }

@@ -334,7 +334,8 @@ int config_from_directory(Config *c, const char *dir) {
     int window = config_from_hugging_face(c, json, type->text, path, own);
     read_scheme(c, json, path);
     check_weight_files(dir, "model.safetensors");
-    if (!c->untied && !has_file(dir, "adapter_config.json")) { // which has no output; its base had one
+    int adapter = has_file(dir, "adapter_config.json") || has_file(dir, "adapter_model.safetensors");
+    if (!c->untied && !adapter) { // which has no output; its base had one
         untie_output(c, dir);
     }
     json_free(json);

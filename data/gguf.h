@@ -1,7 +1,7 @@
 // GGUF, the file in which llama.cpp keeps a model. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 // Gives: Gguf, gguf_open, gguf_text, gguf_integer, gguf_number, gguf_flag, gguf_list, gguf_tensor, gguf_begin_data, gguf_row,
 // gguf_close.
-// Needs: data/blocks.h; sync_file of dev/portable.h.
+// Needs: data/blocks.h; sync_file of dev/portable.h; dev/unfinished.h.
 //
 // Version 3 of the format, all numbers with their lower bytes first: "GGUF", the version, how many tensors and how many keys
 // there are; each key with its value; each tensor's name, shape, type and place; and behind them the numbers of the tensors,
@@ -9,7 +9,7 @@
 // in memory as a whole. The file is made in a folder beside it, and gets its name when it is complete and on the disk.
 #pragma once
 #include "blocks.h"
-#include "../dev/portable.h"
+#include "../dev/unfinished.h"
 
 enum { GGUF_U32 = 4, GGUF_I32 = 5, GGUF_F32 = 6, GGUF_BOOL = 7, GGUF_STRING = 8, GGUF_ARRAY = 9 }; // types of values
 enum { GGUF_ALIGNMENT = 32, GGUF_NAME = 64 }; // GGUF_NAME: bytes of a tensor's name with its NUL, ggml's GGML_MAX_NAME
@@ -45,6 +45,9 @@ void gguf_open(Gguf *g, const char *path) {
     memset(g, 0, sizeof(*g));
     if (strlen(path) >= sizeof(g->path)) {
         fail("%s: the name is too long", path);
+    }
+    if (!*path || path[strlen(path) - 1] == '/') {
+        fail("'%s' names no file; give the name of a new one, as model.gguf", path);
     }
     if (is_there(path)) {
         fail("%s: there is something of that name already; remove it, or give another name", path);
@@ -148,12 +151,7 @@ void gguf_begin_data(Gguf *g) {
     char name[2200];
     size_t widest = 0;
     close_memory(g->keys, &g->key_text);
-    snprintf(unfinished_path, sizeof(unfinished_path), "%s", g->folder); // fail() removes it
-    remove_tree(g->folder);                                             // of a program that was killed
-    if (mkdir(g->folder, 0777) != 0) {
-        unfinished_path[0] = 0;
-        fail("%s: cannot create: %s", g->folder, strerror(errno));
-    }
+    begin_unfinished(g->path);
     snprintf(name, sizeof(name), "%s/model.gguf", g->folder);
     g->file = fopen(name, "wb");
     if (!g->file) {
@@ -223,7 +221,7 @@ void gguf_close(Gguf *g) {
     if (rename(name, g->path) != 0) {
         fail("%s: cannot rename to %s: %s", name, g->path, strerror(errno));
     }
-    unfinished_path[0] = 0;
+    end_unfinished();
     clear_away(g->folder);
     free(g->encoded);
     free(g->tensors);

@@ -173,6 +173,9 @@ int id_of(const Tokenizer *t, const char *raw) {
 void read_added_tokens(Tokenizer *t, const char *path, const Json *list) {
     static const Expected flags[] = {{"single_word", "false", "null"}};
     Bytes composed = {NULL, 0, 0}, content = {NULL, 0, 0};
+    if (list && list->type != 'a' && list->type != '0') {
+        fail("%s: added_tokens is no list", path);
+    }
     for (const Json *a = list ? list->child : NULL; a; a = a->next) {
         const char *raw = added_content(path, a);
         int id = id_of(t, raw);
@@ -411,6 +414,11 @@ Tokenizer *tokenizer_load(const char *file) {
     size_t room = strlen(file) + strlen(name) + 1;
     char *path = (char *)allocate(room, 1);
     snprintf(path, room, "%s%s", file, has_file(file, name + 1) ? name : "");
+    struct stat info;
+    if (stat(path, &info) == 0 && S_ISDIR(info.st_mode)) {
+        fail("%s: there is no tokenizer.json in this folder; of other files (tokenizer.model, vocab.json) Python's transformers makes one: "
+             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)", path);
+    }
     Tokenizer *t = (Tokenizer *)allocate(1, sizeof(Tokenizer));
     t->json = read_file(path, &t->json_size);
     Json *root = json_parse(t->json, t->json_size, path);

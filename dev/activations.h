@@ -172,6 +172,7 @@ void generation_free(Model *m); // dev/generate.h
 void model_free(Model *m) {
     generation_free(m);
     forget_pairs(m);
+    offload_free(m);
     ranks_free(m);
     arena_free(&m->scratch);
     for (int i = 0; i < m->owned_count; i++) {

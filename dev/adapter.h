@@ -17,7 +17,7 @@
 #define WHOLE_PREFIX    "weight." // prefix of the pairs beside the optimizer's moments, where the adapter's file has them divided
 
 int is_adapter(const char *dir) {
-    return has_file(dir, ADAPTER_CONFIG);
+    return has_file(dir, ADAPTER_CONFIG) || has_file(dir, ADAPTER_WEIGHTS);
 }
 
 // ---- names and orders in the file
@@ -335,6 +335,9 @@ void find_base(Run *run, const char *dir) {
         fail("%s: its base_model_name_or_path is %s, and no model is there; put it back, or write there where the model is now",
              path, run->base);
     }
+    if (is_adapter(run->base)) {
+        fail("%s: its base_model_name_or_path is %s, which is an adapter, too; write there where the whole model is", path, run->base);
+    }
     json_free(json);
     free(text);
 }
@@ -391,6 +394,10 @@ void describe_adapter(const Run *run, double total) {
         double trained = pair_numbers(run->model);
         printf("%.3f million more are trained, in pairs of rank %d beside %s: %.2f%%; the base, %s, is frozen\n", trained / 1e6,
                c->lora, c->lora_targets, 100 * trained / total, run->base);
+        const char *slash = strrchr(run->base, '/');
+        if (slash && checkpoint_step(slash + 1) >= 0) {
+            printf("the adapter needs that checkpoint: if its run goes on, it removes the old ones but for --keep, so copy it before\n");
+        }
     }
 }
 
@@ -435,6 +442,6 @@ void merge_adapter(Run *run, const char *from, const char *dir) {
     begin_new_model(&n, dir);
     write_tensors(run, "model.safetensors", weights, plain, 1, n.sums);
     run->config.lora = 0;
-    end_new_model(&n, run);
+    end_new_model(&n, run, run->base);
     printf("%s and its base %s are one model now: %s\n", from, run->base, dir);
 }

@@ -154,7 +154,8 @@ const char *model_directory(const char *name) {
         fail("%s: a file; give the folder that holds config.json and model.safetensors", name);
     }
     int is_model = has_file(name, "config.json"), is_run = !is_model && find_checkpoint(name, 0, path);
-    if (has_file(name, "adapter_config.json") || (is_run && has_file(path, "adapter_config.json"))) {
+    if (has_file(name, "adapter_config.json") || has_file(name, "adapter_model.safetensors") ||
+        (is_run && has_file(path, "adapter_config.json"))) {
         fail("%s: an adapter (adapter_config.json), which is only a change of another model; merge the two (of a run of "
              "this program, --out %s --merge DIR; else merge_and_unload and save_pretrained of Python's peft) and give the "
              "folder of the whole model",

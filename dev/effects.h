@@ -192,8 +192,15 @@ int has_teacher(const Config *c) {
     return c->teacher[0] != 0;
 }
 
+int is_offloaded(const Config *c) {
+    return c->offload > 0;
+}
+
 const Effect base_effects[] = {
     {"experts", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
+    {"offload", has_experts, "layers with experts, which --moe-every 0 or --recipe dense takes away"},
+    {"offload-cold", is_offloaded, "experts in a file: --offload N"},
+    {"offload-dir", is_offloaded, "experts in a file: --offload N"},
     {"topk", counts_topk, "experts that are counted: --select topk"},
     {"activation", has_activation, "experts or dense layers that have it: --mixed 0, or --dense-activation same"},
     {"norm-eps", has_norms, "norms: --norms 1"},

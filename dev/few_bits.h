@@ -204,7 +204,7 @@ void write_quantized(Run *run, const Plan *plan, const char *dir, const char *to
     NewModel n;
     begin_new_model(&n, to);
     write_planned(run, plan, dir, unfinished_path, n.sums);
-    end_new_model(&n, run);
+    end_new_model(&n, run, NULL);
 }
 
 // --quantize: reads the model in dir and writes it with few bits.
@@ -217,7 +217,7 @@ void quantize_model(Run *run, const Config *asked, const char *dir) {
         length--;
     }
     if (c->quantized[0]) {
-        snprintf(to, sizeof(to), "%s", c->quantized);
+        without_slashes(to, c->quantized);
     } else {
         snprintf(to, sizeof(to), "%.*s-%s", length, source, scheme_names[c->quantize]);
     }
@@ -228,6 +228,9 @@ void quantize_model(Run *run, const Config *asked, const char *dir) {
     load_model(run, dir, c->quantize >= MIXED ? c->seq : 1);
     if (c->quantize >= MIXED) {
         calibrate(run, dir, few);
+        Config stored;
+        config_from_directory(&stored, dir);
+        c->eval_tokens = stored.eval_tokens; // those of the calibration are no property of the model: --evaluate reads as many as before
     }
     if (!run->tokenizer) {
         load_own_tokenizer(run, dir);

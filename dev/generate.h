@@ -44,9 +44,7 @@ void attend_one(Model *one, int l, real *x, real *cache, int position) {
     LayerActs *a = &one->acts.layer[l];
     int C = c->dim, H = c->heads, KV = c->kv_heads, D = head_width(c), Q = (H + 2 * KV) * D, width = 2 * KV * D;
     matmul(a->qkv, a->h1, w->qkv, 1, C, Q, SET);
-    qkv_bias_forward(one, l, a->qkv);
-    qk_norm_forward(one, l, a->qkv);
-    value_embedding_forward(one, l, a->qkv);
+    qkv_parts_forward(one, l, a->qkv);
     rope(a->qkv, Q, 1, 1, H + KV, D, one->angles, 1);
     memcpy(cache + (size_t)(position % c->seq) * width, a->qkv + H * D, (size_t)width * sizeof(real));
 

@@ -1,7 +1,8 @@
 // The memory of a model: what lives as long as it does, and scratch memory for the part that works now.
-// Gives: own, own_reals, own_by_group, scratch, scratch_reset. Needs: Model of train_moe.c, which includes it.
+// Gives: own, own_reals, own_array, own_by_group, scratch, scratch_reset. Needs: Model of train_moe.c, which includes it.
 #ifndef MEMORY_H
 #define MEMORY_H
+#include "offload.h" // experts that are in a file
 
 // Zeroed memory that lives as long as the model. It is booked under m->purpose, for the table that the program prints.
 void *own(Model *m, size_t count, size_t size) {
@@ -14,6 +15,13 @@ void *own(Model *m, size_t count, size_t size) {
 
 real *own_reals(Model *m, size_t count) {
     return (real *)own(m, count, sizeof(real));
+}
+
+// Memory for WEIGHTS, GRADS, ...; with --offload the experts' part of it is in a file.
+real *own_array(Model *m, int what, size_t count) {
+    const int purpose[] = {FOR_WEIGHTS, FOR_GRADIENTS, FOR_MOMENTS, FOR_MOMENTS};
+    m->purpose = purpose[what];
+    return m->config.offload ? offload_array(m, what, count) : own_reals(m, count);
 }
 
 // Memory for `each` numbers for every group of n tokens. There are as many groups as tokens only where sequences

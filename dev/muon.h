@@ -1,7 +1,7 @@
 // Muon, the optimizer of the matrices of the layers (--optimizer muon).
 // Gives, for both twins: MUON_TURNS, MUON_STEP, MUON_ROUNDS, muon_polynomial, takes_muon, move_mean, matrix_scale, has_turn;
 // and Matrix, matrix_memory, prepare_matrix, orthogonalize, most_muon_scratch, muon_update.
-// Needs: Model, its scratch memory and the products of train_moe.c, which includes it; moments.h, tables.h, precision.h,
+// Needs: Model, its scratch memory and the products of train_moe.c, which includes it; moments.h, tables.h, precision.h, offload.h,
 // ranks/gradients.h.
 //
 // AdamW divides each number of a gradient by its own usual size. Muon (Jordan et al. 2024, "Muon: An optimizer for hidden
@@ -190,11 +190,14 @@ void mean_gradients(Model *m, int step, real gradient_scale) {
         for (size_t from = 0; from < size; from += piece) {
             size_t end = from + piece < size ? from + piece : size;
             if (t->of_experts && !has_gradient(g + from, piece)) {
+                passed_over(g + from, piece); // --offload
                 continue;
             }
             for (size_t j = from; j < end; j++) {
                 move_mean(&mean[j], &g[j], gradient_scale);
             }
+            passed_over(g + from, end - from);
+            passed_over(mean + from, end - from);
         }
         round_moments(m, i, at, size, step);
     }
@@ -257,6 +260,7 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
             if (has_turn(i, (int)((t->first + from) / one), step)) {
                 size_t j = t->offset + from;
                 blend(m->memory[WEIGHTS] + j, m->memory[GRADS] + j, 1 - far * c->weight_decay, -rate, next - from);
+                passed_over(m->memory[WEIGHTS] + j, next - from);
             }
         }
     }
@@ -265,6 +269,7 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
         const Tensor *t = &m->tensors[i];
         if (takes_muon(c, t)) {
             memset(m->memory[GRADS] + t->offset, 0, t->size * sizeof(real));
+            passed_over(m->memory[GRADS] + t->offset, t->size);
         }
     }
 }

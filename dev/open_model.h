@@ -1,7 +1,17 @@
 // Opens a model for what is no training: --prompt, --merge, --export, --quantize, --evaluate.
-// Gives: find_model, load_model, load_own_tokenizer, open_text, close_model. Needs: dev/quantized.h; Run of dev/run.h, and the files that it includes.
+// Gives: refuse_window, find_model, load_model, load_own_tokenizer, open_text, close_model. Needs: dev/quantized.h; Run of dev/run.h,
+// and the files that it includes.
 #pragma once
 #include "quantized.h"
+
+// Ends the program where the model in dir has a sliding window of attention that is shorter than the sequences. 0: it has none.
+void refuse_window(const Config *c, int window, const char *dir) {
+    if (window && window < c->seq) {
+        fail("%s/config.json: sliding_window is %d: attention has no window here; give --seq %d or less, where it "
+             "makes no difference (now: --seq %d)",
+             dir, window, window, c->seq);
+    }
+}
 
 // Finds the folder of the model that --init or --out names, a run, a checkpoint or a Hugging Face directory, and takes what it says
 // into run->config. purpose: what the model is wanted for, for messages. Returns the length of attention's sliding window, 0: none.
@@ -15,6 +25,7 @@ int find_model(Run *run, const Config *asked, const char *purpose, char dir[4096
     int window = config_from_directory(c, dir);
     const Config before = *c;
     join_options(c, asked, 1 << MODEL | 1 << ORDER | 1 << TRAIN, 1 << MODEL, dir);
+    refuse_window(c, window, dir);
     refuse_idle_options(c, &before);
     c->batch = 1; // the saved one is that of all processes
     config_check(c);

@@ -1,5 +1,5 @@
 // What a layer may have besides, each a room of its own.
-// Gives: what they give; parts_refuse. Needs: train_moe.c, which includes it twice: inside Config, for the fields of their
+// Gives: what they give; parts_refuse, qkv_parts_forward, qkv_parts_backward. Needs: train_moe.c, which includes it twice: inside Config, for the fields of their
 // options (CONFIG_FIELDS), and before the layers are put together.
 #include "lora.h"          // --lora: low-rank pairs beside frozen matrices
 #include "rope.h"          // --rope-scaling: slower rotary positions, for longer texts
@@ -10,6 +10,7 @@
 #include "residual.h"      // --norms, --dropout, --moe-sigmoid: what stands between a layer's halves and the residual stream
 #include "shared_expert.h" // --shared-gate, --shared-ffn, --dense-ffn: shared experts with a gate, and widths of their own
 #include "quantized.h"     // --quantize: matrices in blocks of few bits
+#include "offload.h"       // --offload: experts that are in a file until they are needed
 #include "teacher.h"       // --teacher: a trained model teaches the one in training
 #include "ranks/compress.h" // --compress: gradients in fewer bits between processes
 #include "../data/model_classes.h" // the class of transformers as which the model is written
@@ -31,7 +32,21 @@ const char *parts_refuse(const Config *c) {
     if (c->rope_scaling == ROPE_LLAMA3 && c->rope_low >= c->rope_high) {
         return "--rope-low must be less than --rope-high";
     }
-    return blocks_refuse(c);
+    return blocks_refuse(c) ? blocks_refuse(c) : offload_refuses(c);
+}
+
+// What layer l may do with queries, keys and values, qkv (N,(H+2KV)*D), before positions turn them; and the way back, for
+// their gradient. Most models do nothing here.
+void qkv_parts_forward(Model *m, int l, real *qkv) {
+    qkv_bias_forward(m, l, qkv);
+    qk_norm_forward(m, l, qkv);
+    value_embedding_forward(m, l, qkv);
+}
+
+void qkv_parts_backward(Model *m, int l, real *dqkv) {
+    value_embedding_backward(m, l, dqkv);
+    qk_norm_backward(m, l, dqkv);
+    qkv_bias_backward(m, l, dqkv);
 }
 
 #endif

@@ -1,6 +1,6 @@
 // What differs between compilers, C libraries and systems, in one place.
 // Gives: large files on 32 bits; a refusal of compilers and flags that compute something else; file_time,
-// ask_large_pages, forget_pages, begin_again, name_of_processor. Needs: nothing. dev/util.h includes it before all else.
+// ask_large_pages, forget_pages, fetch_pages, drop_from_cache, map_memory, reserve_file, begin_again, name_of_processor. Needs: nothing. dev/util.h includes it before all else.
 // The rest of the C sources is C11 and POSIX 2008 with GCC's and Clang's extensions, and a few calls that
 // glibc, musl and macOS have besides: flock, getopt_long, memmem, TIOCGWINSZ. `make test_posix` holds them to it.
 #pragma once
@@ -10,6 +10,8 @@
 #ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64
 #endif
+#include <errno.h>
+#include <fcntl.h>
 #include <float.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -84,6 +86,49 @@ void forget_pages(const void *p, size_t size) {
     }
 #else
     (void)p, (void)size;
+#endif
+}
+
+// Pages of a mapped file that will be needed soon: the system begins to read them, and does not wait for them.
+void fetch_pages(const void *p, size_t size) {
+    size_t before = (size_t)p % (size_t)sysconf(_SC_PAGESIZE);
+    posix_madvise((char *)p - before, size + before, POSIX_MADV_WILLNEED);
+}
+
+// The system writes this part of an open file to the disk, if it was changed, and keeps no copy of it in its cache. Pages that are
+// mapped stay.
+void drop_from_cache(int file, size_t from, size_t size) {
+#ifdef SYNC_FILE_RANGE_WRITE
+    sync_file_range(file, (off_t)from, (off_t)size,
+                    SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+#else
+    fsync(file);
+#endif
+#ifdef POSIX_FADV_DONTNEED
+    posix_fadvise(file, (off_t)from, (off_t)size, POSIX_FADV_DONTNEED);
+#else
+    (void)from, (void)size;
+#endif
+}
+
+// Zeroed memory at a multiple of a page, of which pages can be mapped to something else; for munmap(). NULL: there is none.
+void *map_memory(size_t size) {
+#ifdef MAP_ANONYMOUS
+    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+#else
+    int zero = open("/dev/zero", O_RDWR);
+    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE, zero, 0);
+    close(zero);
+#endif
+    return p == MAP_FAILED ? NULL : p;
+}
+
+// Makes an open file so many bytes long, and has the disk keep room for all of them. Returns 0, or what errno would say.
+int reserve_file(int file, size_t size) {
+#ifdef __APPLE__ // which keeps no room
+    return ftruncate(file, (off_t)size) == 0 ? 0 : errno;
+#else
+    return posix_fallocate(file, 0, (off_t)size);
 #endif
 }
 

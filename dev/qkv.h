@@ -13,8 +13,11 @@ void qkv_bias_forward(Model *m, int l, real *qkv) {
     const Config *c = &m->config;
     const real *bias = m->params.layer[l].qkv_bias;
     int N = m->batch.B * m->batch.T, Q = (c->heads + 2 * c->kv_heads) * head_width(c);
+    if (!bias) {
+        return;
+    }
 #pragma omp parallel for if (is_worth_threads(N, Q))
-    for (int n = 0; n < (bias ? N : 0); n++) {
+    for (int n = 0; n < N; n++) {
         for (int i = 0; i < Q; i++) {
             qkv[(size_t)n * Q + i] += bias[i];
         }
@@ -27,8 +30,11 @@ void qkv_bias_backward(Model *m, int l, const real *dqkv) {
     const Config *c = &m->config;
     real *dbias = m->grads.layer[l].qkv_bias;
     int N = m->batch.B * m->batch.T, Q = (c->heads + 2 * c->kv_heads) * head_width(c);
+    if (!dbias) { // there is none, or it is frozen
+        return;
+    }
 #pragma omp parallel for if (is_worth_threads(N, Q))
-    for (int first = 0; first < (dbias ? Q : 0); first += 32) {
+    for (int first = 0; first < Q; first += 32) {
         int end = min_int(Q, first + 32);
         for (int n = 0; n < N; n++) {
             for (int i = first; i < end; i++) {

@@ -1,5 +1,5 @@
 // AdamW for a whole tensor, by all threads; of tables that are looked up (dev/tables.h), only the rows that a step has read.
-// Gives: TABLE_RATE, adamw_of_read_rows, adamw_of_tensor. Needs: dev/tables.h; moment_offset() of
+// Gives: TABLE_RATE, adamw_of_read_rows, adamw_of_offloaded, adamw_of_tensor. Needs: dev/tables.h; dev/offload.h; moment_offset() of
 // ranks/gradients.h; Model, Adam and adamw() of train_moe.c, which includes it.
 //
 // A row that no token of a step has looked up has no gradient. Let alone, it keeps its moments until it is read again. If
@@ -29,6 +29,27 @@ void adamw_of_read_rows(real *w, real *g, real *m1, real *m2, const ReadRows *r,
     }
 }
 
+// AdamW for experts that are in a file (dev/offload.h): one after the other, while the next one is on its way. Of the arrays g, m1
+// and m2 the pools are those of w's tensor. Inside of a parallel region, each thread does its part.
+void adamw_of_offloaded(Pool *of_w, real *w, real *g, real *m1, real *m2, Adam a) {
+    Pool *pools[] = {of_w, pool_of(g), pool_of(m1), pool_of(m2)};
+    for (int e = 0; e < of_w->E; e++) {
+#pragma omp single // and all wait for it, and in the loop for each other
+        for (int i = 0; i < COUNT(pools); i++) {
+            offloaded.asked++;
+            take_in(pools[i], e);
+            if (e + 1 < of_w->E && of_w->most > 1) {
+                take_in(pools[i], e + 1);
+            }
+        }
+        size_t begin = of_w->from[e], end = of_w->from[e + 1], piece = 1024;
+#pragma omp for schedule(static)
+        for (size_t j = begin; j < end; j += piece) {
+            adamw(w + j, g + j, m1 + j, m2 + j, end - j < piece ? end - j : piece, a);
+        }
+    }
+}
+
 // AdamW for the numbers at .. at+size of tensor t, or those of them that have been read. Inside of a parallel region, each
 // thread does its part and does not wait for the others.
 void adamw_of_tensor(Model *m, const Tensor *t, size_t at, size_t size, Adam a) {
@@ -37,6 +58,10 @@ void adamw_of_tensor(Model *m, const Tensor *t, size_t at, size_t size, Adam a) 
     if (t->looked_up) {
         a.rate *= TABLE_RATE;
         adamw_of_read_rows(w, g, m1, m2, rows_of_table(m, t), t->shape[2], a);
+        return;
+    }
+    if (pool_of(w)) {
+        adamw_of_offloaded(pool_of(w), w, g, m1, m2, a);
         return;
     }
     size_t piece = 1024;

@@ -307,11 +307,7 @@ void start_run(Run *run, const Config *asked) {
             config_recipe(&mine, c->recipe);
         }
         join_options(c, &mine, 1 << MODEL, 1 << MODEL, asked->init);
-        if (window && window < c->seq) {
-            fail("%s/config.json: sliding_window is %d: attention has no window here; give --seq %d or less, where it "
-                 "makes no difference (now: --seq %d)",
-                 c->init, window, window, c->seq);
-        }
+        refuse_window(c, window, c->init);
     }
     if (c->lora && !c->init[0]) {
         usage_fail("--lora %d trains pairs beside the weights of a model that exists: name it by --init DIR", c->lora);
@@ -469,6 +465,7 @@ int open_run(Run *run, int argc, char **argv, const Backend *backend) {
     data_part = ranks.rank;               // each checks a part of the token files
     data_parts = ranks.size;
     broadcast(run->out, sizeof(run->out));
+    run->config.offload_dir = asked.offload_dir = folder_of_offload(&asked, run->out);
     if (task_of(&asked)) {
         do_task(run, &asked);
         return 0;
@@ -587,6 +584,7 @@ int close_run(Run *run) {
     }
     free(out);
     report_minutes(run);
+    print_offload(c, stdout);
     close_log(run);
     if (run->trace) {
         fclose(run->trace);

@@ -7,6 +7,7 @@
 #pragma once
 #include "directory.h"
 #include "ranks/lost.h"
+#include "unfinished.h"
 
 void sync_directory(const char *path) {
     int dir = open(path, O_RDONLY);
@@ -310,7 +311,7 @@ void cut_log(const char *path, int step) {
 // ---- a new model directory: --merge, --quantize
 
 typedef struct NewModel {
-    const char *dir; // its name, which it gets when all of it is written
+    char dir[4096];  // its name, which it gets when all of it is written
     FILE *sums;      // its checksums
     char *list;
     size_t size;
@@ -318,27 +319,39 @@ typedef struct NewModel {
 
 // Begins the directory dir, which is not there yet, in a folder beside it: unfinished_path. The weights follow.
 void begin_new_model(NewModel *n, const char *dir) {
-    int length = (int)strlen(dir);
-    while (length > 1 && dir[length - 1] == '/') {
-        length--;
-    }
     memset(n, 0, sizeof(*n));
-    n->dir = dir;
-    make_directories(dir); // and those above it; this one is removed again, so that it appears as a whole
-    if (rmdir(dir) != 0) {
+    without_slashes(n->dir, dir);
+    make_directories(n->dir); // and those above it; this one is removed again, so that it appears as a whole
+    if (rmdir(n->dir) != 0) {
         fail("%s: cannot be written anew: %s", dir, strerror(errno));
     }
-    snprintf(unfinished_path, sizeof(unfinished_path), "%.*s.unfinished", min_int(length, 4000), dir);
-    if (remove_tree(unfinished_path) != 0 || mkdir(unfinished_path, 0777) != 0) { // removes that of a program that was killed
-        fail("%s: cannot create: %s", unfinished_path, strerror(errno));
-    }
+    begin_unfinished(n->dir);
     n->sums = open_memory(&n->list, &n->size);
     fprintf(n->sums, "{");
 }
 
-// Writes what stands beside the weights, and gives the directory its name.
-void end_new_model(NewModel *n, const Run *run) {
+// What other programs know of the model in `from` besides its weights stays as it was: how a chat is written, which tokens end a text.
+void copy_model_files(const char *from) {
+    static const char *const names[] = {"tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+                                        "chat_template.jinja"};
+    for (int i = 0; i < COUNT(names); i++) {
+        char path[4200];
+        size_t size;
+        snprintf(path, sizeof(path), "%s/%s", from, names[i]);
+        if (is_there(path)) {
+            char *text = read_file(path, &size);
+            write_text(unfinished_path, names[i], text, size);
+            free(text);
+        }
+    }
+}
+
+// Writes what stands beside the weights, and gives the directory its name. from: see above, or NULL.
+void end_new_model(NewModel *n, const Run *run, const char *from) {
     write_model_files(run, unfinished_path);
+    if (from) {
+        copy_model_files(from);
+    }
     write_small_checksums(n->sums, unfinished_path);
     fprintf(n->sums, "}\n");
     close_memory(n->sums, &n->list);
@@ -348,7 +361,7 @@ void end_new_model(NewModel *n, const Run *run) {
     if (rename(unfinished_path, n->dir) != 0) {
         fail("%s: cannot rename to %s: %s", unfinished_path, n->dir, strerror(errno));
     }
-    unfinished_path[0] = 0;
+    end_unfinished();
 }
 
 #include "adapter.h" // --lora: checkpoints without the base, --merge

@@ -1,5 +1,6 @@
 // What the program does instead of training: it goes on from a text, measures a model, or writes it in another form.
-// Gives: task_of, refuse_two_tasks, do_task. Needs: Run of dev/run.h, which includes it, and the files that that one includes.
+// Gives: task_of, refuse_empty_names, refuse_two_tasks, do_task. Needs: Run of dev/run.h, which includes it, and the files
+// that dev/run.h includes.
 #pragma once
 #include "open_model.h" // finds and reads a model
 #include "few_bits.h"   // --quantize
@@ -24,10 +25,21 @@ int task_of(const Config *c) {
     return next_task(c, NO_TASK);
 }
 
+// An empty name, as of a shell's variable that is not set, asks for no task, and a training would begin instead.
+void refuse_empty_names(const Config *asked) {
+    const char *const options[] = {"merge", "export", "quantized"}, *values[] = {asked->merge, asked->export_to, asked->quantized};
+    for (int i = 0; i < COUNT(options); i++) {
+        if (asked->given[find_option(options[i])] && !values[i][0]) {
+            usage_fail("--%s: the name is empty; say what the new %s is called", options[i], i == 1 ? "file" : "folder");
+        }
+    }
+}
+
 // Each task is done by itself, by one process.
 void refuse_two_tasks(const Config *asked) {
     int task = task_of(asked), other = next_task(asked, task);
     const char *name = task_options[task];
+    refuse_empty_names(asked);
     if (!task) {
         return;
     }
@@ -64,6 +76,7 @@ void answer_prompt(Run *run, const char *dir) {
     generate(run, prompt, size, stdout);
     printf("\n");
     free(text);
+    print_offload(c, stderr);
     close_model(run);
 }
 
@@ -84,7 +97,11 @@ void evaluate_model(Run *run, const Config *asked, const char *dir) {
            c->blocks ? ", " : "", c->blocks ? scheme_names[c->blocks] : "", e.loss, e.bpb, errors,
            e.windows == run->val->windows ? "all " : "", (double)e.windows * c->seq, c->data);
     double numbers = (double)run->model->size * sizeof(real) / 1048576, few = (double)blocks / 1048576;
-    printf("weights in memory: %.2f MiB, of which %.2f MiB are blocks of few bits\n", numbers + few, few);
+    printf("weights in memory: %.2f MiB", numbers + few);
+    if (c->blocks) {
+        printf(", of which %.2f MiB are blocks of few bits", few);
+    }
+    printf("\n");
     close_model(run);
 }
 

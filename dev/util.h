@@ -120,12 +120,19 @@ const char *read_name(DIR *folder, int *error) {
     return entry ? entry->d_name : NULL;
 }
 
-// Removes a folder and everything in it. What cannot be removed stays: then it returns -1, and errno says why.
+// Removes a folder and everything in it; of a link only itself. What cannot be removed stays: then it returns -1, and errno says why.
 int remove_tree(const char *path) {
     DIR *folder = opendir(path);
     const char *name;
     char inner[4200];
     int error = 0;
+    struct stat info;
+    if (lstat(path, &info) == 0 && S_ISLNK(info.st_mode)) {
+        if (folder) {
+            closedir(folder);
+        }
+        return unlink(path);
+    }
 
     // rmdir takes only an empty folder. unlink removes files; where it fails, there is a folder.
     while (folder && (name = read_name(folder, &error)) != NULL) {

@@ -159,8 +159,8 @@ static inline __m256i products_of_block(int format, const unsigned char *w, cons
 #endif
 }
 
-// Eight scales as floats. Where there is no instruction for it: the exponent of a float16 is that of a float less 112. (There is no infinity and no NaN among them:
-// check_blocks().)
+// Eight scales as floats. Where there is no instruction for it: the exponent of a float16 is that of a float less 112. (There
+// is no infinity and no NaN among them: check_blocks().)
 static inline __m256 eight_scales(const unsigned char *half) {
 #ifdef __F16C__
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)half));

@@ -279,7 +279,7 @@ void pack_rows_of_b(real *panel, const Operand *o, int first, int used, int k0, 
 void pack_columns_of_b(real *panel, const Operand *o, int first, int used, int k0, int nk) {
     int width = panel_width(used);
     for (int part = 0; part < width; part += LANES) {
-        const real *from[LANES];
+        const real *from[LANES] = {NULL};
         int rows = max_int(0, min_int(LANES, used - part)), k = 0;
         real *to = panel + part;
         for (int i = 0; i < rows; i++) {

@@ -229,6 +229,8 @@ void fast_activation_backward(real *dhidden, real *dweight, real *dact, const re
 
 // ---- the sum of squares
 
+void passed_over(const real *x, size_t n); // dev/offload.h
+
 double fast_sum_of_squares(const real *x, size_t n) {
     // Chunks are summed by the threads and added in order. Within a chunk there are 16 sums, which vectors
     // can hold.
@@ -252,6 +254,7 @@ double fast_sum_of_squares(const real *x, size_t n) {
         for (int k = 0; k < SUMS; k++) {
             part[i] += sum[k];
         }
+        passed_over(x + (size_t)i * CHUNK, end - (size_t)i * CHUNK); // --offload
     }
     for (int i = 0; i < chunks; i++) {
         total += part[i];

@@ -325,11 +325,57 @@ void test_refused_adapters(void **state) {
     expect(run_tiny("refused", b), 1, "--merge DIR");
 }
 
+// Names for --merge, options that it does not read, and adapters whose small file is lost or names an adapter.
+void test_merge_names(void **state) {
+    (void)state;
+    need_base();
+    char line[512], change[1200];
+    expect(run_tiny("named", beside_base("--lora 2")), 0, "the adapter needs that checkpoint");
+    snprintf(line, sizeof(line), "%s --out %s --merge", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe", scratch_file("named"));
+    check_leaks(0);
+    put_text("base/latest/chat_template.jinja", "{{ messages }}");
+    expect(shell(said, sizeof(said), "%s ''", line), 2, "--merge: the name is empty");
+    expect(shell(said, sizeof(said), "%s %s --lr 0.5", line, scratch_file("lr")), 2, "--merge only writes a model");
+    expect(shell(said, sizeof(said), "%s %s//", line, scratch_file("a/slash")), 0, "are one model now");
+    assert_true(exists("a/slash/checksums.json") && !exists("a/slash.unfinished"));
+    assert_same_file(scratch_file("base/latest/chat_template.jinja"), scratch_file("a/slash/chat_template.jinja"));
+
+    // Another process is writing there: the test itself, which has the folder's lock.
+    assert_int_equal(mkdir(scratch_file("busy.unfinished"), 0777), 0);
+    put_text("busy.unfinished/model.safetensors", "half");
+    int lock = open(scratch_file("busy.unfinished"), O_RDONLY);
+    assert_true(lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) == 0);
+    expect(shell(said, sizeof(said), "%s %s", line, scratch_file("busy")), 1, "busy: another process is writing it at this moment");
+    assert_true(exists("busy.unfinished/model.safetensors") && !exists("busy"));
+    close(lock);
+    expect(shell(said, sizeof(said), "%s %s", line, scratch_file("busy")), 0, "are one model now");
+    assert_true(!exists("busy.unfinished"));
+
+    // What the user has under that name stays: files of another kind, and what a link leads to.
+    assert_int_equal(mkdir(scratch_file("own.unfinished"), 0777), 0);
+    put_text("own.unfinished/letter.txt", "mine");
+    expect(shell(said, sizeof(said), "%s %s", line, scratch_file("own")), 1, "own.unfinished: it is needed for what is not finished, and has letter.txt");
+    assert_int_equal(symlink("own.unfinished", scratch_file("link.unfinished")), 0);
+    expect(shell(said, sizeof(said), "%s %s", line, scratch_file("link")), 1, "link.unfinished: cannot open");
+    assert_int_equal(remove_tree(scratch_file("link.unfinished")), 0);
+    assert_true(exists("own.unfinished/letter.txt") && !exists("link.unfinished"));
+
+    snprintf(change, sizeof(change), "cd %s/latest && rm checksums.json && sed -i.old 's#\"base_model_name_or_path\".*#\"base_model_name_or_path\": "
+             "\"%s/latest\",#' adapter_config.json", scratch_file("named"), scratch_file("named"));
+    expect(shell(said, sizeof(said), "%s", change), 0, NULL);
+    expect(run_tiny("named", "--prompt a"), 1, "which is an adapter, too");
+    assert_int_equal(unlink(scratch_file("named/latest/adapter_config.json")), 0);
+    expect(run_tiny("named", "--prompt a"), 1, "adapter_config.json: cannot open");
+    snprintf(change, sizeof(change), "--init %s", scratch_file("named/latest"));
+    expect(run_tiny("refused", change), 1, "--merge DIR");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_pairs_gradients), cmocka_unit_test(test_pairs_bits),      cmocka_unit_test(test_frozen),
         cmocka_unit_test(test_merge_pairs),     cmocka_unit_test(test_reorder),         cmocka_unit_test(test_generate_with_pairs),
         cmocka_unit_test(test_adapter_resumes), cmocka_unit_test(test_merge),           cmocka_unit_test(test_refused_adapters),
+        cmocka_unit_test(test_merge_names),
     };
     begin_tests();
     return cmocka_run_group_tests_name("adapters", tests, NULL, scratch_done);

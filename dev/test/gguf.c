@@ -672,6 +672,7 @@ void test_gguf_files(void **state) {
     expect(export_tiny("files", "files.gguf", ""), 1, "files.gguf: there is something of that name already");
     read_gguf("files.gguf");
     expect(export_tiny("files", "nowhere/files.gguf", ""), 1, "nowhere/files.gguf.unfinished: cannot create");
+    expect(export_tiny("files", "folder/", ""), 1, "folder/' names no file");
     expect(export_tiny("nothing", "nothing.gguf", ""), 1, "no checkpoint there to export");
     expect(export_tiny("files", "more.gguf", "--prompt x"), 2, "--prompt does nothing else: give it without --export");
     expect(export_tiny("files", "more.gguf", "--lr 0.3"), 2, "training, and --export only writes a file");

@@ -195,7 +195,7 @@ void test_mpi_bad_options(void **state) {
         {"--compress topk --compress-ratio 0", "--compress-ratio: '0' is not a number from 1e-06 to 1"},
         {"--compress int8 --compress-ratio 0.1", "--compress-ratio 0.1 would have no effect"},
         {"--compress-rows --ep 1", "--compress-rows: no rows travel where each of the 2 ranks has all experts"},
-        {"--prompt One", "one process goes on from a text"},
+        {"--prompt One", "one process does it; start it without mpirun"},
         {"--data nowhere", "nowhere: cannot open the data folder: No such file or directory"},
         {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
         {"--ep $((1 + $OMPI_COMM_WORLD_RANK))", "rank 1: this rank has other options"},

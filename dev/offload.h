@@ -1,0 +1,315 @@
+// Experts that are in a file until they are needed (--offload N).
+// Gives: Pool, offloaded, folder_of_offload, offload_array, offload_free, pool_of, take_in, let_go, let_go_of_tensor, let_go_of_array, passed_over,
+// offload_refuses, print_offload. Needs: Model and Tensor of train_moe.c, which includes it by way of dev/memory.h and
+// dev/parts.h; expert_size() of ranks/copies.h. The products that fetch experts are in dev/offload_products.h.
+//
+// Of a mixture, each step or token needs few experts at a time: a layer multiplies by one after the other. With --offload N the
+// experts' part of each array (weights; in training also gradients and both moments) is a file that is mapped into memory, so an
+// expert has an address as without, and whoever reads it gets its numbers from the file. At most N experts of each tensor are
+// taken into memory. Before another one comes, the one whose last use is longest ago goes: its pages are given back to the
+// system, which writes to the file what was changed. All numbers and all sums are the same, and so are the bits.
+//
+// The file has no name: it is removed as soon as it is open, so it goes with the process, however that ends. All of its space is
+// reserved at the start, so a disk that is too small is refused then, and not by a crash in the middle of the run. A checkpoint
+// is as always, and what a run needs to go on is in the checkpoint alone.
+//
+// "In memory" means: pages that this process holds. The system may keep a copy of the file's pages in its cache for as long as
+// nobody else needs that memory; with --offload-cold it may not (doc/offload.md).
+#ifdef CONFIG_FIELDS
+    int offload;             // experts of each tensor that are in memory; 0: all
+    int offload_cold;        // 1: the system's cache keeps none of the others
+    const char *offload_dir; // the folder of the file; open_run() of dev/run.h puts the run directory here
+#elif !defined(OFFLOAD_H)
+#define OFFLOAD_H
+
+// The experts of one tensor, in one of the arrays WEIGHTS, GRADS, ...
+typedef struct Pool {
+    const Model *owner;
+    int what, tensor;
+    int E, most;   // experts; those that may be in memory
+    real *base;    // the first number of expert 0
+    size_t *from;  // (E+1) where each expert begins, in numbers
+    int *held;     // (most) those that are in memory, the one whose last use is longest ago first
+    int count;     // how many they are
+} Pool;
+
+// What is mapped for one array of a model.
+typedef struct Mapped {
+    const Model *owner;
+    char *base;
+    size_t size, first, end; // bytes; those from `first` to `end` are in the file
+    int file;
+    int cold;                // --offload-cold
+} Mapped;
+
+// Of all models in memory, and what was done for them.
+struct {
+    Pool *pools;
+    int pool_count;
+    Mapped arrays[8];
+    int array_count;
+    double asked, fetched, bytes; // experts that were needed; those of them that were not in memory; their bytes
+    int fullest;                  // the most experts that a pool has held
+} offloaded;
+
+size_t expert_size(const Config *c, const Tensor *t, int e); // ranks/copies.h
+
+// Why the options do not allow --offload; NULL: they do.
+const char *offload_refuses(const Config *c) {
+    static char text[160];
+    if (!c->offload) {
+        return NULL;
+    }
+    if (c->lora) {
+        return "--offload keeps trained experts in a file, and --lora trains none of them: give one of the two";
+    }
+    if (c->blocks) {
+        return "--offload is for experts of float32, and this model has experts of few bits: give it without --offload";
+    }
+    if (ranks.size > 1) {
+        return "--offload is for one process, and several have fewer experts each already: start it without mpirun";
+    }
+    if (c->moe_every && c->offload >= c->experts) {
+        snprintf(text, sizeof(text), "--offload %d: a layer has %d experts, so nothing would be left for the file: give fewer",
+                 c->offload, c->experts);
+        return text;
+    }
+    return NULL;
+}
+
+// ---- which experts are in memory
+
+// The pool whose expert 0 begins at p; NULL: what is there is not in a file.
+Pool *pool_of(const real *p) {
+    for (int i = 0; i < offloaded.pool_count; i++) {
+        if (offloaded.pools[i].base == p) {
+            return &offloaded.pools[i];
+        }
+    }
+    return NULL;
+}
+
+// The pool of a model's tensor in an array; NULL: it has none.
+Pool *find_pool(const Model *m, int what, int tensor) {
+    for (int i = 0; i < offloaded.pool_count; i++) {
+        Pool *p = &offloaded.pools[i];
+        if (p->owner == m && p->what == what && p->tensor == tensor) {
+            return p;
+        }
+    }
+    return NULL;
+}
+
+size_t bytes_of_expert(const Pool *p, int e) {
+    return (p->from[e + 1] - p->from[e]) * sizeof(real);
+}
+
+int is_held(const Pool *p, int e) {
+    for (int i = 0; i < p->count; i++) {
+        if (p->held[i] == e) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+// Takes entry i off the list.
+void unlist(Pool *p, int i) {
+    p->count--;
+    memmove(p->held + i, p->held + i + 1, (size_t)(p->count - i) * sizeof(int));
+}
+
+// The bytes from .. end are not needed any more: those of them that are in a file go. The system maps 64 KiB at a time, so what is
+// around them goes, too. Several threads may call it at the same time.
+void let_go_of_bytes(uintptr_t from, uintptr_t end) {
+    const uintptr_t at_a_time = 65536;
+    from = from / at_a_time * at_a_time;
+    end = (end + at_a_time - 1) / at_a_time * at_a_time;
+    for (int i = 0; i < offloaded.array_count; i++) {
+        const Mapped *a = &offloaded.arrays[i];
+        uintptr_t first = (uintptr_t)a->base + a->first, last = (uintptr_t)a->base + a->end;
+        first = first > from ? first : from;
+        last = last < end ? last : end;
+        if (first < last) {
+            forget_pages((const void *)first, (size_t)(last - first)); // never beyond the file, where they would be lost
+            if (a->cold) {
+                drop_from_cache(a->file, (size_t)(first - (uintptr_t)a->base - a->first), (size_t)(last - first));
+            }
+        }
+    }
+}
+
+// A thread has passed over n numbers, which lie anywhere, and does not need them any more.
+void passed_over(const real *x, size_t n) {
+    if (offloaded.array_count) {
+        let_go_of_bytes((uintptr_t)x, (uintptr_t)(x + n));
+    }
+}
+
+// Expert e will be needed next: the system begins to read it. If the pool is full, the expert whose last use is longest ago
+// goes.
+void take_in(Pool *p, int e) {
+    int at = 0;
+    while (at < p->count && p->held[at] != e) {
+        at++;
+    }
+    if (at < p->count) {
+        unlist(p, at);
+    } else {
+        if (p->count == p->most) {
+            passed_over(p->base + p->from[p->held[0]], bytes_of_expert(p, p->held[0]) / sizeof(real));
+            unlist(p, 0);
+        }
+        fetch_pages(p->base + p->from[e], bytes_of_expert(p, e));
+        offloaded.fetched++;
+        offloaded.bytes += (double)bytes_of_expert(p, e);
+    }
+    p->held[p->count++] = e;
+    offloaded.fullest = max_int(offloaded.fullest, p->count);
+}
+
+// All experts of the pool go.
+void let_go(Pool *p) {
+    passed_over(p->base, p->from[p->E]);
+    p->count = 0;
+}
+
+// What has read or written a whole tensor calls this: its experts go.
+void let_go_of_tensor(const Model *m, int what, int tensor) {
+    Pool *p = find_pool(m, what, tensor);
+    if (p) {
+        let_go(p);
+    }
+}
+
+void let_go_of_array(const Model *m, int what) {
+    for (int i = 0; i < m->tensor_count && offloaded.pool_count; i++) {
+        let_go_of_tensor(m, what, i);
+    }
+}
+
+// ---- the file, and the memory that it is mapped to
+
+// The folder of the file: that of --offload-dir, or the run directory `out`; what only reads a model takes the current folder
+// where there is no run directory. Kept for the whole program.
+const char *folder_of_offload(const Config *c, const char *out) {
+    if (!c->offload || c->offload_dir[0]) {
+        return c->offload_dir;
+    }
+    int reads = c->prompt || c->evaluate || c->export_to[0] || c->quantize != NO_BLOCKS;
+    return reads && !is_there(out) ? "." : keep_text(out);
+}
+
+// A file of so many bytes, all of them reserved, that goes when it is closed and no longer mapped.
+int offload_file(const Config *c, size_t size) {
+    char path[4200];
+    int fresh = !is_there(c->offload_dir);
+    snprintf(path, sizeof(path), "%s/offload-XXXXXX", c->offload_dir);
+    make_directories(c->offload_dir); // a new run has none yet
+    int file = mkstemp(path);
+    if (file < 0) {
+        fail("--offload: %s: cannot create a file in it: %s; --offload-dir names another folder", c->offload_dir, strerror(errno));
+    }
+    unlink(path);
+    int error = reserve_file(file, size);
+    if (error) {
+        close(file);
+        if (fresh) {
+            rmdir(c->offload_dir);
+        }
+        fail("--offload: %s: cannot reserve %.1f MiB for experts: %s; make room, or name another folder by --offload-dir",
+             c->offload_dir, (double)size / 1048576, strerror(error));
+    }
+    return file;
+}
+
+// Adds a pool for each tensor of experts in this array.
+void add_pools(Model *m, int what, real *memory) {
+    const Config *c = &m->config;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor *t = &m->tensors[i];
+        if (!t->of_experts) {
+            continue;
+        }
+        offloaded.pools = (Pool *)reallocate(offloaded.pools, (size_t)offloaded.pool_count + 1, sizeof(Pool));
+        Pool *p = &offloaded.pools[offloaded.pool_count++];
+        memset(p, 0, sizeof(*p));
+        p->owner = m;
+        p->what = what;
+        p->tensor = i;
+        p->E = c->experts;
+        p->most = c->offload;
+        p->base = memory + t->offset;
+        p->from = (size_t *)allocate((size_t)p->E + 1, sizeof(size_t));
+        p->held = (int *)allocate(p->most, sizeof(int));
+        size_t largest = 0;
+        for (int e = 0; e < p->E; e++) {
+            size_t size = expert_size(c, t, e);
+            p->from[e + 1] = p->from[e] + size;
+            largest = size > largest ? size : largest;
+        }
+        m->bytes[m->purpose] += largest * (size_t)p->most * sizeof(real);
+    }
+}
+
+// Zeroed memory for one of the model's arrays, of `count` numbers, whose experts are in a file; until offload_free().
+real *offload_array(Model *m, int what, size_t count) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    Mapped a = {m, NULL, 0, 0, 0, -1, m->config.offload_cold};
+    a.first = m->common * sizeof(real) / page * page; // the experts' pages, and what shares the first and the last one with them
+    a.end = (m->tables * sizeof(real) + page - 1) / page * page;
+    a.size = (count * sizeof(real) + page - 1) / page * page;
+    a.base = (char *)map_memory(a.size);
+    a.file = offload_file(&m->config, a.end - a.first);
+    if (!a.base || mmap(a.base + a.first, a.end - a.first, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, a.file, 0) == MAP_FAILED) {
+        fail("--offload: cannot map %.1f MiB of experts: %s", (double)a.size / 1048576, strerror(errno));
+    }
+    if (offloaded.array_count == COUNT(offloaded.arrays)) {
+        fail("--offload: there are more than %d arrays", COUNT(offloaded.arrays));
+    }
+    offloaded.arrays[offloaded.array_count++] = a;
+    ask_large_pages(a.base, a.first);
+    m->bytes[m->purpose] += (count - (m->tables - m->common)) * sizeof(real);
+    add_pools(m, what, (real *)(void *)a.base);
+    return (real *)(void *)a.base;
+}
+
+// Gives back what offload_array() has given to this model.
+void offload_free(const Model *m) {
+    int pools = 0, arrays = 0;
+    for (int i = 0; i < offloaded.pool_count; i++) {
+        Pool *p = &offloaded.pools[i];
+        if (p->owner == m) {
+            free(p->from);
+            free(p->held);
+        } else {
+            offloaded.pools[pools++] = *p;
+        }
+    }
+    for (int i = 0; i < offloaded.array_count; i++) {
+        Mapped *a = &offloaded.arrays[i];
+        if (a->owner == m) {
+            munmap(a->base, a->size);
+            close(a->file);
+        } else {
+            offloaded.arrays[arrays++] = *a;
+        }
+    }
+    offloaded.pool_count = pools;
+    offloaded.array_count = arrays;
+    if (!pools) {
+        free(offloaded.pools);
+        offloaded.pools = NULL;
+    }
+}
+
+// How often an expert was in memory when it was needed.
+void print_offload(const Config *c, FILE *to) {
+    if (c->offload && offloaded.asked > 0) {
+        fflush(stdout); // a story ends there
+        fprintf(to, "--offload %d: of %.0f times that an expert was needed, it was in memory %.0f times; %.1f MiB were fetched\n",
+                c->offload, offloaded.asked, offloaded.asked - offloaded.fetched, offloaded.bytes / 1048576);
+    }
+}
+
+#endif
