@@ -3,9 +3,8 @@
 // Gives: write_lost, read_lost. Needs: comm.h, compressed_sums.h; data/safetensors.h; Run of dev/run.h, which includes it.
 //
 // Each process has an array of its own, which means something only to a process with the same rank, of as many ranks, with
-// the same experts, whose model lies in memory in the same way: the CUDA twin leaves gaps between tensors. So the names of these
-// tensors tell all four. They are in a file of their own; the model's and the
-// optimizer's files do not know how many processes there were.
+// the same experts, whose model lies in memory in the same way: the CUDA twin leaves gaps between tensors. So the names in
+// this file tell all four. The model's and the optimizer's files do not know how many processes there were.
 #pragma once
 
 #define LOST_FILE "lost_gradients.safetensors"
