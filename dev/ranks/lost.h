@@ -101,7 +101,7 @@ void read_lost(Run *run, const char *dir) {
     }
     free(kept);
     if (!found) {
-        remark("%s/%s is of other ranks than %d with --ep %d and --replicate %d, or of the twin of this program: what it has is lost", dir,
-               LOST_FILE, ranks.size, ranks.ep, c->replicate);
+        remark("%s/%s is of other ranks than %d with --ep %d and --replicate %d, or of the twin of this program: what it has "
+               "is lost", dir, LOST_FILE, ranks.size, ranks.ep, c->replicate);
     }
 }
