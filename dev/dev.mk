@@ -7,8 +7,8 @@
 
 # ---- the tests of the C program: one program for each subject, dev/build/SUBJECT and SUBJECT_double, and all of them in one
 
-TESTS        = $(addprefix dev/build/,layers lstm routers attention shapes classes recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes precision adapters gguf quantized tokenizers teacher offload)
-TESTS_DOUBLE = $(addprefix dev/build/,layers_double lstm_double routers_double attention_double shapes_double recipes_double training_double numbers_double learning_double precision_double adapters_double quantized_double teacher_double offload_double)
+TESTS        = $(addprefix dev/build/,layers lstm routers attention shapes classes recipes training numbers json tokenizer tokenize loader checkpoint options evaluate program files machine learning stories minutes precision adapters gguf quantized tokenizers teacher compress offload)
+TESTS_DOUBLE = $(addprefix dev/build/,layers_double lstm_double routers_double attention_double shapes_double recipes_double training_double numbers_double learning_double precision_double adapters_double quantized_double teacher_double compress_double offload_double)
 
 $(TESTS) dev/build/all dev/build/mpi: dev/build/%: dev/test/%.c $(CHOICE) | cmocka
 	$(TEST_BUILD) $(DEPS) $(LOOPS) $(OPENMP) $< -o $@ -lcmocka $(LIBS)

@@ -160,6 +160,10 @@ int asks_for_copies(const Config *c) {
     return c->replicate > 0;
 }
 
+int sends_largest(const Config *c) {
+    return c->compress == CODE_TOPK;
+}
+
 int exports(const Config *c) {
     return c->export_to[0] != 0;
 }
@@ -226,6 +230,7 @@ const Effect base_effects[] = {
     {"minutes", sets_steps, "a number of steps that it can set: leave --steps out"},
     {"min-lr", rate_falls, "a learning rate that falls: --schedule cosine or wsd"},
     {"replicate-every", asks_for_copies, "copies of experts: --replicate 1"},
+    {"compress-ratio", sends_largest, "gradients of which only the largest are sent: --compress topk"},
     {"trust-weights", reads_weights, "weights to read: --resume, --init, --prompt, --evaluate, --export, --quantize or --merge"},
     {"quantized", quantizes, "a model to write: --quantize q8_0"},
     {"few", mixes_bits, "experts of two kinds: --quantize mixed"},

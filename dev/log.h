@@ -359,6 +359,8 @@ void announce(Run *run) {
     fprintf(run->log, "\"threads\":%d,\"ranks\":%d,", team, ranks.size);
     if (ranks.size > 1) {
         fprintf(run->log, "\"ep\":%d,\"overlap\":%d,\"replicate\":%d,", ranks.ep, c->overlap, c->replicate);
+        fprintf(run->log, "\"compress\":\"%s\",\"compress_ratio\":%g,\"compress_rows\":%d,", compress_names[c->compress],
+                c->compress_ratio, c->compress_rows);
     }
     int moe = moe_layers(c);
     printf("%s: %d layers of width %d, %d of them with %d experts of which a token sees %d\n", c->recipe, c->layers,

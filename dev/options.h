@@ -26,6 +26,8 @@ enum { ROPE_NONE, ROPE_LINEAR, ROPE_LLAMA3 };
 const char *const rope_names[] = {"none", "linear", "llama3", NULL};
 enum { NO_BLOCKS, ALL_Q8_0, ALL_Q4_0, MIXED, MIXED_OFTEN };
 const char *const scheme_names[] = {"none", "q8_0", "q4_0", "mixed", "mixed-often", NULL};
+enum { NO_CODEC, CODE_BF16, CODE_INT8, CODE_TOPK };
+const char *const compress_names[] = {"none", "bf16", "int8", "topk", NULL};
 const char *const moments_names[] = {"fp32", "bf16", NULL};
 
 // MODEL says what the model computes. ORDER says which data it sees when, and which optimizer moves it, since none can go
@@ -202,6 +204,10 @@ const Option base_options[] = {
          "so many of a layer's busiest experts have a second copy on another rank"),
     INTEGER("replicate-every", replicate_every, "50", 1, 2000000000, RUN, RANKS,
          "they are chosen anew, and the first time, after so many steps"),
+    WORD("compress", compress, "none", compress_names, RUN, RANKS,
+         "gradients between ranks in fewer bits; what is lost is added in the next step"),
+    NUMBER("compress-ratio", compress_ratio, "0.01", 1e-6, 1, RUN, RANKS, "topk: the share of the gradients that is sent"),
+    FLAG("compress-rows", compress_rows, RUN, RANKS, "rows between ranks are rounded to bfloat16"),
     INTEGER("watchdog", watchdog, "30", 0, 86400, RUN, RANKS,
          "after so many seconds of waiting all are asked; who has not answered in 10 more ends the job; 0: never"),
     FLAG("trace", trace, RUN, RANKS, "each rank writes what it did in each step: trace-RANK.jsonl in --out"),

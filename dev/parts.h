@@ -12,6 +12,7 @@
 #include "quantized.h"     // --quantize: matrices in blocks of few bits
 #include "offload.h"       // --offload: experts that are in a file until they are needed
 #include "teacher.h"       // --teacher: a trained model teaches the one in training
+#include "ranks/compress.h" // --compress: gradients in fewer bits between processes
 #include "../data/model_classes.h" // the class of transformers as which the model is written
 #include "../data/granite.h"       // the factors of a Granite that is read
 #if !defined(CONFIG_FIELDS) && !defined(PARTS_H)

@@ -184,6 +184,7 @@ void compare_ranks(Run *run) {
     FILE *memory = open_memory(&text, &size);
     write_options(memory, c);
     fprintf(memory, "%d %d %d %d %d ", c->ep, c->overlap, c->replicate, c->replicate_every, c->tokens); // of this call
+    fprintf(memory, "%d %.17g %d ", c->compress, c->compress_ratio, c->compress_rows);
     fprintf(memory, "%d ", run->step);
     if (run->train) { // nobody has read the data of a run that is finished
         fprintf(memory, "%d %.0f %.0f", c->vocab, run->train->fingerprint, run->val->fingerprint);
@@ -222,6 +223,7 @@ void divide_experts(const Config *c) {
                    "(here: --ep %d)",
                    c->replicate, c->experts, ep);
     }
+    compress_refuses(c, ep);
     if (ranks.size > 1) {
         ranks_form(comm.all, ep);
     }
@@ -396,6 +398,7 @@ int prepare_run(Run *run, const Config *asked) {
     run->warned = (unsigned char *)allocate(c->layers, 1);
     if (resumed) {
         read_router_state(run, checkpoint);
+        read_lost(run, checkpoint);
     }
     return 1;
 }

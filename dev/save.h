@@ -6,6 +6,7 @@
 // move: whenever the machine stops, the last checkpoint is complete. One that is removed gets another name first.
 #pragma once
 #include "directory.h"
+#include "ranks/lost.h"
 #include "unfinished.h"
 
 void sync_directory(const char *path) {
@@ -198,6 +199,7 @@ void write_checkpoint(Run *run) {
         write_tensors(run, "model.safetensors", weights, plain, 1, sums);
         write_tensors(run, "optimizer.safetensors", moments, moment_names, 2, sums);
     }
+    write_lost(run, sums); // --compress
     if (first) {
         write_small_files(run, unfinished_path, sums);
     }

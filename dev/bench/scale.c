@@ -26,7 +26,7 @@ typedef struct Setup {
     double attention_share, dense_share, expert_share, speedup;
     double layers, dense_layers, dim, experts, topk, shared, ffn, seq, vocab, attention_weights, attention_width;
     double tokens, accum, ep, stages, bubble, groups, group_topk, send, placement, replicate, overlap, zero1;
-    double dispatch_bytes, combine_bytes, gradient_bytes, weight_bytes;
+    double dispatch_bytes, combine_bytes, gradient_bytes, weight_bytes, compress, compress_ratio;
     double devices, skew, seed, samples;
 } Setup;
 
@@ -79,6 +79,8 @@ const Number numbers[] = {
     {"dispatch-bytes", AT(dispatch_bytes), 'd', 0.01, 64, "2", "a number sent to an expert (FP8 with scales: 1.03125)"},
     {"combine-bytes", AT(combine_bytes), 'd', 0.01, 64, "2", "a number sent back"},
     {"gradient-bytes", AT(gradient_bytes), 'd', 0.01, 64, "4", "a number of a gradient"},
+    {"compress", AT(compress), 'e', 0, 0, "none", "none|bf16|int8|topk: gradients as codes (dev/ranks/compress.h)"},
+    {"compress-ratio", AT(compress_ratio), 'd', 1e-6, 1, "0.01", "topk: the share of them that is sent"},
     {"weight-bytes", AT(weight_bytes), 'd', 0.01, 64, "2", "a number of a weight"},
     {"devices", AT(devices), 'i', 0, 1 << 20, "0", "a single row; 0: 8, 16, ..., 2048"},
     {"skew", AT(skew), 'd', 0, 3, "0", "made-up load: log-normal of this deviation, 0 even"},
@@ -130,6 +132,7 @@ void set_number(Setup *s, const char *name, const char *value) {
             continue;
         char *end;
         const char *const *words = n->offset == AT(send) ? send_names : placement_names;
+        words = n->offset == AT(compress) ? compress_names : words;
         double x = n->kind == 'e' ? find_word(words, value) : strtod(value, &end);
         if (n->kind == 'e' && x < 0)
             usage_fail("--%s %s: expected one of %s", name, value, n->help);
@@ -455,6 +458,19 @@ double scatter(const Setup *s, double bytes, double ranks, double local) {
            bytes / local * between / nodes / (1e9 * s->nic);
 }
 
+// Codes of gradients (--compress), `bytes` of all of them, from each device directly to the owners of their parts, or from the owners
+// directly to all: codes cannot be added up inside a node first. So dev/ranks/compressed_sums.h and its CUDA twin send them.
+double exchange_codes(const Setup *s, double bytes, double ranks, double local) {
+    local = fmin(local, ranks);
+    if (ranks <= 1)
+        return 0;
+    if (s->torus) // sqrt(ranks)/2 hops, over the 4 links of a device
+        return 1e-6 * s->startup + bytes * (ranks - 1) / ranks * sqrt(ranks) / 8 / (1e9 * s->link);
+    double link = 1e-6 * s->link_latency + bytes * (local - 1) / ranks / (1e9 * s->link);
+    double nic = ranks > local ? 1e-6 * s->nic_latency + bytes * (ranks - local) / ranks / (1e9 * s->nic) : 0;
+    return 1e-6 * s->startup + fmax(link, nic);
+}
+
 // A layer in the steady state: attention, dispatch, experts, combine, the second and fourth over links, the others in
 // the processor, each in turn for every half of the batch. With one half nothing overlaps.
 double layer_time(double attention, double dispatch, double experts, double combine, int halves) {
@@ -485,6 +501,13 @@ double operations(const Setup *s) {
     double layer = s->attention_weights + (s->topk + s->shared) * expert_weights(s);
     double router = (s->layers - s->dense_layers) * s->dim * s->experts;
     return 6 * (s->layers * layer + router + s->dim * s->vocab) + 3 * s->layers * s->seq * s->attention_width;
+}
+
+// Bytes that a gradient has in a code.
+double code_width(const Setup *s) {
+    Codec codec = {(int)s->compress, s->compress_ratio};
+    size_t block = 256000; // a multiple of any code's blocks
+    return (double)code_bytes(codec, block) / (double)block;
 }
 
 // The largest number of devices up to --ep that divides experts, W, and nodes or is divided by them.
@@ -545,10 +568,13 @@ Result simulate(const Setup *s, const Routing *layer, int lines, int devices) {
                     moe * (s->shared * expert_weights(s) + s->dim * s->experts + s->replicate * expert_weights(s)) +
                     dense * (s->topk + s->shared) * expert_weights(s);
     double own = moe * (s->experts / ep) * expert_weights(s), copies = W / ep, near = fmax(1, s->node / ep);
-    double down =
-        scatter(s, common * s->gradient_bytes, W, s->node) + scatter(s, own * s->gradient_bytes, copies, near);
-    double width = s->zero1 ? s->weight_bytes : s->gradient_bytes;
-    double up = scatter(s, common * width, W, s->node) + scatter(s, own * width, copies, near);
+    double width = s->zero1 ? s->weight_bytes : s->gradient_bytes, down, up;
+    down = scatter(s, common * s->gradient_bytes, W, s->node) + scatter(s, own * s->gradient_bytes, copies, near);
+    up = scatter(s, common * width, W, s->node) + scatter(s, own * width, copies, near);
+    if (s->compress) { // twice: all get the sums. With ZeRO-1 they get the new weights besides.
+        down = 2 * (exchange_codes(s, common * code_width(s), W, s->node) + exchange_codes(s, own * code_width(s), copies, near));
+        up = s->zero1 ? up : 0;
+    }
     // Overlapped: down behind the last backward pass, up behind the next forward pass, as far as all-to-all leaves
     // links free.
     double pass = r.computing + r.waiting + r.exposed;
@@ -564,7 +590,8 @@ Result simulate(const Setup *s, const Routing *layer, int lines, int devices) {
     r.step = work + r.bubble + r.reduce;
     r.rate = s->tokens * s->accum / s->stages / r.step;
     r.bytes = (common + own) * (s->weight_bytes + s->gradient_bytes) + // 12: master weight and two moments in float32
-              12 * (s->zero1 ? common / W + own / copies : common + own);
+              12 * (s->zero1 ? common / W + own / copies : common + own) +
+              4 * (s->compress ? common + own : 0); // what has not arrived, in float32
     return r;
 }
 

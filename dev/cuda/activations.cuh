@@ -3,6 +3,7 @@
 // includes it.
 #ifndef CUDA_ACTIVATIONS_CUH
 #define CUDA_ACTIVATIONS_CUH
+#include "compress.cuh"
 
 // What --recompute shares of a layer's activations, one after the other from `memory` on; returns their bytes.
 size_t lay_activations(Model *m, int l, int N, char *memory) {
@@ -206,6 +207,7 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
     if (train) {
         m->purpose = FOR_GRADIENTS;
         m->memory[GRADS] = own_floats(m, trained_size(m));
+        own_lost(m);
         point_params(m, &m->grads, m->memory[GRADS]);
         m->purpose = FOR_MOMENTS;
         for (int i = MOMENT1; i <= MOMENT2; i++) {

@@ -145,11 +145,11 @@ void nccl_gather(float *all, size_t mine, size_t n) { // each rank's n numbers, 
 void nccl_broadcast(const void *from, void *to, size_t bytes, int root) {
     CHECK(ncclBroadcast(from, to, bytes, ncclUint8, root, comms[OF_ALL], network));
 }
-void nccl_send(const void *from, size_t bytes, int rank) { // of the group
-    CHECK(ncclSend(from, bytes, ncclUint8, rank, comms[OF_GROUP], network));
+void nccl_send(const void *from, size_t bytes, int rank, int of = OF_GROUP) {
+    CHECK(ncclSend(from, bytes, ncclUint8, rank, comms[of], network));
 }
-void nccl_receive(void *to, size_t bytes, int rank) {
-    CHECK(ncclRecv(to, bytes, ncclUint8, rank, comms[OF_GROUP], network));
+void nccl_receive(void *to, size_t bytes, int rank, int of = OF_GROUP) {
+    CHECK(ncclRecv(to, bytes, ncclUint8, rank, comms[of], network));
 }
 void nccl_begin() { // what is asked for from here on is one operation,
     CHECK(ncclGroupStart());
@@ -170,9 +170,9 @@ void nccl_gather(float *, size_t, size_t) {
 }
 void nccl_broadcast(const void *, void *, size_t, int) {
 }
-void nccl_send(const void *, size_t, int) {
+void nccl_send(const void *, size_t, int, int = OF_GROUP) {
 }
-void nccl_receive(void *, size_t, int) {
+void nccl_receive(void *, size_t, int, int = OF_GROUP) {
 }
 void nccl_begin() {
 }

@@ -13,6 +13,10 @@ void start_sum(::Model *m, size_t from, size_t end, int peers) {
     if (from >= end || sharing == 1) {
         return;
     }
+    if (m->config.compress) {
+        gpu::start_compressed_sum(m, from, end, peers);
+        return;
+    }
     ranks.traffic.reduced +=
         2.0 * (sharing - 1) / sharing * (double)((end - from) * sizeof(float)); // what a ring sends
     follow(network, stream);

@@ -1,6 +1,6 @@
 // Several processes: the few messages that everything else about them is made of.
-// Gives: ranks (watch.h), sum_over_ranks, broadcast, gather_rows, gather_parts, start_all_to_all, start_send,
-// ranks_meet. Needs: dev/util.h; with USE_MPI, MPI. Of one process nothing of it is there, so it can wait for a
+// Gives: ranks (watch.h), sum_over_ranks, broadcast, gather_rows, gather_parts, send_to_first, start_all_to_all,
+// start_exchange, start_gather, start_send, ranks_meet. Needs: dev/util.h; with USE_MPI, MPI. Of one process nothing of it is there, so it can wait for a
 // second reading.
 //
 // What begins with start_ only begins: the arrays belong to the message until ranks_wait() has waited for its
@@ -69,6 +69,18 @@ void start_all_to_all(const void *out, const int *sent, const int *sent_at, void
     MPI_Type_free(&row);
 }
 
+// Begins to send bytes to all processes, or with `peers` to those that have the same experts: sent[r] from sent_at[r] on
+// to the r-th of them. What they send comes to got_at.
+void start_exchange(const void *out, const int *sent, const int *sent_at, void *in, const int *got, const int *got_at, int peers,
+                    Request *request) {
+    MPI_Ialltoallv(out, sent, sent_at, MPI_BYTE, in, got, got_at, MPI_BYTE, peers ? comm.peers : comm.all, request);
+}
+
+// `all`: the parts of those processes, bytes[r] from at[r] on of the r-th. Each has its own, and begins to get the others'.
+void start_gather(void *all, const int *bytes, const int *at, int peers, Request *request) {
+    MPI_Iallgatherv(MPI_IN_PLACE, 0, MPI_BYTE, all, bytes, at, MPI_BYTE, peers ? comm.peers : comm.all, request);
+}
+
 // v: the slices of all processes, one behind the other, each of n * 16 numbers. Each process has its own, and gets
 // the others.
 void gather_slices(real *v, size_t n) {
@@ -96,6 +108,20 @@ void *gather_rows(const void *mine, const int *rows, size_t bytes) {
     return all;
 }
 
+// Rank r gives bytes of `from` to rank 0's `to`. The other processes do nothing.
+void send_to_first(void *to, const void *from, size_t bytes, int r) {
+    for (size_t done = 0, n; done < bytes; done += n) {
+        n = bytes - done < largest_message ? bytes - done : largest_message;
+        Request request = MPI_REQUEST_NULL;
+        if (ranks.rank == 0) {
+            MPI_Irecv((char *)to + done, (int)n, MPI_BYTE, r, 0, comm.all, &request);
+        } else if (ranks.rank == r) {
+            MPI_Isend((const char *)from + done, (int)n, MPI_BYTE, 0, 0, comm.all, &request);
+        }
+        ranks_wait(&request, 1);
+    }
+}
+
 // `all` has `bytes` of this process. Rank 0 gets what the first `count` processes have, one behind the other; its own
 // part comes first, and is there.
 void gather_parts(void *all, size_t bytes, int count) {
@@ -107,21 +133,8 @@ void gather_parts(void *all, size_t bytes, int count) {
     sum_over_ranks(size, ranks.size);
     char *to = (char *)all + (size_t)size[0]; // on rank 0
     for (int r = 1; r < count; r++) {
-        size_t left = (size_t)size[r];
-        const char *from = (const char *)all;
-        while (left > 0) {
-            int n = (int)(left < largest_message ? left : largest_message);
-            Request request = MPI_REQUEST_NULL;
-            if (ranks.rank == 0) {
-                MPI_Irecv(to, n, MPI_BYTE, r, 0, comm.all, &request);
-            } else if (ranks.rank == r) {
-                MPI_Isend(from, n, MPI_BYTE, 0, 0, comm.all, &request);
-            }
-            ranks_wait(&request, 1);
-            left -= (size_t)n;
-            from += n;
-            to += n;
-        }
+        send_to_first(to, all, (size_t)size[r], r);
+        to += (size_t)size[r];
     }
     free(size);
 }
@@ -155,6 +168,15 @@ void start_all_to_all(const void *out, const int *sent, const int *sent_at, void
     (void)out, (void)sent, (void)sent_at, (void)in, (void)got, (void)got_at, (void)bytes, (void)request;
 }
 
+void start_exchange(const void *out, const int *sent, const int *sent_at, void *in, const int *got, const int *got_at, int peers,
+                    Request *request) {
+    (void)out, (void)sent, (void)sent_at, (void)in, (void)got, (void)got_at, (void)peers, (void)request;
+}
+
+void start_gather(void *all, const int *bytes, const int *at, int peers, Request *request) {
+    (void)all, (void)bytes, (void)at, (void)peers, (void)request;
+}
+
 void gather_slices(real *v, size_t n) {
     (void)v, (void)n;
 }
@@ -162,6 +184,10 @@ void gather_slices(real *v, size_t n) {
 void *gather_rows(const void *mine, const int *rows, size_t bytes) {
     (void)mine, (void)rows, (void)bytes;
     return NULL;
+}
+
+void send_to_first(void *to, const void *from, size_t bytes, int r) {
+    (void)to, (void)from, (void)bytes, (void)r;
 }
 
 void gather_parts(void *all, size_t bytes, int count) {

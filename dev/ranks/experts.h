@@ -11,6 +11,7 @@
 // The tokens go in two portions, so that one can be under way while the experts work on the other.
 #ifndef RANKS_EXPERTS_H
 #define RANKS_EXPERTS_H
+#include "compress.h"
 
 // Where the experts of all layers are, among the members of a group. Each member owns E/ep of them, and has memory
 // for copies of some busy ones that others own (copies.h). The number of an expert on its process counts those that
@@ -45,6 +46,9 @@ typedef struct Exchange {
     real *dweight, *dweight_back;         // (came,K), (rows,K)
     Request request[2];
     int requests;
+    int narrow;                           // rows of x's width are bfloat16 on their way (--compress-rows)
+    real *widened;                        // then: the rows that are coming, as such
+    size_t widened_count;
 } Exchange;
 
 // What a model has only where several processes train it.
@@ -55,6 +59,8 @@ typedef struct Crossing {
     Placement *placement;    // NULL: all experts are on each process
     Exchange *exchange;      // (L,2)
     int *came;               // (L) rows that came in the last forward pass
+    real *lost;              // --compress: what has not arrived of the gradients, by their offsets (compressed_sums.h)
+    unsigned char *code, *coming; // the same on GPUs: the codes of a message
 } Crossing;
 
 int most_choices(const Config *c);
@@ -137,6 +143,13 @@ void ranks_allocate(Model *m, int N) {
         return;
     }
     x->rank_tokens = (int *)own(m, ranks.size, sizeof(int));
+    if (c->compress && m->memory[GRADS]) {
+        int before = m->purpose;
+        m->purpose = FOR_GRADIENTS;
+        x->lost = own_reals(m, m->tables);
+        m->bytes[FOR_GRADIENTS] += 2 * code_bytes(codec_of(c), m->tables); // codes that go and come, until backward is done
+        m->purpose = before;
+    }
     if (ranks.ep == 1 || !moe_layers(c)) {
         return;
     }
@@ -149,6 +162,7 @@ void ranks_allocate(Model *m, int N) {
         ex->sent_at = ex->sent + ranks.ep;
         ex->got = ex->sent_at + ranks.ep;
         ex->got_at = ex->got + ranks.ep;
+        ex->narrow = c->compress_rows;
     }
 
     // The buffers grow with what comes; an even load is booked.
@@ -195,17 +209,35 @@ int ranks_came(const Model *m, int l) {
 
 // ---- rows under way
 
-// Sends rows of `width` numbers to the processes that have the experts (THERE), or back to those from which they came
-// (BACK), and receives such.
+// Sends rows of `bytes` to the processes that have the experts (THERE), or back to those from which they came (BACK), and
+// receives such.
 enum { THERE, BACK };
-void send_rows(Exchange *ex, int way, const real *out, real *in, int width) {
+void send_bytes(Exchange *ex, int way, const void *out, void *in, size_t bytes) {
     const int *sent = way == THERE ? ex->sent : ex->got, *sent_at = way == THERE ? ex->sent_at : ex->got_at;
     const int *got = way == THERE ? ex->got : ex->sent, *got_at = way == THERE ? ex->got_at : ex->sent_at;
-    size_t bytes = (size_t)width * sizeof(real);
     for (int r = 0; r < ranks.ep; r++) {
         ranks.traffic.sent += r == ranks.member ? 0 : (double)bytes * sent[r];
     }
     start_all_to_all(out, sent, sent_at, in, got, got_at, bytes, &ex->request[ex->requests++]);
+}
+
+// The same with rows of `width` numbers, which stay as they are.
+void send_rows(Exchange *ex, int way, const real *out, real *in, int width) {
+    send_bytes(ex, way, out, in, (size_t)width * sizeof(real));
+}
+
+// The same with rows of x, or of answers, or of gradients by these. With --compress-rows they are rounded in `out`, and
+// await_rows() makes numbers of those that have come.
+void send_wide_rows(Exchange *ex, int way, real *out, real *in, int C) {
+    size_t go = (size_t)(way == THERE ? ex->rows : ex->came), come = (size_t)(way == THERE ? ex->came : ex->rows);
+    if (!ex->narrow) {
+        send_rows(ex, way, out, in, C);
+        return;
+    }
+    narrow(out, go * C);
+    ex->widened = in;
+    ex->widened_count = come * C;
+    send_bytes(ex, way, out, narrow_part(in, come * C), (size_t)C * BF16_BYTES);
 }
 
 // Scratch memory for rows under way. Also where there are none the address is a new one: MPI takes equal ones for
@@ -217,6 +249,10 @@ real *rows_scratch(Model *m, int rows, int width) {
 void await_rows(Exchange *ex) {
     ranks_wait(ex->request, ex->requests);
     ex->requests = 0;
+    if (ex->widened) {
+        widen(ex->widened, narrow_part(ex->widened, ex->widened_count), ex->widened_count);
+        ex->widened = NULL;
+    }
 }
 
 // Sends the rows of x (N,C) there.
@@ -226,7 +262,7 @@ void send_tokens(Model *m, Exchange *ex, const real *x, real *in, int C) {
     for (int row = 0; row < ex->rows; row++) {
         memcpy(ex->out + (size_t)row * C, x + (size_t)ex->token[row] * C, (size_t)C * sizeof(real));
     }
-    send_rows(ex, THERE, ex->out, in, C);
+    send_wide_rows(ex, THERE, ex->out, in, C);
 }
 
 // out (N,width) += the rows that came back. One process sends back at most one row for a token.
@@ -390,7 +426,7 @@ void ranks_experts_forward(Model *m, int l, real *out, const real *x) {
         memset(ex->answer, 0, (size_t)ex->came * C * sizeof(real));
         combine(ex->answer, rows, r->weight, r->row, ex->came, K, C);
         give_back(m, used);
-        send_rows(ex, BACK, ex->answer, ex->back, C);
+        send_wide_rows(ex, BACK, ex->answer, ex->back, C);
     }
     for (int i = 0; i < portions; i++) {
         await_rows(&exchange[i]);
@@ -429,7 +465,7 @@ void ranks_experts_backward(Model *m, int l, real *dx, real *dweight, const real
                          w->w_out, r->token, r->choice, r->offset, here);
         combine(ex->answer, rows, NULL, r->row, ex->came, K, C);
         give_back(m, used);
-        send_rows(ex, BACK, ex->answer, ex->back, C);
+        send_wide_rows(ex, BACK, ex->answer, ex->back, C);
         send_rows(ex, BACK, ex->dweight, ex->dweight_back, K);
     }
     for (int i = 0; i < portions; i++) {

@@ -9,6 +9,7 @@
 #ifndef RANKS_GRADIENTS_H
 #define RANKS_GRADIENTS_H
 #include "copies.h"
+#include "compressed_sums.h"
 #include "tables.h"
 
 size_t bucket = 1 << 20; // numbers
@@ -70,7 +71,8 @@ size_t moment_offset(const Model *m, size_t offset) {
 Request sums[4096]; // under way
 int sum_count = 0;
 
-void await_sums(void) {
+void await_sums(Model *m) {
+    await_compressed_sums(m);
     if (sum_count > 0) {
         ranks_wait(sums, sum_count);
         sum_count = 0;
@@ -81,10 +83,14 @@ void await_sums(void) {
 void start_sum(Model *m, size_t from, size_t end, int peers) {
     int sharing = peers ? ranks.groups : ranks.size;
     size_t most = largest_message / sizeof(real);
+    if (m->config.compress) {
+        start_compressed_sum(m, from, end, peers);
+        return;
+    }
     while (from < end && sharing > 1) {
         size_t n = end - from < most ? end - from : most;
         if (sum_count == COUNT(sums)) {
-            await_sums();
+            await_sums(m);
         }
         ranks.traffic.reduced += 2.0 * (sharing - 1) / sharing * (double)(n * sizeof(real)); // what a ring sends
         start_sum_of_reals(m->memory[GRADS] + from, n, peers, &sums[sum_count++]);
@@ -152,7 +158,7 @@ double ranks_sum_of_squares(Model *m) {
         return sum_of_squares(g, m->config.lora ? m->pairs : m->tables);
     }
     const Crossing *x = m->crossing;
-    await_sums();
+    await_sums(m);
     double total = sum_of_squares(g + x->slice, x->slice_end - x->slice);
     total += sum_of_squares(g + m->common, m->tables - m->common) / ranks.groups;
     sum_over_ranks(&total, 1);

@@ -44,6 +44,9 @@
 #define main main_of_teacher
 #include "dev/test/teacher.c"
 #undef main
+#define main main_of_compress
+#include "dev/test/compress.c"
+#undef main
 #define main main_of_offload
 #include "dev/test/offload.c"
 #undef main
@@ -112,6 +115,7 @@ int main(void) {
         {main_of_adapters, 1},
         {main_of_quantized, 1},
         {main_of_teacher, 1},
+        {main_of_compress, 1},
         {main_of_offload, 1},
         {main_of_classes, 0},
         {main_of_json, 0},

@@ -51,10 +51,47 @@ void test_gpu_ranks_variants(void **state) {
         check_ranks(variants[i][0], variants[i][1], i && strcmp(variants[i][0], "fast") ? 3 : 10);
 }
 
+// Compressed sums: the same codes as the C twin's on as many ranks, so the losses are as near as without; and all ranks have the
+// same common weights, bit for bit. With topk a number that is as large as another but for rounding may wait in one of them.
+void test_gpu_ranks_compressed(void **state) {
+    (void)state;
+    enum { STEPS = 4 };
+    static const char *const schemes[] = {"--compress bf16", "--compress int8", "--compress topk --compress-ratio 0.1"};
+    for (int k = 0; k < (LOW ? 1 : 3); k++) {
+        Config c = ranks_config("mixtral");
+        set_options(&c, "--overlap 1 --aux-weight 0.01");
+        set_options(&c, schemes[k]);
+        for (int form = k % 2; form < FORMS; form += 2) {
+            Curve wanted, found;
+            begin_form(forms[form][0], forms[form][1]);
+            model_free(train_curve(&c, STEPS, &wanted));
+            ranks.traffic.reduced = 0;
+            trained = RANKS_BACKEND;
+            Model *m = train_curve(&c, STEPS, &found);
+            int wrong = !LOW && ranks.traffic.reduced <= 0, n = (int)m->common;
+            real *mine = weights_here(m), *first = take_reals(m->common);
+            memcpy(first, mine, m->common * sizeof(real));
+            MPI_Bcast(first, n, MPI_REALS, 0, comm.all);
+            wrong |= memcmp(first, mine, m->common * sizeof(real)) != 0;
+            trained->release(m);
+            trained = &cpu_backend;
+            free_taken();
+            end_form();
+            double far = agreed(far_from(found.loss, wanted.loss, STEPS));
+            print_message("    %s: %.2g\n", schemes[k], far);
+            if (agreed(wrong) || far > (k == 2 ? 3e-2 : LOW ? 1e-2 : 1e-3))
+                fail_msg("%s, %d ranks: off by %.2g%s", schemes[k], forms[form][0], far, agreed(wrong) ? ", or other bits" : "");
+        }
+    }
+    if (!LOW)
+        check_ranks("mixtral", "--overlap 1 --compress topk --compress-ratio 1", 2); // all is sent
+}
+
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gpu_ranks_recipes),
         cmocka_unit_test(test_gpu_ranks_variants),
+        cmocka_unit_test(test_gpu_ranks_compressed),
         cmocka_unit_test(test_ranks_checkpoints),
         cmocka_unit_test(test_ranks_first_weights),
         cmocka_unit_test(test_ranks_generate),

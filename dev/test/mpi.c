@@ -188,6 +188,13 @@ void test_mpi_bad_options(void **state) {
         {"--ep 1 --replicate 2", "there must be another rank to have it"},
         {"--replicate 9", "at most all 8 experts can have a copy"},
         {"--replicate-every 2", "--replicate-every 2 would have no effect: it needs copies of experts: --replicate 1"},
+        {"--compress $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo int8 || echo bf16)", "rank 1: this rank has other options"},
+        {"--compress topk --compress-ratio 0.0$((1 + $OMPI_COMM_WORLD_RANK))", "rank 1: this rank has other options"},
+        {"$([ $OMPI_COMM_WORLD_RANK = 0 ] && echo --compress-rows)", "rank 1: this rank has other options"},
+        {"--compress int3", "--compress: 'int3' is not one of: none, bf16, int8, topk"},
+        {"--compress topk --compress-ratio 0", "--compress-ratio: '0' is not a number from 1e-06 to 1"},
+        {"--compress int8 --compress-ratio 0.1", "--compress-ratio 0.1 would have no effect"},
+        {"--compress-rows --ep 1", "--compress-rows: no rows travel where each of the 2 ranks has all experts"},
         {"--prompt One", "one process does it; start it without mpirun"},
         {"--data nowhere", "nowhere: cannot open the data folder: No such file or directory"},
         {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
@@ -249,6 +256,37 @@ void test_mpi_files(void **state) {
     snprintf(options, sizeof(options), "--resume --steps 7 --out %s", out);
     assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
     assert_non_null(strstr(output, "going on after step 6"));
+}
+
+// What has not arrived of compressed gradients is in the checkpoint: a run that goes on ends with the bits of one that was never
+// stopped. With other ranks, or without --compress, it goes on without that, and says so.
+void test_mpi_compress(void **state) {
+    (void)state;
+    char output[16384], options[512];
+    if (!has_mpi())
+        return;
+    for (int i = 0; i < 2; i++) {
+        const char *scheme = i ? "--compress topk --compress-ratio 0.02" : "--compress int8 --compress-rows";
+        shell(output, sizeof(output), "rm -rf %s %s", scratch_file("packed"), scratch_file("again"));
+        snprintf(options, sizeof(options), "--save-every 3 --warmup 1 --out %s %s", scratch_file("packed"), scheme);
+        assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+        assert_int_equal(shell(output, sizeof(output), "cp -a %s %s && cd %s && rm -r checkpoint-6 && ln -sfn checkpoint-3 latest",
+                               scratch_file("packed"), scratch_file("again"), scratch_file("again")), 0);
+        snprintf(options, sizeof(options), "--resume --out %s %s", scratch_file("again"), scheme);
+        assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+        assert_null(strstr(output, "lost_gradients"));
+        assert_int_equal(shell(output, sizeof(output), "cd %s/latest && for f in model optimizer lost_gradients; do cmp $f.safetensors "
+                               "%s/latest/$f.safetensors || exit 1; done", scratch_file("packed"), scratch_file("again")), 0);
+    }
+    snprintf(options, sizeof(options), "--resume --steps 7 --out %s", scratch_file("again"));
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_int_equal(times_in(output, "lost_gradients.safetensors is not used"), 1);
+    snprintf(options, sizeof(options), "--resume --steps 8 --ep 1 --compress bf16 --out %s", scratch_file("packed"));
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_int_equal(times_in(output, "is of other ranks than 2 with --ep 1"), 1);
+    snprintf(options, sizeof(options), "--compress bf16 --out %s", scratch_file("single"));
+    assert_int_equal(run_ranks(output, sizeof(output), 1, options), 2);
+    assert_int_equal(times_in(output, "--compress: one process sends nothing"), 1);
 }
 
 // One rank is killed; or it hangs; or it is asked to stop, by SIGTERM or SIGHUP; or it hangs while it writes. Each time the job ends with a message, and
@@ -327,6 +365,7 @@ int main(void) {
         cmocka_unit_test(test_mpi_files),
         cmocka_unit_test(test_mpi_crash),
         cmocka_unit_test(test_mpi_minutes),
+        cmocka_unit_test(test_mpi_compress),
     };
     begin_tests();
     return cmocka_run_group_tests_name("mpi", tests, NULL, scratch_done);

@@ -112,6 +112,153 @@ void test_ranks_moments(void **state) {
     }
 }
 
+// ---- gradients in fewer bits
+
+static const char *const schemes[] = {"--compress bf16", "--compress int8", "--compress topk --compress-ratio 0.03"};
+
+// Sums of different gradients on each rank, some steps long: all have the same bits; and what has arrived, and what each rank
+// keeps back, are together what there was. A number that is not finite is not lost on the way.
+void test_ranks_compressed_sums(void **state) {
+    (void)state;
+    for (int k = 0; k < 3 * FORMS; k++) {
+        Config c = small_config("mixtral");
+        set_options(&c, schemes[k % 3]);
+        begin_form(forms[k / 3][0], forms[k / 3][1]);
+        Model *m = model_allocate(&c, c.seq, 1, NULL);
+        int n = (int)m->common, wrong = 0;
+        real *g = m->memory[GRADS];
+        double *arrived = (double *)allocate((size_t)n, sizeof(double)), *there = (double *)allocate((size_t)n, sizeof(double));
+        real *first = (real *)allocate((size_t)n, sizeof(real));
+        for (int step = 0; step < 6; step++) {
+            uint64_t stream = random_stream(9, RANDOM_INIT, (uint64_t)step, (uint64_t)ranks.rank);
+            for (int i = 0; i < n; i++) {
+                g[i] = (real)random_normal(stream, (uint64_t)i);
+                there[i] += (double)g[i];
+            }
+            g[7] = step < 5 || ranks.rank ? g[7] : (real)NAN;
+            start_sum(m, 0, m->common, 0);
+            await_sums(m);
+            memcpy(first, g, (size_t)n * sizeof(real));
+            MPI_Bcast(first, n, MPI_REALS, 0, comm.all);
+            wrong |= memcmp(first, g, (size_t)n * sizeof(real)) != 0;
+            wrong |= (first_not_finite(g, (size_t)n) < (size_t)n) != (step == 5);
+            for (int i = 0; i < n && step < 5; i++)
+                arrived[i] += (double)g[i];
+            if (step < 4)
+                continue;
+            for (int i = 0; i < n && step == 4; i++)
+                there[i] -= (double)m->crossing->lost[i];
+            sum_over_ranks(there, step == 4 ? n : 0);
+            for (int i = 0; i < n && step == 4; i++)
+                wrong |= !(fabs(arrived[i] - there[i]) <= 1e-4);
+        }
+        free(arrived);
+        free(there);
+        free(first);
+        model_free(m);
+        end_form();
+        free_taken();
+        if (agreed(wrong))
+            fail_msg("%s, %d ranks, --ep %d", schemes[k % 3], forms[k / 3][0], forms[k / 3][1]);
+    }
+}
+
+// The bytes of one sum of n numbers between W ranks, of all ranks together: all but one send their codes of each part to its
+// owner, and each owner the code of the sum to all but one. The formulas of doc/compressed_gradients.md.
+double formula(int scheme, double ratio, double n, int W) {
+    double code = 2 * n; // bf16
+    if (scheme == CODE_INT8)
+        code = n + 4 * ceil(n / 256);
+    if (scheme == CODE_TOPK)
+        code = 6 * (floor(n / 1000) * ceil(1000 * ratio) + ceil(fmod(n, 1000) * ratio));
+    return 2.0 * (W - 1) * code;
+}
+
+// Bytes as counted are those of the formulas; those of rows are half of what they are without --compress-rows.
+void test_ranks_compressed_bytes(void **state) {
+    (void)state;
+    size_t message = largest_message, filled = bucket;
+    largest_message = bucket = 1 << 30;
+    for (int k = 0; k < 3 * FORMS; k++) {
+        Config c = small_config("mixtral");
+        set_options(&c, schemes[k % 3]);
+        c.batch = 1;
+        begin_form(forms[k / 3][0], forms[k / 3][1]);
+        Model *m = model_allocate(&c, c.seq, 1, NULL);
+        randomize_weights(m);
+        ranks.traffic.reduced = 0;
+        run_share(m, 0, ranks.size, TRAIN_MODE, 1, 1, 0);
+        await_sums(m);
+        double both[2] = {ranks.traffic.reduced, 0}, tail = (double)behind_layers(m);
+        for (int i = 0; i < m->tensor_count; i++) {
+            const Tensor *t = &m->tensors[i];
+            both[1] += t->of_experts ? formula(c.compress, c.compress_ratio, (double)t->size, ranks.groups) / ranks.groups : 0;
+        }
+        both[1] += (formula(c.compress, c.compress_ratio, tail, ranks.size) +
+                    formula(c.compress, c.compress_ratio, (double)m->common - tail, ranks.size)) / ranks.size;
+        sum_over_ranks(both, 2);
+        model_free(m);
+        end_form();
+        free_taken();
+        if (agreed(fabs(both[0] - both[1])) > 0.5 || both[1] <= 0)
+            fail_msg("%s, %d ranks, --ep %d: %.0f bytes, not %.0f", schemes[k % 3], forms[k / 3][0], forms[k / 3][1], both[0], both[1]);
+    }
+    largest_message = message;
+    bucket = filled;
+    double expected;
+    begin_form(4, 2);
+    double sent = pass_bytes("mixtral", "--overlap 1 --compress-rows 1", &expected);
+    end_form();
+    assert_true(agreed(fabs(sent - expected)) == 0 && expected > 0);
+}
+
+// Some steps with compressed gradients and rows: the loss stays near that of one process, whose gradients are not compressed;
+// all ranks have the same common weights, those that share experts the same experts, and a second run has the same bits.
+void test_ranks_compressed(void **state) {
+    (void)state;
+    enum { STEPS = 12 };
+    double off[3] = {0, 0, 0};
+    static const double near[] = {2e-2, 5e-2, 0.3};
+    Config c = small_config("mixtral");
+    set_options(&c, "--overlap 1");
+    Curve alone, found;
+    Model *m = train_curve(&c, STEPS, &alone);
+    model_free(m);
+    for (int k = 0; k < 3 * FORMS; k++) {
+        real *bits[2];
+        size_t common = 0, all = 0;
+        int wrong = 0;
+        set_options(&c, schemes[k % 3]);
+        c.compress_rows = forms[k / 3][1] > 1;
+        c.replicate = k % 2 && forms[k / 3][1] > 1;
+        c.replicate_every = 4;
+        begin_form(forms[k / 3][0], forms[k / 3][1]);
+        for (int turn = 0; turn < 2; turn++) {
+            m = train_curve(&c, STEPS, &found);
+            common = m->common;
+            all = c.replicate ? common : m->tables; // copies of experts are where the load has put them
+            bits[turn] = (real *)allocate(all, sizeof(real));
+            memcpy(bits[turn], m->memory[WEIGHTS], all * sizeof(real));
+            model_free(m);
+        }
+        wrong |= memcmp(bits[0], bits[1], all * sizeof(real)) != 0;
+        MPI_Bcast(bits[1], (int)common, MPI_REALS, 0, comm.all);
+        if (ranks.groups > 1)
+            MPI_Bcast(bits[1] + common, (int)(all - common), MPI_REALS, 0, comm.peers);
+        wrong |= memcmp(bits[0], bits[1], all * sizeof(real)) != 0;
+        free(bits[0]);
+        free(bits[1]);
+        end_form();
+        double far = agreed(far_from(found.loss, alone.loss, STEPS));
+        off[k % 3] = fmax(off[k % 3], far);
+        if (agreed(wrong) || far > near[k % 3] || far == 0)
+            fail_msg("%s, %d ranks, --ep %d: off by %.2g%s", schemes[k % 3], forms[k / 3][0], forms[k / 3][1], far,
+                     agreed(wrong) ? ", with other bits" : "");
+    }
+    print_message("    losses within %.2g with bf16, %.2g with int8, %.2g with topk\n", off[0], off[1], off[2]);
+    check_ranks("mixtral", IS_DOUBLE ? "" : "--compress topk --compress-ratio 1 --replicate 1 --replicate-every 3", 5); // all is sent
+}
+
 // While one rank computes for a long time, the watch still hears from it, and the job goes on.
 void test_ranks_busy(void **state) {
     (void)state;
@@ -212,6 +359,9 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_ranks_variants),
         cmocka_unit_test(test_ranks_copies),
         cmocka_unit_test(test_ranks_moments),
+        cmocka_unit_test(test_ranks_compressed_sums),
+        cmocka_unit_test(test_ranks_compressed_bytes),
+        cmocka_unit_test(test_ranks_compressed),
         cmocka_unit_test(test_ranks_busy),
         cmocka_unit_test(test_ranks_checkpoints),
         cmocka_unit_test(test_ranks_first_weights),

@@ -246,9 +246,9 @@ double pass_bytes(const char *recipe, const char *choices, double *expected) {
     draw_weights(m, 0);
     ranks.traffic.sent = 0;
     run_share(m, 0, ranks.size, TRAIN_MODE, 1, 1, 0);
-    double both[2] = {ranks.traffic.sent, expected_bytes(m, RANKS_WIDE)};
+    double both[2] = {ranks.traffic.sent, expected_bytes(m, c.compress_rows ? 2 : RANKS_WIDE)};
     sum_over_ranks(both, 2);
-    await_sums();
+    await_sums(m);
     trained->release(m);
     trained = &cpu_backend;
     free_taken();

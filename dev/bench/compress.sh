@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# What compressed gradients cost: trains small models on several processes (make train_moe_mpi), with each way of --compress and
+# without, and prints Markdown tables: the training loss on the way, and the bytes that all ranks send in a step for gradients and
+# weights, as the log counts them. What is finished is not trained again.
+set -eu
+export LC_ALL=C
+
+. "$(dirname "$0")/data.sh" # fail, find_data, finished, awk_number, describe_machine
+called="dev/bench/compress.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
+out=$root/runs/compress data='' from='' ranks="2 4" steps=300 every=50 sequences=8
+options="--dim 64 --ffn 64 --heads 4 --seq 64 --ep 1"
+while [ $# -gt 0 ]; do
+    case $1 in
+    -h | --help)
+        cat << END
+usage: dev/bench/compress.sh [--data DIR] [--out DIR] [--ranks "2 4"] [--steps N] [--every N] [--sequences N] [--options OPTIONS]
+
+  --data DIR         tokens to train on (default data/stories)
+  --out DIR          where the runs live (default $out)
+  --ranks LIST       how many processes (default $ranks)
+  --steps N          steps of a run (default $steps)
+  --every N          a column of the table for so many steps (default $every)
+  --sequences N      of a step, of all processes together (default $sequences)
+  --options OPTIONS  of train_moe_mpi ($options)
+
+The tables go to standard output, progress to standard error. The variable TRAIN_MOE_MPI names another train_moe_mpi, MPIRUN another
+mpirun. Each process has one thread.
+END
+        exit ;;
+    --data | --out | --ranks | --steps | --every | --sequences | --options)
+        [ $# -ge 2 ] || fail "$1 needs a value" 2
+        printf -v "${1#--}" %s "$2"
+        shift 2 ;;
+    *) fail "$1: unknown option (-h shows the options)" 2 ;;
+    esac
+done
+train=${TRAIN_MOE_MPI:-$root/train_moe_mpi}
+[ -x "$train" ] || fail "$train: not there; build it by: make train_moe_mpi" 2
+mkdir -p "$out"
+find_data "$root/data/stories"
+describe_machine
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+
+schemes=("" "--compress bf16" "--compress int8" "--compress topk --compress-ratio 0.1" "--compress topk --compress-ratio 0.01")
+
+folder() { # $1: ranks, $2: scheme
+    local name=${2//--compress/}
+    echo "$out/$1${name// /-}"
+}
+
+for n in $ranks; do
+    for scheme in "${schemes[@]}"; do
+        dir=$(folder "$n" "$scheme")
+        finished "$dir/log.jsonl" && continue
+        echo "${dir##*/} ..." >&2
+        rm -rf "$dir"
+        mkdir -p "${dir%/*}"
+        ${MPIRUN:-mpirun} -np "$n" "$train" --out "$dir" --data "$data" --threads 1 $options --batch $((sequences / n)) --steps "$steps" \
+            --log-every "$every" --eval-every 0 --sample-every 0 --save-every 0 $scheme > "$out/train.txt" 2>&1 ||
+            fail "${dir##*/} failed: $(tail -n 1 "$out/train.txt")"
+    done
+done
+
+echo "Printed on $(date +%Y-%m-%d) by \`$called\` on $machine, commit $commit: \`train_moe_mpi $options --batch $sequences/ranks --steps $steps\`."
+echo
+{
+    printf '| ranks | gradients |'
+    for ((s = every; s <= steps; s += every)); do printf ' %d |' "$s"; done
+    printf ' validation | bytes of a step |\n| --- | --- | --- | --- |'
+    for ((s = every; s <= steps; s += every)); do printf ' --- |'; done
+    echo
+    for n in $ranks; do
+        for scheme in "${schemes[@]}"; do
+            awk -v n="$n" -v scheme="${scheme:-as they are}" "$awk_number"'
+                /^."type":"step"/ && number("step") > 1 { row = row sprintf(" %.4f |", number("loss")); bytes = number("reduce_bytes") }
+                /^."type":"eval"/ { l = number("val_loss") }
+                END { printf "| %d | `%s` |%s %.4f | %d |\n", n, scheme, row, l, bytes }' "$(folder "$n" "$scheme")/log.jsonl"
+        done
+    done
+}
