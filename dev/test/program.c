@@ -309,8 +309,8 @@ void test_mixer_checkpoints(void **state) {
         "--recipe moa --head-width 6",
         "--recipe switchhead --head-width 6",
         "--recipe switchhead --attention-experts 0 --head-width 40",
-        "--qkv-bias --qk-norm --qk-norm-over row --head-width 6 --rope-scaling llama3 --rope-original 64 --shared 1 --shared-gate "
-        "--shared-ffn 20 --dense-first 1 --dense-ffn 9",
+        ("--qkv-bias --qk-norm --qk-norm-over row --head-width 6 --rope-scaling llama3 --rope-original 64 --shared 1 "
+         "--shared-gate --shared-ffn 20 --dense-first 1 --dense-ffn 9"),
         "--recipe shazeer-lstm --dim 9",
         "--recipe shazeer-lstm --dim 8",
     };

@@ -113,7 +113,7 @@ typedef struct IdCase {
 // A tokenizer of characters, as Llama 2's and Mistral's are: <unk> <s> </s>, the bytes, and a few more.
 static const char *sentence_tokenizer(const char *name, const IdCase *c) {
     static const char *const tokens[] = {"\xe2\x96\x81", "h", "e", "l", "o", "a", "he", "ll", "llo", "hello", "\xe2\x96\x81hello",
-                                         "\xe2\x96\x81\xe2\x96\x81", "\xe2\x96\x81" "a", "\xc3\xa9", "\xe2\x96\x81h"};
+                                         "\xe2\x96\x81\xe2\x96\x81", ("\xe2\x96\x81" "a"), "\xc3\xa9", "\xe2\x96\x81h"};
     char *text = NULL;
     size_t size = 0;
     FILE *file = open_memstream(&text, &size);
