@@ -148,7 +148,8 @@ BOTH int is_gated(int activation) {
 // costs the same work.
 int dense_width(const Config *c, int l) {
     int own = is_moe(c, l) ? (c->shared > 0) * c->shared_ffn : c->dense_ffn; // --shared-ffn, --dense-ffn
-    return feeds(c, l) * (own ? own : (is_moe(c, l) ? c->shared : c->topk + c->shared) * c->ffn);
+    int experts = is_moe(c, l) ? c->shared : c->topk + c->shared;
+    return feeds(c, l) * (own ? own : experts * c->ffn);
 }
 
 int dense_activation(const Config *c, int l) {
