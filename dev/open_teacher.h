@@ -46,8 +46,53 @@ void compare_with_teacher(const Run *run, const char *dir, const Config *its) {
     tokenizer_free(other);
 }
 
-// Reads the teacher, if the options ask for one, after the student's model was made.
-void open_teacher(Run *run) {
+// Reads the teacher's weights. A fingerprint of them comes of the checksums that reading takes anyway.
+void read_teacher(Run *of_teacher, const Run *run) {
+    const Config *c = &run->config;
+    Ranks all = be_alone();
+    teacher.fingerprint = 0;
+    fingerprint_of_read = &teacher.fingerprint;
+    load_model(of_teacher, c->teacher, c->batch * c->seq);
+    fingerprint_of_read = NULL;
+    ranks = all;
+    teacher.model = of_teacher->model;
+    teacher.loss = 0;
+
+    // Each of several processes has read it, maybe on another machine.
+    uint64_t first = teacher.fingerprint;
+    ranks_meet(); // what comes next waits inside MPI, where nobody keeps the watch
+    broadcast(&first, sizeof(first));
+    if (first != teacher.fingerprint) {
+        fail("--teacher %s: its weights are not those that rank 0 has read under this name: give all machines the same folder",
+             c->teacher);
+    }
+}
+
+// Stops where the weights that were read are not those that have taught until now, unless the user names the teacher anew.
+void compare_with_taught(const Run *run, const char *checkpoint) {
+    const Config *c = &run->config;
+    char path[4200];
+    size_t size;
+    snprintf(path, sizeof(path), "%s/trainer_state.json", checkpoint);
+    char *text = read_file(path, &size);
+    Json *state = json_parse(text, size, path);
+    const Json *before = json_get(state, "teacher_fingerprint"); // none: nobody has taught, or in earlier days
+    int other = before && !checksum_matches(before, teacher.fingerprint), named = c->given[find_option("teacher")];
+    json_free(state);
+    free(text);
+    if (other && !named) {
+        fail("--teacher %s: its weights are not those that taught until step %d; put those back, or name it again, --resume "
+             "--teacher %s, to go on with these",
+             c->teacher, run->step, quote_for_shell(c->teacher));
+    }
+    if (other) {
+        remark("--teacher %s: its weights are not those that taught until step %d; the run goes on with these", c->teacher, run->step);
+    }
+}
+
+// Reads the teacher, if the options ask for one, after the student's model was made. checkpoint: from which the student goes on;
+// NULL: it begins.
+void open_teacher(Run *run, const char *checkpoint) {
     Config *c = &run->config;
     Run of_teacher;
     Config *t = &of_teacher.config;
@@ -75,11 +120,10 @@ void open_teacher(Run *run) {
     t->group = SEQUENCE; // as at evaluation
     t->recompute = 1;    // activations of one layer are enough, since there is no way back
 
-    Ranks all = be_alone();
-    load_model(&of_teacher, c->teacher, c->batch * c->seq);
-    ranks = all;
-    teacher.model = of_teacher.model;
-    teacher.loss = 0;
+    read_teacher(&of_teacher, run);
+    if (checkpoint) {
+        compare_with_taught(run, checkpoint);
+    }
 }
 
 void close_teacher(const Run *run) {

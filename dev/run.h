@@ -394,7 +394,7 @@ int prepare_run(Run *run, const Config *asked) {
     } else {
         first_model(run);
     }
-    open_teacher(run);
+    open_teacher(run, resumed ? checkpoint : NULL);
     run->warned = (unsigned char *)allocate(c->layers, 1);
     if (resumed) {
         read_router_state(run, checkpoint);

@@ -50,10 +50,11 @@ void write_model_files(const Run *run, const char *dir) {
 
 // The small files of a checkpoint: those, and what is needed to go on.
 void write_small_files(const Run *run, const char *dir, FILE *sums) {
-    char text[512];
+    char text[512], taught[64];
     write_model_files(run, dir);
-    int n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f,\"val_fingerprint\":%.0f}\n", run->step,
-                 run->train->fingerprint, run->val->fingerprint);
+    teacher_in_state(taught);
+    int n = snprintf(text, sizeof(text), "{\"step\":%d,\"data_fingerprint\":%.0f,\"val_fingerprint\":%.0f%s}\n", run->step,
+                 run->train->fingerprint, run->val->fingerprint, taught);
     write_text(dir, "trainer_state.json", text, (size_t)n);
     write_router_state(run, dir);
     write_small_checksums(sums, dir);

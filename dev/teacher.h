@@ -1,5 +1,5 @@
 // Distillation (--teacher): a trained model teaches the one that is in training.
-// Gives: Teacher, teacher, be_alone, taught_loss. dev/open_teacher.h reads the teacher from its directory.
+// Gives: Teacher, teacher, be_alone, taught_loss, teacher_in_state. dev/open_teacher.h reads the teacher from its directory.
 // Needs: chapters 1 and 2 of train_moe.c, which includes it by dev/parts.h; dev/ranks/comm.h.
 //
 // Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, section 2. A token's target is one word. A
@@ -20,6 +20,7 @@
 typedef struct Teacher {
     Model *model; // NULL: there is none
     double loss;  // the mean of T^2 * KL over the tokens of the step so far, of this process: it counts w times
+    uint64_t fingerprint; // of its weights, as they stand in its files
 } Teacher;
 
 Teacher teacher;
@@ -33,6 +34,14 @@ Ranks be_alone(void) {
     ranks.size = ranks.ep = ranks.groups = 1;
     ranks.rank = ranks.member = 0;
     return all;
+}
+
+// What a student's checkpoint says of its teacher, in trainer_state.json: open_teacher() compares it.
+void teacher_in_state(char text[64]) {
+    text[0] = 0;
+    if (teacher.model) {
+        snprintf(text, 64, ",\"teacher_fingerprint\":\"%016llx\"", (unsigned long long)teacher.fingerprint);
+    }
 }
 
 // What the teacher is told of the student's batch.

@@ -7,17 +7,19 @@ export LC_ALL=C
 
 . "$(dirname "$0")/data.sh" # fail, find_data, finished, awk_number, describe_machine
 called="dev/bench/compress.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
-out=$root/runs/compress data='' from='' ranks="2 4" steps=300 every=50 sequences=8
+out=$root/runs/compress data='' from='' ranks="2 4" seeds=1 steps=300 every=50 sequences=8
 options="--dim 64 --ffn 64 --heads 4 --seq 64 --ep 1"
 while [ $# -gt 0 ]; do
     case $1 in
     -h | --help)
         cat << END
-usage: dev/bench/compress.sh [--data DIR] [--out DIR] [--ranks "2 4"] [--steps N] [--every N] [--sequences N] [--options OPTIONS]
+usage: dev/bench/compress.sh [--data DIR] [--out DIR] [--ranks "2 4"] [--seeds "1 2 3"] [--steps N] [--every N] [--sequences N]
+                             [--options OPTIONS]
 
   --data DIR         tokens to train on (default data/stories)
   --out DIR          where the runs live (default $out)
   --ranks LIST       how many processes (default $ranks)
+  --seeds LIST       a run each; the tables have their means, and of the validation loss the lowest and the highest (default $seeds)
   --steps N          steps of a run (default $steps)
   --every N          a column of the table for so many steps (default $every)
   --sequences N      of a step, of all processes together (default $sequences)
@@ -27,7 +29,7 @@ The tables go to standard output, progress to standard error. The variable TRAIN
 mpirun. Each process has one thread.
 END
         exit ;;
-    --data | --out | --ranks | --steps | --every | --sequences | --options)
+    --data | --out | --ranks | --seeds | --steps | --every | --sequences | --options)
         [ $# -ge 2 ] || fail "$1 needs a value" 2
         printf -v "${1#--}" %s "$2"
         shift 2 ;;
@@ -43,25 +45,55 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_
 
 schemes=("" "--compress bf16" "--compress int8" "--compress topk --compress-ratio 0.1" "--compress topk --compress-ratio 0.01")
 
-folder() { # $1: ranks, $2: scheme
+folder() { # $1: ranks, $2: scheme, $3: seed
     local name=${2//--compress/}
-    echo "$out/$1${name// /-}"
+    echo "$out/$1${name// /-}-seed$3"
+}
+
+train_one() { # the same three
+    local dir
+    dir=$(folder "$@")
+    finished "$dir/log.jsonl" && return
+    echo "${dir##*/} ..." >&2
+    rm -rf "$dir"
+    mkdir -p "${dir%/*}"
+    # shellcheck disable=SC2086 # the options are several words
+    ${MPIRUN:-mpirun} -np "$1" "$train" --out "$dir" --data "$data" --threads 1 $options --batch $((sequences / $1)) --steps "$steps" \
+        --seed "$3" --log-every "$every" --eval-every 0 --sample-every 0 --save-every 0 $2 > "$out/train.txt" 2>&1 ||
+        fail "${dir##*/} failed: $(tail -n 1 "$out/train.txt")"
 }
 
 for n in $ranks; do
     for scheme in "${schemes[@]}"; do
-        dir=$(folder "$n" "$scheme")
-        finished "$dir/log.jsonl" && continue
-        echo "${dir##*/} ..." >&2
-        rm -rf "$dir"
-        mkdir -p "${dir%/*}"
-        ${MPIRUN:-mpirun} -np "$n" "$train" --out "$dir" --data "$data" --threads 1 $options --batch $((sequences / n)) --steps "$steps" \
-            --log-every "$every" --eval-every 0 --sample-every 0 --save-every 0 $scheme > "$out/train.txt" 2>&1 ||
-            fail "${dir##*/} failed: $(tail -n 1 "$out/train.txt")"
+        for seed in $seeds; do
+            train_one "$n" "$scheme" "$seed"
+        done
     done
 done
 
-echo "Printed on $(date +%Y-%m-%d) by \`$called\` on $machine, commit $commit: \`train_moe_mpi $options --batch $sequences/ranks --steps $steps\`."
+row() { # $1: ranks, $2: scheme
+    local seed logs=()
+    for seed in $seeds; do
+        logs+=("$(folder "$1" "$2" "$seed")/log.jsonl")
+    done
+    awk -v n="$1" -v scheme="${2:-as they are}" "$awk_number"'
+        FNR == 1 { runs++; count = 0 }
+        /^."type":"step"/ && number("step") > 1 { loss[++count] += number("loss"); bytes = number("reduce_bytes") }
+        /^."type":"eval"/ { validation[runs] = number("val_loss") }
+        END {
+            for (i = 1; i <= count; i++) row = row sprintf(" %.4f |", loss[i] / runs)
+            low = high = validation[1]
+            for (i = 1; i <= runs; i++) {
+                sum += validation[i]
+                low = validation[i] < low ? validation[i] : low
+                high = validation[i] > high ? validation[i] : high
+            }
+            spread = runs > 1 ? sprintf(" (%.4f to %.4f)", low, high) : ""
+            printf "| %d | `%s` |%s %.4f%s | %d |\n", n, scheme, row, sum / runs, spread, bytes
+        }' "${logs[@]}"
+}
+
+echo "Printed on $(date +%Y-%m-%d) by \`$called\` on $machine, commit $commit: \`train_moe_mpi $options --batch $sequences/ranks --steps $steps\`, seeds $seeds."
 echo
 {
     printf '| ranks | gradients |'
@@ -71,10 +103,7 @@ echo
     echo
     for n in $ranks; do
         for scheme in "${schemes[@]}"; do
-            awk -v n="$n" -v scheme="${scheme:-as they are}" "$awk_number"'
-                /^."type":"step"/ && number("step") > 1 { row = row sprintf(" %.4f |", number("loss")); bytes = number("reduce_bytes") }
-                /^."type":"eval"/ { l = number("val_loss") }
-                END { printf "| %d | `%s` |%s %.4f | %d |\n", n, scheme, row, l, bytes }' "$(folder "$n" "$scheme")/log.jsonl"
+            row "$n" "$scheme"
         done
     done
 }
