@@ -157,9 +157,11 @@ check_nccl: $(E)/check_nccl
 	$(E)/check_nccl
 
 ##test_nccl: the CUDA twin on several processes, in the emulator, against the C twin alone; needs MPI
-test_nccl: $(E)/cuda_ranks_fp32 $(E)/cuda_ranks_bf16
+test_nccl: $(E)/cuda_ranks_fp32 $(E)/cuda_ranks_bf16 dev/build/mpi train_moe_mpi
 	OMP_NUM_THREADS=1 $(MPIRUN) -np 4 $(E)/cuda_ranks_fp32
 	OMP_NUM_THREADS=1 $(MPIRUN) -np 4 $(E)/cuda_ranks_bf16
+	AS_PROGRAM=1 TEST='test_mpi_both_*' MPIRUN="env $(MPIRUN)" TRAIN_MOE_MPI=$(E)/cuda_ranks_fp32 TRAIN_MOE_OTHER=./train_moe_mpi \
+	    dev/build/mpi
 
 # ---- the CUDA twin on a GPU
 

@@ -174,35 +174,8 @@ void compare_tokenizers(Run *run, const char *dir) {
     tokenizer_free(other);
 }
 
+#include "ranks/same.h" // several processes: all must have been started for the same run
 #include "tasks.h" // what the program does instead of training: --prompt, --evaluate, --merge, --quantize, --export
-
-// Stops where a process was started with other options, other data or another checkpoint than the first.
-void compare_ranks(Run *run) {
-    const Config *c = &run->config;
-    char *text = NULL;
-    size_t size = 0;
-    FILE *memory = open_memory(&text, &size);
-    write_options(memory, c);
-    fprintf(memory, "%d %d %d %d %d ", c->ep, c->overlap, c->replicate, c->replicate_every, c->tokens); // of this call
-    fprintf(memory, "%d %.17g %d ", c->compress, c->compress_ratio, c->compress_rows);
-    fprintf(memory, "%d ", run->step);
-    if (run->train) { // nobody has read the data of a run that is finished
-        fprintf(memory, "%d %.0f %.0f", c->vocab, run->train->fingerprint, run->val->fingerprint);
-    }
-    close_memory(memory, &text);
-    uint64_t mine = 0;
-    for (size_t i = 0; i < size; i++) {
-        mine = hash64(mine ^ (unsigned char)text[i]);
-    }
-    free(text);
-    uint64_t first = mine;
-    ranks_meet(); // what comes next waits inside MPI, where nobody keeps the watch
-    broadcast(&first, sizeof(first));
-    if (mine != first) {
-        fail("this rank has other options, other data or another checkpoint than rank 0 (step %d, data %s)", run->step,
-             c->data);
-    }
-}
 
 // Groups of processes that have all experts among them.
 void divide_experts(const Config *c) {

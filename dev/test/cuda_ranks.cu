@@ -1,5 +1,5 @@
 // Several processes of the CUDA twin against the C twin alone: `make test_nccl` starts this one by mpirun -np 4, in the
-// emulator, in float32 and in bfloat16.
+// emulator, in float32 and in bfloat16. With AS_PROGRAM it is the program itself, so that nobody has to compile it once more.
 
 #include "dev/test/cuda.h"
 
@@ -99,6 +99,10 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_ranks_bytes),
         cmocka_unit_test(test_ranks_uneven),
     };
+    if (getenv("AS_PROGRAM")) {
+        program_name = "train_moe_cu_nccl";
+        return run_program(argc, argv, &gpu::backend, train_moe);
+    }
     if (!begin_ranks(&argc, &argv))
         return 1;
     int failed = cmocka_run_group_tests_name("cuda_ranks", tests, NULL, scratch_done);

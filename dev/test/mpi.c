@@ -1,5 +1,6 @@
 // The program on several processes: `make test_mpi` builds it and sets TRAIN_MOE_MPI, and MPIRUN to the command that starts
-// several processes. Without TRAIN_MOE_MPI the tests are skipped.
+// several processes. Without TRAIN_MOE_MPI the tests are skipped. `make test_nccl` runs those called test_mpi_both_... with the
+// CUDA twin in the emulator, and sets TRAIN_MOE_OTHER to the C program.
 
 #include "dev/test/trainer.h"
 #include "dev/test/shell.h"
@@ -18,6 +19,11 @@ int has_mpi(void) {
         skip();
     setenv("MPIRUN", "mpirun", 0);
     return 1;
+}
+
+// The CUDA twin's steps take long in the emulator.
+int is_twin(void) {
+    return getenv("TRAIN_MOE_OTHER") != NULL;
 }
 
 int times_in(const char *text, const char *part) {
@@ -106,19 +112,21 @@ void test_mpi_log(void **state) {
 }
 
 // Each rank has a whole teacher: with one, two and three ranks the teacher's part of the loss is the same, and so is the model.
-void test_mpi_teacher(void **state) {
+void test_mpi_both_teacher(void **state) {
     (void)state;
     static const char *const names[] = {"loss", "teacher", "grad_norm", "val_loss"};
     char output[65536], options[512], name[16], key[64];
     double wanted[4] = {0};
+    int steps = is_twin() ? 2 : 6;
     if (!has_mpi())
         return;
-    snprintf(options, sizeof(options), "--batch 6 --warmup 1 --lr 0.02 --dim 48 --heads 4 --out %s", scratch_file("teacher"));
+    snprintf(options, sizeof(options), "--batch 6 --warmup 1 --lr 0.02 --dim 48 --heads 2 --steps %d --out %s", steps,
+             scratch_file("teacher"));
     assert_int_equal(run_ranks(output, sizeof(output), 1, options), 0);
     for (int ranks = 1; ranks <= 3; ranks++) {
         snprintf(name, sizeof(name), "taught%d", ranks);
-        snprintf(options, sizeof(options), "--batch %d --experts 6 --warmup 1 --save-every 0 --teacher %s --out %s", 6 / ranks,
-                 scratch_file("teacher"), scratch_file(name));
+        snprintf(options, sizeof(options), "--batch %d --experts 6 --warmup 1 --save-every 0 --steps %d --teacher %s --out %s",
+                 6 / ranks, steps, scratch_file("teacher"), scratch_file(name));
         assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
         shell(output, sizeof(output), "cat %s/log.jsonl", scratch_file(name));
         for (int i = 0; i < 4; i++) {
@@ -188,16 +196,14 @@ void test_mpi_bad_options(void **state) {
         {"--ep 1 --replicate 2", "there must be another rank to have it"},
         {"--replicate 9", "at most all 8 experts can have a copy"},
         {"--replicate-every 2", "--replicate-every 2 would have no effect: it needs copies of experts: --replicate 1"},
-        {"--compress $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo int8 || echo bf16)", "rank 1: this rank has other options"},
-        {"--compress topk --compress-ratio 0.0$((1 + $OMPI_COMM_WORLD_RANK))", "rank 1: this rank has other options"},
-        {"$([ $OMPI_COMM_WORLD_RANK = 0 ] && echo --compress-rows)", "rank 1: this rank has other options"},
         {"--compress int3", "--compress: 'int3' is not one of: none, bf16, int8, topk"},
         {"--compress topk --compress-ratio 0", "--compress-ratio: '0' is not a number from 1e-06 to 1"},
         {"--compress int8 --compress-ratio 0.1", "--compress-ratio 0.1 would have no effect"},
         {"--compress-rows --ep 1", "--compress-rows: no rows travel where each of the 2 ranks has all experts"},
         {"--prompt One", "one process does it; start it without mpirun"},
         {"--data nowhere", "nowhere: cannot open the data folder: No such file or directory"},
-        {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
+        {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options, other data or another checkpoint than rank 0 (here: "
+                                         "--seed 1; rank 0: --seed 0;"},
         {"--ep $((1 + $OMPI_COMM_WORLD_RANK))", "rank 1: this rank has other options"},
         {"--overlap $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options"},
         {"--watchdog 1 --data $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo data/stories || echo $PIPED)",
@@ -215,6 +221,27 @@ void test_mpi_bad_options(void **state) {
             fail_msg("%s: expected \"%s\" once, got %s", cases[i][0], cases[i][1], output);
     }
     assert_int_equal(shell(output, sizeof(output), "ls %s", scratch_file("refused")), 2);
+}
+
+// Processes that were started with different ways of compressing are refused, and the message names the option.
+void test_mpi_both_disagree(void **state) {
+    (void)state;
+    static const char *const cases[][2] = {
+        {"--compress $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo int8 || echo bf16)", "(here: --compress bf16; rank 0: --compress int8;"},
+        {"--compress topk --compress-ratio 0.0$((1 + $OMPI_COMM_WORLD_RANK))",
+         "(here: --compress-ratio 0.02; rank 0: --compress-ratio 0.01;"},
+        {"$([ $OMPI_COMM_WORLD_RANK = 0 ] && echo --compress-rows)", "(here: --compress-rows 0; rank 0: --compress-rows 1;"},
+    };
+    char output[8192], options[512];
+    if (!has_mpi())
+        return;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        snprintf(options, sizeof(options), "%s --out %s", cases[i][0], scratch_file("apart"));
+        assert_true(run_ranks(output, sizeof(output), 2, options) > 0);
+        if (times_in(output, cases[i][1]) != 1 || times_in(output, "rank 1: this rank has other options") != 1)
+            fail_msg("%s: expected \"%s\" once, got %s", cases[i][0], cases[i][1], output);
+    }
+    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch_file("apart")), 2);
 }
 
 // Damage is named once, and all ranks go on from the same checkpoint where `latest` is missing, or is a text file.
@@ -258,35 +285,84 @@ void test_mpi_files(void **state) {
     assert_non_null(strstr(output, "going on after step 6"));
 }
 
-// What has not arrived of compressed gradients is in the checkpoint: a run that goes on ends with the bits of one that was never
-// stopped. With other ranks, or without --compress, it goes on without that, and says so.
+// Starts a run of two processes and kills both at once, by SIGKILL, when the log has that step. Returns whether the newest checkpoint
+// is then that of step `saved`: a run may have gone on for too long.
+int kill_ranks(const char *options, const char *out, int step, int saved) {
+    char output[16384];
+    shell(output, sizeof(output),
+          "exec 2>&1; rm -rf %s; timeout 100 $MPIRUN -np 2 sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --log-every 1 "
+          "--eval-tokens 64 --tokens 5 --threads 1 %s' & job=$!; "
+          "while kill -0 $job && ! grep -q 'step.:%d,.tokens' %s/log.jsonl; do sleep 0.002; done; "
+          "kill -KILL $(pgrep -f '^[^ ]*(train_moe_|cuda_ranks_)[a-z0-9_]* .*--out %s'); wait $job; echo status $?",
+          out, options, step, out, out);
+    int killed = !strstr(output, "status 0") && !strstr(output, "status 124"); // of timeout
+    shell(output, sizeof(output), "basename $(readlink %s/latest) | tr -dc 0-9", out);
+    return killed && atoi(output) == saved;
+}
+
+// What has not arrived of compressed gradients is in the checkpoint: a run that was killed and goes on ends with the bits of one that
+// was never stopped.
+void test_mpi_both_compress(void **state) {
+    (void)state;
+    static const char *const schemes[] = {"--compress int8 --compress-rows", "--compress topk --compress-ratio 0.02"};
+    char output[16384], options[512], whole[256], again[256];
+    int steps = is_twin() ? 4 : 12;
+    if (!has_mpi())
+        return;
+    strcpy(whole, scratch_file("packed"));
+    strcpy(again, scratch_file("again"));
+    for (int i = 0; i < (is_twin() ? 1 : 2); i++) {
+        const char *scheme = is_twin() ? "--compress int8" : schemes[i];
+        shell(output, sizeof(output), "rm -rf %s", whole);
+        snprintf(options, sizeof(options), "--steps %d --save-every %d --warmup 1 %s --out %s", steps, steps / 2, scheme, whole);
+        assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+        snprintf(options, sizeof(options), "--steps %d --save-every %d --warmup 1 %s --out %s", steps, steps / 2, scheme, again);
+        for (int attempt = 0; !kill_ranks(options, again, steps / 2 + 1, steps / 2); attempt++)
+            assert_true(attempt < 8);
+        snprintf(options, sizeof(options), "--resume --steps %d %s --out %s", steps, scheme, again);
+        assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+        assert_null(strstr(output, "lost_gradients"));
+        assert_int_equal(shell(output, sizeof(output), "cd %s/latest && for f in model optimizer lost_gradients; do cmp $f.safetensors "
+                               "%s/latest/$f.safetensors || exit 1; done", whole, again), 0);
+    }
+}
+
+// With other ranks, or without --compress, a run goes on without what its gradients have lost, and says so.
 void test_mpi_compress(void **state) {
     (void)state;
     char output[16384], options[512];
     if (!has_mpi())
         return;
-    for (int i = 0; i < 2; i++) {
-        const char *scheme = i ? "--compress topk --compress-ratio 0.02" : "--compress int8 --compress-rows";
-        shell(output, sizeof(output), "rm -rf %s %s", scratch_file("packed"), scratch_file("again"));
-        snprintf(options, sizeof(options), "--save-every 3 --warmup 1 --out %s %s", scratch_file("packed"), scheme);
-        assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
-        assert_int_equal(shell(output, sizeof(output), "cp -a %s %s && cd %s && rm -r checkpoint-6 && ln -sfn checkpoint-3 latest",
-                               scratch_file("packed"), scratch_file("again"), scratch_file("again")), 0);
-        snprintf(options, sizeof(options), "--resume --out %s %s", scratch_file("again"), scheme);
-        assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
-        assert_null(strstr(output, "lost_gradients"));
-        assert_int_equal(shell(output, sizeof(output), "cd %s/latest && for f in model optimizer lost_gradients; do cmp $f.safetensors "
-                               "%s/latest/$f.safetensors || exit 1; done", scratch_file("packed"), scratch_file("again")), 0);
-    }
-    snprintf(options, sizeof(options), "--resume --steps 7 --out %s", scratch_file("again"));
+    snprintf(options, sizeof(options), "--compress int8 --warmup 1 --out %s", scratch_file("before"));
     assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
-    assert_int_equal(times_in(output, "lost_gradients.safetensors is not used"), 1);
-    snprintf(options, sizeof(options), "--resume --steps 8 --ep 1 --compress bf16 --out %s", scratch_file("packed"));
+    snprintf(options, sizeof(options), "--resume --steps 7 --ep 1 --compress bf16 --out %s", scratch_file("before"));
     assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
     assert_int_equal(times_in(output, "is of other ranks than 2 with --ep 1"), 1);
+    snprintf(options, sizeof(options), "--resume --steps 8 --out %s", scratch_file("before"));
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_int_equal(times_in(output, "lost_gradients.safetensors is not used"), 1);
     snprintf(options, sizeof(options), "--compress bf16 --out %s", scratch_file("single"));
     assert_int_equal(run_ranks(output, sizeof(output), 1, options), 2);
     assert_int_equal(times_in(output, "--compress: one process sends nothing"), 1);
+}
+
+// What gradients of one twin have lost lies elsewhere in the other: it is left out, and the message says so.
+void test_mpi_both_exchange(void **state) {
+    (void)state;
+    char output[16384], options[512], twin[512];
+    if (!has_mpi() || !is_twin())
+        skip();
+    strcpy(twin, getenv("TRAIN_MOE_MPI"));
+    for (int step = 1; step <= 3; step++) {
+        snprintf(options, sizeof(options), "--compress int8 --warmup 0 --steps %d %s --out %s", step, step > 1 ? "--resume" : "",
+                 scratch_file("by_turns"));
+        setenv("TRAIN_MOE_MPI", step == 2 ? twin : getenv("TRAIN_MOE_OTHER"), 1);
+        int status = run_ranks(output, sizeof(output), 2, options);
+        setenv("TRAIN_MOE_MPI", twin, 1);
+        if (status || times_in(output, "lost_gradients.safetensors is of other ranks than 2 with --ep 2 and --replicate 0, or of the "
+                                       "twin of this program: what it has is lost") != (step > 1))
+            fail_msg("step %d: %s", step, output);
+    }
 }
 
 // One rank is killed; or it hangs; or it is asked to stop, by SIGTERM or SIGHUP; or it hangs while it writes. Each time the job ends with a message, and
@@ -358,7 +434,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_mpi_program),
         cmocka_unit_test(test_mpi_log),
-        cmocka_unit_test(test_mpi_teacher),
+        cmocka_unit_test(test_mpi_both_teacher),
         cmocka_unit_test(test_mpi_evaluation),
         cmocka_unit_test(test_mpi_idle),
         cmocka_unit_test(test_mpi_bad_options),
@@ -366,6 +442,9 @@ int main(void) {
         cmocka_unit_test(test_mpi_crash),
         cmocka_unit_test(test_mpi_minutes),
         cmocka_unit_test(test_mpi_compress),
+        cmocka_unit_test(test_mpi_both_disagree),
+        cmocka_unit_test(test_mpi_both_compress),
+        cmocka_unit_test(test_mpi_both_exchange),
     };
     begin_tests();
     return cmocka_run_group_tests_name("mpi", tests, NULL, scratch_done);

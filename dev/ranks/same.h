@@ -1,0 +1,61 @@
+// Several processes: all must have been started for the same run.
+// Gives: compare_ranks. Needs: comm.h; dev/options.h; Run of dev/run.h, which includes it.
+//
+// Each process writes down, a line each, what it was asked for and what it has found. The first one's text goes to all.
+#pragma once
+
+// The options of this call that all must have alike. Those that a checkpoint keeps are compared, too.
+int is_shared_option(const Option *o) {
+    static const char *const of_call[] = {"ep", "overlap", "replicate", "replicate-every", "tokens", "compress", "compress-ratio",
+                                          "compress-rows"};
+    for (int i = 0; i < COUNT(of_call); i++) {
+        if (!strcmp(o->name, of_call[i])) {
+            return 1;
+        }
+    }
+    return o->when != RUN;
+}
+
+// To be freed.
+char *describe_rank(const Run *run, size_t *size) {
+    Config of_all = run->config;
+    of_all.batch *= ranks.size; // so that it does not matter how many processes go on with it
+    char *text = NULL;
+    FILE *memory = open_memory(&text, size);
+    for (int i = 0; i < option_count; i++) {
+        char buffer[64];
+        if (is_shared_option(&options[i])) {
+            fprintf(memory, "--%s %s\n", options[i].name, option_text(&of_all, &options[i], buffer));
+        }
+    }
+    fprintf(memory, "step %d\n", run->step);
+    if (run->train) { // nobody has read the data of a run that is finished
+        fprintf(memory, "%d tokens of the vocabulary\n", run->config.vocab);
+        fprintf(memory, "training text %.0f\nvalidation text %.0f\n", run->train->fingerprint, run->val->fingerprint);
+    }
+    close_memory(memory, &text);
+    return text;
+}
+
+// Stops where a process was started with other options, other data or another checkpoint than the first, and names the first
+// line that differs.
+void compare_ranks(Run *run) {
+    size_t size = 0, first_size;
+    char *mine = describe_rank(run, &size), *line = mine;
+    ranks_meet(); // what comes next waits inside MPI, where nobody keeps the watch
+    first_size = size;
+    broadcast(&first_size, sizeof(first_size));
+    char *first = (char *)allocate(first_size + 1, 1), *other = first;
+    memcpy(first, mine, size < first_size ? size : first_size);
+    broadcast(first, first_size);
+    if (strcmp(mine, first) != 0) {
+        for (size_t same; (same = strcspn(line, "\n")) == strcspn(other, "\n") && !strncmp(line, other, same) && line[same];) {
+            line += same + 1;
+            other += same + 1;
+        }
+        fail("this rank has other options, other data or another checkpoint than rank 0 (here: %.*s; rank 0: %.*s; data %s)",
+             (int)strcspn(line, "\n"), line, (int)strcspn(other, "\n"), other, run->config.data);
+    }
+    free(first);
+    free(mine);
+}
