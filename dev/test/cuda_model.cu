@@ -9,7 +9,7 @@
 // that was found is then 3e-6, and 1e-2.
 
 #include "dev/test/cuda_twin.h"
-#include "dev/test/runs.h"
+#include "dev/test/taught.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The layers on the device against their C twins, on random numbers
@@ -1207,6 +1207,25 @@ void test_gpu_files(void **state) {
     expect(run_either(0, "wide", "--dim 36 --heads 3 --ffn 12 --steps 1 --save-every 1"), 0, "What next");
 }
 
+// Runs with a teacher: as of the C program.
+void test_gpu_taught_runs(void **state) {
+    (void)state;
+    if (access(twin_program(), X_OK) != 0)
+        skip();
+    need_program();
+    char *before = getenv("TRAIN_MOE") ? strdup(getenv("TRAIN_MOE")) : NULL;
+    setenv("TRAIN_MOE", twin_program(), 1);
+    need_teacher(2);
+    check_taught_resume(4, 2);
+    check_untaught(2);
+    check_replaced_teacher();
+    if (before)
+        setenv("TRAIN_MOE", before, 1);
+    else
+        unsetenv("TRAIN_MOE");
+    free(before);
+}
+
 // ---- the first weights, memory and errors
 
 void test_gpu_init(void **state) {
@@ -1360,6 +1379,7 @@ int main(void) {
         cmocka_unit_test(test_gpu_adapter_steps),
         cmocka_unit_test(test_gpu_adapter_files),
         cmocka_unit_test(test_gpu_precision),
+        cmocka_unit_test(test_gpu_taught_runs),
         cmocka_unit_test(test_gpu_init),
         cmocka_unit_test(test_gpu_memory),
         cmocka_unit_test(test_gpu_peak),

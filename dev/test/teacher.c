@@ -3,7 +3,7 @@
 
 #include "dev/test/trainer.h"
 #include "dev/test/model.h"
-#include "dev/test/runs.h"
+#include "dev/test/taught.h"
 #include "dev/test/slopes.h"
 
 enum { TAUGHT_B = 2, TAUGHT_T = 8, TAUGHT_N = TAUGHT_B * TAUGHT_T };
@@ -214,57 +214,28 @@ void test_taught_sums(void **state) {
 
 // ---- the program
 
-void need_teacher(void) {
-    need_program();
-    if (!exists("teacher"))
-        expect(run_tiny("teacher", "--steps 6 --dim 48 --heads 4 --lr 0.02"), 0, "What next");
-}
-
-const char *taught_by(const char *name, const char *more) {
-    static char options[1024];
-    snprintf(options, sizeof(options), "--teacher %s %s", scratch_file(name), more);
-    return options;
-}
-
-// Six steps, SIGKILL and the other six give the bits of twelve; the teacher's run may go on in the meantime.
 void test_taught_run_resumes(void **state) {
     (void)state;
-    need_teacher();
-    expect(run_tiny("whole", taught_by("teacher", "--recipe dense --accum 2")), 0, "/teacher/checkpoint-6: mixtral, ");
-    assert_true(logged("whole", "step", 12, "teacher") > 0);
-    for (int attempt = 0, status = 0; !WIFSIGNALED(status); attempt++) {
-        assert_true(attempt < 5); // it was always done before it could be killed
-        remove_tree(scratch_file("halves"));
-        pid_t child = start_tiny("halves", taught_by("teacher", "--recipe dense --accum 2"));
-        status = wait_for(child, scratch_file("halves/log.jsonl"), "\"step\":7,");
-        if (status == -1) {
-            kill(child, SIGKILL);
-            waitpid(child, &status, 0);
-        }
-    }
-    assert_latest("halves", "checkpoint-6");
-    expect(run_tiny("teacher", "--resume --steps 7 --dim 48 --heads 4"), 0, "What next");
-    expect(run_tiny("halves", "--recipe dense --resume"), 0, "What next");
-    assert_same_weights("whole", "halves");
-    assert_true(logged("whole", "step", 12, "teacher") == logged("halves", "step", 12, "teacher"));
-    check_leaks(0);
-    expect(run_tiny("halves", "--prompt ab"), 0, "ab"); // without the teacher
+    need_teacher(6);
+    check_taught_resume(12, 6);
 }
 
-// With w = 0 a run has the bits of one without a teacher.
 void test_untaught_run(void **state) {
     (void)state;
-    need_teacher();
-    expect(run_tiny("alone", "--recipe dense"), 0, "What next");
-    expect(run_tiny("beside", taught_by("teacher", "--recipe dense --distill-weight 0")), 0, "its loss counts 0 ");
-    assert_same_weights("alone", "beside");
-    assert_true(isnan(logged("alone", "step", 12, "teacher")));
+    need_teacher(6);
+    check_untaught(12);
+}
+
+void test_replaced_teacher(void **state) {
+    (void)state;
+    need_teacher(6);
+    check_replaced_teacher();
 }
 
 // A teacher of few bits, and a student that is an adapter.
 void test_other_teachers(void **state) {
     (void)state;
-    need_teacher();
+    need_teacher(6);
     expect(run_tiny("base", "--steps 6"), 0, "What next");
     check_leaks(0);
     expect(shell(said, sizeof(said), "%s --out %s --quantize q8_0", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe",
@@ -280,7 +251,7 @@ void test_other_teachers(void **state) {
 // What cannot be is refused by its name.
 void test_refused_teachers(void **state) {
     (void)state;
-    need_teacher();
+    need_teacher(6);
     check_leaks(0);
     expect(run_tiny("refused", "--distill-weight 0.3"), 2, "--distill-weight 0.3 would have no effect: it needs a teacher");
     expect(run_tiny("refused", "--distill-temperature 3"), 2, "it needs a teacher: --teacher DIR");
@@ -318,7 +289,7 @@ int main(void) {
         cmocka_unit_test(test_taught_gradients), cmocka_unit_test(test_divergence),         cmocka_unit_test(test_taught_by_itself),
         cmocka_unit_test(test_taught_bits),      cmocka_unit_test(test_taught_pieces),      cmocka_unit_test(test_taught_sums),
         cmocka_unit_test(test_taught_run_resumes), cmocka_unit_test(test_untaught_run),     cmocka_unit_test(test_other_teachers),
-        cmocka_unit_test(test_refused_teachers),
+        cmocka_unit_test(test_replaced_teacher),   cmocka_unit_test(test_refused_teachers),
     };
     begin_tests();
     return cmocka_run_group_tests_name("teacher", tests, NULL, scratch_done);
