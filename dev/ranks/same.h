@@ -58,4 +58,5 @@ void compare_ranks(Run *run) {
     }
     free(first);
     free(mine);
+    ranks_meet(); // so that no process goes on, maybe to another message, before all have compared
 }

@@ -6,12 +6,23 @@
 #include "dev/test/shell.h"
 #include "dev/test/broken.h"
 
-// Runs `mpirun -np ranks train_moe_mpi options` in a small size.
+// The CUDA twin's steps take long in the emulator, and its heads have a width that is a multiple of 8.
+int is_twin(void) {
+    return getenv("TRAIN_MOE_OTHER") != NULL;
+}
+
+// `mpirun -np ranks train_moe_mpi options` in a small size.
+const char *ranks_line(int ranks, const char *options) {
+    static char line[2048];
+    snprintf(line, sizeof(line),
+             "timeout 120 $MPIRUN -np %d sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
+             "--eval-tokens 64 --tokens 5 --threads 1 %s%s'",
+             ranks, is_twin() ? "--heads 2 " : "", options);
+    return line;
+}
+
 int run_ranks(char *output, size_t size, int ranks, const char *options) {
-    return shell(output, size,
-                 "timeout 120 $MPIRUN -np %d sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
-                 "--eval-tokens 64 --tokens 5 --threads 1 %s'",
-                 ranks, options);
+    return shell(output, size, "%s", ranks_line(ranks, options));
 }
 
 int has_mpi(void) {
@@ -19,11 +30,6 @@ int has_mpi(void) {
         skip();
     setenv("MPIRUN", "mpirun", 0);
     return 1;
-}
-
-// The CUDA twin's steps take long in the emulator.
-int is_twin(void) {
-    return getenv("TRAIN_MOE_OTHER") != NULL;
 }
 
 int times_in(const char *text, const char *part) {
@@ -290,11 +296,10 @@ void test_mpi_files(void **state) {
 int kill_ranks(const char *options, const char *out, int step, int saved) {
     char output[16384];
     shell(output, sizeof(output),
-          "exec 2>&1; rm -rf %s; timeout 100 $MPIRUN -np 2 sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --log-every 1 "
-          "--eval-tokens 64 --tokens 5 --threads 1 %s' & job=$!; "
+          "exec 2>&1; rm -rf %s; %s & job=$!; "
           "while kill -0 $job && ! grep -q 'step.:%d,.tokens' %s/log.jsonl; do sleep 0.002; done; "
           "kill -KILL $(pgrep -f '^[^ ]*(train_moe_|cuda_ranks_)[a-z0-9_]* .*--out %s'); wait $job; echo status $?",
-          out, options, step, out, out);
+          out, ranks_line(2, options), step, out, out);
     int killed = !strstr(output, "status 0") && !strstr(output, "status 124"); // of timeout
     shell(output, sizeof(output), "basename $(readlink %s/latest) | tr -dc 0-9", out);
     return killed && atoi(output) == saved;
