@@ -263,10 +263,10 @@ void test_ranks_compressed(void **state) {
 
 // The bits of what this process has after some steps.
 uint64_t bits_of_ranks(const Config *c, Curve *curve) {
-    Model *m = train_curve(c, 4, curve);
+    Model *m = train_curve(c, 3, curve);
     size_t moments = moment_offset(m, trained_size(m));
     const size_t sizes[] = {m->size, trained_size(m), moments, moments};
-    uint64_t bits = bits_of((const real *)curve->loss, 4 * sizeof(double) / sizeof(real), 0);
+    uint64_t bits = bits_of((const real *)curve->loss, 3 * sizeof(double) / sizeof(real), 0);
     for (int what = WEIGHTS; what <= MOMENT2; what++)
         bits = bits_of(m->memory[what], sizes[what], bits);
     take_weights(m, curve);
@@ -286,6 +286,8 @@ void test_ranks_offload(void **state) {
                                            {"mixtral", "--compress int8 --compress-rows 1 --overlap 1"}};
     for (int k = 0; k < COUNT(cases) * FORMS; k++) {
         const int *form = forms[k % FORMS];
+        if (k >= FORMS && k % FORMS != 0 && k % FORMS != 3) // {2,1} and {4,2} are enough
+            continue;
         Config c = small_config(cases[k / FORMS][0]);
         Curve curve;
         set_options(&c, "--experts 8 --dim 32 --ffn 40");
