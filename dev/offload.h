@@ -91,6 +91,11 @@ void offload_refuses_ranks(const Config *c, int ep) {
         usage_fail("--offload %d: with --ep %d each rank has %d of a layer's %d experts, so nothing would be left for the file: %s",
                    c->offload, ep, each, c->experts, each > 1 ? "give fewer" : "leave it out, or give a smaller --ep");
     }
+#ifdef USE_NCCL
+    if (c->offload && ranks.size > 1) {
+        usage_fail("--offload %d: on GPUs it is for one process, and several have fewer experts each already: leave it out", c->offload);
+    }
+#endif
 }
 
 // ---- which experts are in memory
