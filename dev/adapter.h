@@ -180,7 +180,7 @@ void write_pairs(const Run *run, const char *name, int whole, const int *what, c
             const Tensor *t = &m->tensors[p->tensor];
             if (p->tensor != last) {
                 run->backend->read(m, what[array], p->tensor, memory);
-                refuse_to_save(run, what[array], p->tensor, memory);
+                refuse_to_save(run, what[array], p->tensor, memory, t->whole);
                 if (whole) {
                     memcpy(numbers, memory, t->whole * sizeof(real));
                 } else {

@@ -17,11 +17,11 @@ real *own_reals(Model *m, size_t count) {
     return (real *)own(m, count, sizeof(real));
 }
 
-// Memory for WEIGHTS, GRADS, ...; with --offload the experts' part of it is in a file.
-real *own_array(Model *m, int what, size_t count) {
+// Memory for WEIGHTS, GRADS, ...; with --offload the experts' part of it is in a file. last: the last one that the model will have.
+real *own_array(Model *m, int what, size_t count, int last) {
     const int purpose[] = {FOR_WEIGHTS, FOR_GRADIENTS, FOR_MOMENTS, FOR_MOMENTS};
     m->purpose = purpose[what];
-    return m->config.offload ? offload_array(m, what, count) : own_reals(m, count);
+    return m->config.offload ? offload_array(m, what, count, last) : own_reals(m, count);
 }
 
 // Memory for `each` numbers for every group of n tokens. There are as many groups as tokens only where sequences

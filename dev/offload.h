@@ -1,7 +1,8 @@
 // Experts that are in a file until they are needed (--offload N).
 // Gives: Pool, offloaded, folder_of_offload, offload_array, offload_free, pool_of, take_in, let_go, let_go_of_tensor, let_go_of_array, passed_over,
-// offload_refuses, print_offload. Needs: Model and Tensor of train_moe.c, which includes it by way of dev/memory.h and
-// dev/parts.h; expert_size() of ranks/copies.h. The products that fetch experts are in dev/offload_products.h.
+// offload_refuses, offload_refuses_ranks, print_offload. Needs: Model and Tensor of train_moe.c, which includes it by way of dev/memory.h
+// and dev/parts.h; expert_size() of ranks/copies.h, moment_offset() of ranks/gradients.h. The products that fetch experts are in
+// dev/offload_products.h.
 //
 // Of a mixture, each step or token needs few experts at a time: a layer multiplies by one after the other. With --offload N the
 // experts' part of each array (weights; in training also gradients and both moments) is a file that is mapped into memory, so an
@@ -9,9 +10,11 @@
 // taken into memory. Before another one comes, the one whose last use is longest ago goes: its pages are given back to the
 // system, which writes to the file what was changed. All numbers and all sums are the same, and so are the bits.
 //
-// The file has no name: it is removed as soon as it is open, so it goes with the process, however that ends. All of its space is
+// All arrays of a model are in one file. It has no name, so it goes with the process, however that ends. All of its space is
 // reserved at the start, so a disk that is too small is refused then, and not by a crash in the middle of the run. A checkpoint
 // is as always, and what a run needs to go on is in the checkpoint alone.
+//
+// Of several processes each has its own experts, in a file of its own; dev/ranks/staged_sums.h sums up their gradients.
 //
 // "In memory" means: pages that this process holds. The system may keep a copy of the file's pages in its cache for as long as
 // nobody else needs that memory; with --offload-cold it may not (doc/offload.md).
@@ -21,12 +24,13 @@
     const char *offload_dir; // the folder of the file; open_run() of dev/run.h puts the run directory here
 #elif !defined(OFFLOAD_H)
 #define OFFLOAD_H
+#include <sys/statvfs.h>
 
 // The experts of one tensor, in one of the arrays WEIGHTS, GRADS, ...
 typedef struct Pool {
     const Model *owner;
     int what, tensor;
-    int E, most;   // experts; those that may be in memory
+    int E, most;   // experts of this process; those that may be in memory
     real *base;    // the first number of expert 0
     size_t *from;  // (E+1) where each expert begins, in numbers
     int *held;     // (most) those that are in memory, the one whose last use is longest ago first
@@ -38,7 +42,8 @@ typedef struct Mapped {
     const Model *owner;
     char *base;
     size_t size, first, end; // bytes; those from `first` to `end` are in the file
-    int file;
+    size_t at;               // where they begin there
+    int file;                // all arrays of a model have the same
     int cold;                // --offload-cold
 } Mapped;
 
@@ -50,9 +55,11 @@ struct {
     int array_count;
     double asked, fetched, bytes; // experts that were needed; those of them that were not in memory; their bytes
     int fullest;                  // the most experts that a pool has held
+    int fresh;                    // 1: the folder of the file was not there when the program began
 } offloaded;
 
 size_t expert_size(const Config *c, const Tensor *t, int e); // ranks/copies.h
+size_t moment_offset(const Model *m, size_t offset);         // ranks/gradients.h
 
 // Why the options do not allow --offload; NULL: they do.
 const char *offload_refuses(const Config *c) {
@@ -66,8 +73,8 @@ const char *offload_refuses(const Config *c) {
     if (c->blocks) {
         return "--offload is for experts of float32, and this model has experts of few bits: give it without --offload";
     }
-    if (ranks.size > 1) {
-        return "--offload is for one process, and several have fewer experts each already: start it without mpirun";
+    if (c->replicate) {
+        return "--replicate gives busy experts a second copy in memory, and --offload has most experts in a file: give one of the two";
     }
     if (c->moe_every && c->offload >= c->experts) {
         snprintf(text, sizeof(text), "--offload %d: a layer has %d experts, so nothing would be left for the file: give fewer",
@@ -75,6 +82,20 @@ const char *offload_refuses(const Config *c) {
         return text;
     }
     return NULL;
+}
+
+// Ends the program where each of several processes has too few experts. ep: the processes among which they are divided.
+void offload_refuses_ranks(const Config *c, int ep) {
+    int each = c->experts / ep;
+    if (c->moe_every && c->offload && c->offload >= each) {
+        usage_fail("--offload %d: with --ep %d each rank has %d of a layer's %d experts, so nothing would be left for the file: %s",
+                   c->offload, ep, each, c->experts, each > 1 ? "give fewer" : "leave it out, or give a smaller --ep");
+    }
+#ifdef USE_NCCL
+    if (c->offload && ranks.size > 1) {
+        usage_fail("--offload %d: on GPUs it is for one process, and several have fewer experts each already: leave it out", c->offload);
+    }
+#endif
 }
 
 // ---- which experts are in memory
@@ -133,7 +154,7 @@ void let_go_of_bytes(uintptr_t from, uintptr_t end) {
         if (first < last) {
             forget_pages((const void *)first, (size_t)(last - first)); // never beyond the file, where they would be lost
             if (a->cold) {
-                drop_from_cache(a->file, (size_t)(first - (uintptr_t)a->base - a->first), (size_t)(last - first));
+                drop_from_cache(a->file, a->at + (size_t)(first - (uintptr_t)a->base - a->first), (size_t)(last - first));
             }
         }
     }
@@ -193,32 +214,59 @@ void let_go_of_array(const Model *m, int what) {
 // The folder of the file: that of --offload-dir, or the run directory `out`; what only reads a model takes the current folder
 // where there is no run directory. Kept for the whole program.
 const char *folder_of_offload(const Config *c, const char *out) {
-    if (!c->offload || c->offload_dir[0]) {
-        return c->offload_dir;
-    }
     int reads = c->prompt || c->evaluate || c->export_to[0] || c->quantize != NO_BLOCKS;
-    return reads && !is_there(out) ? "." : keep_text(out);
+    const char *dir = c->offload_dir;
+    if (c->offload && !dir[0]) {
+        dir = reads && !is_there(out) ? "." : keep_text(out);
+    }
+    offloaded.fresh = !is_there(dir);
+    return dir;
 }
 
-// A file of so many bytes, all of them reserved, that goes when it is closed and no longer mapped.
-int offload_file(const Config *c, size_t size) {
-    char path[4200];
-    int fresh = !is_there(c->offload_dir);
-    snprintf(path, sizeof(path), "%s/offload-XXXXXX", c->offload_dir);
+// Where the weight at this offset has its number in an array: of common moments each of several processes has a slice only.
+size_t place_in_array(const Model *m, int what, size_t offset) {
+    return what < MOMENT1 ? offset : moment_offset(m, offset);
+}
+
+// The bytes of an array that are in the file: the experts' pages, and what shares the first and the last one with them.
+void part_in_file(const Model *m, int what, size_t *first, size_t *end) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    *first = place_in_array(m, what, m->common) * sizeof(real) / page * page;
+    *end = (place_in_array(m, what, m->tables) * sizeof(real) + page - 1) / page * page;
+}
+
+// Ends the program where there is no room for the file, which has to be as large as `size`. A folder that was made for it goes.
+void refuse_full_disk(const Config *c, int file, size_t size, int last, int error) {
+    struct statvfs disk;
+    char have[64] = "";
+    (void)!ftruncate(file, 0); // what could be reserved
+    close(file);
+    if (statvfs(c->offload_dir, &disk) == 0) {
+        snprintf(have, sizeof(have), " (%.1f MiB are free)", (double)disk.f_bavail * (double)disk.f_frsize / 1048576);
+    }
+    if (offloaded.fresh) {
+        rmdir(c->offload_dir);
+    }
+    fail("--offload: %s: cannot reserve %.1f MiB for experts' weights%s%s: %s; make room, or name another folder by --offload-dir",
+         c->offload_dir, (double)size / 1048576, last == WEIGHTS ? "" : ", gradients and moments", have, strerror(error));
+}
+
+// The file for the arrays what .. last of a model, with all of its space reserved. It goes when it is closed and no longer mapped.
+int offload_file(const Model *m, int what, int last) {
+    const Config *c = &m->config;
+    size_t size = 0, first, end;
+    for (int i = what; i <= last; i++) {
+        part_in_file(m, i, &first, &end);
+        size += end - first;
+    }
     make_directories(c->offload_dir); // a new run has none yet
-    int file = mkstemp(path);
+    int file = open_unnamed(c->offload_dir);
     if (file < 0) {
         fail("--offload: %s: cannot create a file in it: %s; --offload-dir names another folder", c->offload_dir, strerror(errno));
     }
-    unlink(path);
     int error = reserve_file(file, size);
     if (error) {
-        close(file);
-        if (fresh) {
-            rmdir(c->offload_dir);
-        }
-        fail("--offload: %s: cannot reserve %.1f MiB for experts: %s; make room, or name another folder by --offload-dir",
-             c->offload_dir, (double)size / 1048576, strerror(error));
+        refuse_full_disk(c, file, size, last, error);
     }
     return file;
 }
@@ -237,14 +285,14 @@ void add_pools(Model *m, int what, real *memory) {
         p->owner = m;
         p->what = what;
         p->tensor = i;
-        p->E = c->experts;
+        p->E = c->experts / ranks.ep;
         p->most = c->offload;
-        p->base = memory + t->offset;
+        p->base = memory + place_in_array(m, what, t->offset);
         p->from = (size_t *)allocate((size_t)p->E + 1, sizeof(size_t));
         p->held = (int *)allocate(p->most, sizeof(int));
         size_t largest = 0;
         for (int e = 0; e < p->E; e++) {
-            size_t size = expert_size(c, t, e);
+            size_t size = expert_size(c, t, ranks.member * p->E + e);
             p->from[e + 1] = p->from[e] + size;
             largest = size > largest ? size : largest;
         }
@@ -252,16 +300,24 @@ void add_pools(Model *m, int what, real *memory) {
     }
 }
 
-// Zeroed memory for one of the model's arrays, of `count` numbers, whose experts are in a file; until offload_free().
-real *offload_array(Model *m, int what, size_t count) {
+// Zeroed memory for one of the model's arrays, of `count` numbers, whose experts are in a file; until offload_free(). It is asked for
+// in the order of WEIGHTS, GRADS, ...; last: the last one that the model will have.
+real *offload_array(Model *m, int what, size_t count, int last) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    Mapped a = {m, NULL, 0, 0, 0, -1, m->config.offload_cold};
-    a.first = m->common * sizeof(real) / page * page; // the experts' pages, and what shares the first and the last one with them
-    a.end = (m->tables * sizeof(real) + page - 1) / page * page;
+    Mapped a = {m, NULL, 0, 0, 0, 0, -1, m->config.offload_cold};
+    part_in_file(m, what, &a.first, &a.end);
     a.size = (count * sizeof(real) + page - 1) / page * page;
     a.base = (char *)map_memory(a.size);
-    a.file = offload_file(&m->config, a.end - a.first);
-    if (!a.base || mmap(a.base + a.first, a.end - a.first, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, a.file, 0) == MAP_FAILED) {
+    for (int i = 0; i < offloaded.array_count; i++) {
+        const Mapped *before = &offloaded.arrays[i];
+        if (before->owner == m) {
+            a.file = before->file;
+            a.at = before->at + before->end - before->first;
+        }
+    }
+    a.file = a.file < 0 ? offload_file(m, what, last) : a.file;
+    if (!a.base || mmap(a.base + a.first, a.end - a.first, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, a.file, (off_t)a.at) ==
+                       MAP_FAILED) {
         fail("--offload: cannot map %.1f MiB of experts: %s", (double)a.size / 1048576, strerror(errno));
     }
     if (offloaded.array_count == COUNT(offloaded.arrays)) {
@@ -290,7 +346,9 @@ void offload_free(const Model *m) {
         Mapped *a = &offloaded.arrays[i];
         if (a->owner == m) {
             munmap(a->base, a->size);
-            close(a->file);
+            if (a->at == 0) {
+                close(a->file);
+            }
         } else {
             offloaded.arrays[arrays++] = *a;
         }

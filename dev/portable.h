@@ -1,6 +1,6 @@
 // What differs between compilers, C libraries and systems, in one place.
 // Gives: large files on 32 bits; a refusal of compilers and flags that compute something else; file_time,
-// ask_large_pages, forget_pages, fetch_pages, drop_from_cache, map_memory, reserve_file, begin_again, name_of_processor. Needs: nothing. dev/util.h includes it before all else.
+// ask_large_pages, forget_pages, fetch_pages, drop_from_cache, map_memory, open_unnamed, reserve_file, begin_again, name_of_processor. Needs: nothing. dev/util.h includes it before all else.
 // The rest of the C sources is C11 and POSIX 2008 with GCC's and Clang's extensions, and a few calls that
 // glibc, musl and macOS have besides: flock, getopt_long, memmem, TIOCGWINSZ. `make test_posix` holds them to it.
 #pragma once
@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <float.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -121,6 +122,24 @@ void *map_memory(size_t size) {
     close(zero);
 #endif
     return p == MAP_FAILED ? NULL : p;
+}
+
+// A new file in this folder that has no name, so that it goes when it is closed, or with the process. -1: errno says why there is none.
+// Where the system or the file system has no such files, it has a name for a moment.
+int open_unnamed(const char *dir) {
+#ifdef O_TMPFILE
+    int unnamed = open(dir, O_TMPFILE | O_RDWR | O_EXCL, 0600);
+    if (unnamed >= 0) {
+        return unnamed;
+    }
+#endif
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/offload-XXXXXX", dir);
+    int file = mkstemp(path);
+    if (file >= 0) {
+        unlink(path);
+    }
+    return file;
 }
 
 // Makes an open file so many bytes long, and has the disk keep room for all of them. Returns 0, or what errno would say.

@@ -197,6 +197,7 @@ void divide_experts(const Config *c) {
                    c->replicate, c->experts, ep);
     }
     compress_refuses(c, ep);
+    offload_refuses_ranks(c, ep);
     if (ranks.size > 1) {
         ranks_form(comm.all, ep);
     }

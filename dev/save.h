@@ -130,14 +130,30 @@ void remove_old_checkpoints(const Run *run) {
     }
 }
 
-// Ends the program where a weight is not finite.
-void refuse_to_save(const Run *run, int what, int tensor, const real *numbers) {
+// Ends the program where one of so many weights of a tensor is not finite.
+void refuse_to_save(const Run *run, int what, int tensor, const real *numbers, size_t size) {
     const Tensor *t = &run->model->tensors[tensor];
-    size_t i = what == WEIGHTS ? first_not_finite(numbers, t->whole) : t->whole;
-    if (i < t->whole) {
+    size_t i = what == WEIGHTS ? first_not_finite(numbers, size) : size;
+    if (i < size) {
         fail("step %d: a weight of %s is %g; it is not saved, and the last checkpoint in %s is as it was", run->step,
              t->name, shown((double)numbers[i]), run->out);
     }
+}
+
+// Is this part of a tensor read and written for itself? On the CPU the experts' parts are, so that not all experts of a tensor are
+// in memory at a time (--offload).
+int goes_alone(const Run *run, const Part *p) {
+    return run->backend == &cpu_backend && run->model->tensors[p->tensor].of_experts && !p->experts;
+}
+
+// Gives rank 0 the numbers of a part that goes alone, or those of the whole tensor that begins with this part. Returns how many.
+size_t read_for_file(const Run *run, int what, const Part *p, real *to) {
+    if (goes_alone(run, p)) {
+        ranks_read_expert(run->model, what, p->tensor, p->offset, part_size(p), to);
+        return part_size(p);
+    }
+    run->backend->read(run->model, what, p->tensor, to);
+    return run->model->tensors[p->tensor].whole;
 }
 
 // One file of a checkpoint: all tensors of each of the arrays that `what` lists, under the prefix of that array. The
@@ -149,20 +165,22 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
     Part *parts = model_parts(m, &count);
     const char *dir = unfinished_path;
     FILE *file = ranks.rank ? NULL : start_safetensors(dir, name, parts, count, prefix, arrays, sums);
-    real *tensor = allocate_tensor(m);
+    real *numbers = allocate_tensor(m);
     for (int a = 0; a < arrays; a++) {
-        const Part *p = parts;
-        for (int i = 0; i < base_tensors(m); i++) {
-            size_t size = m->tensors[i].whole;
-            run->backend->read(m, what[a], i, tensor); // all processes; the first one writes
+        for (const Part *p = parts, *next; p < parts + count; p = next) {
+            next = p + 1;
+            while (next < parts + count && next->tensor == p->tensor && !goes_alone(run, p)) {
+                next++;
+            }
+            size_t size = read_for_file(run, what[a], p, numbers); // all processes; the first one writes
             if (!file) {
                 continue;
             }
-            refuse_to_save(run, what[a], i, tensor);
-            write_numbers(file, dir, name, tensor, size);
-            for (; p < parts + count && p->tensor == i; p++) {
-                write_tensor_checksum(sums, a == 0 && p == parts, prefix[a], p->name, tensor + p->offset,
-                                      part_size(p) * sizeof(real));
+            refuse_to_save(run, what[a], p->tensor, numbers, size);
+            write_numbers(file, dir, name, numbers, size);
+            for (const Part *q = p; q < next; q++) {
+                write_tensor_checksum(sums, a == 0 && q == parts, prefix[a], q->name, numbers + (q->offset - p->offset),
+                                      part_size(q) * sizeof(real));
             }
         }
     }
@@ -170,7 +188,7 @@ void write_tensors(const Run *run, const char *name, const int *what, const char
         end_checksums(sums);
         close_written(file, dir, name);
     }
-    free(tensor);
+    free(numbers);
     free(parts);
 }
 
@@ -257,15 +275,23 @@ void load_weights(Run *run, const char *dir, int moments) {
         open_weights(&files, dir, what == WEIGHTS ? "model.safetensors" : "optimizer.safetensors", 1);
         const Part *p = parts;
         for (int i = 0; i < base_tensors(m); i++) {
+            int alone = goes_alone(run, p);
             for (; p < parts + count && p->tensor == i; p++) {
-                const char *file = read_part(&files, prefix[what], p, tensor + p->offset);
-                check_read(file, prefix[what], p, tensor + p->offset);
-            }
+                real *to = tensor + (alone ? 0 : p->offset);
+                const char *file = read_part(&files, prefix[what], p, to);
+                check_read(file, prefix[what], p, to);
 
-            // The run may have had float32 moments until now.
-            size_t rounded = what != WEIGHTS && run->config.moments == MOMENTS_BF16 ? m->tensors[i].whole : 0;
-            for (size_t j = 0; j < rounded; j++) {
-                tensor[j] = nearest_bf16((float)tensor[j]);
+                // The run may have had float32 moments until now.
+                size_t rounded = what != WEIGHTS && run->config.moments == MOMENTS_BF16 ? part_size(p) : 0;
+                for (size_t j = 0; j < rounded; j++) {
+                    to[j] = nearest_bf16((float)to[j]);
+                }
+                if (alone) {
+                    ranks_write_part(m, what, i, p->offset, part_size(p), to);
+                }
+            }
+            if (alone) {
+                continue;
             }
             if (what == WEIGHTS && !strcmp(m->tensors[i].kind, "table")) {
                 check_table(run, dir, tensor);

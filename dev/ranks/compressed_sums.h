@@ -122,6 +122,7 @@ void pass_on(Model *m, Parcel *p) {
     for (size_t i = 0; i < size; i++) {
         lost[i] += g[i];
     }
+    passed_over(g, size); // --offload
     free(p->came);
     encode(codec, p->code + p->at[p->mine], lost, size);
     ranks.traffic.reduced += (double)p->bytes[p->mine] * (p->sharing - 1);
@@ -140,6 +141,7 @@ void await_compressed_sums(Model *m) {
         for (int r = 0; r < p->sharing; r++) {
             decode(codec_of(&m->config), m->memory[GRADS] + p->from + part_begin(p, r), p->code + p->at[r], part_numbers(p, r));
         }
+        passed_over(m->memory[GRADS] + p->from, p->n);
         free(p->bytes);
         free(p->code);
     }

@@ -12,6 +12,7 @@
 #ifndef RANKS_EXPERTS_H
 #define RANKS_EXPERTS_H
 #include "compress.h"
+#include "staged_sums.h"
 
 // Where the experts of all layers are, among the members of a group. Each member owns E/ep of them, and has memory
 // for copies of some busy ones that others own (copies.h). The number of an expert on its process counts those that
@@ -149,6 +150,9 @@ void ranks_allocate(Model *m, int N) {
         x->lost = own_reals(m, m->tables);
         m->bytes[FOR_GRADIENTS] += 2 * code_bytes(codec_of(c), m->tables); // codes that go and come, until backward is done
         m->purpose = before;
+    }
+    if (m->memory[GRADS]) {
+        m->bytes[FOR_GRADIENTS] += staged_bytes(m); // --offload
     }
     if (ranks.ep == 1 || !moe_layers(c)) {
         return;

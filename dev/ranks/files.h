@@ -1,9 +1,10 @@
 // A tensor as a single process has it: files are read and written by these, one tensor after the other.
-// Gives: allocate_tensor, ranks_read, ranks_write; for the CUDA twin ranks_share, ranks_gather. Needs: comm.h,
-// gradients.h; of train_moe.c the table of weights.
+// Gives: allocate_tensor, ranks_read, ranks_write, ranks_read_expert, ranks_write_part; for the CUDA twin ranks_share,
+// ranks_gather. Needs: comm.h, gradients.h; dev/offload.h; of train_moe.c the table of weights.
 //
 // A checkpoint does not tell how many processes wrote it: any number of them can go on with it. One tensor, not the
-// model, is what rank 0 gathers at a time, so that it needs hardly more memory than the others.
+// model, is what rank 0 gathers at a time, so that it needs hardly more memory than the others; of the experts' tensors, on the CPU,
+// it is a part of one expert.
 #ifndef RANKS_FILES_H
 #define RANKS_FILES_H
 
@@ -59,10 +60,55 @@ void ranks_read(Model *m, int what, int tensor, real *to) {
     ranks_gather(m, what, tensor, to);
 }
 
-// Takes this process's share over from all numbers of a tensor, which each process has read from a file.
-void ranks_write(Model *m, int what, int tensor, const real *from) {
+// --offload: what is in memory of a tensor goes, before its numbers are read or written one after the other.
+void let_go_before(const Model *m, int what, int tensor) {
+    Pool *pool = find_pool(m, what, tensor);
+    if (pool && pool->count) {
+        let_go(pool);
+    }
+}
+
+// Takes over what this process has of the numbers first .. first+n of a tensor, which each process has read from a file: `from`. With
+// --offload they do not stay in memory.
+void ranks_write_part(Model *m, int what, int tensor, size_t first, size_t n, const real *from) {
     Share s = ranks_share(m, what, tensor);
-    memcpy(m->memory[what] + s.at, from + s.first, s.size * sizeof(real));
+    size_t begin = first > s.first ? first : s.first, end = first + n < s.first + s.size ? first + n : s.first + s.size;
+    let_go_before(m, what, tensor);
+    if (begin < end) {
+        real *to = m->memory[what] + s.at + (begin - s.first);
+        memcpy(to, from + (begin - first), (end - begin) * sizeof(real));
+        passed_over(to, end - begin);
+    }
+}
+
+// The same with all numbers of the tensor.
+void ranks_write(Model *m, int what, int tensor, const real *from) {
+    ranks_write_part(m, what, tensor, 0, m->tensors[tensor].whole, from);
+}
+
+// The member of a group that has the expert of which a tensor's number `first` is.
+int member_of_number(const Config *c, const Tensor *t, size_t first) {
+    size_t end = 0;
+    int e = -1;
+    while (end <= first) {
+        end += expert_size(c, t, ++e);
+    }
+    return e / (c->experts / ranks.ep);
+}
+
+// Gives n numbers of one expert to rank 0, from number `first` of its tensor on. All processes call it, and `to` has memory for them.
+void ranks_read_expert(Model *m, int what, int tensor, size_t first, size_t n, real *to) {
+    int member = member_of_number(&m->config, &m->tensors[tensor], first);
+    let_go_before(m, what, tensor);
+    if (ranks.rank == member) { // of the first group
+        Share s = ranks_share(m, what, tensor);
+        const real *from = m->memory[what] + s.at + (first - s.first);
+        memcpy(to, from, n * sizeof(real));
+        passed_over(from, n);
+    }
+    if (member) {
+        send_to_first(to, to, n * sizeof(real), member);
+    }
 }
 
 #endif

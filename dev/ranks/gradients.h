@@ -10,6 +10,7 @@
 #define RANKS_GRADIENTS_H
 #include "copies.h"
 #include "compressed_sums.h"
+#include "staged_sums.h"
 #include "tables.h"
 
 size_t bucket = 1 << 20; // numbers
@@ -71,30 +72,43 @@ size_t moment_offset(const Model *m, size_t offset) {
 Request sums[4096]; // under way
 int sum_count = 0;
 
-void await_sums(Model *m) {
-    await_compressed_sums(m);
+void await_messages(void) {
     if (sum_count > 0) {
         ranks_wait(sums, sum_count);
         sum_count = 0;
     }
 }
 
+void await_sums(Model *m) {
+    await_compressed_sums(m);
+    await_messages();
+    unstage();
+}
+
 // Begins to sum the gradients from .. end of all processes, or with `peers` of those that have the same experts.
 void start_sum(Model *m, size_t from, size_t end, int peers) {
     int sharing = peers ? ranks.groups : ranks.size;
     size_t most = largest_message / sizeof(real);
+    real *g = m->memory[GRADS] + from;
+    Pool *pool = sharing > 1 ? pool_of(g) : NULL; // --offload
     if (m->config.compress) {
         start_compressed_sum(m, from, end, peers);
-        return;
+        from = end;
+    } else if (pool) {
+        g = stage(g, end - from);
+    }
+    if (pool) {
+        let_go(pool);
     }
     while (from < end && sharing > 1) {
         size_t n = end - from < most ? end - from : most;
         if (sum_count == COUNT(sums)) {
-            await_sums(m);
+            await_messages();
         }
         ranks.traffic.reduced += 2.0 * (sharing - 1) / sharing * (double)(n * sizeof(real)); // what a ring sends
-        start_sum_of_reals(m->memory[GRADS] + from, n, peers, &sums[sum_count++]);
+        start_sum_of_reals(g, n, peers, &sums[sum_count++]);
         from += n;
+        g += n;
     }
 }
 
@@ -138,6 +152,9 @@ void ranks_layer_done(Model *m, int l) {
     if (l == m->config.layers - 1) {
         m->crossing->summing = tail;
     }
+    if (staged_count && l >= 0) { // --offload: those of the layer before, before those of this one
+        await_sums(m);
+    }
     sum_layer(m, l, &m->crossing->summing, start_sum);
     if (l >= 0) {
         return;
@@ -150,17 +167,35 @@ void ranks_layer_done(Model *m, int l) {
     ranks_sum_tables(m);
 }
 
+// The sum of the squares of g (n), of which those that lie in a file (--offload) do not stay in memory. In a build of plain loops it
+// runs from the first number to the last, as sum_of_squares() does; the fast function of that name gives each piece back by itself.
+double squares_of(const real *g, size_t n) {
+#ifdef PLAIN
+    const size_t piece = 1 << 18;
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += (double)g[i] * (double)g[i];
+        if ((i + 1) % piece == 0 || i + 1 == n) {
+            passed_over(g + i / piece * piece, i % piece + 1);
+        }
+    }
+    return sum;
+#else
+    return sum_of_squares(g, n);
+#endif
+}
+
 // Of all gradients but those of tables. Each process adds up those of its slice and of its experts, which `groups` processes
 // have.
 double ranks_sum_of_squares(Model *m) {
     const real *g = m->memory[GRADS];
     if (!MANY) {
-        return sum_of_squares(g, m->config.lora ? m->pairs : m->tables);
+        return squares_of(g, m->config.lora ? m->pairs : m->tables);
     }
     const Crossing *x = m->crossing;
     await_sums(m);
-    double total = sum_of_squares(g + x->slice, x->slice_end - x->slice);
-    total += sum_of_squares(g + m->common, m->tables - m->common) / ranks.groups;
+    double total = squares_of(g + x->slice, x->slice_end - x->slice);
+    total += squares_of(g + m->common, m->tables - m->common) / ranks.groups;
     sum_over_ranks(&total, 1);
     return total;
 }

@@ -206,6 +206,11 @@ void test_mpi_bad_options(void **state) {
         {"--compress topk --compress-ratio 0", "--compress-ratio: '0' is not a number from 1e-06 to 1"},
         {"--compress int8 --compress-ratio 0.1", "--compress-ratio 0.1 would have no effect"},
         {"--compress-rows --ep 1", "--compress-rows: no rows travel where each of the 2 ranks has all experts"},
+        {"--offload 4", "--offload 4: with --ep 2 each rank has 4 of a layer's 8 experts, so nothing would be left for the file: give fewer"},
+        {"--ep 1 --offload $((7 + $OMPI_COMM_WORLD_RANK))", "rank 1: --offload 8: a layer has 8 experts, so nothing would be left"},
+        {"--experts 2 --offload 1", "each rank has 1 of a layer's 2 experts, so nothing would be left for the file: leave it out, or give a "
+                                    "smaller --ep"},
+        {"--offload 2 --replicate 1", "--offload has most experts in a file: give one of the two"},
         {"--prompt One", "one process does it; start it without mpirun"},
         {"--data nowhere", "nowhere: cannot open the data folder: No such file or directory"},
         {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options, other data or another checkpoint than rank 0 (here: "
@@ -370,6 +375,48 @@ void test_mpi_both_exchange(void **state) {
     }
 }
 
+// Sets the program of run_ranks() to `before` and, behind it, the program that is to be tested.
+void set_program(const char *before) {
+    static char tested[512];
+    char program[1200];
+    if (!tested[0])
+        snprintf(tested, sizeof(tested), "%s", getenv("TRAIN_MOE_MPI"));
+    snprintf(program, sizeof(program), "%s%s", before, tested);
+    setenv("TRAIN_MOE_MPI", program, 1);
+}
+
+// A run whose ranks have other numbers of experts in memory is killed, goes on with others, and ends with the bits of one with all
+// in memory. A disk that is too small for one rank ends all of them, by the name of that rank, and a new run leaves no folder.
+void test_mpi_offload(void **state) {
+    (void)state;
+    char output[16384], options[512], before[700];
+    if (!has_mpi())
+        return;
+    snprintf(options, sizeof(options), "--warmup 1 --accum 2 --out %s", scratch_file("plain"));
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    snprintf(before, sizeof(before), "env %s ", broken("BREAK_SYMLINK=kill")); // when the first checkpoint is to be linked
+    set_program(before);
+    snprintf(options, sizeof(options), "--warmup 1 --accum 2 --save-every 3 --offload $((1 + 2 * $OMPI_COMM_WORLD_RANK)) --out %s",
+             scratch_file("away"));
+    assert_true(run_ranks(output, sizeof(output), 2, options) != 0);
+    set_program("");
+    assert_int_equal(shell(output, sizeof(output), "ls -a %s | grep offload-", scratch_file("away")), 1);
+    snprintf(options, sizeof(options), "--resume --offload $((2 - 2 * $OMPI_COMM_WORLD_RANK)) --out %s", scratch_file("away"));
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    if (!strstr(output, "going on after step 3"))
+        fail_msg("%s", output);
+    assert_int_equal(shell(output, sizeof(output), "cd %s/latest && for f in model optimizer; do cmp $f.safetensors %s/latest/$f.safetensors "
+                           "|| exit 1; done", scratch_file("plain"), scratch_file("away")), 0);
+
+    set_program("eval [ $OMPI_COMM_WORLD_RANK = 0 ] || ulimit -f 100; ");
+    snprintf(options, sizeof(options), "--offload 2 --out %s", scratch_file("full"));
+    assert_true(run_ranks(output, sizeof(output), 2, options) > 0);
+    set_program("");
+    if (times_in(output, "rank 1: --offload: ") != 1 || times_in(output, "cannot reserve 0.4 MiB for experts' weights, gradients and moments") != 1)
+        fail_msg("%s", output);
+    assert_int_not_equal(access(scratch_file("full"), F_OK), 0);
+}
+
 // One rank is killed; or it hangs; or it is asked to stop, by SIGTERM or SIGHUP; or it hangs while it writes. Each time the job ends with a message, and
 // the run goes on from its last checkpoint.
 void test_mpi_crash(void **state) {
@@ -450,6 +497,7 @@ int main(void) {
         cmocka_unit_test(test_mpi_both_disagree),
         cmocka_unit_test(test_mpi_both_compress),
         cmocka_unit_test(test_mpi_both_exchange),
+        cmocka_unit_test(test_mpi_offload),
     };
     begin_tests();
     return cmocka_run_group_tests_name("mpi", tests, NULL, scratch_done);

@@ -259,6 +259,80 @@ void test_ranks_compressed(void **state) {
     check_ranks("mixtral", IS_DOUBLE ? "" : "--compress topk --compress-ratio 1 --replicate 1 --replicate-every 3", 5); // all is sent
 }
 
+// ---- experts in a file
+
+// The bits of what this process has after some steps.
+uint64_t bits_of_ranks(const Config *c, Curve *curve) {
+    Model *m = train_curve(c, 3, curve);
+    size_t moments = moment_offset(m, trained_size(m));
+    const size_t sizes[] = {m->size, trained_size(m), moments, moments};
+    uint64_t bits = bits_of((const real *)curve->loss, 3 * sizeof(double) / sizeof(real), 0);
+    for (int what = WEIGHTS; what <= MOMENT2; what++)
+        bits = bits_of(m->memory[what], sizes[what], bits);
+    take_weights(m, curve);
+    bits = ranks.rank ? bits : bits_of(curve->weights, whole_size(m), bits);
+    free(curve->weights);
+    model_free(m);
+    return bits;
+}
+
+// Each rank may have another number of experts in memory, or all of them: the bits are those without a file, and no more experts
+// are in memory than was asked for.
+void test_ranks_offload(void **state) {
+    (void)state;
+    static const char *const cases[][2] = {{"mixtral", "--accum 2 --overlap 1"},
+                                           {"deepseek-v3", "--optimizer muon --moments bf16 --recompute 1 --overlap 0"},
+                                           {"mixtral", "--mixed 1 --overlap 1"},
+                                           {"mixtral", "--compress int8 --compress-rows 1 --overlap 1"}};
+    for (int k = 0; k < COUNT(cases) * FORMS; k++) {
+        const int *form = forms[k % FORMS];
+        if (k >= FORMS && k % FORMS != 0 && k % FORMS != 3) // {2,1} and {4,2} are enough
+            continue;
+        Config c = small_config(cases[k / FORMS][0]);
+        Curve curve;
+        set_options(&c, "--experts 8 --dim 32 --ffn 40");
+        set_options(&c, cases[k / FORMS][1]);
+        c.compress_rows = c.compress_rows && form[1] > 1;
+        c.offload_dir = keep_text(scratch_file("away"));
+        begin_form(form[0], form[1]);
+        uint64_t wanted = bits_of_ranks(&c, &curve);
+        int each = c.experts / form[1], wrong = 0;
+        for (int turn = 0; turn < 2; turn++) { // rank 0 with one and without; then others have fewer experts in memory
+            offloaded.fullest = 0;
+            c.offload = turn ? (ranks.rank ? 1 : 0) : 1 + ranks.rank % (each - 1);
+            wrong |= (bits_of_ranks(&c, &curve) != wanted) | (offloaded.fullest > c.offload) << 1 | (offloaded.pool_count != 0) << 2;
+        }
+        end_form();
+        if (agreed(wrong))
+            fail_msg("%s %s, %d ranks, --ep %d: --offload is wrong in %g", cases[k / FORMS][0], cases[k / FORMS][1], form[0], form[1],
+                     agreed(wrong));
+    }
+}
+
+// While backward works, no more than the experts asked for and one layer's copy of the gradients are in memory, also where ranks sum
+// them up; afterwards nothing else is.
+void test_ranks_offload_sums(void **state) {
+    (void)state;
+    Config c = small_config("mixtral");
+    set_options(&c, "--experts 4 --layers 3");
+    c.batch = 1;
+    c.offload = 1;
+    c.offload_dir = keep_text(scratch_file("away"));
+    begin_form(4, 2);
+    Model *m = model_allocate(&c, c.seq, 1, NULL);
+    randomize_weights(m);
+    run_share(m, 0, 4, TRAIN_MODE, 0.25, 1, 0);
+    int wrong = staged_count != 2 || staged[0].n + staged[1].n != staged_bytes(m) / sizeof(real); // those of layer 0
+    for (int i = 0; i < offloaded.pool_count; i++)
+        wrong |= offloaded.pools[i].what == GRADS && offloaded.pools[i].count > 0;
+    cpu_update(m, 1, 1e-3);
+    wrong |= staged_count != 0 || offloaded.fullest > 1;
+    model_free(m);
+    end_form();
+    free_taken();
+    assert_false(agreed(wrong));
+}
+
 // While one rank computes for a long time, the watch still hears from it, and the job goes on.
 void test_ranks_busy(void **state) {
     (void)state;
@@ -362,6 +436,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_ranks_compressed_sums),
         cmocka_unit_test(test_ranks_compressed_bytes),
         cmocka_unit_test(test_ranks_compressed),
+        cmocka_unit_test(test_ranks_offload),
+        cmocka_unit_test(test_ranks_offload_sums),
         cmocka_unit_test(test_ranks_busy),
         cmocka_unit_test(test_ranks_checkpoints),
         cmocka_unit_test(test_ranks_first_weights),
