@@ -17,8 +17,8 @@ const char *ranks_line(int ranks, const char *options) {
     char small[400] = "";
     if (is_twin()) {
         make_data();
-        snprintf(small, sizeof(small), "--heads 2 --layers 1 --experts 4 --seq 16 --batch 1 --optimizer adamw --eval-tokens 16 --tokens 1 --data %s ",
-                 scratch_file("data"));
+        snprintf(small, sizeof(small), "--heads 2 --layers 1 --experts 4 --seq 16 --batch 1 --optimizer adamw --eval-tokens 16 "
+                 "--tokens 1 --data %s ", scratch_file("data"));
     }
     snprintf(line, sizeof(line),
              "timeout 120 $MPIRUN -np %d sh -c '$TRAIN_MOE_MPI --seq 32 --dim 32 --ffn 32 --layers 2 --steps 6 --log-every 1 "
@@ -152,6 +152,17 @@ void test_mpi_both_teacher(void **state) {
                 fail_msg("%d ranks: %s is %g, not %g", ranks, names[i], atof(last), wanted[i]);
         }
     }
+    if (is_twin())
+        return;
+
+    // Two machines have other weights under the same name.
+    assert_int_equal(shell(output, sizeof(output), "cd %s && mkdir 0 1 && cp -rL latest 0/teacher && cp -rL latest 1/teacher && "
+                           "cd 1/teacher && rm checksums.json && n=$(wc -c < model.safetensors) && printf x | dd of=model.safetensors "
+                           "bs=1 seek=$((n - 3)) conv=notrunc", scratch_file("teacher")), 0);
+    shell(output, sizeof(output), "timeout 60 $MPIRUN -np 2 sh -c 'p=$(realpath $TRAIN_MOE_MPI); d=$PWD/data/stories; cd "
+          "%s/$OMPI_COMM_WORLD_RANK && $p --data $d --teacher teacher --steps 2 --warmup 0 --threads 1 --out ../run'", scratch_file("teacher"));
+    if (times_in(output, "rank 1: --teacher teacher: its weights are not those that rank 0 has read under this name") != 1)
+        fail_msg("%s", output);
 }
 
 // A trained model is evaluated by 1, 2 and 4 ranks, which divide a step in their ways, at a learning rate of 0: the line of the

@@ -70,8 +70,8 @@ void check_replaced_teacher(void) {
     expect(run_tiny("learner", "--resume --steps 2"), 0, "What next");
 
     // One byte of the last tensor is another one.
-    expect(shell(said, sizeof(said), "n=$(wc -c < %s/model.safetensors); printf x | dd of=%s/model.safetensors bs=1 seek=$((n - 3)) "
-                 "conv=notrunc", dir, dir), 0, "");
+    expect(shell(said, sizeof(said), "cd %s && n=$(wc -c < model.safetensors) && printf x | dd of=model.safetensors bs=1 "
+                 "seek=$((n - 3)) conv=notrunc", dir), 0, "");
     check_leaks(0);
     expect(run_tiny("learner", "--resume --steps 3"), 1, "/replaced: its weights are not those that taught until step 2; put those back");
     check_leaks(1);
