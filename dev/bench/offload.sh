@@ -5,8 +5,15 @@
 # that the process held, the time of a step (the median) or of a token (a long text's less a short one's), and the processors' time
 # of the whole command, which other programs disturb less. All runs of training must give the same weights, and all of generation the
 # same text, or the script fails. OPTIMIZER (adamw) may be muon.
+#   RANKS=2 dev/bench/offload.sh [FOLDER [PROGRAM [STEPS]]]
+# The same for training on several processes, by MPIRUN (mpirun), PROGRAM being ./train_moe_mpi: each has its share of the experts and
+# its file, and the memory is that of the process that held most.
 set -e
-folder=${1:-offload_bench} program=${2:-./train_moe} steps=${3:-10} tokens=${4:-1000} optimizer=${OPTIMIZER:-adamw}
+ranks=${RANKS:-1} begin="" choices=("" "--offload 16" "--offload 8" "--offload 4" "--offload 16 --offload-cold" "--offload 8 --offload-cold"
+    "--offload 4 --offload-cold")
+[ "$ranks" = 1 ] || begin="${MPIRUN:-mpirun} -np $ranks" choices=("" "--offload 8" "--offload 4" "--offload 2")
+default=./train_moe$([ "$ranks" = 1 ] || echo _mpi)
+folder=${1:-offload_bench} program=${2:-$default} steps=${3:-10} tokens=${4:-1000} optimizer=${OPTIMIZER:-adamw}
 size="--layers 4 --dim 256 --heads 4 --experts 32 --topk 2 --ffn 512 --seq 64 --batch 1"
 quiet="--eval-every 0 --sample-every 0 --eval-tokens 64 --tokens 1 --lr 1e-4 --warmup 1 --save-every 0 --log-every 1"
 mkdir "$folder"
@@ -26,14 +33,17 @@ row() { # row WHAT CHOICE MILLISECONDS MIB SECONDS SECONDS_OF_PROCESSORS
         "$(sed -n 's/^--offload [0-9]*: of \([0-9]*\) .* memory \([0-9]*\) times; \(.*\)/\2 of \1 were there, \3/p' "$folder/said.txt")"
 }
 
-for choice in "" "--offload 16" "--offload 8" "--offload 4" "--offload 16 --offload-cold" "--offload 8 --offload-cold" \
-    "--offload 4 --offload-cold"; do
+for choice in "${choices[@]}"; do
     out="$folder/run${choice// /}"
-    used=$(measure $program --data ${DATA:-data/stories} $size $quiet --optimizer $optimizer --steps $steps --out "$out" $choice)
+    used=$(measure $begin $program --data ${DATA:-data/stories} $size $quiet --optimizer $optimizer --steps $steps --out "$out" $choice)
     step=$(sed -n 's/.*"type":"step".*"ms":\([0-9.e+]*\).*/\1/p' "$out/log.jsonl" | sort -g | sed -n "$(((steps + 1) / 2))p")
     row "a step" "$choice" "$step" $used
     cmp "$folder/run/latest/model.safetensors" "$out/latest/model.safetensors"
     cmp "$folder/run/latest/optimizer.safetensors" "$out/latest/optimizer.safetensors"
+    if [ "$ranks" != 1 ]; then # one process writes stories
+        [ -z "$choice" ] || rm -rf "$out"
+        continue
+    fi
 
     story="$program --out $folder/run --prompt Once --seed 5 --temperature 2 --top-p 1 $choice"
     few=$(measure $story --tokens 1)
