@@ -1605,6 +1605,7 @@ Experts experts_of(const Model *m, int l) {
     x.choice = r->choice;
     x.tile = m->layers[l].tile;
     x.tiles = m->layers[l].tiles;
+    x.plan = plan_of_layer(&m->config, r->offset); // --offload: here the host waits
     return x;
 }
 
@@ -2219,11 +2220,9 @@ void adamw(Adam a, const double *norm) {
     if (a.row && !a.count) {
         return;
     }
-    if (a.moments == MOMENTS_BF16) {
-        start_adamw<__nv_bfloat16>(a, norm);
-    } else {
-        start_adamw<float>(a, norm);
-    }
+    by_parts(a, [&](const Adam &part) { // --offload: expert by expert
+        a.moments == MOMENTS_BF16 ? start_adamw<__nv_bfloat16>(part, norm) : start_adamw<float>(part, norm);
+    });
 }
 
 #include "dev/cuda/ranks.cuh" // several GPUs: sums of gradients, shares of the update, second copies of busy experts
@@ -2350,9 +2349,6 @@ void model_generate(::Model *base, int token, int position, real *logits) {
     if (mixer_without_kernels(config)) {
         usage_fail("what mixes along the sequence has no kernels for a GPU yet; ./train_moe trains it on the CPU");
     }
-    if (config->offload) {
-        usage_fail("--offload %d: experts of a GPU are all in its memory; ./train_moe offloads them on the CPU", config->offload);
-    }
     if (device_refuses(config)) {
         usage_fail("%s", device_refuses(config));
     }
@@ -2389,6 +2385,7 @@ void model_free(::Model *base) {
         free_row_staging(m);
         free_crossing(m);
         CHECK(cudaFree(m->arena));
+        free_arrays(m);
     }
     ranks_free(m);
     if (m->staging) { // not generation's model

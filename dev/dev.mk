@@ -125,7 +125,7 @@ $(E)/bench_cu: $(E)/bench_cu.cpp $(E)/train_moe_cu.cpp $(CHOICE)
 	$(EMULATED) $(DEPS) $(TWIN) $< -o $@ $(LIBS)
 
 # One program for each subject, and all in one, which is faster to build: dev/build/emulated/cuda_layers_bf16, cuda_all_fp32...
-CUDA_TESTS = cuda_layers cuda_routers cuda_model cuda_all
+CUDA_TESTS = cuda_layers cuda_routers cuda_model cuda_offload cuda_all
 $(CUDA_TESTS:%=$(E)/%_bf16): $(E)/%_bf16: dev/test/%.cu $(E)/train_moe_cu.cpp $(CHOICE) | cmocka
 	$(EMULATED) $(DEPS) $(TWIN) $< -o $@ -lcmocka $(LIBS)
 $(CUDA_TESTS:%=$(E)/%_fp32): $(E)/%_fp32: dev/test/%.cu $(E)/train_moe_cu.cpp $(CHOICE) | cmocka

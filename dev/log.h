@@ -322,6 +322,7 @@ void print_memory(Run *run) {
         printf(" the program %.1f; together %s%.1f, and %.1f of tokens are mapped, not held\n", run->before / mib,
                bound ? "at most " : "", (run->before + sum) / mib, mapped / mib);
     }
+    print_offload_memory();
 
     double again = recompute_flops(m), passing = (double)sizeof(real) * (double)(m->passing - m->largest);
     double activations = (double)m->bytes[FOR_ACTIVATIONS] + (c->recompute ? passing : -passing);

@@ -1,8 +1,8 @@
 // Experts that are in a file until they are needed (--offload N).
-// Gives: Pool, offloaded, folder_of_offload, offload_array, offload_free, pool_of, take_in, let_go, let_go_of_tensor, let_go_of_array, passed_over,
-// offload_refuses, offload_refuses_ranks, print_offload. Needs: Model and Tensor of train_moe.c, which includes it by way of dev/memory.h
-// and dev/parts.h; expert_size() of ranks/copies.h, moment_offset() of ranks/gradients.h. The products that fetch experts are in
-// dev/offload_products.h.
+// Gives: Pool, offloaded, use_expert, add_pool, folder_of_offload, offload_array, offload_free, pool_of, take_in, let_go,
+// let_go_of_tensor, let_go_of_array, passed_over, offload_refuses, offload_refuses_ranks, print_offload. Needs: Model and Tensor of
+// train_moe.c, which includes it by way of dev/memory.h and dev/parts.h; expert_size() of ranks/copies.h, moment_offset() of
+// ranks/gradients.h. The products that fetch experts are in dev/offload_products.h.
 //
 // Of a mixture, each step or token needs few experts at a time: a layer multiplies by one after the other. With --offload N the
 // experts' part of each array (weights; in training also gradients and both moments) is a file that is mapped into memory, so an
@@ -32,6 +32,7 @@ typedef struct Pool {
     int what, tensor;
     int E, most;   // experts of this process; those that may be in memory
     real *base;    // the first number of expert 0
+    size_t each;   // bytes of a number
     size_t *from;  // (E+1) where each expert begins, in numbers
     int *held;     // (most) those that are in memory, the one whose last use is longest ago first
     int count;     // how many they are
@@ -56,6 +57,7 @@ struct {
     double asked, fetched, bytes; // experts that were needed; those of them that were not in memory; their bytes
     int fullest;                  // the most experts that a pool has held
     int fresh;                    // 1: the folder of the file was not there when the program began
+    double elsewhere, there;      // CUDA: bytes of experts in the host's memory; of them those that may be on the device
 } offloaded;
 
 size_t expert_size(const Config *c, const Tensor *t, int e); // ranks/copies.h
@@ -122,7 +124,7 @@ Pool *find_pool(const Model *m, int what, int tensor) {
 }
 
 size_t bytes_of_expert(const Pool *p, int e) {
-    return (p->from[e + 1] - p->from[e]) * sizeof(real);
+    return (p->from[e + 1] - p->from[e]) * p->each;
 }
 
 int is_held(const Pool *p, int e) {
@@ -167,26 +169,39 @@ void passed_over(const real *x, size_t n) {
     }
 }
 
-// Expert e will be needed next: the system begins to read it. If the pool is full, the expert whose last use is longest ago
-// goes.
-void take_in(Pool *p, int e) {
+// From now on expert e is the one that was used last. Returns whether it has to be fetched. *leaves: the one that has to leave
+// before, whose last use is longest ago; -1: none.
+int use_expert(Pool *p, int e, int *leaves) {
     int at = 0;
+    *leaves = -1;
     while (at < p->count && p->held[at] != e) {
         at++;
     }
-    if (at < p->count) {
+    int comes = at == p->count;
+    if (!comes) {
         unlist(p, at);
     } else {
         if (p->count == p->most) {
-            passed_over(p->base + p->from[p->held[0]], bytes_of_expert(p, p->held[0]) / sizeof(real));
+            *leaves = p->held[0];
             unlist(p, 0);
         }
-        fetch_pages(p->base + p->from[e], bytes_of_expert(p, e));
         offloaded.fetched++;
         offloaded.bytes += (double)bytes_of_expert(p, e);
     }
     p->held[p->count++] = e;
     offloaded.fullest = max_int(offloaded.fullest, p->count);
+    return comes;
+}
+
+// Expert e will be needed next: the system begins to read it.
+void take_in(Pool *p, int e) {
+    int leaves, comes = use_expert(p, e, &leaves);
+    if (leaves >= 0) {
+        passed_over(p->base + p->from[leaves], bytes_of_expert(p, leaves) / sizeof(real));
+    }
+    if (comes) {
+        fetch_pages(p->base + p->from[e], bytes_of_expert(p, e));
+    }
 }
 
 // All experts of the pool go.
@@ -271,32 +286,34 @@ int offload_file(const Model *m, int what, int last) {
     return file;
 }
 
-// Adds a pool for each tensor of experts in this array.
-void add_pools(Model *m, int what, real *memory) {
+// Bytes of the experts of t that may be in memory, in an array of numbers of `each` bytes.
+size_t offload_bytes(const Config *c, const Tensor *t, size_t each) {
+    size_t largest = 0;
+    int E = c->experts / ranks.ep;
+    for (int e = ranks.member * E; e < (ranks.member + 1) * E; e++) {
+        size_t size = expert_size(c, t, e);
+        largest = size > largest ? size : largest;
+    }
+    return largest * (size_t)c->offload * each;
+}
+
+// A pool for the experts of a tensor, which begin at `base` and have numbers of `each` bytes.
+void add_pool(const Model *m, int what, int tensor, void *base, size_t each) {
     const Config *c = &m->config;
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor *t = &m->tensors[i];
-        if (!t->of_experts) {
-            continue;
-        }
-        offloaded.pools = (Pool *)reallocate(offloaded.pools, (size_t)offloaded.pool_count + 1, sizeof(Pool));
-        Pool *p = &offloaded.pools[offloaded.pool_count++];
-        memset(p, 0, sizeof(*p));
-        p->owner = m;
-        p->what = what;
-        p->tensor = i;
-        p->E = c->experts / ranks.ep;
-        p->most = c->offload;
-        p->base = memory + place_in_array(m, what, t->offset);
-        p->from = (size_t *)allocate((size_t)p->E + 1, sizeof(size_t));
-        p->held = (int *)allocate(p->most, sizeof(int));
-        size_t largest = 0;
-        for (int e = 0; e < p->E; e++) {
-            size_t size = expert_size(c, t, ranks.member * p->E + e);
-            p->from[e + 1] = p->from[e] + size;
-            largest = size > largest ? size : largest;
-        }
-        m->bytes[m->purpose] += largest * (size_t)p->most * sizeof(real);
+    offloaded.pools = (Pool *)reallocate(offloaded.pools, (size_t)offloaded.pool_count + 1, sizeof(Pool));
+    Pool *p = &offloaded.pools[offloaded.pool_count++];
+    memset(p, 0, sizeof(*p));
+    p->owner = m;
+    p->what = what;
+    p->tensor = tensor;
+    p->E = c->experts / ranks.ep;
+    p->most = c->offload;
+    p->base = (real *)base;
+    p->each = each;
+    p->from = (size_t *)allocate((size_t)p->E + 1, sizeof(size_t));
+    p->held = (int *)allocate(p->most, sizeof(int));
+    for (int e = 0; e < p->E; e++) {
+        p->from[e + 1] = p->from[e] + expert_size(c, &m->tensors[tensor], ranks.member * p->E + e);
     }
 }
 
@@ -326,7 +343,12 @@ real *offload_array(Model *m, int what, size_t count, int last) {
     offloaded.arrays[offloaded.array_count++] = a;
     ask_large_pages(a.base, a.first);
     m->bytes[m->purpose] += (count - (m->tables - m->common)) * sizeof(real);
-    add_pools(m, what, (real *)(void *)a.base);
+    for (int i = 0; i < m->tensor_count; i++) {
+        if (m->tensors[i].of_experts) {
+            add_pool(m, what, i, a.base + place_in_array(m, what, m->tensors[i].offset) * sizeof(real), sizeof(real));
+            m->bytes[m->purpose] += offload_bytes(&m->config, &m->tensors[i], sizeof(real));
+        }
+    }
     return (real *)(void *)a.base;
 }
 
@@ -358,6 +380,14 @@ void offload_free(const Model *m) {
     if (!pools) {
         free(offloaded.pools);
         offloaded.pools = NULL;
+    }
+}
+
+// Behind the table of memory: what a GPU has of the experts, and what the host has.
+void print_offload_memory(void) {
+    if (offloaded.elsewhere > 0) {
+        printf("--offload: %.1f MiB of experts are in the host's memory; the table counts the %.1f MiB that the device may hold of them\n",
+               offloaded.elsewhere / 1048576, offloaded.there / 1048576);
     }
 }
 

@@ -166,7 +166,7 @@ const Option base_options[] = {
     NUMBER("distill-temperature", distill_temperature, "2", 0.01, 1000, TRAIN, "Distillation",
            "by which both models' logits are divided: above 1 unlikely words count more"),
     INTEGER("offload", offload, "0", 0, 4096, RUN, "Memory",
-            "of each layer so many experts are in memory, the others in a file until they are needed; 0: all are in memory"),
+            "of each layer so many experts are in memory, the others in a file (on a GPU: in the host's) until needed; 0: all"),
     FLAG("offload-cold", offload_cold, RUN, "Memory",
          "an expert that leaves memory leaves the system's cache of files, too: it comes back from the disk"),
     TEXT("offload-dir", offload_dir, "", RUN, "Memory", "the folder of that file, which has no name and goes with the process [OUT]"),

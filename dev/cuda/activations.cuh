@@ -4,6 +4,7 @@
 #ifndef CUDA_ACTIVATIONS_CUH
 #define CUDA_ACTIVATIONS_CUH
 #include "compress.cuh"
+#include "offload_memory.cuh"
 
 // What --recompute shares of a layer's activations, one after the other from `memory` on; returns their bytes.
 size_t lay_activations(Model *m, int l, int N, char *memory) {
@@ -197,21 +198,21 @@ void allocate_all(Model *m, int N, int train, const Model *parent) {
 
     // Weights, their rounded copy, and for training their gradients and the optimizer's two moments.
     m->purpose = FOR_WEIGHTS;
-    m->memory[WEIGHTS] = parent ? parent->memory[WEIGHTS] : own_floats(m, m->size);
+    m->memory[WEIGHTS] = parent ? parent->memory[WEIGHTS] : (float *)own_array(m, WEIGHTS, m->size, sizeof(float));
     int is_copy = sizeof(floatX) != 4 || c->lora; // in float32 products read the weights themselves, but not beside pairs
     m->low = parent ? parent->low : NULL;
     if (!parent) {
-        m->low = is_copy ? own_low(m, m->size) : (floatX *)m->memory[WEIGHTS];
+        m->low = is_copy ? (floatX *)own_array(m, LOW_WEIGHTS, m->size, sizeof(floatX)) : (floatX *)m->memory[WEIGHTS];
     }
     point_params(m, &m->params, m->memory[WEIGHTS]);
     if (train) {
         m->purpose = FOR_GRADIENTS;
-        m->memory[GRADS] = own_floats(m, trained_size(m));
+        m->memory[GRADS] = (float *)own_array(m, GRADS, trained_size(m), sizeof(float));
         own_lost(m);
         point_params(m, &m->grads, m->memory[GRADS]);
         m->purpose = FOR_MOMENTS;
         for (int i = MOMENT1; i <= MOMENT2; i++) {
-            m->memory[i] = (float *)own(m, moment_offset(m, trained_size(m)), moment_size(m));
+            m->memory[i] = (float *)own_array(m, i, moment_offset(m, trained_size(m)), moment_size(m));
         }
     }
     own_pairs(m, N, train, parent);

@@ -40,6 +40,7 @@ struct Experts { // of a layer; act has rows of `widest` numbers, hidden has row
     const int *offset, *token, *choice; // the plan: (E+1), (slots), (slots)
     const int2 *tile; // (tiles): expert and first slot of each tile of rows; expert -1: no tile
     int tiles;
+    const int *plan; // with --offload offset (E+1) on the host; NULL: all experts are on the device
 };
 
 enum { HIDDEN, ANSWER, DHIDDEN, DROWS, DOUT, DIN };
@@ -61,6 +62,8 @@ struct WeightsJob { // the arrays of WEIGHTS
     int across_out, across_in; // column tiles of an expert's dW_out, of its dW_in
     int tiles_out;             // all tiles of dW_out, which come before those of dW_in
 };
+
+#include "offload.cuh"
 
 // ---- which tile a block makes
 
@@ -406,6 +409,10 @@ template <int WHAT, int STAGES> void start_rows(const Experts *x, const RowsJob 
 }
 
 template <int WHAT> void rows_product(const Experts *x, RowsJob job) {
+    if (x->plan) {
+        rows_by_expert(x, WHAT, job.b, [&](const Experts *part) { rows_product<WHAT>(part, job); });
+        return;
+    }
     int columns = WHAT == HIDDEN ? x->hidden_width : x->C;
     job.across = div_up(WHAT == DHIDDEN ? x->widest : columns, TN);
     if (most_stages()) {
@@ -425,6 +432,10 @@ template <int STAGES> void start_weights(const Experts *x, const WeightsJob &job
 }
 
 void weights_product(const Experts *x, WeightsJob job) {
+    if (x->plan) {
+        weights_by_expert(x, job.dw_out, [&](const Experts *part) { weights_product(part, job); });
+        return;
+    }
     job.across_out = div_up(x->widest, TN);
     job.across_in = div_up(x->C, TN);
     job.tiles_out = div_up(x->C, TM) * job.across_out;

@@ -352,6 +352,54 @@ __global__ void large_kernel(float *x) {
     x[threadIdx.x] = dynamic[threadIdx.x + 4000].w;
 }
 
+// Managed memory: where its bytes are, and what is refused.
+void check_managed() {
+    const cudaMemLocation host_place = {cudaMemLocationTypeHost, 0}, place = {cudaMemLocationTypeDevice, 0};
+    const cudaMemLocation none = {cudaMemLocationTypeDevice, 1};
+    cudaStream_t s, t;
+    size_t before, after, total;
+    int *p, *plain = device<int>(1000), can = 0, seen = 0;
+    EXPECT(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking) == cudaSuccess);
+    EXPECT(cudaStreamCreateWithFlags(&t, cudaStreamNonBlocking) == cudaSuccess);
+    EXPECT(cudaDeviceGetAttribute(&can, cudaDevAttrConcurrentManagedAccess, 0) == cudaSuccess && can == 1);
+    EXPECT(cudaMemGetInfo(&before, &total) == cudaSuccess && cudaMallocManaged(&p, 4000) == cudaSuccess);
+    EXPECT(cudaMemGetInfo(&after, &total) == cudaSuccess && after == before);
+    EXPECT(cudaMemAdvise(p, 4000, cudaMemAdviseSetPreferredLocation, host_place) == cudaSuccess);
+
+    // Nothing has moved before somebody waits; kernels find the numbers on either side.
+    EXPECT(cudaMemset(p, 0, 4000) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess);
+    EXPECT(cudaMemPrefetchAsync(p + 100, 1600, place, 0, s) == cudaSuccess);
+    EXPECT(cudacpu::bytes_there(p, 4000) == 0);
+    EXPECT(cudaStreamSynchronize(s) == cudaSuccess && cudacpu::bytes_there(p, 4000) == 1600 && cudacpu::bytes_there(p + 100, 1600) == 1600);
+    EXPECT(cudaMemGetInfo(&after, &total) == cudaSuccess && after == before - 1600);
+    add_kernel<<<8, 128, 0, s>>>(p, 1000, 3);
+    EXPECT(cudaMemPrefetchAsync(p + 300, 400, host_place, 0, s) == cudaSuccess && cudaStreamSynchronize(s) == cudaSuccess);
+    EXPECT(p[0] == 3 && p[999] == 3 && cudacpu::managed_there == 1200 && cudacpu::managed_most == 1600);
+    EXPECT(cudaMemcpy(&seen, p + 500, 4, cudaMemcpyDeviceToHost) == cudaSuccess && seen == 3);
+
+    // Another stream that does not wait may come too early.
+    must_fail(__LINE__, {"400 bytes", "not all on the device"}, [=] {
+        for (int i = 0; i < 20; i++) {
+            cudaMemPrefetchAsync(p + 300, 400, host_place, 0, s);
+            cudaStreamSynchronize(s);
+            cudaMemPrefetchAsync(p + 300, 400, place, 0, s);
+            cudacpu::expect_on_device(t, p + 300, 400);
+            cudaStreamSynchronize(t);
+        }
+    });
+
+    // Errors
+    EXPECT(cudaMemPrefetchAsync(p, 4001, place, 0, s) == cudaErrorInvalidValue);
+    EXPECT(cudaMemPrefetchAsync(p, 4, place, 1, s) == cudaErrorInvalidValue);
+    EXPECT(cudaMemPrefetchAsync(plain, 4, place, 0, s) == cudaErrorInvalidValue);
+    EXPECT(cudaMemPrefetchAsync(p, 4, none, 0, s) == cudaErrorInvalidDevice);
+    EXPECT(cudaMemAdvise(plain, 4, cudaMemAdviseSetAccessedBy, place) == cudaErrorInvalidValue);
+    EXPECT(cudaGetLastError() != cudaSuccess);
+    EXPECT(cudaFree(p) == cudaSuccess && cudaMemGetInfo(&after, &total) == cudaSuccess);
+    EXPECT(after == before && cudacpu::managed_there == 0);
+    EXPECT(cudaStreamDestroy(s) == cudaSuccess && cudaStreamDestroy(t) == cudaSuccess);
+}
+
 void check_runtime() {
     // Nothing is done before somebody waits, and a host's buffer is read only then.
     cudaStream_t s, t;
@@ -1050,6 +1098,7 @@ int main(int argc, char **argv) {
                           check_shuffles<unsigned long long>,
                           check_votes,
                           check_blocks,
+                          check_managed,
                           check_runtime,
                           check_environment,
                           check_bf16,

@@ -20,6 +20,7 @@
 //   CUDACPU_SEED=n      shuffles differently
 //   CUDACPU_MEMORY=n    gives the device n MiB (4096)
 //   CUDACPU_SHARED=n    gives a block at most n KiB of shared memory (227; 99 as on a consumer's card)
+//   CUDACPU_MANAGED=0   has no memory that device and host share while both work: managed.h
 //   CUDACPU_QUEUE=n     lets a stream hold n operations (10,000); a host that starts one more waits, and starts nothing
 //                       in other streams meanwhile, which ends in vain if the device waits for that
 //   CUDACPU_COUNT=file  writes a table of kernels, launches and bytes at the end
@@ -55,6 +56,7 @@
 #define __noinline__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
+#define CUDART_VERSION 13000
 
 #define threadIdx (cudacpu::current->index)
 #define blockIdx  (cudacpu::machine->block)
@@ -290,6 +292,8 @@ inline std::map<void *, size_t> dynamic_limits; // of kernels that have asked fo
 typedef cudacpu::Stream *cudaStream_t;
 typedef cudacpu::Event *cudaEvent_t;
 
+#include "managed.h"
+
 inline cudaError_t cudaPeekAtLastError() {
     return cudacpu::last_error;
 }
@@ -447,7 +451,7 @@ inline cudaError_t cudaFree(void *p) {
     size_t n = found->second;
     cudacpu::check_guards(found->first, n);
     cudacpu::poison(p, n);
-    cudacpu::memory_used -= n;
+    cudacpu::memory_used -= cudacpu::leave_device(found->first, n);
     cudacpu::memory.erase(found);
     cudacpu::give_back((char *)p - cudacpu::FRONT, cudacpu::FRONT + n + cudacpu::BACK);
     return cudaSuccess;

@@ -10,10 +10,14 @@
 #define main main_of_cuda_routers
 #include "dev/test/cuda_routers.cu"
 #undef main
+#define main main_of_cuda_offload
+#include "dev/test/cuda_offload.cu"
+#undef main
 
 int main(void) {
     int failed = main_of_cuda_model() != 0;
     failed += main_of_cuda_layers() != 0;
     failed += main_of_cuda_routers() != 0;
+    failed += main_of_cuda_offload() != 0;
     return failed;
 }

@@ -10,6 +10,7 @@
 
 #include "dev/test/cuda_twin.h"
 #include "dev/test/taught.h"
+#include "dev/test/cuda_runs.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The layers on the device against their C twins, on random numbers
@@ -1073,24 +1074,6 @@ void test_gpu_same_bits(void **state) {
 }
 
 // ---- files
-
-const char *twin_program(void) {
-    return getenv("TRAIN_MOE_CU") ? getenv("TRAIN_MOE_CU") : "./train_moe_cu";
-}
-
-// A tiny run of either program.
-int run_either(int twin, const char *out, const char *more) {
-    char *before = getenv("TRAIN_MOE") ? strdup(getenv("TRAIN_MOE")) : NULL;
-    if (twin)
-        setenv("TRAIN_MOE", twin_program(), 1);
-    int status = run_tiny(out, more);
-    if (before)
-        setenv("TRAIN_MOE", before, 1);
-    else
-        unsetenv("TRAIN_MOE");
-    free(before);
-    return status;
-}
 
 void add_keys(char *keys, size_t size, const char *type, const Json *object) { // "type key key of a part ..."
     for (const Json *m = object->child; m; m = m->next) {
