@@ -1567,13 +1567,10 @@ Model *model_allocate(const Config *config, int N, int train, real *weights) {
 
     // Weights, and for training their gradients and the optimizer's two moments.
     lay_out(m, (Tensor *)own(m, tensor_limit(c), sizeof(Tensor)), 1);
-    m->memory[WEIGHTS] = weights ? weights : own_array(m, WEIGHTS, m->size, train ? MOMENT2 : WEIGHTS);
+    own_arrays(m, train, weights); // m->memory[WEIGHTS]; in training [GRADS], [MOMENT1] and [MOMENT2], zeroed
     point_params(m, &m->params, m->memory[WEIGHTS]);
     if (train) {
-        m->memory[GRADS] = own_array(m, GRADS, trained_size(m), MOMENT2);
         point_params(m, &m->grads, m->memory[GRADS]);
-        m->memory[MOMENT1] = own_array(m, MOMENT1, moment_offset(m, trained_size(m)), MOMENT2);
-        m->memory[MOMENT2] = own_array(m, MOMENT2, moment_offset(m, trained_size(m)), MOMENT2);
     }
 
     register_pairs(m, train);

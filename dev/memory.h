@@ -1,5 +1,5 @@
 // The memory of a model: what lives as long as it does, and scratch memory for the part that works now.
-// Gives: own, own_reals, own_array, own_by_group, scratch, scratch_reset. Needs: Model of train_moe.c, which includes it.
+// Gives: own, own_reals, own_arrays, own_by_group, scratch, scratch_reset. Needs: Model of train_moe.c, which includes it.
 #ifndef MEMORY_H
 #define MEMORY_H
 #include "offload.h" // experts that are in a file
@@ -17,11 +17,20 @@ real *own_reals(Model *m, size_t count) {
     return (real *)own(m, count, sizeof(real));
 }
 
-// Memory for WEIGHTS, GRADS, ...; with --offload the experts' part of it is in a file. last: the last one that the model will have.
-real *own_array(Model *m, int what, size_t count, int last) {
+size_t trained_size(const Model *m); // lora_tensors.h
+
+// The model's memory[]: that of WEIGHTS, unless the weights are those of another model; in training those of gradients and moments,
+// too. With --offload the experts' part of each is in a file.
+void own_arrays(Model *m, int train, real *weights) {
     const int purpose[] = {FOR_WEIGHTS, FOR_GRADIENTS, FOR_MOMENTS, FOR_MOMENTS};
-    m->purpose = purpose[what];
-    return m->config.offload ? offload_array(m, what, count, last) : own_reals(m, count);
+    int last = train ? MOMENT2 : WEIGHTS;
+    m->memory[WEIGHTS] = weights;
+    for (int what = weights ? GRADS : WEIGHTS; what <= last; what++) {
+        size_t count = what == WEIGHTS ? m->size : trained_size(m);
+        count = what < MOMENT1 ? count : moment_offset(m, count);
+        m->purpose = purpose[what];
+        m->memory[what] = m->config.offload ? offload_array(m, what, count, last) : own_reals(m, count);
+    }
 }
 
 // Memory for `each` numbers for every group of n tokens. There are as many groups as tokens only where sequences
