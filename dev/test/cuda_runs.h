@@ -1,10 +1,15 @@
-// Tiny runs of the programs of either twin. Gives: twin_program, start_twin, run_either. Needs: dev/test/runs.h.
+// Tiny runs of the programs of either twin. Gives: twin_program, starts_no_program, start_twin, run_either. Needs: dev/test/runs.h.
 
 #pragma once
 #include "dev/test/runs.h"
 
 const char *twin_program(void) {
     return getenv("TRAIN_MOE_CU") ? getenv("TRAIN_MOE_CU") : "./train_moe_cu";
+}
+
+// The program has a precision of its own, whatever that of these tests is. So only the tests in bfloat16 start it.
+int starts_no_program(void) {
+    return !LOW || access(twin_program(), X_OK) != 0;
 }
 
 // Tiny runs start the CUDA twin's program from now on; returns what TRAIN_MOE was before, for end_twin().
