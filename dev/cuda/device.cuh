@@ -3,10 +3,11 @@
 #ifndef CUDA_DEVICE_CUH
 #define CUDA_DEVICE_CUH
 
-// Bytes of the device that a model takes, with what generation needs.
+// Bytes of the device that a model takes, with what generation needs. Stops where the host has too little for --offload.
 double bytes_of(const Config *c, int N, int train) {
     Model *m = new_model(c, N, train, NULL, 1);
     m->one = new_model(c, 1, 0, m, 1);
+    check_host_memory(m, train);
     double sum = 0;
     for (int i = 0; i < MEMORY_KINDS; i++) {
         sum += (double)m->bytes[i] + (double)m->one->bytes[i];

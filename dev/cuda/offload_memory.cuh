@@ -1,5 +1,5 @@
 // --offload N on the device: the arrays whose experts are in the host's memory. offload.cuh says how they come and go.
-// Gives: own_array, free_arrays. Needs: memory.cuh, offload.cuh; Model of train_moe.cu, which includes it.
+// Gives: own_array, free_arrays, check_host_memory. Needs: memory.cuh, offload.cuh; Model of train_moe.cu, which includes it.
 //
 // An array is one piece of managed memory. What all experts have in common, and tables, have their home on the device, and the
 // experts have theirs in the host's memory. The device can read it there (cudaMemAdviseSetAccessedBy), so that what goes over
@@ -31,12 +31,14 @@ void start_moving(void) {
     CHECK(cudaEventCreateWithFlags(&moving.used, cudaEventDisableTiming));
 }
 
-// Stops where the machine has less memory than the experts would take. They are `bytes` more than those that are there already.
-void check_host_memory(double bytes) {
+// Stops where the machine has less memory than the experts would take, of which m is a dry model.
+void check_host_memory(const Model *m, int train) {
+    size_t low = LOW_WEIGHTS == WEIGHTS ? 0 : sizeof(floatX), of_training = sizeof(float) + 2 * moment_size(m);
+    double each = (double)(sizeof(float) + low + (train ? of_training : 0)), need = (double)(m->tables - m->common) * each;
     double has = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), mib = 1048576;
-    if (has > 0 && offloaded.elsewhere + bytes > has) {
+    if (m->config.offload && has > 0 && offloaded.elsewhere + need > has) {
         fail("--offload: the experts need %.0f MiB of the host's memory, which has %.0f: it needs a smaller model or a larger machine",
-             (offloaded.elsewhere + bytes) / mib, has / mib);
+             (offloaded.elsewhere + need) / mib, has / mib);
     }
 }
 
@@ -68,7 +70,6 @@ void *own_array(Model *m, int what, size_t count, size_t each) {
     }
 
     start_moving();
-    check_host_memory((double)experts);
     char *memory;
     cudaError_t error = cudaMallocManaged((void **)&memory, count * each, cudaMemAttachGlobal);
     if (error != cudaSuccess || managed_count == COUNT(managed)) {
