@@ -401,7 +401,7 @@ void test_memory(void **state) {
         struct rusage use;
         int status;
         snprintf(out, sizeof(out), "memory-%d", i);
-        snprintf(sizes, sizeof(sizes), "--dim 256 --heads 4 --ffn 256 --seq 128 --batch 16 --steps 3 %s", more[i]);
+        snprintf(sizes, sizeof(sizes), "--dim 256 --heads 4 --ffn 256 --seq 128 --batch 16 --steps 1 %s", more[i]);
         snprintf(line, sizeof(line), "exec %s >/dev/null", command_line(out, sizes));
         pid_t child = fork();
         if (child == 0) {
@@ -434,13 +434,13 @@ void test_same_run(void **state) {
         char out[4][64], options[256];
         for (int i = 0; i < 4; i++) {
             snprintf(out[i], sizeof(out[i]), "same-%s-%d", recipes[r].name, i);
-            snprintf(options, sizeof(options), "--recipe %s --steps 10 --batch 3 --seq 70 --ffn 50 %s", recipes[r].name,
+            snprintf(options, sizeof(options), "--recipe %s --steps 5 --batch 3 --seq 70 --ffn 50 %s", recipes[r].name,
                      differ[i]);
             expect(run_tiny(out[i], options), 0, NULL);
         }
         assert_same_weights(out[0], out[1]);
         assert_same_weights(out[0], out[2]);
-        for (int step = 1; step <= 10; step++) {
+        for (int step = 1; step <= 5; step++) {
             double loss = logged(out[0], "step", step, "loss");
             assert_true(loss == logged(out[2], "step", step, "loss") && loss != logged(out[3], "step", step, "loss"));
         }
