@@ -106,7 +106,7 @@ void test_mpi_log(void **state) {
         snprintf(name, sizeof(name), "log%d", ranks);
         snprintf(options, sizeof(options),
                  "--batch %d --accum 2 --experts 6 --capacity-factor 0.6 --eval-capacity-factor 0.8 --jitter 0.9 --eval-every 3 "
-                 "--eval-tokens 0 --save-every 0 --out %s",
+                 "--eval-tokens 6400 --save-every 0 --out %s",
                  6 / ranks, scratch_file(name));
         assert_int_equal(run_ranks(output, sizeof(output), ranks, options), 0);
         shell(output, sizeof(output), "cat %s/log.jsonl", scratch_file(name));

@@ -222,7 +222,7 @@ void test_options_effective(void **state) {
             while (o->kind == 'e' && o->words[values])
                 values++;
             values = o->kind == 'f' ? 1 : values;
-            for (int v = 0; looked_at && v < values; v++) {
+            for (int v = 0; looked_at && !effective && v < values; v++) {
                 char text[1024], said_there[512], now[64];
                 double number = atof(other[v]);
                 const char *value = o->kind == 'e' ? o->words[v] : other[v];
