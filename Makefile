@@ -126,6 +126,10 @@ TEST_BUILD = $(CC) $(TEST_FLAGS)
 # Builds two things at a time, unless make was told how many.
 PAIR       = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j2)
 
+# $(call TOGETHER,A,B): runs both programs at the same time; what B says is shown when A has ended.
+TOGETHER   = @log=dev/build/second.$$$$; $(2) > $$log 2>&1 & second=$$!; $(1); first=$$?; wait $$second; second=$$?; \
+    cat $$log; rm -f $$log; [ $$first = 0 ] && [ $$second = 0 ]
+
 ##test_moe: the proof of the lesson, in float and in double; installs cmocka if it is missing
 test_moe:
 	@$(PAIR) dev/test_moe dev/test_moe_double

@@ -19,8 +19,7 @@ $(TESTS_DOUBLE) dev/build/all_double: dev/build/%_double: dev/test/%.c $(CHOICE)
 ##test_rest: the tests of the C program in one program, in float and in double, and those of the CUDA twin
 test_rest:
 	@$(PAIR) dev/build/all dev/build/all_double train_moe train_moe_double data/tokenize data/make_stories dev/build/check_stories
-	dev/build/all
-	dev/build/all_double
+	$(call TOGETHER,dev/build/all,dev/build/all_double)
 	@if command -v $(CXX) >/dev/null; then $(PAIR) test_emulated; \
 	else echo "the CUDA twin's tests are not run: they need a C++ compiler"; fi
 
@@ -137,8 +136,7 @@ $(E)/cuda_ranks_bf16 $(E)/cuda_ranks_fp32: $(E)/cuda_ranks_%: dev/test/cuda_rank
 ##test_emulated: the CUDA twin's tests on the processor, in bfloat16 and in float32
 test_emulated: $(E)/check $(E)/train_moe_cu $(E)/cuda_all_bf16 $(E)/cuda_all_fp32 train_moe
 	$(E)/check
-	TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_bf16
-	TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_fp32
+	$(call TOGETHER,TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_bf16,TRAIN_MOE_CU=$(E)/train_moe_cu $(E)/cuda_all_fp32)
 
 ##draws: the same tests with DRAWS (5) other sets of random numbers; SEED=number, which each prints, repeats one
 DRAWS ?= 5

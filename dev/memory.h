@@ -31,6 +31,7 @@ void own_arrays(Model *m, int train, real *weights) {
         m->purpose = purpose[what];
         m->memory[what] = m->config.offload ? offload_array(m, what, count, last) : own_reals(m, count);
     }
+    m->purpose = FOR_WEIGHTS; // the lists of pointers to them come next
 }
 
 // Memory for `each` numbers for every group of n tokens. There are as many groups as tokens only where sequences

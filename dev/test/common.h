@@ -154,6 +154,10 @@ int dies(void (*fn)(void *), void *arg, char *message, size_t size) {
 
 // The beginning of every main: TEST=pattern runs only the tests whose names match; * and ? stand for anything.
 void begin_tests(void) {
+    // A shell's command in the background, and nohup, ignore signals that tests send to programs.
+    signal(SIGINT, SIG_DFL);
+    signal(SIGQUIT, SIG_DFL);
+    signal(SIGHUP, SIG_DFL);
     set_threads(1); // small models are slower with more
     not_worth_threads = 0;
     if (getenv("TEST"))
