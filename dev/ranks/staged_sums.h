@@ -5,8 +5,8 @@
 // backward still works. A message would bring all experts of a tensor into memory until it has come, and a network card cannot
 // send from a file that is mapped. So the gradients of the layer that is done are copied to memory of their own, and summed up
 // there while backward goes on with the next layer. Then they go back to the file. Before that layer's sums begin, all that are
-// under way must have come, those of common weights, too: no sum overlaps with more than one layer. It is the same message as without --offload,
-// so the sums have the same bits, and processes with and without --offload can sum up together.
+// under way must have come, those of common weights, too: no sum overlaps with more than one layer. It is the same message as
+// without --offload, so the sums have the same bits, and processes with and without --offload can sum up together.
 #ifndef RANKS_STAGED_SUMS_H
 #define RANKS_STAGED_SUMS_H
 #include "../offload.h"
