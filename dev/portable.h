@@ -1,6 +1,7 @@
 // What differs between compilers, C libraries and systems, in one place.
 // Gives: large files on 32 bits; a refusal of compilers and flags that compute something else; file_time,
-// ask_large_pages, forget_pages, fetch_pages, drop_from_cache, map_memory, open_unnamed, reserve_file, begin_again, name_of_processor. Needs: nothing. dev/util.h includes it before all else.
+// ask_large_pages, forget_pages, fetch_pages, drop_from_cache, map_memory, open_unnamed, reserve_file, begin_again,
+// name_of_processor. Needs: nothing. dev/util.h includes it before all else.
 // The rest of the C sources is C11 and POSIX 2008 with GCC's and Clang's extensions, and a few calls that
 // glibc, musl and macOS have besides: flock, getopt_long, memmem, TIOCGWINSZ. `make test_posix` holds them to it.
 #pragma once
