@@ -1,14 +1,14 @@
 // Several processes: sums of gradients that are sent in fewer bits (--compress).
-// Gives: start_compressed_sum, await_compressed_sums; for checkpoints copy_lost; for the CUDA twin Parcel, lay_parcel, part_begin,
-// part_numbers.
+// Gives: start_compressed_sum, await_compressed_sums; for checkpoints copy_lost; for the CUDA twin Parcel, lay_parcel,
+// part_begin, part_numbers.
 // Needs: comm.h, experts.h, compress.h, dev/offload.h; Model of train_moe.c.
 //
 // The gradients of a message are divided into as many parts as there are processes; each process owns one. It sends its
 // gradients of each part to the owner, encoded; the owner adds them to its own, which are not rounded, and sends the sum to
 // all, encoded again. All decode the same bytes, the owner too, so all have the same sum, bit for bit. What either code
 // did not say is lost for this step, and kept for the next one, in one array as long as the gradients: by the sender of a
-// part what it has not sent, by the owner what it has not passed on (Tang et al. 2019, DoubleSqueeze). The owner adds in the order of the ranks,
-// so every run has the same bits.
+// part what it has not sent, by the owner what it has not passed on (Tang et al. 2019, DoubleSqueeze). The owner adds in the
+// order of the ranks, so every run has the same bits.
 //
 // The first sending is under way while backward still runs. The second begins when the sums are waited for. With --offload the
 // gradients are read and written piece by piece, and each piece goes back to the file at once; the codes stay in memory.
@@ -28,7 +28,7 @@ typedef struct Parcel { // one message under way
     Request request;
 } Parcel;
 
-const size_t decoded_piece = 256000; // numbers, in whole blocks of every code
+size_t decoded_piece = 256000; // numbers, in whole blocks of every code; a test makes it smaller
 
 Parcel *parcels = NULL; // under way
 int parcel_count = 0;
