@@ -1842,8 +1842,7 @@ void model_update(Model *m, int step, double lr, double norm) {
         }
         double decay = t->dims == 1 || t->looked_up ? 0 : c->weight_decay;
         Adam a = {scale, (real)c->beta1, (real)c->beta2, correct1, correct2, (real)lr, (real)(1 - lr * decay)};
-        adamw_of_tensor(m, t, at, size, a); // tables move at three times the rate
-        round_moments(m, i, at, size, step); // to bfloat16, if --moments asks for it
+        adamw_of_tensor(m, t, at, size, a, step); // and rounds the moments, if --moments asks for it
     }
     ranks_share_weights(m);
     forget_read_rows(m);

@@ -265,7 +265,7 @@ void report_step(Run *run, double loss, double aux, double norm, double lr) {
     if (run->sheet > 0) {
         snprintf(mfu, sizeof(mfu), ",\"mfu\":%.4g", rate * run->flops / run->sheet);
     }
-    describe_teacher(taught, part);
+    describe_teacher(c, taught, part);
     log_line(run, "step",
              "\"step\":%d,\"tokens\":%.0f,\"loss\":%.9g,\"aux\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%.4g,"
              "\"tok_s\":%.6g,\"gflops\":%.4g,\"sol\":%.4g%s%s%s",
@@ -344,7 +344,7 @@ void announce(Run *run) {
     int team = team_size();
     count_parameters(c, &total, &active);
     run->backend->device(device);
-    run->flops = flops_per_token(c) + teacher_flops();
+    run->flops = flops_per_token(c) + teacher_flops(c);
     ranks_meet();
     const char *products = ready_products(c->precision);
     double peak[3] = {run->backend->peak(), run->backend->sheet_peak(), 0};

@@ -1,6 +1,6 @@
 // The optimizer's moments in bfloat16, rounded at random (--moments bf16).
-// Gives: MOMENTS_FP32, MOMENTS_BF16, round_stochastically, moment_stream, moment_draw, round_moments.
-// Needs: util.h; for round_moments the table of weights of train_moe.c, ranks/gradients.h and offload.h.
+// Gives: MOMENTS_FP32, MOMENTS_BF16, round_stochastically, moment_stream, moment_draw, Rounding, rounding_of, round_moments.
+// Needs: util.h; for rounding_of the table of weights of train_moe.c.
 //
 // A bfloat16 is the upper half of a float: 1 bit of sign, 8 of exponent, 7 of mantissa. Neighbours differ by 0.4 to
 // 0.8%, and from one step to the next most moments change by less than that. Rounded to the nearest, such a moment
@@ -39,32 +39,28 @@ BOTH uint64_t moment_draw(uint64_t stream, uint64_t index) {
     return hash64(stream ^ hash64(index));
 }
 
-// After AdamW or Muon has worked out new moments of the weights `at` .. at+size of the tensor in this row of the table:
-// rounds them, as --moments says; a second moment that Muon leaves at 0 stays 0. Inside of a parallel region, the threads
-// share them, once all are worked out. Of a table, only rows that were read have new ones.
-void round_moments(Model *m, int row, size_t at, size_t size, int step) {
-    if (m->config.moments != MOMENTS_BF16) {
-        return;
-    }
+// How --moments wants the moments of a tensor rounded in one step.
+typedef struct Rounding {
+    int on;          // 0: not at all
+    uint64_t stream; // of random numbers
+    size_t first;    // several processes: where this one's numbers begin in the whole tensor
+} Rounding;
+
+// Of the numbers from `at` on of the tensor in this row of the table.
+Rounding rounding_of(const Model *m, int row, size_t at, int step) {
     const Tensor *t = &m->tensors[row];
-    real *m1 = m->memory[MOMENT1] + moment_offset(m, at), *m2 = m->memory[MOMENT2] + moment_offset(m, at);
-    size_t first = t->first + (at - t->offset); // several processes: this one's first number in the whole tensor
-    uint64_t stream = moment_stream((uint64_t)m->config.seed, step, row);
-    size_t width = t->looked_up ? (size_t)t->shape[2] : size, rows = t->looked_up ? (size_t)rows_of_table(m, t)->count : 1;
-#pragma omp barrier
-#pragma omp for schedule(static) nowait
-    for (size_t j = 0; j < rows * width; j++) {
-        size_t at_row = t->looked_up ? (size_t)rows_of_table(m, t)->list[j / width] * width + j % width : j;
-        uint64_t draw = moment_draw(stream, first + at_row);
-        m1[at_row] = round_stochastically((float)m1[at_row], (unsigned)(draw & 0xffff));
-        m2[at_row] = round_stochastically((float)m2[at_row], (unsigned)(draw >> 16 & 0xffff));
-    }
-    if (m->config.offload) { // all of the tensor's moments are in memory now
-#pragma omp barrier
-#pragma omp single
-        {
-            let_go_of_tensor(m, MOMENT1, row);
-            let_go_of_tensor(m, MOMENT2, row);
+    Rounding r = {m->config.moments == MOMENTS_BF16, moment_stream((uint64_t)m->config.seed, step, row), t->first + (at - t->offset)};
+    return r;
+}
+
+// AdamW or Muon has worked out new moments of n numbers, from number j of the range on: rounds them. m2: NULL with Muon, whose
+// second moments stay 0.
+void round_moments(const Rounding *r, real *m1, real *m2, size_t j, size_t n) {
+    for (size_t i = 0; r->on && i < n; i++) {
+        uint64_t draw = moment_draw(r->stream, r->first + j + i);
+        m1[i] = round_stochastically((float)m1[i], (unsigned)(draw & 0xffff));
+        if (m2) {
+            m2[i] = round_stochastically((float)m2[i], (unsigned)(draw >> 16 & 0xffff));
         }
     }
 }

@@ -185,21 +185,19 @@ void mean_gradients(Model *m, int step, real gradient_scale) {
             continue;
         }
         real *g = m->memory[GRADS] + at, *mean = m->memory[MOMENT1] + moment_offset(m, at);
+        Rounding rounding = rounding_of(m, i, at, step);
         size_t piece = t->of_experts ? (size_t)t->shape[1] * (size_t)t->shape[2] : 1024;
 #pragma omp for schedule(static) nowait
         for (size_t from = 0; from < size; from += piece) {
             size_t end = from + piece < size ? from + piece : size;
-            if (t->of_experts && !has_gradient(g + from, piece)) {
-                passed_over(g + from, piece); // --offload
-                continue;
-            }
-            for (size_t j = from; j < end; j++) {
+            int waits = t->of_experts && !has_gradient(g + from, piece);
+            for (size_t j = from; j < end && !waits; j++) {
                 move_mean(&mean[j], &g[j], gradient_scale);
             }
-            passed_over(g + from, end - from);
+            round_moments(&rounding, mean + from, NULL, from, end - from);
+            passed_over(g + from, end - from); // --offload
             passed_over(mean + from, end - from);
         }
-        round_moments(m, i, at, size, step);
     }
 }
 

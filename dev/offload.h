@@ -1,14 +1,15 @@
 // Experts that are in a file until they are needed (--offload N).
-// Gives: Pool, offloaded, use_expert, add_pool, folder_of_offload, offload_array, offload_free, pool_of, take_in, let_go,
-// let_go_of_tensor, let_go_of_array, passed_over, offload_refuses, offload_refuses_ranks, print_offload. Needs: Model and Tensor of
-// train_moe.c, which includes it by way of dev/memory.h and dev/parts.h; expert_size() of ranks/copies.h, moment_offset() of
-// ranks/gradients.h. The products that fetch experts are in dev/offload_products.h.
+// Gives: Pool, offloaded, pool_of, find_pool, bytes_of_expert, is_held, use_expert, take_in, let_go, let_go_of_tensor, let_go_of_array,
+// passed_over, add_pool, folder_of_offload, offload_array, offload_free, offload_bytes, offload_refuses, offload_refuses_ranks,
+// print_offload, print_offload_memory. Needs: Model and Tensor of train_moe.c, which includes it by way of dev/memory.h and
+// dev/parts.h; expert_size() of ranks/copies.h, moment_offset() of ranks/gradients.h. The products that fetch experts are in
+// dev/offload_products.h.
 //
 // Of a mixture, each step or token needs few experts at a time: a layer multiplies by one after the other. With --offload N the
 // experts' part of each array (weights; in training also gradients and both moments) is a file that is mapped into memory, so an
-// expert has an address as without, and whoever reads it gets its numbers from the file. At most N experts of each tensor are
-// taken into memory. Before another one comes, the one whose last use is longest ago goes: its pages are given back to the
-// system, which writes to the file what was changed. All numbers and all sums are the same, and so are the bits.
+// expert has an address as it has without --offload, and whoever reads it gets its numbers from the file. At most N experts of
+// each tensor are taken into memory. Before another one comes, the one whose last use is longest ago goes: its pages are given
+// back to the system, which writes to the file what was changed. All numbers and all sums are the same, and so are the bits.
 //
 // All arrays of a model are in one file. It has no name, so it goes with the process, however that ends. All of its space is
 // reserved at the start, so a disk that is too small is refused then, and not by a crash in the middle of the run. A checkpoint
@@ -32,7 +33,7 @@ typedef struct Pool {
     int what, tensor;
     int E, most;   // experts of this process; those that may be in memory
     real *base;    // the first number of expert 0
-    size_t each;   // bytes of a number
+    size_t each;   // bytes of a number; on the CPU always those of a `real`
     size_t *from;  // (E+1) where each expert begins, in numbers
     int *held;     // (most) those that are in memory, the one whose last use is longest ago first
     int count;     // how many they are
@@ -57,7 +58,7 @@ struct {
     double asked, fetched, bytes; // experts that were needed; those of them that were not in memory; their bytes
     int fullest;                  // the most experts that a pool has held
     int fresh;                    // 1: the folder of the file was not there when the program began
-    double elsewhere, there;      // CUDA: bytes of experts in the host's memory; of them those that may be on the device
+    double on_host, on_device;    // CUDA: bytes of experts in the host's memory; of them those that may be on the device
 } offloaded;
 
 size_t expert_size(const Config *c, const Tensor *t, int e); // ranks/copies.h
@@ -70,34 +71,38 @@ const char *offload_refuses(const Config *c) {
         return NULL;
     }
     if (c->lora) {
-        return "--offload keeps trained experts in a file, and --lora trains none of them: give one of the two";
+        return "--offload is for experts that are trained, and --lora trains none of them: give one of the two";
     }
     if (c->blocks) {
         return "--offload is for experts of float32, and this model has experts of few bits: give it without --offload";
     }
     if (c->replicate) {
-        return "--replicate gives busy experts a second copy in memory, and --offload has most experts in a file: give one of the two";
+        return "--replicate gives busy experts a second copy in memory, and --offload keeps most experts out of it: give one of "
+               "the two";
     }
     if (c->moe_every && c->offload >= c->experts) {
-        snprintf(text, sizeof(text), "--offload %d: a layer has %d experts, so nothing would be left for the file: give fewer",
+        snprintf(text, sizeof(text), "--offload %d: a layer has %d experts, so there would be nothing to offload: give fewer",
                  c->offload, c->experts);
         return text;
     }
     return NULL;
 }
 
-// Ends the program where each of several processes has too few experts. ep: the processes among which they are divided.
+// Ends the program where each of several processes has too few experts, and where several have GPUs. ep: the processes among which
+// the experts are divided.
 void offload_refuses_ranks(const Config *c, int ep) {
     int each = c->experts / ep;
-    if (c->moe_every && c->offload && c->offload >= each) {
-        usage_fail("--offload %d: with --ep %d each rank has %d of a layer's %d experts, so nothing would be left for the file: %s",
-                   c->offload, ep, each, c->experts, each > 1 ? "give fewer" : "leave it out, or give a smaller --ep");
-    }
 #ifdef USE_NCCL
     if (c->offload && ranks.size > 1) {
-        usage_fail("--offload %d: on GPUs it is for one process, and several have fewer experts each already: leave it out", c->offload);
+        usage_fail("--offload %d: on GPUs it is for one process, and several have fewer experts each already: leave it out, or start "
+                   "one process without mpirun",
+                   c->offload);
     }
 #endif
+    if (c->moe_every && c->offload && c->offload >= each) {
+        usage_fail("--offload %d: with --ep %d each rank has %d of a layer's %d experts, so there would be nothing to offload: %s",
+                   c->offload, ep, each, c->experts, each > 1 ? "give fewer" : "leave it out, or give a smaller --ep");
+    }
 }
 
 // ---- which experts are in memory
@@ -142,15 +147,16 @@ void unlist(Pool *p, int i) {
     memmove(p->held + i, p->held + i + 1, (size_t)(p->count - i) * sizeof(int));
 }
 
-// The bytes from .. end are not needed any more: those of them that are in a file go. The system maps 64 KiB at a time, so what is
-// around them goes, too. Several threads may call it at the same time.
+// The bytes from .. end are not needed any more: those of them that are in a file go. Where a page is read, Linux maps up to 64 KiB
+// around it, too (fault-around), so what is around them goes as well. Several threads may call it at the same time.
 void let_go_of_bytes(uintptr_t from, uintptr_t end) {
     const uintptr_t at_a_time = 65536;
     from = from / at_a_time * at_a_time;
     end = (end + at_a_time - 1) / at_a_time * at_a_time;
     for (int i = 0; i < offloaded.array_count; i++) {
         const Mapped *a = &offloaded.arrays[i];
-        uintptr_t first = (uintptr_t)a->base + a->first, last = (uintptr_t)a->base + a->end;
+        uintptr_t first = (uintptr_t)a->base + a->first;
+        uintptr_t last = (uintptr_t)a->base + a->end;
         first = first > from ? first : from;
         last = last < end ? last : end;
         if (first < last) {
@@ -193,9 +199,10 @@ int use_expert(Pool *p, int e, int *leaves) {
     return comes;
 }
 
-// Expert e will be needed next: the system begins to read it.
+// Expert e will be needed next: the system begins to read it. (On the CPU. On a GPU move_in_group() of dev/cuda/offload.cuh does it.)
 void take_in(Pool *p, int e) {
-    int leaves, comes = use_expert(p, e, &leaves);
+    int leaves;
+    int comes = use_expert(p, e, &leaves);
     if (leaves >= 0) {
         passed_over(p->base + p->from[leaves], bytes_of_expert(p, leaves) / sizeof(real));
     }
@@ -250,11 +257,12 @@ void part_in_file(const Model *m, int what, size_t *first, size_t *end) {
     *end = (place_in_array(m, what, m->tables) * sizeof(real) + page - 1) / page * page;
 }
 
-// Ends the program where there is no room for the file, which has to be as large as `size`. A folder that was made for it goes.
+// Ends the program, because there is no room for the file, which has to be as large as `size`. The folder that was made for it goes;
+// those above it stay.
 void refuse_full_disk(const Config *c, int file, size_t size, int last, int error) {
     struct statvfs disk;
     char have[64] = "";
-    (void)!ftruncate(file, 0); // what could be reserved
+    (void)!ftruncate(file, 0); // gives back what could be reserved, so that statvfs counts it as free
     close(file);
     if (statvfs(c->offload_dir, &disk) == 0) {
         snprintf(have, sizeof(have), " (%.1f MiB are free)", (double)disk.f_bavail * (double)disk.f_frsize / 1048576);
@@ -317,8 +325,8 @@ void add_pool(const Model *m, int what, int tensor, void *base, size_t each) {
     }
 }
 
-// Zeroed memory for one of the model's arrays, of `count` numbers, whose experts are in a file; until offload_free(). It is asked for
-// in the order of WEIGHTS, GRADS, ...; last: the last one that the model will have.
+// Zeroed memory for one of the model's arrays, of `count` numbers, whose experts are in a file; until offload_free(). It is asked
+// for in the order of WEIGHTS, GRADS, ...; last: the last one that the model will have.
 real *offload_array(Model *m, int what, size_t count, int last) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     Mapped a = {m, NULL, 0, 0, 0, 0, -1, m->config.offload_cold};
@@ -333,8 +341,8 @@ real *offload_array(Model *m, int what, size_t count, int last) {
         }
     }
     a.file = a.file < 0 ? offload_file(m, what, last) : a.file;
-    if (!a.base || mmap(a.base + a.first, a.end - a.first, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, a.file, (off_t)a.at) ==
-                       MAP_FAILED) {
+    int shared = MAP_SHARED | MAP_FIXED;
+    if (!a.base || mmap(a.base + a.first, a.end - a.first, PROT_READ | PROT_WRITE, shared, a.file, (off_t)a.at) == MAP_FAILED) {
         fail("--offload: cannot map %.1f MiB of experts: %s", (double)a.size / 1048576, strerror(errno));
     }
     if (offloaded.array_count == COUNT(offloaded.arrays)) {
@@ -354,7 +362,8 @@ real *offload_array(Model *m, int what, size_t count, int last) {
 
 // Gives back what offload_array() has given to this model.
 void offload_free(const Model *m) {
-    int pools = 0, arrays = 0;
+    int pools = 0; // of other models
+    int arrays = 0;
     for (int i = 0; i < offloaded.pool_count; i++) {
         Pool *p = &offloaded.pools[i];
         if (p->owner == m) {
@@ -385,9 +394,10 @@ void offload_free(const Model *m) {
 
 // Behind the table of memory: what a GPU has of the experts, and what the host has.
 void print_offload_memory(void) {
-    if (offloaded.elsewhere > 0) {
-        printf("--offload: %.1f MiB of experts are in the host's memory; the table counts the %.1f MiB that the device may hold of them\n",
-               offloaded.elsewhere / 1048576, offloaded.there / 1048576);
+    if (offloaded.on_host > 0) {
+        printf("--offload: %.1f MiB of experts are in the host's memory; the table counts the %.1f MiB that the device may hold of "
+               "them\n",
+               offloaded.on_host / 1048576, offloaded.on_device / 1048576);
     }
 }
 

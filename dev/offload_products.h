@@ -1,11 +1,13 @@
 // Grouped products of experts that are in a file (--offload): group by group, while the next group is on its way.
-// Gives: under their own names the grouped products of train_moe.c, which from here on look whether their experts are in a file.
+// Gives: under their own names the grouped products of train_moe.c, which from here on look whether their experts are in a file;
+// plan_experts, experts_at_a_time.
 // Needs: dev/offload.h; chapters 1 and 2 of train_moe.c, which includes it behind dev/lora.h.
 //
 // The plan of a layer says which experts have rows. Those that are in memory come first, then the others; an expert without rows
-// is not fetched. Of the N experts that may be in memory, one half is multiplied by, while the system reads the other half. When
-// the last group's turn has come, the first one of the next product is on its way: that of w_out after w_in, and on the way back
-// from the weights of w_out to the gradients of w_out, to those of w_in, and to the weights of w_in.
+// is not fetched. Of the N experts that may be in memory, one half is multiplied by, while the system reads the other half
+// (with N = 1 each has to wait). When the last group's turn has come, the first one of the next product is on its way: that of
+// w_out after w_in, and on the way back from the weights of w_out to the gradients of w_out, to those of w_in, and to the
+// weights of w_in.
 //
 // Each expert's product is what it is without --offload, by the same function, so its bits are the same.
 #pragma once
@@ -24,7 +26,7 @@ typedef struct GroupedProduct {
     const int *offset, *I, *O;
 } GroupedProduct;
 
-// The pool of which experts are needed after those of this product; NULL: that is not known.
+// The pool whose experts are needed after this product; NULL: it is not looked up.
 Pool *next_pool(const GroupedProduct *g) {
     const Pool *p = g->pool;
     const Model *m = p->owner;
@@ -89,8 +91,11 @@ void product_of_expert(const GroupedProduct *g, int e, size_t at_in, size_t at_o
 
 void product_of_offloaded(const GroupedProduct *g) {
     Pool *p = g->pool;
-    int *plan = (int *)allocate(p->E, sizeof(int)), count = plan_experts(p, g->offset, plan), each = experts_at_a_time(p);
-    size_t *at_in = (size_t *)allocate(2 * (size_t)p->E, sizeof(size_t)), *at_out = at_in + p->E;
+    int *plan = (int *)allocate(p->E, sizeof(int));
+    int count = plan_experts(p, g->offset, plan);
+    int each = experts_at_a_time(p);
+    size_t *at_in = (size_t *)allocate(2 * (size_t)p->E, sizeof(size_t));
+    size_t *at_out = at_in + p->E;
     for (int e = 1; e < p->E; e++) {
         size_t rows = (size_t)(g->offset[e] - g->offset[e - 1]);
         at_in[e] = at_in[e - 1] + rows * (size_t)g->I[e - 1];

@@ -136,8 +136,8 @@ void close_teacher(const Run *run) {
 }
 
 // The operations of the teacher's forward pass for a token: a third of what a training step of that model takes.
-double teacher_flops(void) {
-    return teacher.model ? flops_per_token(&teacher.model->config) / 3 : 0;
+double teacher_flops(const Config *c) {
+    return teacher_works(c) ? flops_per_token(&teacher.model->config) / 3 : 0;
 }
 
 // Says how large the teacher is, on the terminal and in the log's first line.
@@ -160,9 +160,9 @@ void print_teacher(Run *run) {
 }
 
 // The teacher's part of a step's loss, of all processes together, for the log and for a line on the terminal.
-void describe_teacher(char logged[64], char shown_as[64]) {
+void describe_teacher(const Config *c, char logged[64], char shown_as[64]) {
     logged[0] = shown_as[0] = 0;
-    if (teacher.model) {
+    if (teacher_works(c)) {
         double loss = teacher.loss;
         sum_over_ranks(&loss, 1);
         snprintf(logged, 64, ",\"teacher\":%.9g", loss);

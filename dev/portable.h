@@ -1,6 +1,7 @@
 // What differs between compilers, C libraries and systems, in one place.
 // Gives: large files on 32 bits; a refusal of compilers and flags that compute something else; file_time,
-// ask_large_pages, forget_pages, fetch_pages, drop_from_cache, map_memory, open_unnamed, reserve_file, begin_again, name_of_processor. Needs: nothing. dev/util.h includes it before all else.
+// ask_large_pages, forget_pages, fetch_pages, drop_from_cache, map_memory, open_unnamed, reserve_file, begin_again,
+// name_of_processor. Needs: nothing. dev/util.h includes it before all else.
 // The rest of the C sources is C11 and POSIX 2008 with GCC's and Clang's extensions, and a few calls that
 // glibc, musl and macOS have besides: flock, getopt_long, memmem, TIOCGWINSZ. `make test_posix` holds them to it.
 #pragma once
@@ -74,11 +75,13 @@ void ask_large_pages(void *p, size_t size) {
         madvise((char *)p + skip, (size - skip) / page * page, MADV_HUGEPAGE);
     }
 #else
-    (void)p, (void)size;
+    (void)p;
+    (void)size;
 #endif
 }
 
-// Pages of a mapped file that were read and are not needed now need no memory. Who reads them again gets them from the file.
+// Pages of a mapped file that are not needed now need no memory; what was changed in them goes to the file. Whoever reads them
+// again gets them from there.
 void forget_pages(const void *p, size_t size) {
 #ifdef MADV_DONTNEED
     size_t page = (size_t)sysconf(_SC_PAGESIZE), before = (size_t)p % page;
@@ -86,7 +89,8 @@ void forget_pages(const void *p, size_t size) {
         madvise((char *)p - before, size + before, MADV_DONTNEED);
     }
 #else
-    (void)p, (void)size;
+    (void)p;
+    (void)size;
 #endif
 }
 
@@ -108,7 +112,8 @@ void drop_from_cache(int file, size_t from, size_t size) {
 #ifdef POSIX_FADV_DONTNEED
     posix_fadvise(file, (off_t)from, (off_t)size, POSIX_FADV_DONTNEED);
 #else
-    (void)from, (void)size;
+    (void)from;
+    (void)size;
 #endif
 }
 
@@ -124,8 +129,8 @@ void *map_memory(size_t size) {
     return p == MAP_FAILED ? NULL : p;
 }
 
-// A new file in this folder that has no name, so that it goes when it is closed, or with the process. -1: errno says why there is none.
-// Where the system or the file system has no such files, it has a name for a moment.
+// A new file in this folder that has no name, so that it goes when it is closed, or with the process. -1: errno says why there is
+// none. Where the system or the file system has no such files, it has a name for a moment.
 int open_unnamed(const char *dir) {
 #ifdef O_TMPFILE
     int unnamed = open(dir, O_TMPFILE | O_RDWR | O_EXCL, 0600);

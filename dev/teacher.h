@@ -1,5 +1,5 @@
 // Distillation (--teacher): a trained model teaches the one that is in training.
-// Gives: Teacher, teacher, be_alone, taught_loss, teacher_in_state. dev/open_teacher.h reads the teacher from its directory.
+// Gives: Teacher, teacher, teacher_works, be_alone, batch_of_teacher, taught_loss, teacher_in_state. dev/open_teacher.h reads the teacher from its directory.
 // Needs: chapters 1 and 2 of train_moe.c, which includes it by dev/parts.h; dev/ranks/comm.h.
 //
 // Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, section 2. A token's target is one word. A
@@ -19,7 +19,7 @@
 
 typedef struct Teacher {
     Model *model; // NULL: there is none
-    double loss;  // the mean of T^2 * KL over the tokens of the step so far, of this process: it counts w times
+    double loss;  // T^2 * KL, this process's part of the step's mean so far; in the loss it is multiplied by w
     uint64_t fingerprint; // of its weights, as they stand in its files
 } Teacher;
 
@@ -27,8 +27,14 @@ Teacher teacher;
 
 double model_forward(Model *m, const Batch *batch); // train_moe.c
 
+// With w = 0 the teacher has no part in the loss, so it does nothing: whatever its numbers are, they change no bit.
+int teacher_works(const Config *c) {
+    return teacher.model && c->distill_weight > 0;
+}
+
 // Each of several processes has a whole teacher for its own tokens. While the teacher works, the process does as if there were
-// no others; what is returned goes back into `ranks` afterwards.
+// no others; what is returned goes back into `ranks` afterwards. An error is still reported under the process's own number,
+// which is program_rank of util.h.
 Ranks be_alone(void) {
     Ranks all = ranks;
     ranks.size = ranks.ep = ranks.groups = 1;
@@ -57,10 +63,13 @@ Batch batch_of_teacher(const Batch *batch) {
 void distill_rows(real *nll, real *kl, real *logits, const real *taught, const int *targets, int count, int V, double w,
                   double temperature, double scale) {
     const int each = 8; // rows of a task
-    real cool = (real)(1 / temperature), of_target = (real)((1 - w) * scale), of_teacher = (real)(w * temperature * scale);
+    real cool = (real)(1 / temperature);
+    real of_target = (real)((1 - w) * scale);
+    real of_teacher = (real)(w * temperature * scale);
 #pragma omp parallel for
     for (int first = 0; first < count; first += each) {
-        real *q = allocate_reals(V), *p = allocate_reals(V); // both at the temperature
+        real *q = allocate_reals(V); // both at the temperature
+        real *p = allocate_reals(V);
         for (int i = first; i < min_int(count, first + each); i++) {
             real *z = logits + (size_t)i * V;
             const real *y = taught + (size_t)i * V;
@@ -70,14 +79,14 @@ void distill_rows(real *nll, real *kl, real *logits, const real *taught, const i
                 q[v] = y[v] * cool;
                 p[v] = z[v] * cool;
             }
-            double of_logs = (double)softmax(p, V) - (double)softmax(q, V);
+            double log_sums = (double)softmax(p, V) - (double)softmax(q, V);
 
             // log(q / p) = (y - z) / T + log(sum exp(z / T)) - log(sum exp(y / T))
             double sum = 0;
             for (int v = 0; v < V; v++) {
                 sum += (double)q[v] * ((double)(y[v] * cool) - (double)(z[v] * cool));
             }
-            kl[i] = (real)(temperature * temperature * (sum + of_logs));
+            kl[i] = (real)(temperature * temperature * (sum + log_sums));
 
             nll[i] = softmax(z, V) - wanted;
             z[target] -= 1;
@@ -91,7 +100,8 @@ void distill_rows(real *nll, real *kl, real *logits, const real *taught, const i
 }
 
 // In place of head_loss(): the loss of a batch and its gradient by h, `rows` rows at a time, where there is a teacher. Returns
-// 0, and does nothing, where there is none, or where the batch is not for training.
+// 0, and does nothing, where none works, or where the batch is not for training. Returns 1, and does nothing, where m is the
+// teacher itself.
 int taught_loss(Model *m, int rows) {
     const Config *c = &m->config;
     const Batch *b = &m->batch;
@@ -101,11 +111,11 @@ int taught_loss(Model *m, int rows) {
     if (m == t) {
         return 1; // the loss of its own words does not matter
     }
-    if (!t || b->mode == EVAL_MODE) {
+    if (!teacher_works(c) || b->mode == EVAL_MODE) {
         return 0;
     }
 
-    // The teacher reads the same tokens. Its last layer's output stays in its acts.h.
+    // The teacher reads the same tokens. Its last layer's output, after the last norm, stays in t->acts.h.
     Batch its = batch_of_teacher(b);
     Ranks all = be_alone();
     model_forward(t, &its);
@@ -113,8 +123,11 @@ int taught_loss(Model *m, int rows) {
     multiply_in(c->precision);
 
     scratch_reset(t);
-    real *logits = scratch(m, (size_t)rows * V), *taught = scratch(t, (size_t)rows * V), *kl = t->acts.nll;
-    double scale = b->scale / max_int(N, 1), sum = 0;
+    real *logits = scratch(m, (size_t)rows * V);
+    real *taught = scratch(t, (size_t)rows * V);
+    real *kl = t->acts.nll;
+    double scale = b->scale / max_int(N, 1);
+    double sum = 0;
     for (int first = 0; first < N; first += rows) {
         int count = min_int(rows, N - first);
         const real *h = a->h + (size_t)first * C;

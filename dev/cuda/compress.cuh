@@ -21,7 +21,7 @@ void copy_lost_of_device(float *to, const float *from, size_t n, int back) {
     CHECK(cudaMemcpy(to, from, n * sizeof(float), back ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost));
 }
 
-// Memory for what is kept, and for the codes of a message.
+// Memory for what is lost, and for the codes of a message.
 void own_lost(Model *m) {
     Codec codec = codec_of(&m->config);
     if (!MANY || !m->config.compress) {
@@ -37,16 +37,16 @@ void own_lost(Model *m) {
     }
 }
 
-// kept (n) += g; then the code of it, and what that does not say is kept.
-__global__ void encode_kernel(Codec codec, unsigned char *code, float *kept, const float *g, size_t n) {
+// lost (n) += g; then the code of it, and what that does not say is lost.
+__global__ void encode_kernel(Codec codec, unsigned char *code, float *lost, const float *g, size_t n) {
     size_t block = block_of(codec), b = thread_of_grid();
     if (b * block >= n) {
         return;
     }
     for (size_t i = b * block; i < n && i < (b + 1) * block; i++) {
-        kept[i] += g[i];
+        lost[i] += g[i];
     }
-    encode_block(codec, code, kept, n, b);
+    encode_block(codec, code, lost, n, b);
 }
 
 __global__ void decode_kernel(Codec codec, float *v, const unsigned char *code, size_t n) {
@@ -56,9 +56,9 @@ __global__ void decode_kernel(Codec codec, float *v, const unsigned char *code, 
     }
 }
 
-void encode_part(Codec codec, unsigned char *code, float *kept, const float *g, size_t n) {
+void encode_part(Codec codec, unsigned char *code, float *lost, const float *g, size_t n) {
     if (n) {
-        encode_kernel<<<blocks(blocks_in(codec, n)), THREADS, 0, network>>>(codec, code, kept, g, n);
+        encode_kernel<<<blocks(blocks_in(codec, n)), THREADS, 0, network>>>(codec, code, lost, g, n);
         CHECK(cudaGetLastError());
     }
 }
@@ -90,14 +90,14 @@ void exchange_codes(const Parcel *p, const unsigned char *out, const int *sent, 
 void sum_parcel(::Model *m, Parcel *p) {
     Codec codec = codec_of(&m->config);
     unsigned char *code = m->crossing->code, *came = m->crossing->coming;
-    float *g = m->memory[GRADS] + p->from, *kept = m->crossing->lost + p->from;
+    float *g = m->memory[GRADS] + p->from, *lost = m->crossing->lost + p->from;
     size_t begin = part_begin(p, p->mine), size = part_numbers(p, p->mine);
 
     // The gradients of each part go to its owner.
     for (int r = 0; r < p->sharing; r++) {
         size_t at = part_begin(p, r);
         if (r != p->mine) {
-            encode_part(codec, code + p->at[r], kept + at, g + at, part_numbers(p, r));
+            encode_part(codec, code + p->at[r], lost + at, g + at, part_numbers(p, r));
         }
         ranks.traffic.reduced += p->sent[r];
     }
@@ -109,7 +109,7 @@ void sum_parcel(::Model *m, Parcel *p) {
             decode_part(codec, g + begin, came + p->got_at[r], size);
         }
     }
-    encode_part(codec, code + p->at[p->mine], kept + begin, g + begin, size);
+    encode_part(codec, code + p->at[p->mine], lost + begin, g + begin, size);
     for (int r = 0; r < p->sharing; r++) { // the same bytes to each
         p->got_at[r] = p->at[p->mine];
         p->got[r] = p->bytes[p->mine];

@@ -66,9 +66,6 @@ const char *device_refuses(const Config *c) {
     if (!mixer_of(c) && (head % 8 || head > 256)) {
         return "--heads: the width of a head, --dim / --heads or --head-width, must be a multiple of 8 and at most 256 on a GPU";
     }
-    if (c->offload && MANY) {
-        return "--offload is for one process on a GPU, and several have fewer experts each already: start it without mpirun";
-    }
     if (c->offload_cold || c->given[find_option("offload-dir")]) {
         return "--offload-dir and --offload-cold are for a file; with a GPU the experts are in the host's memory: leave them out";
     }

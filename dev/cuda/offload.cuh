@@ -1,5 +1,5 @@
 // --offload N on the device: experts that are in the host's memory until they are needed. dev/offload.h has the same on the CPU.
-// Gives: LOW_WEIGHTS, moving, take_in_group, through_experts, rows_by_expert, weights_by_expert, plan_of_layer, by_parts.
+// Gives: LOW_WEIGHTS, moving, move_in_group, through_experts, rows_by_expert, weights_by_expert, plan_of_layer, by_parts.
 // Needs: Pool and its lists of dev/offload.h, plan_experts() of dev/offload_products.h; common.cuh and nccl.cuh; Experts of
 // experts.cuh, which includes it. The arrays themselves are made in offload_memory.cuh.
 //
@@ -20,7 +20,8 @@ const int LOW_WEIGHTS = sizeof(floatX) == sizeof(float) ? WEIGHTS : MOMENT2 + 1;
 
 struct {
     cudaStream_t stream;       // in which experts move
-    cudaEvent_t arrived, used; // those that were sent for are here; what was started for experts has ended
+    cudaEvent_t arrived;       // the experts that were sent for last are on the device
+    cudaEvent_t used;          // the kernels that were started for experts have ended
     int device;
     int *offset; // (E+1) of the layer at hand, pinned
     int most;    // numbers that it has memory for
@@ -62,13 +63,14 @@ struct Pools {
     int count;
 };
 
-// Those at from .. from+each of the plan set out for the device, in all pools. Others leave for them once the kernels that have been
-// started for experts until now have ended.
-void take_in_group(const Pools *pools, const int *plan, int count, int from) {
-    int each = experts_at_a_time(pools->list[0]), leaves;
+// Those at from .. from+each of the plan set out for the device, in all pools. To make room, others leave, but only after the kernels
+// that were started for experts until now have ended.
+void move_in_group(const Pools *pools, const int *plan, int count, int from) {
+    int each = experts_at_a_time(pools->list[0]);
     CHECK(cudaStreamWaitEvent(moving.stream, moving.used, 0));
     for (int i = from; i < min_int(count, from + each); i++) {
         for (int j = 0; j < pools->count; j++) {
+            int leaves;
             int comes = use_expert(pools->list[j], plan[i], &leaves);
             if (leaves >= 0) {
                 move_expert(pools->list[j], leaves, HOST_PLACE);
@@ -82,10 +84,10 @@ void take_in_group(const Pools *pools, const int *plan, int count, int from) {
 }
 
 // The first experts of what comes next, of which the plan is known already, set out.
-void look_ahead(const Pools *next, const int *offset) {
+void move_ahead(const Pools *next, const int *offset) {
     if (next->count) {
         int *plan = (int *)allocate(next->list[0]->E, sizeof(int));
-        take_in_group(next, plan, plan_experts(next->list[0], offset, plan), 0);
+        move_in_group(next, plan, plan_experts(next->list[0], offset, plan), 0);
         free(plan);
     }
 }
@@ -106,20 +108,22 @@ void expect_on_device(const Pools *pools, int e) {
 // group is on its way, as product_of_offloaded() of dev/offload_products.h does it.
 template <class Start> void through_experts(const Pools *pools, const Pools *next, const int *offset, Start start) {
     const Pool *first = pools->list[0];
-    int *plan = (int *)allocate(first->E, sizeof(int)), count = plan_experts(first, offset, plan), each = experts_at_a_time(first);
+    int *plan = (int *)allocate(first->E, sizeof(int));
+    int count = plan_experts(first, offset, plan);
+    int each = experts_at_a_time(first);
     offloaded.asked += (double)count * pools->count;
-    take_in_group(pools, plan, count, 0);
+    move_in_group(pools, plan, count, 0);
     for (int from = 0; from < count; from += each) {
         // With one expert at a time nothing can be on its way meanwhile.
         if (first->most == 1 && from > 0) {
-            take_in_group(pools, plan, count, from);
+            move_in_group(pools, plan, count, from);
         }
         CHECK(cudaStreamWaitEvent(stream, moving.arrived, 0)); // as it was last recorded: for this group
         if (first->most > 1) {
-            take_in_group(pools, plan, count, from + each);
+            move_in_group(pools, plan, count, from + each);
         }
         if (from + each >= count) {
-            look_ahead(next, offset);
+            move_ahead(next, offset);
         }
         for (int i = from; i < min_int(count, from + each); i++) {
             expect_on_device(pools, plan[i]);
@@ -157,10 +161,11 @@ void add_to(Pools *pools, const Pool *p, int what, int tensor) {
     pools->list[pools->count++] = found;
 }
 
-// Starts a product of rows, that of `matrices`, for the experts of the layer's plan. start(x) is what starts it for those of whose
-// tiles x has a list.
+// Starts a product of rows, that of `matrices`, for the experts of the layer's plan. start(x) starts it for the experts whose tiles
+// x lists.
 template <class Start> void rows_by_expert(const Experts *x, int what, const floatX *matrices, Start start) {
-    Pools pools = {{pool_of((const real *)(const void *)matrices)}, 1}, next = {{NULL}, 0};
+    Pools pools = {{pool_of((const real *)(const void *)matrices)}, 1};
+    Pools next = {{NULL}, 0};
     const Pool *p = pools.list[0];
     if (what == HIDDEN) {
         add_to(&next, p, LOW_WEIGHTS, p->tensor + 1); // w_out is the row behind w_in
@@ -181,7 +186,8 @@ template <class Start> void rows_by_expert(const Experts *x, int what, const flo
 
 // The same for the gradients of both matrices.
 template <class Start> void weights_by_expert(const Experts *x, const float *dw_out, Start start) {
-    Pools pools = {{pool_of(dw_out)}, 1}, next = {{NULL}, 0};
+    Pools pools = {{pool_of(dw_out)}, 1};
+    Pools next = {{NULL}, 0};
     const Pool *p = pools.list[0];
     add_to(&pools, p, GRADS, p->tensor - 1);
     add_to(&next, p, LOW_WEIGHTS, p->tensor - 1); // for the gradient by the rows
@@ -207,7 +213,8 @@ template <class Adam, class Start> void by_parts(const Adam &a, Start start) {
         start(a);
         return;
     }
-    Pools pools = {{NULL}, 0}, none = {{NULL}, 0};
+    Pools pools = {{NULL}, 0};
+    Pools none = {{NULL}, 0};
     for (int what = WEIGHTS; what <= (LOW_WEIGHTS == WEIGHTS ? MOMENT2 : LOW_WEIGHTS); what++) {
         add_to(&pools, p, what, p->tensor);
     }

@@ -10,7 +10,7 @@
 struct ManagedArray {
     const ::Model *owner;
     void *memory;
-    double elsewhere, there; // bytes of experts, in all and at most on the device
+    double on_host, on_device; // bytes of experts, in all and at most on the device
 } managed[16];
 int managed_count;
 
@@ -36,9 +36,9 @@ void check_host_memory(const Model *m, int train) {
     size_t low = LOW_WEIGHTS == WEIGHTS ? 0 : sizeof(floatX), of_training = sizeof(float) + 2 * moment_size(m);
     double each = (double)(sizeof(float) + low + (train ? of_training : 0)), need = (double)(m->tables - m->common) * each;
     double has = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), mib = 1048576;
-    if (m->config.offload && has > 0 && offloaded.elsewhere + need > has) {
+    if (m->config.offload && has > 0 && offloaded.on_host + need > has) {
         fail("--offload: the experts need %.0f MiB of the host's memory, which has %.0f: it needs a smaller model or a larger machine",
-             (offloaded.elsewhere + need) / mib, has / mib);
+             (offloaded.on_host + need) / mib, has / mib);
     }
 }
 
@@ -60,11 +60,11 @@ void *own_array(Model *m, int what, size_t count, size_t each) {
     if (!m->config.offload) {
         return own(m, count, each);
     }
-    size_t experts = (m->tables - m->common) * each, there = 0;
+    size_t experts = (m->tables - m->common) * each, on_device = 0;
     for (int i = 0; i < m->tensor_count; i++) {
-        there += m->tensors[i].of_experts ? offload_bytes(&m->config, &m->tensors[i], each) : 0;
+        on_device += m->tensors[i].of_experts ? offload_bytes(&m->config, &m->tensors[i], each) : 0;
     }
-    m->bytes[m->purpose] += count * each - experts + there;
+    m->bytes[m->purpose] += count * each - experts + on_device;
     if (m->dry) {
         return m->arena; // leads nowhere
     }
@@ -85,9 +85,9 @@ void *own_array(Model *m, int what, size_t count, size_t each) {
             add_pool(m, what, i, memory + m->tensors[i].offset * each, each);
         }
     }
-    managed[managed_count++] = {m, memory, (double)experts, (double)there};
-    offloaded.elsewhere += (double)experts;
-    offloaded.there += (double)there;
+    managed[managed_count++] = {m, memory, (double)experts, (double)on_device};
+    offloaded.on_host += (double)experts;
+    offloaded.on_device += (double)on_device;
     return memory;
 }
 
@@ -99,8 +99,8 @@ void free_arrays(const Model *m) {
         if (a->owner == m) {
             CHECK(cudaStreamSynchronize(moving.stream));
             CHECK(cudaFree(a->memory));
-            offloaded.elsewhere -= a->elsewhere;
-            offloaded.there -= a->there;
+            offloaded.on_host -= a->on_host;
+            offloaded.on_device -= a->on_device;
         } else {
             managed[left++] = *a;
         }

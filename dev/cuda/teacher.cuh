@@ -76,11 +76,11 @@ __global__ void distill_kernel(float *nll, float *kl, floatX *dlogits, const flo
     }
 }
 
-// In place of head_loss(). Returns 0, and does nothing, where there is no teacher, or where the batch is not for training.
+// In place of head_loss(). Returns 0, and does nothing, where no teacher works, or where the batch is not for training.
 int taught_loss(Model *m, int N, double scale) {
     const Config *c = &m->config;
     Model *t = (Model *)teacher.model;
-    if (!t || m->batch.mode == EVAL_MODE) {
+    if (!teacher_works(c) || m->batch.mode == EVAL_MODE) {
         return 0;
     }
 
@@ -114,7 +114,7 @@ int taught_loss(Model *m, int N, double scale) {
 
 // On the host: the teacher's part of the step's loss.
 void fetch_taught(const ::Model *m) {
-    if (teacher.model && m != teacher.model) {
+    if (teacher_works(&m->config) && m != teacher.model) {
         download(&teacher.loss, ((Model *)teacher.model)->report + TOTAL_AUX, sizeof(double));
     }
 }

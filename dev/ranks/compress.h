@@ -1,14 +1,15 @@
 // Several processes: gradients in fewer bits on their way (--compress), and rows of tokens in bfloat16 (--compress-rows).
-// Gives: Codec, codec_of, block_of, code_bytes, encode, decode; narrow, widen; compress_refuses.
+// Gives: Codec, codec_of, block_of, blocks_in, code_bytes, encode, decode, encode_block, decode_block; narrow, narrow_part, widen;
+// compress_refuses.
 // Needs: dev/util.h, dev/precision.h; Config of train_moe.c, which includes it for the fields of its options (CONFIG_FIELDS).
 //
 // Numbers are encoded in blocks, the last of which may be shorter:
 //   bf16   the upper half of each float: 2 bytes a number
 //   int8   256 numbers and one scale, max |v| / 127: a whole number from -127 to 127 for each, 1 + 4/256 bytes a number
 //   topk   of 1,000 numbers the share --compress-ratio whose |v| are largest, each with its place: 6 bytes for each of these
-// What the code does not say is not thrown away: encode() leaves it behind, and it is added to what is sent the next time. So
-// over many steps all of a gradient arrives, some of it late: error feedback (Seide et al. 2014, 1-Bit Stochastic Gradient
-// Descent; Karimireddy et al. 2019, Error Feedback Fixes SignSGD). compressed_sums.h tells how sums are made of it.
+// What the code does not say is lost only for this time: encode() leaves it behind, and it is added to what is sent the next
+// time. So over many steps all of a gradient arrives, some of it late: error feedback (Seide et al. 2014, 1-Bit Stochastic
+// Gradient Descent; Karimireddy et al. 2019, Error Feedback Fixes SignSGD). compressed_sums.h tells how sums are made of it.
 #ifdef CONFIG_FIELDS
     int compress;          // NO_CODEC, CODE_BF16, CODE_INT8 or CODE_TOPK
     double compress_ratio; // the share of numbers that CODE_TOPK sends
@@ -31,23 +32,23 @@ Codec codec_of(const Config *c) {
 
 // ---- sizes
 
-// Numbers of a block.
+// Numbers of a block. With bf16 a block is only what one thread encodes: its code would be the same with any other.
 BOTH size_t block_of(Codec codec) {
     return codec.scheme == CODE_INT8 ? INT8_BLOCK : TOPK_BLOCK;
 }
 
 // How many of a block's n numbers are sent with topk: at least one.
-BOTH int kept_of(Codec codec, int n) {
-    int kept = (int)ceil(codec.ratio * n);
-    kept = kept < n ? kept : n;
-    return kept > 1 ? kept : 1;
+BOTH int sent_of(Codec codec, int n) {
+    int sent = (int)ceil(codec.ratio * n - 1e-9); // 1e-9: against rounding, since 0.07 * 100 is more than 7
+    sent = sent < n ? sent : n;
+    return sent > 1 ? sent : 1;
 }
 
 BOTH size_t code_of_block(Codec codec, int n) {
     if (codec.scheme == CODE_BF16) {
         return (size_t)n * BF16_BYTES;
     }
-    return codec.scheme == CODE_INT8 ? sizeof(float) + (size_t)n : (size_t)kept_of(codec, n) * ENTRY_BYTES;
+    return codec.scheme == CODE_INT8 ? sizeof(float) + (size_t)n : (size_t)sent_of(codec, n) * ENTRY_BYTES;
 }
 
 // The bytes of n numbers.
@@ -58,7 +59,7 @@ size_t code_bytes(Codec codec, size_t n) {
 
 // ---- bfloat16
 
-// The upper half of the bits of the bfloat16 nearest to v, and back.
+// The bfloat16 nearest to v, as 16 bits, and back.
 BOTH uint16_t bf16_bits(real v) {
     float rounded = nearest_bf16((float)v);
     uint32_t bits;
@@ -115,14 +116,14 @@ BOTH void decode_bf16(real *v, const unsigned char *from, int n) {
 // A number that is not finite makes the scale NaN, so that all of the block is NaN where it arrives, and the check of the
 // gradients' norm finds it.
 BOTH void encode_int8(unsigned char *to, real *v, int n) {
-    float top = 0, scale;
+    float top = 0;
     int finite = 1;
     for (int i = 0; i < n; i++) {
         float size = fabsf((float)v[i]);
         finite = finite && size <= FLT_MAX;
         top = size > top ? size : top;
     }
-    scale = finite ? top / 127 : (float)NAN;
+    float scale = finite ? top / 127 : (float)NAN;
     memcpy(to, &scale, sizeof(scale));
     for (int i = 0; i < n; i++) {
         double q = scale > 0 ? rint((double)v[i] / (double)scale) : 0;
@@ -173,23 +174,24 @@ BOTH float size_of(real v) {
     return size <= FLT_MAX ? size : (float)INFINITY;
 }
 
-// An entry is the number's place in the block and the number. Of those that are equally large, the first ones are taken. What is not finite
-// counts as larger than all else, so that it is sent.
-BOTH void encode_topk(unsigned char *to, real *v, int n, int kept) {
-    float sorted[TOPK_BLOCK]; // the only array, since on GPUs each thread has one
+// An entry is the number's place in the block and the number. Of those that are equally large, the first ones are sent. What is
+// not finite counts as larger than all else, so that it is sent.
+BOTH void encode_topk(unsigned char *to, real *v, int n, int sent) {
+    float sizes[TOPK_BLOCK]; // the only array, since on GPUs each thread has one
     for (int i = 0; i < n; i++) {
-        sorted[i] = size_of(v[i]);
+        sizes[i] = size_of(v[i]);
     }
-    float least = kth_largest(sorted, n, kept);
-    int equal = kept; // that many of those that are as large as the least
+    float least = kth_largest(sizes, n, sent);
+    int equal = sent; // that many of those that are as large as the least
     for (int i = 0; i < n; i++) {
         equal -= size_of(v[i]) > least;
     }
     for (int i = 0; i < n; i++) {
         float size = size_of(v[i]);
-        if (size < least || (size == least && equal-- <= 0)) {
+        if (size < least || (size == least && equal <= 0)) {
             continue;
         }
+        equal -= size == least;
         uint16_t place = (uint16_t)i;
         float number = (float)v[i];
         memcpy(to, &place, sizeof(place));
@@ -199,8 +201,8 @@ BOTH void encode_topk(unsigned char *to, real *v, int n, int kept) {
     }
 }
 
-BOTH void decode_topk(real *v, const unsigned char *from, int kept) {
-    for (int i = 0; i < kept; i++) {
+BOTH void decode_topk(real *v, const unsigned char *from, int sent) {
+    for (int i = 0; i < sent; i++) {
         uint16_t place;
         float number;
         memcpy(&place, from + (size_t)i * ENTRY_BYTES, sizeof(place));
@@ -219,7 +221,7 @@ BOTH void encode_block(Codec codec, unsigned char *to, real *v, size_t n, size_t
     if (codec.scheme == CODE_INT8) {
         encode_int8(code, v + b * block, count);
     } else if (codec.scheme == CODE_TOPK) {
-        encode_topk(code, v + b * block, count, kept_of(codec, count));
+        encode_topk(code, v + b * block, count, sent_of(codec, count));
     } else {
         encode_bf16(code, v + b * block, count);
     }
@@ -232,7 +234,7 @@ BOTH void decode_block(Codec codec, real *v, const unsigned char *from, size_t n
     if (codec.scheme == CODE_INT8) {
         decode_int8(v + b * block, code, count);
     } else if (codec.scheme == CODE_TOPK) {
-        decode_topk(v + b * block, code, kept_of(codec, count));
+        decode_topk(v + b * block, code, sent_of(codec, count));
     } else {
         decode_bf16(v + b * block, code, count);
     }
@@ -242,7 +244,7 @@ size_t blocks_in(Codec codec, size_t n) {
     return (n + block_of(codec) - 1) / block_of(codec);
 }
 
-// The code of v (n): code_bytes() of them. v becomes what the code does not say.
+// The code of v (n): code_bytes() of them. v becomes what is lost.
 void encode(Codec codec, unsigned char *to, real *v, size_t n) {
 #pragma omp parallel for if (n > 16384)
     for (size_t b = 0; b < blocks_in(codec, n); b++) {

@@ -1,15 +1,17 @@
 // Several processes: sums of gradients that are sent in fewer bits (--compress).
-// Gives: start_compressed_sum, await_compressed_sums; for checkpoints copy_lost; for the CUDA twin Parcel, lay_parcel.
-// Needs: comm.h, experts.h, compress.h; Model of train_moe.c.
+// Gives: start_compressed_sum, await_compressed_sums; for checkpoints copy_lost; for the CUDA twin Parcel, lay_parcel,
+// part_begin, part_numbers.
+// Needs: comm.h, experts.h, compress.h, dev/offload.h; Model of train_moe.c.
 //
 // The gradients of a message are divided into as many parts as there are processes; each process owns one. It sends its
 // gradients of each part to the owner, encoded; the owner adds them to its own, which are not rounded, and sends the sum to
 // all, encoded again. All decode the same bytes, the owner too, so all have the same sum, bit for bit. What either code
-// did not say is kept for the next step, in one array as long as the gradients: by the sender of a part what it has not
-// sent, by the owner what it has not passed on (Tang et al. 2019, DoubleSqueeze). The owner adds in the order of the ranks,
-// so every run has the same bits.
+// did not say is lost for this step, and kept for the next one, in one array as long as the gradients: by the sender of a
+// part what it has not sent, by the owner what it has not passed on (Tang et al. 2019, DoubleSqueeze). The owner adds in the
+// order of the ranks, so every run has the same bits.
 //
-// The first sending is under way while backward still runs. The second begins when the sums are waited for.
+// The first sending is under way while backward still runs. The second begins when the sums are waited for. With --offload the
+// gradients are read and written piece by piece, and each piece goes back to the file at once; the codes stay in memory.
 #ifndef RANKS_COMPRESSED_SUMS_H
 #define RANKS_COMPRESSED_SUMS_H
 
@@ -20,21 +22,24 @@ typedef struct Parcel { // one message under way
     int mine;           // which of them this one is, and its part
     int *bytes, *at;    // (sharing) of each part's code: how long it is, and where it begins in `code`
     int *sent;          // (sharing) the same lengths, but for 0 instead of its own
-    int *got, *got_at;  // (sharing) what comes from each process of this one's part
+    int *got, *got_at;  // (sharing) the bytes that come from each process for this one's part, and where they begin in `came`
     size_t all, coming; // bytes of the two arrays that follow
     unsigned char *code, *came;
     Request request;
 } Parcel;
+
+size_t decoded_piece = 256000; // numbers, in whole blocks of every code; a test makes it smaller
 
 Parcel *parcels = NULL; // under way
 int parcel_count = 0;
 
 void (*copy_lost_of_gpu)(real *to, const real *from, size_t n, int back) = NULL; // the CUDA twin's
 
-// Copies what the model has kept, one number for each gradient, or with `back` into the model.
-void copy_lost(const Model *m, real *kept, int back) {
-    real *lost = m->crossing->lost, *to = back ? lost : kept;
-    const real *from = back ? kept : lost;
+// Copies what codes have lost, one number for each gradient, from the model to `copy`, or with `back` from there to the model.
+void copy_lost(const Model *m, real *copy, int back) {
+    real *lost = m->crossing->lost;
+    real *to = back ? lost : copy;
+    const real *from = back ? copy : lost;
     if (m->crossing->code) { // a model on a GPU
         copy_lost_of_gpu(to, from, m->tables, back);
     } else {
@@ -81,22 +86,44 @@ Parcel lay_parcel(Codec codec, size_t from, size_t n, int peers) {
     return p;
 }
 
+// lost (n) += g, and the gradients are not needed until the sum comes.
+void add_gradients(real *lost, const real *g, size_t n) {
+    for (size_t i = 0, k; i < n; i += k) {
+        k = n - i < decoded_piece ? n - i : decoded_piece;
+        for (size_t j = i; j < i + k; j++) {
+            lost[j] += g[j];
+        }
+        passed_over(g + i, k);
+    }
+}
+
+// The gradients g (n) become what the code says.
+void replace_gradients(Codec codec, real *g, const unsigned char *code, size_t n) {
+    for (size_t i = 0, k; i < n; i += k) {
+        k = n - i < decoded_piece ? n - i : decoded_piece;
+        memset(g + i, 0, k * sizeof(real));
+        decode(codec, g + i, code + code_bytes(codec, i), k);
+        passed_over(g + i, k);
+    }
+}
+
 // Begins to sum the gradients from .. end of all processes, or with `peers` of those that have the same experts.
 void start_compressed_sum(Model *m, size_t from, size_t end, int peers) {
     Codec codec = codec_of(&m->config);
-    size_t most = largest_message / sizeof(real), n;
-    for (; from < end && (peers ? ranks.groups : ranks.size) > 1; from += n) {
+    size_t most = largest_message / sizeof(real);
+    if ((peers ? ranks.groups : ranks.size) == 1) {
+        return;
+    }
+    for (size_t n; from < end; from += n) {
         n = end - from < most ? end - from : most;
         Parcel p = lay_parcel(codec, from, n, peers);
         p.code = (unsigned char *)allocate(p.all + 1, 1);
         p.came = (unsigned char *)allocate(p.coming + 1, 1);
         for (int r = 0; r < p.sharing; r++) {
-            size_t begin = from + part_begin(&p, r), size = r == p.mine ? 0 : part_numbers(&p, r);
+            size_t begin = from + part_begin(&p, r);
+            size_t size = r == p.mine ? 0 : part_numbers(&p, r);
             real *lost = m->crossing->lost + begin;
-            const real *g = m->memory[GRADS] + begin;
-            for (size_t i = 0; i < size; i++) {
-                lost[i] += g[i];
-            }
+            add_gradients(lost, m->memory[GRADS] + begin, size);
             encode(codec, p.code + p.at[r], lost, size);
             ranks.traffic.reduced += p.sent[r];
         }
@@ -111,18 +138,20 @@ void start_compressed_sum(Model *m, size_t from, size_t end, int peers) {
 // The owner's part of a message has come from all others: it adds them up and begins to send the sum to all.
 void pass_on(Model *m, Parcel *p) {
     Codec codec = codec_of(&m->config);
-    size_t begin = p->from + part_begin(p, p->mine), size = part_numbers(p, p->mine);
-    real *lost = m->crossing->lost + begin, *g = m->memory[GRADS] + begin;
+    size_t begin = p->from + part_begin(p, p->mine);
+    size_t size = part_numbers(p, p->mine);
+    real *lost = m->crossing->lost + begin;
+    real *g = m->memory[GRADS] + begin;
     ranks_wait(&p->request, 1);
-    for (int r = 0; r < p->sharing; r++) {
-        if (r != p->mine) {
-            decode(codec, g, p->came + p->got_at[r], size);
+    for (size_t i = 0, k; i < size; i += k) {
+        k = size - i < decoded_piece ? size - i : decoded_piece;
+        for (int r = 0; r < p->sharing; r++) {
+            if (r != p->mine) {
+                decode(codec, g + i, p->came + p->got_at[r] + code_bytes(codec, i), k);
+            }
         }
+        add_gradients(lost + i, g + i, k);
     }
-    for (size_t i = 0; i < size; i++) {
-        lost[i] += g[i];
-    }
-    passed_over(g, size); // --offload
     free(p->came);
     encode(codec, p->code + p->at[p->mine], lost, size);
     ranks.traffic.reduced += (double)p->bytes[p->mine] * (p->sharing - 1);
@@ -137,11 +166,10 @@ void await_compressed_sums(Model *m) {
     for (int i = 0; i < parcel_count; i++) {
         Parcel *p = &parcels[i];
         ranks_wait(&p->request, 1);
-        memset(m->memory[GRADS] + p->from, 0, p->n * sizeof(real));
         for (int r = 0; r < p->sharing; r++) {
-            decode(codec_of(&m->config), m->memory[GRADS] + p->from + part_begin(p, r), p->code + p->at[r], part_numbers(p, r));
+            real *g = m->memory[GRADS] + p->from + part_begin(p, r);
+            replace_gradients(codec_of(&m->config), g, p->code + p->at[r], part_numbers(p, r));
         }
-        passed_over(m->memory[GRADS] + p->from, p->n);
         free(p->bytes);
         free(p->code);
     }

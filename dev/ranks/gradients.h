@@ -152,7 +152,7 @@ void ranks_layer_done(Model *m, int l) {
     if (l == m->config.layers - 1) {
         m->crossing->summing = tail;
     }
-    if (staged_count && l >= 0) { // --offload: those of the layer before, before those of this one
+    if (staged_count && l >= 0) { // --offload: all sums that are under way must come first, those of common weights, too
         await_sums(m);
     }
     sum_layer(m, l, &m->crossing->summing, start_sum);

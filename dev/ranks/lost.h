@@ -35,7 +35,8 @@ void write_lost(const Run *run, FILE *sums) {
     if (!MANY || !run->config.compress || !m->crossing->lost) {
         return;
     }
-    double *size = (double *)allocate((size_t)2 * ranks.size, sizeof(double)), most = 0;
+    double *size = (double *)allocate((size_t)2 * ranks.size, sizeof(double));
+    double most = 0;
     double *layout = size + ranks.size; // of each process, since their experts may be of other widths
     size[ranks.rank] = (double)m->tables;
     layout[ranks.rank] = (double)hash_layout(m);
@@ -56,9 +57,10 @@ void write_lost(const Run *run, FILE *sums) {
     Part *p = parts;
     for (int r = 0; r < ranks.size; r++) {
         send_to_first(from, from, r ? (size_t)size[r] * sizeof(real) : 0, r);
-        for (size_t i = 0; file && i * LOST_PIECE < (size_t)size[r]; i++, p++) {
+        for (size_t i = 0; file && i * LOST_PIECE < (size_t)size[r]; i++) {
             write_numbers(file, dir, LOST_FILE, from + i * LOST_PIECE, (size_t)p->cols);
             write_tensor_checksum(sums, p == parts, "", p->name, from + i * LOST_PIECE, (size_t)p->cols * sizeof(real));
+            p++;
         }
     }
     if (file) {
@@ -88,20 +90,20 @@ void read_lost(Run *run, const char *dir) {
     }
     WeightFiles files;
     open_weights(&files, dir, LOST_FILE, 1);
-    real *kept = allocate_reals(m->tables);
+    real *lost = allocate_reals(m->tables);
     int found = 1;
     for (size_t i = 0, n; i * LOST_PIECE < m->tables && found; i++) {
         Part p;
         n = lost_piece(c, ranks.rank, hash_layout(m), i, m->tables, &p);
-        found = n == part_size(&p) && read_tensor(&files.list[0], p.name, &p, 0, 0, kept + i * LOST_PIECE);
+        found = n == part_size(&p) && read_tensor(&files.list[0], p.name, &p, 0, 0, lost + i * LOST_PIECE);
     }
     close_weights(&files);
     if (found) {
-        copy_lost(m, kept, 1);
+        copy_lost(m, lost, 1);
     }
-    free(kept);
+    free(lost);
     if (!found) {
-        remark("%s/%s is of other ranks than %d with --ep %d and --replicate %d, or of the twin of this program: what it has "
-               "is lost", dir, LOST_FILE, ranks.size, ranks.ep, c->replicate);
+        remark("%s/%s is of other ranks than %d with --ep %d and --replicate %d, or of the twin of this program: it is not "
+               "used, and the run goes on without what was lost until then", dir, LOST_FILE, ranks.size, ranks.ep, c->replicate);
     }
 }

@@ -16,10 +16,10 @@ int is_shared_option(const Option *o) {
     return o->when != RUN;
 }
 
-// To be freed.
+// The lines of this process; to be freed.
 char *describe_rank(const Run *run, size_t *size) {
     Config of_all = run->config;
-    of_all.batch *= ranks.size; // so that it does not matter how many processes go on with it
+    of_all.batch *= ranks.size; // so that the batch of a whole step is compared
     char *text = NULL;
     FILE *memory = open_memory(&text, size);
     for (int i = 0; i < option_count; i++) {
@@ -41,17 +41,21 @@ char *describe_rank(const Run *run, size_t *size) {
 // line that differs.
 void compare_ranks(Run *run) {
     size_t size = 0, first_size;
-    char *mine = describe_rank(run, &size), *line = mine;
+    char *mine = describe_rank(run, &size);
     ranks_meet(); // what comes next waits inside MPI, where nobody keeps the watch
     first_size = size;
     broadcast(&first_size, sizeof(first_size));
-    char *first = (char *)allocate(first_size + 1, 1), *other = first;
+    char *first = (char *)allocate(first_size + 1, 1);
     memcpy(first, mine, size < first_size ? size : first_size);
     broadcast(first, first_size);
     if (strcmp(mine, first) != 0) {
-        for (size_t same; (same = strcspn(line, "\n")) == strcspn(other, "\n") && !strncmp(line, other, same) && line[same];) {
-            line += same + 1;
-            other += same + 1;
+        const char *line = mine;
+        const char *other = first;
+        size_t length = strcspn(line, "\n");
+        while (length == strcspn(other, "\n") && !strncmp(line, other, length) && line[length]) {
+            line += length + 1;
+            other += length + 1;
+            length = strcspn(line, "\n");
         }
         fail("this rank has other options, other data or another checkpoint than rank 0 (here: %.*s; rank 0: %.*s; data %s)",
              (int)strcspn(line, "\n"), line, (int)strcspn(other, "\n"), other, run->config.data);

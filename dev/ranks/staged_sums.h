@@ -4,14 +4,16 @@
 // Where --ep is less than the number of processes, several have the same experts, and their gradients are summed up while
 // backward still works. A message would bring all experts of a tensor into memory until it has come, and a network card cannot
 // send from a file that is mapped. So the gradients of the layer that is done are copied to memory of their own, and summed up
-// there while backward goes on with the next layer. Then they go back to the file. It is the same message as without --offload,
-// so the sums have the same bits, and processes with and without --offload can sum up together.
+// there while backward goes on with the next layer. Then they go back to the file. Before that layer's sums begin, all that are
+// under way must have come, those of common weights, too: no sum overlaps with more than one layer. It is the same message as
+// without --offload, so the sums have the same bits, and processes with and without --offload can sum up together.
 #ifndef RANKS_STAGED_SUMS_H
 #define RANKS_STAGED_SUMS_H
 #include "../offload.h"
 
 typedef struct Staged {
-    real *numbers, *copy; // where they belong, and where they are while they are under way
+    real *numbers; // where they belong
+    real *copy;    // where they are while they are under way
     size_t n;
 } Staged;
 
@@ -50,10 +52,13 @@ void unstage(void) {
     staged_count = 0;
 }
 
-// The memory that one layer takes.
+// The most that any layer takes; 0 where nothing is staged.
 size_t staged_bytes(const Model *m) {
     size_t most = 0;
-    for (int l = 0; l < m->config.layers && m->config.offload && ranks.groups > 1 && !m->config.compress; l++) {
+    if (!m->config.offload || ranks.groups == 1 || m->config.compress) {
+        return 0;
+    }
+    for (int l = 0; l < m->config.layers; l++) {
         size_t size = 0;
         for (int i = 0; i < m->tensor_count; i++) {
             size += m->tensors[i].layer == l && m->tensors[i].of_experts ? m->tensors[i].size : 0;

@@ -68,7 +68,7 @@ void test_largest(void **state) {
                 last = fabs((double)out[i]) == least ? i : last;
                 first_left = out[i] == 0 && fabs((double)v[i]) == least && i < first_left ? i : first_left;
             }
-            assert_int_equal(sent, kept_of(codecs[k], N));
+            assert_int_equal(sent, sent_of(codecs[k], N));
             assert_true(least >= most && (first_left == N || last < first_left));
             free_taken();
         }
@@ -83,6 +83,8 @@ void test_code_bytes(void **state) {
     assert_int_equal(code_bytes(int8, 12345), 12345 + 4 * 49);        // 48 blocks of 256, and 57
     assert_int_equal(code_bytes(topk, 12345), 6 * (12 * 10 + 4));     // 12 blocks of 1,000, and 345, of which 3.45
     assert_int_equal(code_bytes(topk, 1), 6);
+    const Codec rounded = {CODE_TOPK, 0.07};                          // 0.07 * 100 is more than 7 in double
+    assert_int_equal(code_bytes(rounded, 100), 6 * 7);
     assert_int_equal(code_bytes(int8, 0), 0);
 }
 

@@ -53,7 +53,7 @@ void check_gpu_offload(const char *recipe, const char *options, int first, int e
         for (int i = 0; i < offloaded.pool_count; i++) {
             most += offload_bytes(&m->config, &m->tensors[offloaded.pools[i].tensor], offloaded.pools[i].each);
         }
-        assert_true(most > 0 && most == (size_t)offloaded.there && offloaded.elsewhere > offloaded.there);
+        assert_true(most > 0 && most == (size_t)offloaded.on_device && offloaded.on_host > offloaded.on_device);
 #ifdef CUDACPU
         assert_true(cudacpu::managed_there > 0); // what experts have in common
         most += cudacpu::managed_there;
@@ -73,7 +73,7 @@ void check_gpu_offload(const char *recipe, const char *options, int first, int e
         }
         gpu::backend.release(m);
         assert_int_equal(offloaded.pool_count, 0);
-        assert_true(offloaded.elsewhere == 0 && offloaded.there == 0);
+        assert_true(offloaded.on_host == 0 && offloaded.on_device == 0);
         free_taken();
     }
     gpu::backend.release(plain);
@@ -133,13 +133,13 @@ void test_gpu_offload_order(void **state) {
     int offset[] = {0, 3, 3, 4, 6, 7}, order[5], count = 0; // expert 1 has no rows
     const int plan[] = {0, 3, 0, 4, 2}, wanted[] = {2, 4, 0, 3};
     for (int i = 0; i < 4; i++) {
-        gpu::take_in_group(&pools, plan, i + 1, i);
+        gpu::move_in_group(&pools, plan, i + 1, i);
     }
     assert_int_equal(p->count, 2);
     for (int e = 0; e < 5; e++) {
         assert_there(p, e, e == 0 || e == 4);
     }
-    gpu::take_in_group(&pools, plan, 5, 4); // 0 goes
+    gpu::move_in_group(&pools, plan, 5, 4); // 0 goes
     assert_there(p, 0, 0);
     assert_there(p, 4, 1);
     gpu::through_experts(&pools, &none, offset, [&](int e) { order[count++] = e; });

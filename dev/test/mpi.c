@@ -223,11 +223,11 @@ void test_mpi_bad_options(void **state) {
         {"--compress topk --compress-ratio 0", "--compress-ratio: '0' is not a number from 1e-06 to 1"},
         {"--compress int8 --compress-ratio 0.1", "--compress-ratio 0.1 would have no effect"},
         {"--compress-rows --ep 1", "--compress-rows: no rows travel where each of the 2 ranks has all experts"},
-        {"--offload 4", "--offload 4: with --ep 2 each rank has 4 of a layer's 8 experts, so nothing would be left for the file: give fewer"},
-        {"--ep 1 --offload $((7 + $OMPI_COMM_WORLD_RANK))", "rank 1: --offload 8: a layer has 8 experts, so nothing would be left"},
-        {"--experts 2 --offload 1", "each rank has 1 of a layer's 2 experts, so nothing would be left for the file: leave it out, or give a "
+        {"--offload 4", "--offload 4: with --ep 2 each rank has 4 of a layer's 8 experts, so there would be nothing to offload: give fewer"},
+        {"--ep 1 --offload $((7 + $OMPI_COMM_WORLD_RANK))", "rank 1: --offload 8: a layer has 8 experts, so there would be nothing to offload"},
+        {"--experts 2 --offload 1", "each rank has 1 of a layer's 2 experts, so there would be nothing to offload: leave it out, or give a "
                                     "smaller --ep"},
-        {"--offload 2 --replicate 1", "--offload has most experts in a file: give one of the two"},
+        {"--offload 2 --replicate 1", "--offload keeps most experts out of it: give one of the two"},
         {"--prompt One", "one process does it; start it without mpirun"},
         {"--data nowhere", "nowhere: cannot open the data folder: No such file or directory"},
         {"--seed $OMPI_COMM_WORLD_RANK", "rank 1: this rank has other options, other data or another checkpoint than rank 0 (here: "
@@ -387,7 +387,7 @@ void test_mpi_both_exchange(void **state) {
         int status = run_ranks(output, sizeof(output), 2, options);
         setenv("TRAIN_MOE_MPI", twin, 1);
         if (status || times_in(output, "lost_gradients.safetensors is of other ranks than 2 with --ep 2 and --replicate 0, or of the "
-                                       "twin of this program: what it has is lost") != (step > 1))
+                                       "twin of this program: it is not used, and the run goes on without what was lost") != (step > 1))
             fail_msg("step %d: %s", step, output);
     }
 }

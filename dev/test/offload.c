@@ -286,7 +286,7 @@ void test_offload_refused(void **state) {
     (void)state;
     need_program();
     check_leaks(0);
-    expect(run_tiny("refused", "--offload 4"), 2, "--offload 4: a layer has 4 experts, so nothing would be left for the file: give fewer");
+    expect(run_tiny("refused", "--offload 4"), 2, "--offload 4: a layer has 4 experts, so there would be nothing to offload: give fewer");
     expect(run_tiny("refused", "--recipe dense --offload 2"), 2, "--offload 2 would have no effect: it needs layers with experts");
     expect(run_tiny("refused", "--offload-dir /tmp"), 2, "it needs experts in a file: --offload N");
     expect(run_tiny("refused", "--offload 2 --offload-dir /proc/none"), 1, "/proc/none: cannot create");
@@ -294,7 +294,7 @@ void test_offload_refused(void **state) {
     expect(run_tiny("base", "--steps 6"), 0, "What next");
     char options[512];
     snprintf(options, sizeof(options), "--offload 2 --lora 2 --init %s", scratch_file("base"));
-    expect(run_tiny("refused", options), 2, "--offload keeps trained experts in a file, and --lora trains none of them");
+    expect(run_tiny("refused", options), 2, "--offload is for experts that are trained, and --lora trains none of them");
     snprintf(options, sizeof(options), "%s --out %s", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe", scratch_file("base"));
     expect(shell(said, sizeof(said), "%s --quantize q8_0", options), 0, "with few bits");
     expect(shell(said, sizeof(said), "%s-q8_0 --prompt ab --offload 2", options), 2, "this model has experts of few bits");

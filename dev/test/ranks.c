@@ -127,6 +127,7 @@ void test_ranks_compressed_sums(void **state) {
         Model *m = model_allocate(&c, c.seq, 1, NULL);
         int n = (int)m->common, wrong = 0;
         real *g = m->memory[GRADS];
+        decoded_piece = block_of(codec_of(&c)); // so that a part has more than one
         double *arrived = (double *)allocate((size_t)n, sizeof(double)), *there = (double *)allocate((size_t)n, sizeof(double));
         real *first = (real *)allocate((size_t)n, sizeof(real));
         for (int step = 0; step < 6; step++) {
@@ -161,6 +162,7 @@ void test_ranks_compressed_sums(void **state) {
         if (agreed(wrong))
             fail_msg("%s, %d ranks, --ep %d", schemes[k % 3], forms[k / 3][0], forms[k / 3][1]);
     }
+    decoded_piece = 256000;
 }
 
 // The bytes of one sum of n numbers between W ranks, of all ranks together: all but one send their codes of each part to its

@@ -71,7 +71,7 @@ void check_untaught(int steps) {
     snprintf(options, sizeof(options), "--recipe dense --steps %d --distill-weight 0", steps);
     expect(run_sized("beside", taught_by("teacher", options)), 0, "its loss counts 0 ");
     assert_same_weights("alone", "beside");
-    assert_true(isnan(logged("alone", "step", steps, "teacher")));
+    assert_true(isnan(logged("alone", "step", steps, "teacher")) && isnan(logged("beside", "step", steps, "teacher")));
 }
 
 // A teacher is known by its weights. Other ones under its name are refused, unless the user names it again.
