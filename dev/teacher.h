@@ -78,13 +78,13 @@ void distill_rows(real *nll, real *kl, real *logits, const real *taught, const i
                 q[v] = y[v] * cool;
                 p[v] = z[v] * cool;
             }
-            double of_logs = (double)softmax(p, V) - (double)softmax(q, V);
+            double sum = 0, of_p = (double)softmax(p, V), of_q = (double)softmax(q, V);
 
-            // log(p / q) = (z - y) / T - log(sum exp(z / T)) + log(sum exp(y / T))
-            double sum = 0;
+            // log(p / q) = (z / T - log(sum exp(z / T))) - (y / T - log(sum exp(y / T)))
 #pragma omp simd reduction(+ : sum)
             for (int v = 0; v < V; v++) {
-                sum += divergence_of_word((double)q[v], (double)p[v], (double)(z[v] * cool) - (double)(y[v] * cool) - of_logs);
+                double x = ((double)(z[v] * cool) - of_p) - ((double)(y[v] * cool) - of_q);
+                sum += divergence_of_word((double)q[v], (double)p[v], x);
             }
             kl[i] = (real)(temperature * temperature * sum);
 
