@@ -288,6 +288,13 @@ void check_step(Run *run, int step, double loss, double aux, double norm) {
              "checkpoint in %s is as it was. Give a --clip above 0, or a lower --lr",
              step, norm, run->out);
     }
+    double taught = teacher.model ? teacher.loss : 0;
+    sum_over_ranks(&taught, 1);
+    if (isfinite(loss) && !isfinite(taught)) {
+        fail("step %d: the loss is %g, but the teacher's part of it %g: what --teacher %s answers is not finite, so it cannot teach; "
+             "training stops here, and the last checkpoint in %s is as it was",
+             step, loss, shown(taught), run->config.teacher, run->out);
+    }
     explain(run, search_step, 1, text, sizeof(text));
     fail("step %d: the loss is %g, the balance losses %g and the gradient's norm %g; training stops here, and the last "
          "checkpoint in %s is as it was. %s",

@@ -15,6 +15,17 @@ const char *teacher_directory(const Run *run) {
                          "--teacher \"\" to go on without a teacher"
                        : "; give that of a checkpoint, of a run, or of a Hugging Face model");
     }
+
+    // A run's `latest` is a link to its newest checkpoint, and leads to another one when that run goes on.
+    char path[4096], parent[4096];
+    size_t n = strlen(name), of_link = strlen("/latest");
+    while (n > 1 && name[n - 1] == '/') {
+        n--;
+    }
+    if (n > of_link && !strncmp(name + n - of_link, "/latest", of_link)) {
+        snprintf(parent, sizeof(parent), "%.*s", (int)(n - of_link), name);
+        return model_directory(find_latest(parent, path) ? keep_text(path) : name);
+    }
     return model_directory(name);
 }
 

@@ -528,7 +528,7 @@ void end_step(Run *run, int step, double lr) {
 int close_run(Run *run) {
     const Config *c = &run->config;
     const char *name = program_name;
-    char begin[32] = "", model[4096], *out = quote_for_shell(run->out);
+    char begin[32] = "", model[4096], *out = quote_for_shell(run->out), *of_ranks = options_of_ranks(c);
     int stopped = run->step < c->steps;
     if (run->saved != run->step) {
         save_checkpoint(run);
@@ -539,8 +539,8 @@ int close_run(Run *run) {
         snprintf(begin, sizeof(begin), "mpirun -np %d ", ranks.size);
     }
     if (stopped) {
-        printf("\nstopped after step %d of %d; go on with\n  %s./%s --out %s --resume\n", run->step, c->steps, begin,
-               name, out);
+        printf("\nstopped after step %d of %d; go on with\n  %s./%s --out %s --resume%s\n", run->step, c->steps, begin,
+               name, out, of_ranks);
     } else {
         show_experts(run);
         snprintf(model, sizeof(model), run->links ? "%s/latest" : "%s/checkpoint-%d", run->out, run->step);
@@ -548,15 +548,16 @@ int close_run(Run *run) {
         printf("The run is in %s: log.jsonl, and in %s the %s, which Hugging Face's %s.\n"
                "What next:\n"
                "  ./%s --out %s --prompt \"Once upon a time\"\n"
-               "  %s./%s --out %s --resume --steps %d\n"
+               "  %s./%s --out %s --resume --steps %d%s\n"
                "  data/tinystories.sh && %s./%s        (real stories; see README.md)\n",
                run->out, model, c->lora ? "adapter" : "model", c->lora ? "peft opens beside its base" : whole, name, out, begin,
-               name, out, c->steps * 2, begin, name);
+               name, out, c->steps * 2, of_ranks, begin, name);
         if (c->lora) {
             printf("  ./%s --out %s --merge DIR        (one model of the base and the adapter)\n", name, out);
         }
     }
     free(out);
+    free(of_ranks);
     report_minutes(run);
     print_offload(c, stdout);
     close_log(run);

@@ -5,7 +5,7 @@
 set -eu
 export LC_ALL=C
 
-. "$(dirname "$0")/data.sh" # fail, find_data, finished, awk_number, describe_machine
+. "$(dirname "$0")/data.sh" # fail, find_data, is_number, finished, trained_with, awk_number, describe_machine
 called="dev/bench/compress.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/compress data='' from='' ranks="2 4" seeds=1 steps=300 every=50 sequences=8
 options="--dim 64 --ffn 64 --heads 4 --seq 64 --ep 1"
@@ -36,6 +36,16 @@ END
     *) fail "$1: unknown option (-h shows the options)" 2 ;;
     esac
 done
+[ -n "${ranks// /}" ] || fail "--ranks: empty; give at least one number" 2
+[ -n "${seeds// /}" ] || fail "--seeds: empty; give at least one number" 2
+for name in steps every sequences; do
+    is_number "${!name}" || fail "--$name ${!name}: not a whole number above 0" 2
+done
+for n in $ranks; do
+    is_number "$n" && [ "$n" -gt 1 ] || fail "--ranks $n: not a number of processes above 1, and one sends nothing" 2
+    [ $((sequences % n)) -eq 0 ] || fail "--sequences $sequences: $n ranks cannot share them evenly" 2
+done
+[ $((steps % every)) -eq 0 ] || fail "--every $every: it must divide the $steps steps, so that each column of the table is full" 2
 train=${TRAIN_MOE_MPI:-$root/train_moe_mpi}
 [ -x "$train" ] || fail "$train: not there; build it by: make train_moe_mpi" 2
 mkdir -p "$out"
@@ -53,14 +63,15 @@ folder() { # $1: ranks, $2: scheme, $3: seed
 train_one() { # the same three
     local dir
     dir=$(folder "$@")
-    finished "$dir/log.jsonl" && return
+    finished "$dir/log.jsonl" || rm -rf "$dir"
+    # shellcheck disable=SC2086 # the options are several words
+    trained_with "$dir/log.jsonl" --data "$data" $options --batch $((sequences / $1)) --steps "$steps" --log-every "$every"
+    [ ! -f "$dir/log.jsonl" ] || return 0
     echo "${dir##*/} ..." >&2
-    rm -rf "$dir"
-    mkdir -p "${dir%/*}"
     # shellcheck disable=SC2086 # the options are several words
     ${MPIRUN:-mpirun} -np "$1" "$train" --out "$dir" --data "$data" --threads 1 $options --batch $((sequences / $1)) --steps "$steps" \
         --seed "$3" --log-every "$every" --eval-every 0 --sample-every 0 --save-every 0 $2 > "$out/train.txt" 2>&1 ||
-        fail "${dir##*/} failed: $(tail -n 1 "$out/train.txt")"
+        fail "${dir##*/} failed: $(grep -m 1 '^train_moe_mpi: ' "$out/train.txt" || tail -n 1 "$out/train.txt")"
 }
 
 for n in $ranks; do
@@ -76,9 +87,9 @@ row() { # $1: ranks, $2: scheme
     for seed in $seeds; do
         logs+=("$(folder "$1" "$2" "$seed")/log.jsonl")
     done
-    awk -v n="$1" -v scheme="${2:-as they are}" "$awk_number"'
+    awk -v n="$1" -v every="$every" -v scheme="${2:-as they are}" "$awk_number"'
         FNR == 1 { runs++; count = 0 }
-        /^."type":"step"/ && number("step") > 1 { loss[++count] += number("loss"); bytes = number("reduce_bytes") }
+        /^."type":"step"/ && number("step") % every == 0 { loss[++count] += number("loss"); bytes = number("reduce_bytes") }
         /^."type":"eval"/ { validation[runs] = number("val_loss") }
         END {
             for (i = 1; i <= count; i++) row = row sprintf(" %.4f |", loss[i] / runs)

@@ -1,5 +1,5 @@
 # What clock.sh, mixers.sh, compare.sh and contest.sh share: the program, the tokens to train on, what a log says, and what the
-# figures were measured on. Gives: fail, root, train; find_program, find_data, finished, awk_number, describe_machine. Needs: bash and set -eu of the script that sources it.
+# figures were measured on. Gives: fail, root, train; find_program, find_data, is_number, finished, trained_with, awk_number, describe_machine. Needs: bash and set -eu of the script that sources it.
 
 fail() { # $1: what is wrong, $2: exit status
     echo "${0##*/}: $1" >&2
@@ -37,6 +37,24 @@ find_data() {
     done
     [ -n "$data" ] || fail "nothing to train on: give --data DIR with tokens, or --from DIR with *train*.txt, *valid*.txt"
     data=$(cd "$data" 2> /dev/null && pwd) || fail "--data: no such folder"
+}
+
+is_number() { # $1: a whole number above 0, in at most nine digits?
+    [[ $1 =~ ^[1-9][0-9]{0,8}$ ]]
+}
+
+# What is there is not made again, so the same name must mean the same options. They stand in a file beside it. Call it before
+# that file is made.
+trained_with() { # $1: log.jsonl, or another result; the rest: the options
+    local file=$1 line before
+    shift
+    line=$(printf '%q ' "$@")
+    if [ ! -f "$file" ]; then
+        mkdir -p "${file%/*}"
+        echo "$line" > "$file.options"
+    fi
+    before=$(cat "$file.options" 2> /dev/null || echo "not written down")
+    [ "$before" = "$line" ] || fail "$file was made with other options; remove ${file%/*} or choose another --out. They were $before" 2
 }
 
 finished() { # $1: log.jsonl; is its last step evaluated?

@@ -4,7 +4,7 @@
 set -eu
 export LC_ALL=C
 
-. "$(dirname "$0")/data.sh" # fail, find_program, find_data, finished, awk_number, describe_machine
+. "$(dirname "$0")/data.sh" # fail, find_program, find_data, is_number, finished, trained_with, awk_number, describe_machine
 called="dev/bench/teacher.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 out=$root/runs/teacher data='' from='' seeds="1 2 3" steps=2000 teacher_steps=4000 weights="0.5" temperature=2 text=0
 teacher="--recipe mixtral" student="--recipe dense --dim 64 --heads 4 --ffn 64"
@@ -38,7 +38,10 @@ END
     *) fail "$1: unknown option (-h shows the options)" 2 ;;
     esac
 done
-[[ $steps =~ ^[1-9][0-9]*$ ]] || fail "--steps $steps: not a number of steps" 2
+is_number "$steps" || fail "--steps $steps: not a number of steps" 2
+is_number "$teacher_steps" || fail "--teacher-steps $teacher_steps: not a number of steps" 2
+[ "$text" = 0 ] || is_number "$text" || fail "--text $text: not a number of tokens" 2
+[ -n "${seeds// /}" ] || fail "--seeds: empty; give at least one number" 2
 find_program
 mkdir -p "$out"
 find_data "$root/data/stories"
@@ -69,9 +72,9 @@ folder_of() { # $1: a run
 run() { # $1: name, the rest: options
     local dir=$out/$1
     shift
+    trained_with "$dir/log.jsonl" --data "$(folder_of "${dir##*/}")" "$@"
     finished "$dir/log.jsonl" && return
     echo "${dir##*/} ..." >&2
-    mkdir -p "$dir"
     OMP_NUM_THREADS=1 "$train" --resume --out "$dir" --data "$(folder_of "${dir##*/}")" --threads 1 --sample-every 0 --save-every 500 --eval-every 200 "$@" \
         > "$dir/train.txt" 2>&1 || fail "${dir##*/} failed: $(tail -n 1 "$dir/train.txt")"
 }
@@ -85,20 +88,25 @@ loss() { # $1: name; nats a token and bits a byte at the end, and the lowest nat
 # The median milliseconds of a step of a short run, which is removed.
 step_time() { # options
     rm -rf "$out/try"
+    mkdir -p "$out/try"
     OMP_NUM_THREADS=1 "$train" --out "$out/try" --data "$data" --threads 1 --steps 30 --warmup 5 --log-every 3 --eval-every 0 \
-        --eval-tokens 256 --sample-every 0 --tokens 1 "$@" > /dev/null 2>&1 || fail "a trial failed: $train $*"
+        --eval-tokens 256 --sample-every 0 --tokens 1 "$@" > "$out/try/train.txt" 2>&1 || fail "a trial failed: $(tail -n 1 "$out/try/train.txt")"
     awk "$awk_number"' /^."type":"step"/ { print number("ms") }' "$out/try/log.jsonl" | sort -g | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }'
     rm -rf "$out/try"
 }
 
 run teacher $teacher --steps "$teacher_steps"
-by="--teacher $out/teacher --distill-temperature $temperature"
+by=(--teacher "$out/teacher" --distill-temperature "$temperature")
 
 # By turns, so that what else the machine does meets both alike.
+trained_with "$out/ratio.txt" $student "${by[@]}"
 if [ ! -f "$out/ratio.txt" ]; then
     for turn in 1 2 3; do
-        echo "$(step_time $student) $(step_time $student $by)"
-    done | awk '{ print $2 / $1, $1, $2 }' | sort -g | sed -n 2p > "$out/ratio.txt"
+        alone_ms=$(step_time $student)
+        taught_ms=$(step_time $student "${by[@]}")
+        echo "$alone_ms $taught_ms"
+    done > "$out/times.txt"
+    awk '{ print $2 / $1, $1, $2 }' "$out/times.txt" | sort -g | sed -n 2p > "$out/ratio.txt"
 fi
 read -r ratio alone_ms taught_ms < "$out/ratio.txt"
 longer=$(awk "BEGIN { print int($steps * $ratio + 0.5) }")
@@ -107,7 +115,7 @@ for seed in $seeds; do
     run "alone-seed$seed" $student --steps "$steps" --seed "$seed"
     run "longer-seed$seed" $student --steps "$longer" --seed "$seed"
     for w in $weights; do
-        run "taught$w-seed$seed" $student $by --distill-weight "$w" --steps "$steps" --seed "$seed"
+        run "taught$w-seed$seed" $student "${by[@]}" --distill-weight "$w" --steps "$steps" --seed "$seed"
     done
 done
 

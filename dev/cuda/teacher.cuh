@@ -39,40 +39,40 @@ __global__ void distill_kernel(float *nll, float *kl, floatX *dlogits, const flo
     top_z = block_max(top_z);
     top_y = block_max(top_y);
 
-    // The sums of the student's softmax, of both at the temperature, and of q * (y - z) / T, still to be divided by q's.
+    // The sums of the student's softmax, and of both at the temperature.
     float sum = 0, sum_p = 0, sum_q = 0;
-    double apart = 0;
     for (int v = 4 * threadIdx.x; v < V; v += 4 * blockDim.x) {
         load_pack(a, z + v);
         load_pack(b, y + v);
         for (int i = 0; i < 4 && v + i < V; i++) {
-            float q = expf((b[i] - top_y) * cool);
             sum += expf(a[i] - top_z);
             sum_p += expf((a[i] - top_z) * cool);
-            sum_q += q;
-            apart += (double)q * (double)((b[i] - top_y) * cool - (a[i] - top_z) * cool);
+            sum_q += expf((b[i] - top_y) * cool);
         }
     }
     sum = block_sum(sum);
     sum_p = block_sum(sum_p);
     sum_q = block_sum(sum_q);
-    apart = block_sum(apart);
-    if (threadIdx.x == 0) {
-        nll[blockIdx.x] = top_z + logf(sum) - wanted;
-        kl[blockIdx.x] = temperature * temperature * (float)(apart / (double)sum_q + log((double)sum_p) - log((double)sum_q));
-    }
+    double of_logs = log((double)sum_p) - log((double)sum_q), apart = 0;
 
-    // The gradient; 0 for words that do not exist.
+    // The divergence, and the gradient; 0 for words that do not exist.
     float of_target = (1 - w) * scale, of_teacher = w * temperature * scale;
     for (int v = 4 * threadIdx.x; v < W; v += 4 * blockDim.x) {
         load_pack(a, z + v);
         load_pack(b, y + v);
         for (int i = 0; i < 4; i++) {
             float p = expf(a[i] - top_z) / sum, came = v + i == target ? 1 : 0;
-            float apart_here = expf((a[i] - top_z) * cool) / sum_p - expf((b[i] - top_y) * cool) / sum_q;
-            a[i] = v + i < V ? of_target * (p - came) + of_teacher * apart_here : 0;
+            float cold_z = (a[i] - top_z) * cool, cold_y = (b[i] - top_y) * cool;
+            float p_cold = expf(cold_z) / sum_p, q = expf(cold_y) / sum_q;
+            apart += v + i < V ? divergence_of_word((double)q, (double)p_cold, (double)cold_z - (double)cold_y - of_logs) : 0;
+            a[i] = v + i < V ? of_target * (p - came) + of_teacher * (p_cold - q) : 0;
         }
         store_pack(dlogits + (size_t)blockIdx.x * W + v, a);
+    }
+    apart = block_sum(apart);
+    if (threadIdx.x == 0) {
+        nll[blockIdx.x] = top_z + logf(sum) - wanted;
+        kl[blockIdx.x] = temperature * temperature * (float)apart;
     }
 }
 

@@ -78,13 +78,18 @@ void read_lost(Run *run, const char *dir) {
     Model *m = run->model;
     const Config *c = &run->config;
     if (!has_file(dir, LOST_FILE)) {
-        if (c->compress) {
+        Json *sums = read_checksums(dir); // a user who needs the room may have removed the file
+        if (c->compress && json_get(sums, LOST_FILE)) {
+            remark("%s/%s was removed: what compressed gradients have lost until then does not come any more", dir, LOST_FILE);
+        } else if (c->compress) {
             remark("%s: nothing was compressed until then, so nothing was lost", dir);
         }
+        json_free(sums);
         return;
     }
     if (!MANY || !c->compress) {
-        remark("%s/%s is not used: it is what compressed gradients have lost; to go on with them, give --compress as before",
+        remark("%s/%s is not used: it is what compressed gradients have lost; to go on with them, give --compress to as many "
+               "processes as before",
                dir, LOST_FILE);
         return;
     }
@@ -96,6 +101,9 @@ void read_lost(Run *run, const char *dir) {
         Part p;
         n = lost_piece(c, ranks.rank, hash_layout(m), i, m->tables, &p);
         found = n == part_size(&p) && read_tensor(&files.list[0], p.name, &p, 0, 0, lost + i * LOST_PIECE);
+        if (found) {
+            check_read(files.list[0].path, "", &p, lost + i * LOST_PIECE);
+        }
     }
     close_weights(&files);
     if (found) {

@@ -1,5 +1,5 @@
 // Several processes: all must have been started for the same run.
-// Gives: compare_ranks. Needs: comm.h; dev/options.h; Run of dev/run.h, which includes it.
+// Gives: compare_ranks, options_of_ranks. Needs: comm.h; dev/options.h; Run of dev/run.h, which includes it.
 //
 // Each process writes down, a line each, what it was asked for and what it has found. The first one's text goes to all.
 #pragma once
@@ -63,4 +63,20 @@ void compare_ranks(Run *run) {
     free(first);
     free(mine);
     ranks_meet(); // so that no process goes on, maybe to another message, before all have compared
+}
+
+// The options of this call about ranks, as one would type them, for the command that goes on with the run: a checkpoint does not
+// keep them. To be freed.
+char *options_of_ranks(const Config *c) {
+    char *text = NULL, buffer[64];
+    size_t size;
+    FILE *memory = open_memory(&text, &size);
+    for (int i = 0; i < option_count; i++) {
+        const Option *o = &options[i];
+        if (c->given[i] && !strcmp(o->heading, RANKS)) {
+            fprintf(memory, " --%s%s%s", o->name, o->kind == 'f' ? "" : " ", o->kind == 'f' ? "" : option_text(c, o, buffer));
+        }
+    }
+    close_memory(memory, &text);
+    return text;
 }

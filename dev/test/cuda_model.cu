@@ -974,6 +974,7 @@ void test_gpu_teacher(void **state) {
     check_gpu_teacher("mixtral", "", "mixtral", "--dim 48 --heads 2 --kv-heads 2 --experts 8");
     check_gpu_teacher("dense", "--distill-weight 0.8 --distill-temperature 3 --untied 1", "deepseek-v3", "");
     check_gpu_teacher("mixtral", "--distill-weight 1 --distill-temperature 0.7", "shazeer-lstm", "");
+    check_gpu_teacher("dense", "--distill-weight 0.1 --distill-temperature 1000", "dense", "--dim 48 --heads 2 --kv-heads 2");
 }
 
 // ---- the same again

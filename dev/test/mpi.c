@@ -362,12 +362,20 @@ void test_mpi_compress(void **state) {
         return;
     snprintf(options, sizeof(options), "--compress int8 --warmup 1 --out %s", scratch_file("before"));
     assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_int_equal(times_in(output, " --compress int8\n"), 1); // the command that goes on has it
     snprintf(options, sizeof(options), "--resume --steps 7 --ep 1 --compress bf16 --out %s", scratch_file("before"));
     assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
     assert_int_equal(times_in(output, "is of other ranks than 2 with --ep 1"), 1);
     snprintf(options, sizeof(options), "--resume --steps 8 --out %s", scratch_file("before"));
     assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
     assert_int_equal(times_in(output, "lost_gradients.safetensors is not used"), 1);
+    snprintf(options, sizeof(options), "--resume --steps 9 --compress bf16 --out %s", scratch_file("before"));
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_int_equal(times_in(output, "nothing was compressed until then"), 1);
+    unlink(scratch_file("before/latest/lost_gradients.safetensors"));
+    snprintf(options, sizeof(options), "--resume --steps 10 --compress bf16 --out %s", scratch_file("before"));
+    assert_int_equal(run_ranks(output, sizeof(output), 2, options), 0);
+    assert_int_equal(times_in(output, "lost_gradients.safetensors was removed"), 1);
     snprintf(options, sizeof(options), "--compress bf16 --out %s", scratch_file("single"));
     assert_int_equal(run_ranks(output, sizeof(output), 1, options), 2);
     assert_int_equal(times_in(output, "--compress: one process sends nothing"), 1);

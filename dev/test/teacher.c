@@ -100,31 +100,35 @@ void test_taught_gradients(void **state) {
     decided = 0;
 }
 
-// The divergence as its definition has it, in double, word by word.
+// The divergence as its definition has it, in double, word by word; also at a temperature where q and p are nearly equal, and what
+// is left of them is multiplied by a million.
 void test_divergence(void **state) {
     (void)state;
-    Pupil k = make_pupil("mixtral", "--distill-temperature 1.5", "dense", "--dim 24");
-    int V = k.m->config.vocab;
-    double sum = 0, t = k.temperature;
-    taught_objective(&k);
-    real *z = take_reals((size_t)TAUGHT_N * V), *y = take_reals((size_t)TAUGHT_N * V);
-    all_logits(k.m, z, TAUGHT_N);
-    all_logits(teacher.model, y, TAUGHT_N);
-    for (int n = 0; n < TAUGHT_N; n++) {
-        double of_z = 0, of_y = 0;
-        for (int v = 0; v < V; v++) {
-            of_z += exp((double)z[n * V + v] / t);
-            of_y += exp((double)y[n * V + v] / t);
+    for (int hot = 0; hot < 2; hot++) {
+        Pupil k = make_pupil("mixtral", hot ? "--distill-temperature 1000" : "--distill-temperature 1.5", "dense", "--dim 24");
+        int V = k.m->config.vocab;
+        double sum = 0, t = k.temperature;
+        taught_objective(&k);
+        real *z = take_reals((size_t)TAUGHT_N * V), *y = take_reals((size_t)TAUGHT_N * V);
+        all_logits(k.m, z, TAUGHT_N);
+        all_logits(teacher.model, y, TAUGHT_N);
+        for (int n = 0; n < TAUGHT_N; n++) {
+            double of_z = 0, of_y = 0;
+            for (int v = 0; v < V; v++) {
+                of_z += exp((double)z[n * V + v] / t);
+                of_y += exp((double)y[n * V + v] / t);
+            }
+            for (int v = 0; v < V; v++) {
+                double p = exp((double)z[n * V + v] / t) / of_z, q = exp((double)y[n * V + v] / t) / of_y;
+                sum += t * t * q * log(q / p) / TAUGHT_N;
+            }
         }
-        for (int v = 0; v < V; v++) {
-            double p = exp((double)z[n * V + v] / t) / of_z, q = exp((double)y[n * V + v] / t) / of_y;
-            sum += t * t * q * log(q / p) / TAUGHT_N;
-        }
+        assert_true(sum > 0.01);
+        double wide = hot ? 1e-8 : 1e-12; // the sum above subtracts, too
+        assert_near(teacher.loss, sum, IS_DOUBLE ? wide : 1e-5);
+        free_pupil(&k);
+        free_taken();
     }
-    assert_true(sum > 0.01);
-    assert_near(teacher.loss, sum, IS_DOUBLE ? 1e-12 : 1e-5);
-    free_pupil(&k);
-    free_taken();
 }
 
 // From itself a model learns nothing: with w = 1 the divergence and all gradients are 0.
@@ -246,7 +250,7 @@ void test_other_teachers(void **state) {
     expect(run_tiny("pupil", taught_by("base-q8_0", "")), 0, "What next");
     char options[512];
     snprintf(options, sizeof(options), "--lora 2 --init %s", scratch_file("base"));
-    expect(run_tiny("adapter", taught_by("teacher", options)), 0, "What next");
+    expect(run_tiny("adapter", taught_by("teacher/latest", options)), 0, "/teacher/checkpoint-"); // not a link, which moves
     assert_true(logged("adapter", "step", 12, "teacher") > 0);
 }
 
