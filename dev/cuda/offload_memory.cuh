@@ -13,6 +13,7 @@ struct ManagedArray {
     double elsewhere, there; // bytes of experts, in all and at most on the device
 } managed[16];
 int managed_count;
+double to_come; // bytes of experts that the model at hand has not taken yet, as it was measured
 
 // The stream in which experts move, once; stops where the device has no such memory.
 void start_moving(void) {
@@ -31,7 +32,8 @@ void start_moving(void) {
     CHECK(cudaEventCreateWithFlags(&moving.used, cudaEventDisableTiming));
 }
 
-// Stops where the machine has less memory than the experts would take. They are `bytes` more than those that are there already.
+// Stops where the machine has less memory than the experts of all arrays will take. They are `bytes` more than those that are there
+// already. It is called before the first array is taken, since filling it would take long, and memory from other programs.
 void check_host_memory(double bytes) {
     double has = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), mib = 1048576;
     if (has > 0 && offloaded.elsewhere + bytes > has) {
@@ -64,11 +66,13 @@ void *own_array(Model *m, int what, size_t count, size_t each) {
     }
     m->bytes[m->purpose] += count * each - experts + there;
     if (m->dry) {
+        to_come = (what == WEIGHTS ? 0 : to_come) + (double)experts;
         return m->arena; // leads nowhere
     }
 
     start_moving();
-    check_host_memory((double)experts);
+    check_host_memory(to_come);
+    to_come -= (double)experts;
     char *memory;
     cudaError_t error = cudaMallocManaged((void **)&memory, count * each, cudaMemAttachGlobal);
     if (error != cudaSuccess || managed_count == COUNT(managed)) {
