@@ -1,8 +1,8 @@
 // Experts that are in a file until they are needed (--offload N).
 // Gives: Pool, offloaded, use_expert, add_pool, folder_of_offload, nearest_folder, offload_array, offload_free, pool_of, take_in,
-// let_go, let_go_of_tensor, let_go_of_array, passed_over, bytes_in_file_only, offload_refuses, offload_refuses_ranks, print_offload. Needs: Model and Tensor of
-// train_moe.c, which includes it by way of dev/memory.h and dev/parts.h; expert_size() of ranks/copies.h, moment_offset() of
-// ranks/gradients.h. The products that fetch experts are in dev/offload_products.h.
+// let_go, let_go_of_tensor, let_go_of_array, passed_over, bytes_in_file_only, offload_refuses, offload_refuses_ranks, print_offload.
+// Needs: Model and Tensor of train_moe.c, which includes it by way of dev/memory.h and dev/parts.h; expert_size() of ranks/copies.h,
+// moment_offset() of ranks/gradients.h. The products that fetch experts are in dev/offload_products.h.
 //
 // Of a mixture, each step or token needs few experts at a time: a layer multiplies by one after the other. With --offload N the
 // experts' part of each array (weights; in training also gradients and both moments) is a file that is mapped into memory, so an
