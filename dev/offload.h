@@ -1,9 +1,9 @@
 // Experts that are in a file until they are needed (--offload N).
-// Gives: Pool, offloaded, pool_of, find_pool, bytes_of_expert, is_held, use_expert, take_in, let_go, let_go_of_tensor, let_go_of_array,
-// passed_over, add_pool, folder_of_offload, offload_array, offload_free, offload_bytes, offload_refuses, offload_refuses_ranks,
-// print_offload, print_offload_memory. Needs: Model and Tensor of train_moe.c, which includes it by way of dev/memory.h and
-// dev/parts.h; expert_size() of ranks/copies.h, moment_offset() of ranks/gradients.h. The products that fetch experts are in
-// dev/offload_products.h.
+// Gives: Pool, offloaded, pool_of, find_pool, bytes_of_expert, is_held, use_expert, take_in, let_go, let_go_of_tensor,
+// let_go_of_array, passed_over, add_pool, folder_of_offload, nearest_folder, offload_array, offload_free, offload_bytes,
+// bytes_in_file_only, offload_refuses, offload_refuses_ranks, print_offload, print_offload_memory.
+// Needs: Model and Tensor of train_moe.c, which includes it by way of dev/memory.h and dev/parts.h; expert_size() of
+// ranks/copies.h, moment_offset() of ranks/gradients.h. The products that fetch experts are in dev/offload_products.h.
 //
 // Of a mixture, each step or token needs few experts at a time: a layer multiplies by one after the other. With --offload N the
 // experts' part of each array (weights; in training also gradients and both moments) is a file that is mapped into memory, so an
@@ -57,7 +57,6 @@ struct {
     int array_count;
     double asked, fetched, bytes; // experts that were needed; those of them that were not in memory; their bytes
     int fullest;                  // the most experts that a pool has held
-    int fresh;                    // 1: the folder of the file was not there when the program began
     double on_host, on_device;    // CUDA: bytes of experts in the host's memory; of them those that may be on the device
 } offloaded;
 
@@ -71,7 +70,7 @@ const char *offload_refuses(const Config *c) {
         return NULL;
     }
     if (c->lora) {
-        return "--offload is for experts that are trained, and --lora trains none of them: give one of the two";
+        return "--offload is for experts that are trained, and --lora trains none of them: leave out --offload";
     }
     if (c->blocks) {
         return "--offload is for experts of float32, and this model has experts of few bits: give it without --offload";
@@ -241,8 +240,24 @@ const char *folder_of_offload(const Config *c, const char *out) {
     if (c->offload && !dir[0]) {
         dir = reads && !is_there(out) ? "." : keep_text(out);
     }
-    offloaded.fresh = !is_there(dir);
     return dir;
+}
+
+// The folder in which the file is made: `dir`. A new run has none yet, and its file is in the nearest folder above, which is on the
+// same disk. So nothing is left behind of a run that does not begin.
+void nearest_folder(const char *dir, char path[4200]) {
+    struct stat info;
+    snprintf(path, 4200, "%s", dir);
+    while (strcmp(path, ".") && lstat(path, &info) != 0 && errno == ENOENT) {
+        char *end = path + strlen(path);
+        while (end > path + 1 && end[-1] == '/') {
+            end--;
+        }
+        while (end > path && end[-1] != '/') {
+            end--;
+        }
+        snprintf(end, 2, "%s", end > path ? "" : ".");
+    }
 }
 
 // Where the weight at this offset has its number in an array: of common moments each of several processes has a slice only.
@@ -257,18 +272,14 @@ void part_in_file(const Model *m, int what, size_t *first, size_t *end) {
     *end = (place_in_array(m, what, m->tables) * sizeof(real) + page - 1) / page * page;
 }
 
-// Ends the program, because there is no room for the file, which has to be as large as `size`. The folder that was made for it goes;
-// those above it stay.
-void refuse_full_disk(const Config *c, int file, size_t size, int last, int error) {
+// Ends the program where there is no room for the file, which has to be as large as `size`. folder: where it was made.
+void refuse_full_disk(const Config *c, const char *folder, int file, size_t size, int last, int error) {
     struct statvfs disk;
     char have[64] = "";
     (void)!ftruncate(file, 0); // gives back what could be reserved, so that statvfs counts it as free
     close(file);
-    if (statvfs(c->offload_dir, &disk) == 0) {
+    if (statvfs(folder, &disk) == 0) {
         snprintf(have, sizeof(have), " (%.1f MiB are free)", (double)disk.f_bavail * (double)disk.f_frsize / 1048576);
-    }
-    if (offloaded.fresh) {
-        rmdir(c->offload_dir);
     }
     fail("--offload: %s: cannot reserve %.1f MiB for experts' weights%s%s: %s; make room, or name another folder by --offload-dir",
          c->offload_dir, (double)size / 1048576, last == WEIGHTS ? "" : ", gradients and moments", have, strerror(error));
@@ -278,18 +289,19 @@ void refuse_full_disk(const Config *c, int file, size_t size, int last, int erro
 int offload_file(const Model *m, int what, int last) {
     const Config *c = &m->config;
     size_t size = 0, first, end;
+    char folder[4200];
     for (int i = what; i <= last; i++) {
         part_in_file(m, i, &first, &end);
         size += end - first;
     }
-    make_directories(c->offload_dir); // a new run has none yet
-    int file = open_unnamed(c->offload_dir);
+    nearest_folder(c->offload_dir, folder);
+    int file = open_unnamed(folder);
     if (file < 0) {
         fail("--offload: %s: cannot create a file in it: %s; --offload-dir names another folder", c->offload_dir, strerror(errno));
     }
     int error = reserve_file(file, size);
     if (error) {
-        refuse_full_disk(c, file, size, last, error);
+        refuse_full_disk(c, folder, file, size, last, error);
     }
     return file;
 }
@@ -303,6 +315,16 @@ size_t offload_bytes(const Config *c, const Tensor *t, size_t each) {
         largest = size > largest ? size : largest;
     }
     return largest * (size_t)c->offload * each;
+}
+
+// Bytes of an array of the model that are in the file and not in memory, as many experts as may be there are. On a GPU there is no file.
+size_t bytes_in_file_only(const Model *m, int what) {
+    size_t bytes = 0;
+    for (int i = 0; i < m->tensor_count && offloaded.array_count; i++) {
+        const Pool *p = find_pool(m, what, i);
+        bytes += p ? p->from[p->E] * p->each - offload_bytes(&m->config, &m->tensors[i], p->each) : 0;
+    }
+    return bytes;
 }
 
 // A pool for the experts of a tensor, which begin at `base` and have numbers of `each` bytes.

@@ -138,7 +138,7 @@ int open_unnamed(const char *dir) {
         return unnamed;
     }
 #endif
-    char path[4200];
+    char path[4300];
     snprintf(path, sizeof(path), "%s/offload-XXXXXX", dir);
     int file = mkstemp(path);
     if (file >= 0) {

@@ -96,7 +96,8 @@ void evaluate_model(Run *run, const Config *asked, const char *dir) {
     printf("%s, %s%s%s: validation loss %.5f nats per token, %.5f bits per byte%s, from %s%.0f tokens of %s\n", dir, c->recipe,
            c->blocks ? ", " : "", c->blocks ? scheme_names[c->blocks] : "", e.loss, e.bpb, errors,
            e.windows == run->val->windows ? "all " : "", (double)e.windows * c->seq, c->data);
-    double numbers = (double)run->model->size * sizeof(real) / 1048576, few = (double)blocks / 1048576;
+    size_t bytes = run->model->size * sizeof(real) - bytes_in_file_only(run->model, WEIGHTS);
+    double numbers = (double)bytes / 1048576, few = (double)blocks / 1048576;
     printf("weights in memory: %.2f MiB", numbers + few);
     if (c->blocks) {
         printf(", of which %.2f MiB are blocks of few bits", few);

@@ -225,6 +225,16 @@ void test_gpu_offload_refused(void **state) {
     setenv("CUDACPU_MANAGED", "0", 1);
     expect(run_either(1, "refused", "--offload 2"), 1, "this device cannot share memory with the host while it works");
     unsetenv("CUDACPU_MANAGED");
+
+    // The experts of all arrays are counted before the first is taken: 18 bytes for each of 2 * E * 3 * 32 * F weights.
+    double has = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), each = 2.0 * 4096 * 3 * 32;
+    int width = (int)(1.1 * has / 4 / each / 8) * 8; // the first array alone is too large, so that a fault here takes no memory
+    if (width >= 8 && width <= 65536) {
+        char more[128], wanted[128];
+        snprintf(more, sizeof(more), "--offload 1 --experts 4096 --ffn %d", width);
+        snprintf(wanted, sizeof(wanted), "the experts need %.0f MiB of the host's memory", 18 * each * width / 1048576);
+        expect(run_either(1, "refused", more), 1, wanted);
+    }
 #endif
     assert_true(access(scratch_file("refused"), F_OK) != 0);
     check_leaks(1);

@@ -161,14 +161,14 @@ void assert_held(const Pool *p, int count, int a, int b) {
 }
 
 // Where the file system has files without a name, the experts' file has never had one, so nothing of it is left behind whenever the
-// program is killed. All arrays are in one.
+// program is killed. A folder that is not there is not made for it. All arrays are in one.
 void test_offload_has_no_name(void **state) {
     (void)state;
 #ifdef O_TMPFILE
     char path[64], name[4200];
     Model *m = model_with_offload("mixtral", "", 2);
-    const char *dir = m->config.offload_dir;
-    int file = open(dir, O_TMPFILE | O_RDWR, 0600);
+    assert_true(!exists("away"));
+    int file = open(scratch_file("."), O_TMPFILE | O_RDWR, 0600);
     for (int i = 0; i < offloaded.array_count; i++) {
         snprintf(path, sizeof(path), "/proc/self/fd/%d", offloaded.arrays[i].file);
         ssize_t n = readlink(path, name, sizeof(name) - 1);
@@ -180,11 +180,23 @@ void test_offload_has_no_name(void **state) {
     assert_int_equal(offloaded.array_count, 4);
     if (file >= 0)
         close(file);
-    assert_int_equal(rmdir(dir), 0); // it is empty
     model_free(m);
 #else
     skip();
 #endif
+}
+
+// The file of a new run is in the nearest folder above that of the run.
+void test_offload_nearest_folder(void **state) {
+    (void)state;
+    char path[4200];
+    static const char *const folders[][2] = {{"/", "/"}, {"/none", "/"}, {"/none//x/", "/"}, {"none", "."}, {"none/x//", "."}, {"", "."},
+                                             {"dev", "dev"}, {"dev/test/none/x/", "dev/test/"}, {"Makefile/x", "Makefile/x"}};
+    for (int i = 0; i < COUNT(folders); i++) {
+        nearest_folder(folders[i][0], path);
+        if (strcmp(path, folders[i][1]))
+            fail_msg("'%s': '%s'", folders[i][0], path);
+    }
 }
 
 // The expert whose last use is longest ago goes first.
@@ -259,6 +271,16 @@ void test_offload_run_resumes(void **state) {
     snprintf(answer, sizeof(answer), "%.200s", strstr(said, "\nab"));
     expect(run_tiny("all", "--prompt ab --seed 3 --offload 2"), 0, "--offload 2: of ");
     assert_true(!strncmp(strstr(said, "\nab"), answer, 10));
+
+    // What an evaluation says of memory counts the experts that are there: 3 of 4 are not, in 2 layers, of 3 * 64 * 128 weights.
+    const char *program = getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe";
+    double held[2] = {0, 0};
+    for (int i = 0; i < 2; i++) {
+        expect(shell(said, sizeof(said), "%s --out %s --evaluate --eval-tokens 64 --threads 1 %s", program, scratch_file("all"),
+                     i ? "--offload 1" : ""), 0, "weights in memory: ");
+        sscanf(strstr(said, "weights in memory: "), "weights in memory: %lf", &held[i]);
+    }
+    assert_true(fabs(held[0] - held[1] - 3 * 2 * 3 * 64 * 128 * 4 / 1048576.0) < 0.011);
 }
 
 // No room for the file is said before the run begins, and what was saved stays.
@@ -274,7 +296,7 @@ void test_offload_full_disk(void **state) {
     assert_true(strstr(said, " MiB are free): File too large; make room, or name another folder by --offload-dir"));
     assert_latest("saved", "checkpoint-6");
     for (int blocks = 100; blocks <= 3200; blocks += 3100) { // there is room for two arrays of the four, which is not enough
-        expect(shell(said, sizeof(said), "(ulimit -f %d; %s)", blocks, command_line("fresh", "--dim 64 --ffn 128 --offload 2")), 1,
+        expect(shell(said, sizeof(said), "(ulimit -f %d; %s)", blocks, command_line("fresh/er", "--dim 64 --ffn 128 --offload 2")), 1,
                "cannot reserve 3.0 MiB");
         assert_true(!exists("fresh"));
     }
@@ -298,6 +320,8 @@ void test_offload_refused(void **state) {
     snprintf(options, sizeof(options), "%s --out %s", getenv("TRAIN_MOE") ? getenv("TRAIN_MOE") : "./train_moe", scratch_file("base"));
     expect(shell(said, sizeof(said), "%s --quantize q8_0", options), 0, "with few bits");
     expect(shell(said, sizeof(said), "%s-q8_0 --prompt ab --offload 2", options), 2, "this model has experts of few bits");
+    snprintf(options, sizeof(options), "--offload 2 --teacher %s", scratch_file("none"));
+    expect(run_tiny("refused", options), 1, "there is no such folder");
     assert_true(!exists("refused"));
     check_leaks(1);
 }
@@ -306,6 +330,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_offload_bits),        cmocka_unit_test(test_offload_generates), cmocka_unit_test(test_offload_memory),
         cmocka_unit_test(test_offload_order),       cmocka_unit_test(test_offload_has_no_name), cmocka_unit_test(test_offload_run_resumes),
+        cmocka_unit_test(test_offload_nearest_folder),
         cmocka_unit_test(test_offload_full_disk),   cmocka_unit_test(test_offload_refused),
     };
     begin_tests();
