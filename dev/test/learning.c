@@ -274,7 +274,8 @@ void test_read_rows(void **state) {
     start[SIZE + 4 * 3 * C] = 0; // a row with a gradient in which one number is 0
     memcpy(whole, start, 4 * SIZE * sizeof(real));
     Adam a = {1, (real)0.9, (real)0.99, 2, 3, (real)0.01, 1};
-    adamw_of_read_rows(whole, whole + SIZE, whole + 2 * SIZE, whole + 3 * SIZE, &r, C, a);
+    Rounding none = {0, 0, 0};
+    adamw_of_read_rows(whole, whole + SIZE, whole + 2 * SIZE, whole + 3 * SIZE, &r, C, a, &none);
     for (int row = 0; row < ROWS; row++) {
         real w[C], g[C], m1[C], m2[C];
         for (int i = 0; i < C; i++) {
