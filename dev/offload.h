@@ -146,20 +146,26 @@ void unlist(Pool *p, int i) {
     memmove(p->held + i, p->held + i + 1, (size_t)(p->count - i) * sizeof(int));
 }
 
+// The part of the addresses from .. end that lies in the file of array i; returns whether there is one.
+int in_file(int i, uintptr_t *from, uintptr_t *end) {
+    const Mapped *a = &offloaded.arrays[i];
+    uintptr_t first = (uintptr_t)a->base + a->first;
+    uintptr_t last = (uintptr_t)a->base + a->end;
+    *from = *from > first ? *from : first;
+    *end = *end < last ? *end : last;
+    return *from < *end;
+}
+
 // The bytes from .. end are not needed any more: those of them that are in a file go. Where a page is read, Linux maps up to 64 KiB
 // around it, too (fault-around), so what is around them goes as well. Several threads may call it at the same time.
 void let_go_of_bytes(uintptr_t from, uintptr_t end) {
     const uintptr_t at_a_time = 65536;
-    from = from / at_a_time * at_a_time;
-    end = (end + at_a_time - 1) / at_a_time * at_a_time;
     for (int i = 0; i < offloaded.array_count; i++) {
         const Mapped *a = &offloaded.arrays[i];
-        uintptr_t first = (uintptr_t)a->base + a->first;
-        uintptr_t last = (uintptr_t)a->base + a->end;
-        first = first > from ? first : from;
-        last = last < end ? last : end;
-        if (first < last) {
-            forget_pages((const void *)first, (size_t)(last - first)); // never beyond the file, where they would be lost
+        uintptr_t first = from / at_a_time * at_a_time;
+        uintptr_t last = (end + at_a_time - 1) / at_a_time * at_a_time;
+        if (in_file(i, &first, &last)) { // never beyond the file, where they would be lost
+            forget_pages((const void *)first, (size_t)(last - first));
             if (a->cold) {
                 drop_from_cache(a->file, a->at + (size_t)(first - (uintptr_t)a->base - a->first), (size_t)(last - first));
             }
@@ -167,11 +173,22 @@ void let_go_of_bytes(uintptr_t from, uintptr_t end) {
     }
 }
 
-// A thread has passed over n numbers, which lie anywhere, and does not need them any more.
+// A thread goes over an array, has passed over n numbers, and does not need them any more. The system begins to read what comes next.
 void passed_over(const real *x, size_t n) {
-    if (offloaded.array_count) {
-        let_go_of_bytes((uintptr_t)x, (uintptr_t)(x + n));
+    const uintptr_t ahead = 1 << 18;
+    let_go_of_bytes((uintptr_t)x, (uintptr_t)(x + n));
+    for (int i = 0; i < offloaded.array_count; i++) {
+        uintptr_t from = (uintptr_t)(x + n);
+        uintptr_t end = from + ahead;
+        if (in_file(i, &from, &end)) {
+            fetch_pages((const void *)from, (size_t)(end - from));
+        }
     }
+}
+
+// Expert e of a pool goes.
+void let_go_of_expert(const Pool *p, int e) {
+    let_go_of_bytes((uintptr_t)(p->base + p->from[e]), (uintptr_t)(p->base + p->from[e + 1]));
 }
 
 // From now on expert e is the one that was used last. Returns whether it has to be fetched. *leaves: the one that has to leave
@@ -203,7 +220,7 @@ void take_in(Pool *p, int e) {
     int leaves;
     int comes = use_expert(p, e, &leaves);
     if (leaves >= 0) {
-        passed_over(p->base + p->from[leaves], bytes_of_expert(p, leaves) / sizeof(real));
+        let_go_of_expert(p, leaves);
     }
     if (comes) {
         fetch_pages(p->base + p->from[e], bytes_of_expert(p, e));
@@ -212,7 +229,9 @@ void take_in(Pool *p, int e) {
 
 // All experts of the pool go.
 void let_go(Pool *p) {
-    passed_over(p->base, p->from[p->E]);
+    for (int e = 0; e < p->E; e++) {
+        let_go_of_expert(p, e);
+    }
     p->count = 0;
 }
 
@@ -372,6 +391,7 @@ real *offload_array(Model *m, int what, size_t count, int last) {
     }
     offloaded.arrays[offloaded.array_count++] = a;
     ask_large_pages(a.base, a.first);
+    ask_single_pages(a.base + a.first, a.end - a.first);
     m->bytes[m->purpose] += (count - (m->tables - m->common)) * sizeof(real);
     for (int i = 0; i < m->tensor_count; i++) {
         if (m->tensors[i].of_experts) {

@@ -1,6 +1,6 @@
 // What differs between compilers, C libraries and systems, in one place.
 // Gives: large files on 32 bits; a refusal of compilers and flags that compute something else; file_time,
-// ask_large_pages, forget_pages, fetch_pages, drop_from_cache, map_memory, open_unnamed, reserve_file, begin_again,
+// ask_large_pages, ask_single_pages, forget_pages, fetch_pages, drop_from_cache, map_memory, open_unnamed, reserve_file, begin_again,
 // name_of_processor. Needs: nothing. dev/util.h includes it before all else.
 // The rest of the C sources is C11 and POSIX 2008 with GCC's and Clang's extensions, and a few calls that
 // glibc, musl and macOS have besides: flock, getopt_long, memmem, TIOCGWINSZ. `make test_posix` holds them to it.
@@ -78,6 +78,12 @@ void ask_large_pages(void *p, size_t size) {
     (void)p;
     (void)size;
 #endif
+}
+
+// Of a mapped file the system shall bring the pages that are asked for, and no others: it neither reads ahead nor makes large
+// pages, which Linux maps as a whole. Who wants pages soon asks by fetch_pages().
+void ask_single_pages(void *p, size_t size) {
+    posix_madvise(p, size, POSIX_MADV_RANDOM);
 }
 
 // Pages of a mapped file that are not needed now need no memory; what was changed in them goes to the file. Whoever reads them
