@@ -716,7 +716,8 @@ void check_gpu_read_rows(int rows, int C) {
     a.correct1 = plain.correct1;
     a.correct2 = plain.correct2;
     gpu::adamw(a, norm_there);
-    adamw_of_read_rows(m.memory[WEIGHTS], m.memory[GRADS], m.memory[MOMENT1], m.memory[MOMENT2], r, C, plain);
+    Rounding none = {0, 0, 0};
+    adamw_of_read_rows(m.memory[WEIGHTS], m.memory[GRADS], m.memory[MOMENT1], m.memory[MOMENT2], r, C, plain, &none);
     float *const arrays[] = {w, g, m1, m2};
     for (int i = 0; i < 4; i++) {
         real *found = fetch_reals(arrays[i], whole);
