@@ -88,6 +88,7 @@ Matrix prepare_matrix(real *x, int R, int C, real *memory) {
     int small = min_int(R, C);
     size_t squares = (size_t)small * (size_t)small, size = (size_t)R * (size_t)C;
     Matrix matrix = {x, R, C, small, memory, memory + squares, memory + 2 * squares};
+    about_to_pass(x, size); // --offload
     real scale = matrix_scale(sum_of_squares(x, size));
     for (size_t j = 0; j < size; j++) {
         x[j] *= scale;
@@ -190,12 +191,14 @@ void mean_gradients(Model *m, int step, real gradient_scale) {
 #pragma omp for schedule(static) nowait
         for (size_t from = 0; from < size; from += piece) {
             size_t end = from + piece < size ? from + piece : size;
+            about_to_pass(g + from, end - from); // --offload
+            about_to_pass(mean + from, end - from);
             int waits = t->of_experts && !has_gradient(g + from, piece);
             for (size_t j = from; j < end && !waits; j++) {
                 move_mean(&mean[j], &g[j], gradient_scale);
             }
             round_moments(&rounding, mean + from, NULL, from, end - from);
-            passed_over(g + from, end - from); // --offload
+            passed_over(g + from, end - from);
             passed_over(mean + from, end - from);
         }
     }
@@ -224,6 +227,15 @@ int matrices_in_turn(Model *m, int step, Matrix *list) {
         list[i] = prepare_matrix(list[i].x, list[i].R, list[i].C, list[i].gram);
     }
     return count;
+}
+
+// --offload: the weights j .. j+n do not stay in memory. Inside of a parallel region, when all threads have done with them.
+void let_go_together(const Model *m, size_t j, size_t n) {
+    if (m->config.offload) {
+#pragma omp barrier
+#pragma omp single nowait
+        passed_over(m->memory[WEIGHTS] + j, n);
+    }
 }
 
 // A step of Muon for all its tensors; their gradients are cleared. gradient_scale: what clipping multiplies them by.
@@ -257,17 +269,20 @@ void muon_update(Model *m, int step, double lr, real gradient_scale) {
             next = from / one * one + one < end ? from / one * one + one : end; // what is left of this matrix
             if (has_turn(i, (int)((t->first + from) / one), step)) {
                 size_t j = t->offset + from;
+                about_to_pass(m->memory[WEIGHTS] + j, next - from);
                 blend(m->memory[WEIGHTS] + j, m->memory[GRADS] + j, 1 - far * c->weight_decay, -rate, next - from);
-                passed_over(m->memory[WEIGHTS] + j, next - from);
+                let_go_together(m, j, next - from);
             }
         }
     }
 #pragma omp parallel for schedule(dynamic) // for the next step
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor *t = &m->tensors[i];
-        if (takes_muon(c, t)) {
-            memset(m->memory[GRADS] + t->offset, 0, t->size * sizeof(real));
-            passed_over(m->memory[GRADS] + t->offset, t->size);
+        size_t one = (size_t)t->shape[1] * (size_t)t->shape[2];
+        for (size_t from = 0; takes_muon(c, t) && from < t->size; from += one) {
+            real *g = m->memory[GRADS] + t->offset + from;
+            memset(g, 0, one * sizeof(real));
+            passed_over(g, one);
         }
     }
 }

@@ -1,6 +1,6 @@
 // Experts that are in a file until they are needed (--offload N).
 // Gives: Pool, offloaded, pool_of, find_pool, bytes_of_expert, is_held, use_expert, take_in, let_go, let_go_of_tensor,
-// let_go_of_array, passed_over, add_pool, folder_of_offload, nearest_folder, offload_array, offload_free, offload_bytes,
+// let_go_of_array, about_to_pass, passed_over, add_pool, folder_of_offload, nearest_folder, offload_array, offload_free, offload_bytes,
 // bytes_in_file_only, offload_refuses, offload_refuses_ranks, print_offload, print_offload_memory.
 // Needs: Model and Tensor of train_moe.c, which includes it by way of dev/memory.h and dev/parts.h; expert_size() of
 // ranks/copies.h, moment_offset() of ranks/gradients.h. The products that fetch experts are in dev/offload_products.h.
@@ -173,17 +173,20 @@ void let_go_of_bytes(uintptr_t from, uintptr_t end) {
     }
 }
 
-// A thread goes over an array, has passed over n numbers, and does not need them any more. The system begins to read what comes next.
-void passed_over(const real *x, size_t n) {
-    const uintptr_t ahead = 1 << 18;
-    let_go_of_bytes((uintptr_t)x, (uintptr_t)(x + n));
+// A thread is about to pass over n numbers, which lie anywhere: the system begins to read those that are in a file.
+void about_to_pass(const real *x, size_t n) {
     for (int i = 0; i < offloaded.array_count; i++) {
-        uintptr_t from = (uintptr_t)(x + n);
-        uintptr_t end = from + ahead;
+        uintptr_t from = (uintptr_t)x;
+        uintptr_t end = (uintptr_t)(x + n);
         if (in_file(i, &from, &end)) {
             fetch_pages((const void *)from, (size_t)(end - from));
         }
     }
+}
+
+// It has passed over them, and does not need them any more.
+void passed_over(const real *x, size_t n) {
+    let_go_of_bytes((uintptr_t)x, (uintptr_t)(x + n));
 }
 
 // Expert e of a pool goes.
@@ -327,13 +330,15 @@ int offload_file(const Model *m, int what, int last) {
 
 // Bytes of the experts of t that may be in memory, in an array of numbers of `each` bytes.
 size_t offload_bytes(const Config *c, const Tensor *t, size_t each) {
-    size_t largest = 0;
+    size_t largest = 0, all = 0;
     int E = c->experts / ranks.ep;
     for (int e = ranks.member * E; e < (ranks.member + 1) * E; e++) {
         size_t size = expert_size(c, t, e);
         largest = size > largest ? size : largest;
+        all += size;
     }
-    return largest * (size_t)c->offload * each;
+    size_t most = largest * (size_t)c->offload;
+    return (most < all ? most : all) * each;
 }
 
 // Bytes of an array of the model that are in the file and not in memory, as many experts as may be there are. On a GPU there is no file.

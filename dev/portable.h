@@ -91,7 +91,7 @@ void ask_single_pages(void *p, size_t size) {
 void forget_pages(const void *p, size_t size) {
 #ifdef MADV_DONTNEED
     size_t page = (size_t)sysconf(_SC_PAGESIZE), before = (size_t)p % page;
-    if (size >= 4 * page) {
+    if (size >= 16384) {
         madvise((char *)p - before, size + before, MADV_DONTNEED);
     }
 #else

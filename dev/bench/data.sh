@@ -54,7 +54,7 @@ trained_with() { # $1: log.jsonl, or another result; the rest: the options
         echo "$line" > "$file.options"
     fi
     before=$(cat "$file.options" 2> /dev/null || echo "not written down")
-    [ "$before" = "$line" ] || fail "$file was made with other options; remove ${file%/*} or choose another --out. They were $before" 2
+    [ "$before" = "$line" ] || fail "$file was made with other options; remove it or choose another --out. They were $before" 2
 }
 
 finished() { # $1: log.jsonl; is its last step evaluated?

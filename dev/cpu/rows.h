@@ -229,9 +229,11 @@ void fast_activation_backward(real *dhidden, real *dweight, real *dact, const re
 
 // ---- the sum of squares
 
-void passed_over(const real *x, size_t n); // dev/offload.h
+void about_to_pass(const real *x, size_t n); // dev/offload.h
+void passed_over(const real *x, size_t n);
 
-double fast_sum_of_squares(const real *x, size_t n) {
+// passes: 1: what lies in a file does not stay in memory (--offload).
+double squares_in_chunks(const real *x, size_t n, int passes) {
     // Chunks are summed by the threads and added in order. Within a chunk there are 16 sums, which vectors
     // can hold.
     enum { CHUNK = 16384, SUMS = 16 };
@@ -243,6 +245,9 @@ double fast_sum_of_squares(const real *x, size_t n) {
         size_t j = (size_t)i * CHUNK;
         size_t end = j + CHUNK < n ? j + CHUNK : n;
         double sum[SUMS] = {0};
+        if (passes) {
+            about_to_pass(x + j, end - j);
+        }
         for (; j + SUMS <= end; j += SUMS) {
             for (int k = 0; k < SUMS; k++) {
                 sum[k] += (double)x[j + k] * (double)x[j + k];
@@ -254,11 +259,17 @@ double fast_sum_of_squares(const real *x, size_t n) {
         for (int k = 0; k < SUMS; k++) {
             part[i] += sum[k];
         }
-        passed_over(x + (size_t)i * CHUNK, end - (size_t)i * CHUNK); // --offload
+        if (passes) {
+            passed_over(x + (size_t)i * CHUNK, end - (size_t)i * CHUNK);
+        }
     }
     for (int i = 0; i < chunks; i++) {
         total += part[i];
     }
     free(part);
     return total;
+}
+
+double fast_sum_of_squares(const real *x, size_t n) {
+    return squares_in_chunks(x, n, 0);
 }

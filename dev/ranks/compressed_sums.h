@@ -90,6 +90,7 @@ Parcel lay_parcel(Codec codec, size_t from, size_t n, int peers) {
 void add_gradients(real *lost, const real *g, size_t n) {
     for (size_t i = 0, k; i < n; i += k) {
         k = n - i < decoded_piece ? n - i : decoded_piece;
+        about_to_pass(g + i, k);
         for (size_t j = i; j < i + k; j++) {
             lost[j] += g[j];
         }
@@ -101,6 +102,7 @@ void add_gradients(real *lost, const real *g, size_t n) {
 void replace_gradients(Codec codec, real *g, const unsigned char *code, size_t n) {
     for (size_t i = 0, k; i < n; i += k) {
         k = n - i < decoded_piece ? n - i : decoded_piece;
+        about_to_pass(g + i, k);
         memset(g + i, 0, k * sizeof(real));
         decode(codec, g + i, code + code_bytes(codec, i), k);
         passed_over(g + i, k);

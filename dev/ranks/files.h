@@ -76,6 +76,7 @@ void ranks_write_part(Model *m, int what, int tensor, size_t first, size_t n, co
     let_go_before(m, what, tensor);
     if (begin < end) {
         real *to = m->memory[what] + s.at + (begin - s.first);
+        about_to_pass(to, end - begin);
         memcpy(to, from + (begin - first), (end - begin) * sizeof(real));
         passed_over(to, end - begin);
     }
@@ -103,6 +104,7 @@ void ranks_read_expert(Model *m, int what, int tensor, size_t first, size_t n, r
     if (ranks.rank == member) { // of the first group
         Share s = ranks_share(m, what, tensor);
         const real *from = m->memory[what] + s.at + (first - s.first);
+        about_to_pass(from, n);
         memcpy(to, from, n * sizeof(real));
         passed_over(from, n);
     }

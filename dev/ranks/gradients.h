@@ -181,7 +181,7 @@ double squares_of(const real *g, size_t n) {
     }
     return sum;
 #else
-    return sum_of_squares(g, n);
+    return squares_in_chunks(g, n, 1);
 #endif
 }
 

@@ -26,6 +26,8 @@ void copy_staged(real *to, const real *from, size_t n) {
     const size_t piece = 1 << 18;
     for (size_t i = 0, k; i < n; i += k) {
         k = n - i < piece ? n - i : piece;
+        about_to_pass(from + i, k);
+        about_to_pass(to + i, k);
         memcpy(to + i, from + i, k * sizeof(real));
         passed_over(from + i, k);
         passed_over(to + i, k);

@@ -264,12 +264,12 @@ void test_mpi_both_disagree(void **state) {
     if (!has_mpi())
         return;
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
-        snprintf(options, sizeof(options), "%s --out %s", cases[i][0], scratch_file("apart"));
+        snprintf(options, sizeof(options), "%s --out %s", cases[i][0], scratch_file("disagree"));
         assert_true(run_ranks(output, sizeof(output), 2, options) > 0);
         if (times_in(output, cases[i][1]) != 1 || times_in(output, "rank 1: this rank has other options") != 1)
             fail_msg("%s: expected \"%s\" once, got %s", cases[i][0], cases[i][1], output);
     }
-    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch_file("apart")), 2);
+    assert_int_equal(shell(output, sizeof(output), "ls %s", scratch_file("disagree")), 2);
 }
 
 // Damage is named once, and all ranks go on from the same checkpoint where `latest` is missing, or is a text file.
