@@ -87,7 +87,7 @@ void compare_with_taught(const Run *run, const char *checkpoint) {
     snprintf(path, sizeof(path), "%s/trainer_state.json", checkpoint);
     char *text = read_file(path, &size);
     Json *state = json_parse(text, size, path);
-    const Json *before = json_get(state, "teacher_fingerprint"); // none: nobody has taught, or in earlier days
+    const Json *before = json_get(state, "teacher_fingerprint"); // none: nobody has taught, or nobody has noted it
     int other = before && !checksum_matches(before, teacher.fingerprint), named = c->given[find_option("teacher")];
     json_free(state);
     free(text);
